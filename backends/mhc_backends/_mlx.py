@@ -1,0 +1,78 @@
+"""What all MLX backends share: whether MLX can run here, host arrays, and the transforms.
+
+Imports nothing heavy; the functions that need MLX import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+OLDEST = (0, 32)  # the first whose arrays have __array_namespace__, on which the maths builds
+
+NO_FLOAT64 = ("float32", "float16", "bfloat16")
+# MLX's GPUs have no float64, and on its CPU float64 exp is only as good as float32's.
+
+
+def missing() -> str | None:
+    """Say why MLX cannot run here, or None."""
+    if find_spec("mlx") is None:
+        return "MLX is not installed: pip install 'mhc-core[mlx]'"
+    try:
+        import mlx.core as mx
+    except ImportError as error:
+        return f"MLX has no backend installed: pip install 'mlx[cpu]' ({error})"
+    version = tuple(int(part) for part in mx.__version__.split(".")[:2])
+    if version < OLDEST:
+        return f"MLX {mx.__version__} is too old: pip install 'mlx>=0.32'"
+    return None
+
+
+def from_host(array: Any) -> Any:
+    """Take a NumPy array in, in its own dtype."""
+    import mlx.core as mx
+    import numpy
+
+    if array.dtype.name == "bfloat16":  # not a dtype of the buffer protocol
+        return mx.array(array.view(numpy.uint16)).view(mx.bfloat16)
+    return mx.array(array)
+
+
+def to_host(array: Any) -> Any:
+    """Give a NumPy array of the same dtype."""
+    import ml_dtypes
+    import mlx.core as mx
+    import numpy
+
+    if array.dtype == mx.bfloat16:
+        return numpy.array(array.view(mx.uint16)).view(ml_dtypes.bfloat16)
+    return numpy.array(array)
+
+
+def grad(function: Callable[..., Any], argnums: Sequence[int]) -> Callable[..., Any]:
+    """mx.grad, always as a tuple."""
+    import mlx.core as mx
+
+    return mx.grad(function, argnums=list(argnums))
+
+
+def compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """mx.compile."""
+    import mlx.core as mx
+
+    return mx.compile(function)
+
+
+def vmap(function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callable[..., Any]:
+    """mx.vmap."""
+    import mlx.core as mx
+
+    return mx.vmap(function, in_axes=tuple(in_axes))
+
+
+def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
+    """mx.checkpoint."""
+    import mlx.core as mx
+
+    return mx.checkpoint(function)

@@ -1,0 +1,23 @@
+"""mlx-compiled: the neutral maths under mx.compile, on MLX's CPU, Metal and CUDA devices."""
+
+from __future__ import annotations
+
+from mhc_backends import _mlx
+from mhc_core import math
+from mhc_core.backend import BackendSpec
+from mhc_core.hookspecs import hookimpl
+
+SPEC = BackendSpec(
+    name="mlx-compiled",
+    module="mhc_backends.mlx_compiled.ops",
+    array_types=("mlx.core.array",),
+    ops=math.OPS,
+    dtypes=_mlx.NO_FLOAT64,
+    missing=_mlx.missing,
+)
+
+
+@hookimpl
+def mhc_backend_specs() -> list[BackendSpec]:
+    """Bring the backend."""
+    return [SPEC]

@@ -1,0 +1,88 @@
+"""The ops on MLX arrays: compiled once per static configuration, with the hand-written vjps.
+
+Every array is an argument of the custom function: what it captured would get zero gradients.
+Inside another transformation MLX traces these functions into it, so that a user's own mx.compile
+fuses across them.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from mhc_backends._mlx import checkpoint, compile, from_host, grad, to_host, vmap
+from mhc_core import math
+
+__all__ = ["checkpoint", "compile", "from_host", "grad", "to_host", "vjp", "vmap"]
+
+Static = tuple[tuple[str, Any], ...]
+
+# Its loop ends early where the values can be looked at, which they cannot under mx.compile.
+UNCOMPILED = {"sinkhorn_knopp"}
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    if name not in math.OPS:
+        raise AttributeError(name)
+    count = len(math.load(name).OP.outputs)
+
+    def op(*arrays: mx.array, **static: Any) -> Any:
+        outputs = _forward(name, tuple(static.items()), mx.default_device().type)(*arrays)
+        return outputs[0] if count == 1 else tuple(outputs[:count])
+
+    return op
+
+
+@functools.cache
+def _forward(op: str, static: Static, device: mx.DeviceType) -> Callable[..., Any]:
+    """Give a function of the op's arrays to its outputs and what its vjp saves, as one tuple."""
+    module, options = math.load(op), dict(static)
+    count = len(module.OP.outputs)
+
+    def forward(*primals: mx.array) -> Any:
+        if not hasattr(module, "saving"):
+            outputs = module.forward(*primals, **options)
+            return outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs, saved = module.saving(*primals, **options)
+        return (*outputs, *saved)
+
+    def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        given = _as_tuple(primals), _as_tuple(cotangents)[:count]
+        return module.vjp(*given, _as_tuple(outputs)[count:], **options)
+
+    differentiable = mx.custom_function(forward)
+    differentiable.vjp(back)
+    return _compiled(differentiable, op, device)
+
+
+@functools.cache
+def _vjp(op: str, static: Static, device: mx.DeviceType) -> Callable[..., Any]:
+    function = functools.partial(math.load(op).vjp, **dict(static))
+    return _compiled(function, op, device)
+
+
+def _compiled(function: Callable[..., Any], op: str, device: mx.DeviceType) -> Callable[..., Any]:
+    if op in UNCOMPILED or (device == mx.DeviceType.cpu and not _cpu_compiler()):
+        return function
+    return mx.compile(function)
+
+
+@functools.cache
+def _cpu_compiler() -> bool:
+    """Whether the compiler that mx.compile calls on a CPU is there; without, ops run eagerly."""
+    return shutil.which("g++") is not None
+
+
+def _as_tuple(arrays: Any) -> tuple[mx.array, ...]:
+    return tuple(arrays) if isinstance(arrays, (tuple, list)) else (arrays,)
+
+
+def vjp(
+    op: str, primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], **static: Any
+) -> tuple[mx.array, ...]:
+    """Pull cotangents back by the hand-written vjp, compiled."""
+    return tuple(_vjp(op, tuple(static.items()), mx.default_device().type)(primals, cotangents))

@@ -1,0 +1,68 @@
+"""Manifold-Constrained Hyper-Connections (mHC): one API for every array library.
+
+mHC (arXiv:2512.24880) widens a network's residual path to n streams, mixes them with a doubly
+stochastic matrix and feeds each layer a weighted sum of them. Importing this package imports no
+array library; each op is answered by the best backend for the arrays it is given.
+"""
+
+from mhc_core._api import (
+    aggregate,
+    combine,
+    combine_pre,
+    contract,
+    expand,
+    gated_combine,
+    head,
+    mappings,
+    pre,
+    pre_scale,
+    residual_add_aggregate,
+    rms_norm,
+    sinkhorn,
+    sinkhorn_knopp,
+    static_layer,
+    static_mappings,
+    vjp,
+)
+from mhc_core._registry import Backend, backends, use_backend
+from mhc_core.errors import (
+    BackendError,
+    BackendUnavailableError,
+    UnknownBackendError,
+    UnsupportedError,
+)
+from mhc_core.variants import DEEPSEEK_V4, DEEPSEEK_V41, LIGER, PAPER, Variant
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEEPSEEK_V4",
+    "DEEPSEEK_V41",
+    "LIGER",
+    "PAPER",
+    "Backend",
+    "BackendError",
+    "BackendUnavailableError",
+    "UnknownBackendError",
+    "UnsupportedError",
+    "Variant",
+    "aggregate",
+    "backends",
+    "combine",
+    "combine_pre",
+    "contract",
+    "expand",
+    "gated_combine",
+    "head",
+    "mappings",
+    "pre",
+    "pre_scale",
+    "residual_add_aggregate",
+    "rms_norm",
+    "sinkhorn",
+    "sinkhorn_knopp",
+    "static_layer",
+    "static_mappings",
+    "use_backend",
+    "vjp",
+]

@@ -1,0 +1,627 @@
+"""The uniform API: one documented function per op, answered by the chosen backend.
+
+Shapes: ``...`` is any leading shape (its product is T tokens), n the streams, C the channels,
+``m = n * n + 2 * n``. H_res is always oriented as in the paper, ``x'_i = sum_j H_res[i, j] x_j``.
+
+Dtypes: streams are float32, float16, bfloat16 or, where the library has it, float64. Mappings,
+Sinkhorn and all sums are computed in float32 (float64 for float64 streams); streams and h are
+rounded to the streams' dtype once, at the end. Gradients have their primal's dtype.
+
+Errors: every op raises TypeError for what is no array, an array of the wrong library or no
+floating dtype, ValueError for a wrong shape or value, both naming the argument, what came and what
+is needed, before any work and in the same words on every backend; and
+:class:`mhc_core.BackendError` where no backend can answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from mhc_core._registry import call, call_vjp
+from mhc_core.variants import First, Variant
+
+__all__ = [
+    "aggregate",
+    "combine",
+    "combine_pre",
+    "contract",
+    "expand",
+    "gated_combine",
+    "head",
+    "mappings",
+    "pre",
+    "pre_scale",
+    "residual_add_aggregate",
+    "rms_norm",
+    "sinkhorn",
+    "sinkhorn_knopp",
+    "static_layer",
+    "static_mappings",
+    "vjp",
+]
+
+Array = Any
+
+
+def sinkhorn(
+    logits: Array,
+    iterations: int = 20,
+    eps: float = 0.0,
+    first: First = "columns",
+    *,
+    backend: str | None = None,
+) -> Array:
+    """Normalise the rows and columns of exp(logits) in turn, towards a doubly stochastic matrix.
+
+    With a the axis summed first (``"columns"``: every column sums to 1) and b the other::
+
+        P = softmax along a + eps;  P /= sum_b + eps
+        then iterations - 1 times:  P /= sum_a + eps;  P /= sum_b + eps
+
+    ``eps=0`` is evaluated in the log domain, so no line underflows to 0 / 0. The lines of b sum to
+    1 exactly; those of a only as far as the iterations bring them.
+
+    Parameters
+    ----------
+    logits
+        ``[..., n, n]``, any float dtype. -inf is allowed where every line keeps a finite entry.
+    iterations
+        Pairs of normalisations, at least 1.
+    eps
+        Added to the softmax and to every divisor, at least 0.
+    first
+        ``"columns"`` or ``"rows"``.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    array
+        ``[..., n, n]``, float32 (float64 for float64 logits).
+
+    Notes
+    -----
+    ``eps=0, first="columns"`` is eq. (9) of arXiv:2512.24880. DeepSeek-V4's ``comb`` is the
+    transpose of ``sinkhorn(logits_transposed, eps=1e-6)``. Errors: see :mod:`mhc_core._api`.
+
+    Examples
+    --------
+    >>> import numpy, mhc_core as mhc
+    >>> mhc.sinkhorn(numpy.zeros((2, 2))).tolist()
+    [[0.5, 0.5], [0.5, 0.5]]
+    """
+    static = {"iterations": iterations, "eps": eps, "first": first}
+    return call("sinkhorn", (logits,), static, backend)
+
+
+def mappings(
+    x: Array,
+    phi: Array,
+    scale: Array,
+    bias: Array,
+    variant: Variant,
+    *,
+    backend: str | None = None,
+) -> tuple[Array, Array, Array]:
+    """Compute H_pre, H_post and H_res of every token from its streams.
+
+    ::
+
+        r = 1 / sqrt(mean(vec(x)^2) + norm_eps)
+        z = (vec(x) @ phi.T) * r * scale[group] + bias
+        H_pre = sigmoid(z_pre) + pre_eps;  H_post = post_scale sigmoid(z_post)
+        H_res = sinkhorn(z_res)
+
+    Parameters
+    ----------
+    x
+        ``[..., n, C]`` streams.
+    phi
+        ``[m, n * C]`` as checkpoints store it, rows ``[pre n | post n | res n * n]``; a norm weight
+        is absorbed in it.
+    scale
+        ``[3]``: for pre, post and res.
+    bias
+        ``[m]``, added after the division by the root mean square.
+    variant
+        The constants, such as :data:`mhc_core.PAPER` or :data:`mhc_core.DEEPSEEK_V4`.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    h_pre, h_post, h_res
+        ``[..., n]``, ``[..., n]`` and ``[..., n, n]``, float32 (float64 for float64 streams).
+
+    Notes
+    -----
+    Eqs. (7-8) and (14-19) of arXiv:2512.24880. Errors: see :mod:`mhc_core._api`.
+    """
+    return call("mappings", (x, phi, scale, bias), {"variant": variant}, backend)
+
+
+def aggregate(x: Array, h_pre: Array, *, backend: str | None = None) -> Array:
+    """Sum the streams with weights, ``h = sum_i h_pre_i x_i``: the layer's input.
+
+    Parameters
+    ----------
+    x
+        ``[..., n, C]`` streams.
+    h_pre
+        ``[..., n]``, or ``[n]`` for all tokens alike; any float dtype.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    array
+        ``[..., C]`` in x's dtype.
+
+    Notes
+    -----
+    Eq. (3) of arXiv:2512.24880, its inner part. Errors: see :mod:`mhc_core._api`.
+    """
+    return call("aggregate", (x, h_pre), {}, backend)
+
+
+def combine(
+    x: Array, y: Array, h_post: Array, h_res: Array, *, backend: str | None = None
+) -> Array:
+    """Mix the streams and write the layer's output, ``x'_i = sum_j H_res[i, j] x_j + h_post_i y``.
+
+    Parameters
+    ----------
+    x
+        ``[..., n, C]`` streams before the layer.
+    y
+        ``[..., C]``, what the layer returned.
+    h_post
+        ``[..., n]``, or ``[n]`` for all tokens alike.
+    h_res
+        ``[..., n, n]``, or ``[n, n]`` for all tokens alike.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    array
+        ``[..., n, C]`` in x's dtype.
+
+    Notes
+    -----
+    Eq. (3) of arXiv:2512.24880. DeepSeek-V4's ``comb`` is ``h_res`` transposed.
+    Errors: see :mod:`mhc_core._api`.
+
+    Examples
+    --------
+    >>> import numpy, mhc_core as mhc
+    >>> x, y = numpy.ones((2, 3)), numpy.ones(3)
+    >>> mhc.combine(x, y, numpy.array([1.0, 2.0]), numpy.eye(2)).tolist()
+    [[2.0, 2.0, 2.0], [3.0, 3.0, 3.0]]
+    """
+    return call("combine", (x, y, h_post, h_res), {}, backend)
+
+
+def pre(
+    x: Array,
+    phi: Array,
+    scale: Array,
+    bias: Array,
+    variant: Variant,
+    *,
+    backend: str | None = None,
+) -> tuple[Array, Array, Array]:
+    """Do all that stands before a layer, :func:`mappings` and :func:`aggregate`, in one pass.
+
+    Parameters
+    ----------
+    x, phi, scale, bias, variant
+        As for :func:`mappings`.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    h, h_post, h_res
+        ``h [..., C]`` in x's dtype, the layer's input; the other two for :func:`combine`.
+
+    Notes
+    -----
+    Eqs. (3), (7-9) and (14-19) of arXiv:2512.24880. Errors: see :mod:`mhc_core._api`.
+    """
+    return call("pre", (x, phi, scale, bias), {"variant": variant}, backend)
+
+
+def combine_pre(
+    x: Array,
+    y: Array,
+    h_post: Array,
+    h_res: Array,
+    phi: Array,
+    scale: Array,
+    bias: Array,
+    variant: Variant,
+    h_pre: Array | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Do :func:`combine` of one sublayer and :func:`pre` of the next in one pass.
+
+    The streams are read once and written once: (2 n + 2) C numbers per token, not (3 n + 2) C.
+    The mappings read x' as rounded to the streams' dtype, so it equals ``pre(combine(...))``.
+
+    Parameters
+    ----------
+    x, y, h_post, h_res
+        As for :func:`combine`.
+    phi, scale, bias, variant
+        As for :func:`mappings`, of the next sublayer.
+    h_pre
+        ``[..., n]`` or ``[n]``: weights to use for h' instead of h_pre' (single-pass mHC as in
+        DeepSeek-V4.1, where the mix comes from the sublayer before).
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    x, h, h_pre, h_post, h_res
+        The new streams, the next layer's input and the next mappings.
+
+    Notes
+    -----
+    Eqs. (3), (7-9) and (14-19) of arXiv:2512.24880. As primals of :func:`vjp`, h_pre comes last.
+    Errors: see :mod:`mhc_core._api`.
+    """
+    arrays = (x, y, h_post, h_res, phi, scale, bias, *(() if h_pre is None else (h_pre,)))
+    return call("combine_pre", arrays, {"variant": variant}, backend)
+
+
+def head(
+    x: Array,
+    phi: Array,
+    scale: Array,
+    bias: Array,
+    variant: Variant,
+    *,
+    backend: str | None = None,
+) -> Array:
+    """Collapse the streams before the output, by sigmoid weights of the streams themselves.
+
+    ``h = sum_i w_i x_i`` with ``w = sigmoid((vec(x) @ phi.T) r scale + bias) + pre_eps``.
+
+    Parameters
+    ----------
+    x
+        ``[..., n, C]`` streams.
+    phi, scale, bias
+        ``[n, n * C]``, ``[1]`` and ``[n]``.
+    variant
+        Its norm_eps and pre_eps count.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    array
+        ``[..., C]`` in x's dtype.
+
+    Notes
+    -----
+    DeepSeek-V4's ``hc_head``. Errors: see :mod:`mhc_core._api`.
+    """
+    return call("head", (x, phi, scale, bias), {"variant": variant}, backend)
+
+
+def expand(h: Array, n: int, *, backend: str | None = None) -> Array:
+    """Repeat a hidden state ``[..., C]`` into n streams ``[..., n, C]``.
+
+    Parameters
+    ----------
+    h
+        ``[..., C]``.
+    n
+        How many streams, at least 1.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    array
+        ``[..., n, C]`` in h's dtype.
+
+    Notes
+    -----
+    Section 3 of arXiv:2512.24880. Errors: see :mod:`mhc_core._api`.
+    """
+    return call("expand", (h,), {"n": n}, backend)
+
+
+def contract(
+    x: Array, how: Literal["sum", "mean"] = "sum", *, backend: str | None = None
+) -> Array:
+    """Collapse the streams ``[..., n, C]`` to ``[..., C]`` by their sum or mean.
+
+    Parameters
+    ----------
+    x
+        ``[..., n, C]`` streams.
+    how
+        ``"sum"`` or ``"mean"``.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    array
+        ``[..., C]`` in x's dtype.
+
+    Notes
+    -----
+    Errors: see :mod:`mhc_core._api`.
+    """
+    return call("contract", (x,), {"how": how}, backend)
+
+
+def rms_norm(x: Array, weight: Array, eps: float = 1e-5, *, backend: str | None = None) -> Array:
+    """Normalise the last axis by its root mean square, ``x / sqrt(mean(x^2) + eps) * weight``.
+
+    Parameters
+    ----------
+    x
+        ``[..., C]``.
+    weight
+        ``[C]``.
+    eps
+        At least 0.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    array
+        ``[..., C]`` in x's dtype.
+
+    Notes
+    -----
+    arXiv:1910.07467. Errors: see :mod:`mhc_core._api`.
+    """
+    return call("rms_norm", (x, weight), {"eps": eps}, backend)
+
+
+def residual_add_aggregate(
+    x: Array, res: Array, h_pre: Array, *, backend: str | None = None
+) -> tuple[Array, Array]:
+    """Add a residual and take the next layer's input, ``(x + res, sum_i h_pre_i (x + res)_i)``.
+
+    Parameters
+    ----------
+    x, res
+        ``[..., n, C]`` both.
+    h_pre
+        ``[..., n]``, or ``[n]`` for all tokens alike; already activated.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    x, h
+        ``[..., n, C]`` and ``[..., C]``, in x's dtype.
+
+    Notes
+    -----
+    ``residual_add_agg`` of mhc-mlx. h is taken of the sum before its rounding.
+    Errors: see :mod:`mhc_core._api`.
+    """
+    return call("residual_add_aggregate", (x, res, h_pre), {}, backend)
+
+
+def static_layer(
+    x: Array,
+    h_pre_raw: Array,
+    h_post_raw: Array,
+    h_res_raw: Array,
+    rms_weight: Array,
+    eps: float = 1e-5,
+    iterations: int = 20,
+    *,
+    backend: str | None = None,
+) -> Array:
+    """Apply a whole layer with static mappings, ``H_res x + H_post (outer) rms_norm(H_pre x)``.
+
+    The mappings are those of :func:`static_mappings`. Nothing is rounded in between.
+
+    Parameters
+    ----------
+    x
+        ``[..., n, C]`` streams.
+    h_pre_raw, h_post_raw, h_res_raw
+        ``[n]``, ``[n]`` and ``[n, n]``, before their activations.
+    rms_weight
+        ``[C]``.
+    eps
+        Of the norm, at least 0.
+    iterations
+        Of Sinkhorn, at least 1.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    array
+        ``[..., n, C]`` in x's dtype.
+
+    Notes
+    -----
+    ``MHCLayer`` of mhc-mlx. Errors: see :mod:`mhc_core._api`.
+    """
+    arrays = (x, h_pre_raw, h_post_raw, h_res_raw, rms_weight)
+    return call("static_layer", arrays, {"eps": eps, "iterations": iterations}, backend)
+
+
+def gated_combine(
+    x: Array, y: Array, h_pre: Array, h_post: Array, h_res: Array, *, backend: str | None = None
+) -> Array:
+    """Connect a layer on the n slices of one hidden state: ``H_post * (y + H_res (H_pre * x))``.
+
+    Parameters
+    ----------
+    x, y
+        ``[..., D]`` both: the layer's input and output; D is a multiple of n.
+    h_pre, h_post, h_res
+        ``[n]``, ``[n]`` and ``[n, n]`` as mapped, for all tokens alike, or one per token.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    array
+        ``[..., D]`` in x's dtype.
+
+    Notes
+    -----
+    ``ManifoldHyperConnection`` of mlx-mhc, ``MHCRewire`` of mhc-mlx.
+    Errors: see :mod:`mhc_core._api`.
+    """
+    return call("gated_combine", (x, y, h_pre, h_post, h_res), {}, backend)
+
+
+def pre_scale(x: Array, h_pre: Array, *, backend: str | None = None) -> Array:
+    """Scale each of the n slices of the last axis by its H_pre.
+
+    Parameters
+    ----------
+    x
+        ``[..., D]``; D is a multiple of n.
+    h_pre
+        ``[n]``, or ``[..., n]`` per token, as mapped.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    array
+        ``[..., D]`` in x's dtype.
+
+    Notes
+    -----
+    ``ManifoldHyperConnection.pre_scale`` of mlx-mhc. Errors: see :mod:`mhc_core._api`.
+    """
+    return call("pre_scale", (x, h_pre), {}, backend)
+
+
+def static_mappings(
+    h_pre_raw: Array,
+    h_post_raw: Array,
+    h_res_raw: Array,
+    iterations: int = 20,
+    *,
+    backend: str | None = None,
+) -> tuple[Array, Array, Array]:
+    """Activate static parameters: ``(sigmoid, 2 sigmoid, sinkhorn with rows first and eps 0)``.
+
+    Parameters
+    ----------
+    h_pre_raw, h_post_raw, h_res_raw
+        ``[..., n]``, ``[..., n]`` and ``[..., n, n]``.
+    iterations
+        Of Sinkhorn, at least 1.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    h_pre, h_post, h_res
+        In float32 (float64 for float64 parameters).
+
+    Notes
+    -----
+    The mappings of mhc-mlx and mlx-mhc. Errors: see :mod:`mhc_core._api`.
+    """
+    arrays = (h_pre_raw, h_post_raw, h_res_raw)
+    return call("static_mappings", arrays, {"iterations": iterations}, backend)
+
+
+def sinkhorn_knopp(
+    matrix: Array,
+    max_iterations: int = 100,
+    epsilon: float = 1e-6,
+    log_space: bool = True,
+    *,
+    backend: str | None = None,
+) -> Array:
+    """Normalise rows, then columns, of exp(matrix) until both sum to 1 within ``epsilon``.
+
+    Each matrix of a batch stops by itself: after a full step, once its largest row and column
+    errors are both under ``epsilon``, it is frozen. Legal under jit and mx.compile; where the
+    values can be looked at, the loop really ends early, with the same bits.
+
+    Parameters
+    ----------
+    matrix
+        ``[..., n, n]``, any float dtype.
+    max_iterations
+        Steps at most, at least 1.
+    epsilon
+        At least 0.
+    log_space
+        False starts from ``max(exp(matrix), 1e-10)``, unshifted, and divides.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    array
+        ``[..., n, n]``, float32 (float64 for a float64 matrix).
+
+    Notes
+    -----
+    ``sinkhorn_knopp`` of mlx-mhc, batched. Errors: see :mod:`mhc_core._api`.
+    """
+    static = {"max_iterations": max_iterations, "epsilon": epsilon, "log_space": log_space}
+    return call("sinkhorn_knopp", (matrix,), static, backend)
+
+
+def vjp(
+    op: str | Callable[..., Any],
+    primals: Sequence[Array],
+    cotangents: Array | Sequence[Array],
+    *,
+    backend: str | None = None,
+    **static: Any,
+) -> tuple[Array, ...]:
+    """Pull cotangents back through an op, in any library, with or without autodiff.
+
+    Parameters
+    ----------
+    op
+        The op's name, or the function itself: ``"combine"`` or ``mhc.combine``.
+    primals
+        Its array arguments, in the order of its signature; combine_pre's h_pre comes last.
+    cotangents
+        One array per output, of its shape; for a single output the array itself will do.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+    **static
+        The op's other arguments, by keyword; those left out have the op's defaults.
+
+    Returns
+    -------
+    tuple of arrays
+        d sum(cotangent * output) / d primal for each primal, in its shape and dtype.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As the op itself, and for cotangents that do not fit its outputs.
+
+    Examples
+    --------
+    >>> import numpy, mhc_core as mhc
+    >>> x, h_pre = numpy.ones((2, 3)), numpy.array([0.5, 2.0])
+    >>> dx, dh_pre = mhc.vjp("aggregate", (x, h_pre), numpy.ones(3))
+    >>> dh_pre.tolist()
+    [3.0, 3.0]
+    """
+    return call_vjp(op, primals, cotangents, static, backend)
+

@@ -1,0 +1,57 @@
+"""Checks of the static arguments: each returns the value in its plain form or raises.
+
+Messages name the op, the argument, what came and what is needed. They never look at array values.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Check", "boolean", "non_negative", "one_of", "positive_int"]
+
+Check = Callable[[str, str, Any], Any]
+
+
+def positive_int(owner: str, name: str, value: Any) -> int:
+    """Return ``value`` as an int of at least 1."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{owner}: {name} is {value!r}; needs an integer of at least 1") from None
+    if number < 1:
+        raise ValueError(f"{owner}: {name} is {number}; needs an integer of at least 1")
+    return number
+
+
+def non_negative(owner: str, name: str, value: Any) -> float:
+    """Return ``value`` as a finite float of at least 0."""
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or hasattr(value, "shape"):
+        raise TypeError(f"{owner}: {name} is {value!r}; needs a number of at least 0")
+    number = float(value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{owner}: {name} is {number}; needs a finite number of at least 0")
+    return number
+
+
+def boolean(owner: str, name: str, value: Any) -> bool:
+    """Return ``value``, which must be True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} is {value!r}; needs True or False")
+    return value
+
+
+def one_of(*allowed: str) -> Check:
+    """Make a check that takes one of the given words."""
+
+    def check(owner: str, name: str, value: Any) -> str:
+        if value not in allowed or not isinstance(value, str):
+            known = " or ".join(map(repr, allowed))
+            raise ValueError(f"{owner}: {name} is {value!r}; needs {known}")
+        return value
+
+    return check

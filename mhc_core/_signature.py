@@ -1,0 +1,249 @@
+"""One declaration per op, and the checks of every call, made from it.
+
+``Op.arrays`` gives each array's shape in words: ``"... n C"`` is any leading shape and then the
+sizes n and C; ``"... n | n"`` is one per token or one for all. The first array that has a size
+binds it; every other array must agree. ``m`` is ``n * n + 2 * n`` and ``nC`` is ``n * C``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from mhc_core._checks import Check
+from mhc_core.backend import DTYPES
+
+__all__ = ["Op", "Out", "Signature", "check_cotangents", "dtype_name", "signature"]
+
+Shape = tuple[int, ...]
+
+
+class Out(NamedTuple):
+    """An output's shape in words, and whether it has the streams' dtype or the mappings'.
+
+    The mappings' dtype is float32, or float64 for float64 streams.
+    """
+
+    shape: str
+    dtype: Literal["stream", "mapping"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """The declaration of an op, from which its checks, cases and tables are made."""
+
+    name: str
+    arrays: Mapping[str, str]
+    outputs: Mapping[str, Out]
+    static: Mapping[str, Check] = field(default_factory=dict[str, Check])
+    optional: str | None = None  # the last array, where it may be left out
+    constraint: Callable[[Mapping[str, int]], str | None] | None = None
+
+    @cached_property
+    def patterns(self) -> dict[str, list[list[str]]]:
+        """The alternatives of every array's shape, split into words."""
+        return {
+            name: [alternative.split() for alternative in pattern.split("|")]
+            for name, pattern in self.arrays.items()
+        }
+
+
+class Signature(NamedTuple):
+    """What one kind of call looks like, after its checks."""
+
+    op: Op
+    leading: Shape
+    sizes: Mapping[str, int]
+    kind: tuple[tuple[str, ...], int]  # dtype names and n: what a backend may refuse
+    static: Mapping[str, Any]
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtype names of the arrays, in order."""
+        return self.kind[0]
+
+    @property
+    def stream_dtype(self) -> str:
+        """The dtype name of the first array."""
+        return self.dtypes[0]
+
+    @property
+    def mapping_dtype(self) -> str:
+        """The dtype name in which mappings are computed and returned."""
+        return "float64" if self.stream_dtype == "float64" else "float32"
+
+    @property
+    def output_shapes(self) -> list[Shape]:
+        """The shapes of the outputs."""
+        return [_expected(out.shape.split(), self.leading, self.sizes) for out in self.outputs]
+
+    @property
+    def output_dtypes(self) -> list[str]:
+        """The dtype names of the outputs."""
+        names = {"stream": self.stream_dtype, "mapping": self.mapping_dtype}
+        return [names[out.dtype] for out in self.outputs]
+
+    @property
+    def outputs(self) -> list[Out]:
+        """The declared outputs."""
+        return list(self.op.outputs.values())
+
+
+_CACHE: dict[Any, Signature] = {}
+_CACHE_LIMIT = 4096
+
+
+def signature(
+    get_op: Callable[[str], Op], op: str, arrays: Sequence[Any], static: Mapping[str, Any]
+) -> Signature:
+    """Check a call and describe it; a kind of call that was seen before costs one lookup."""
+    try:
+        key = (
+            op,
+            *[(array.shape, array.dtype) for array in arrays],
+            *[(type(value), value) for value in static.values()],
+        )
+        return _CACHE[key]
+    except (AttributeError, KeyError, TypeError):  # not seen yet, or not right: look closely
+        checked = _check(get_op(op), arrays, static)
+    if len(_CACHE) >= _CACHE_LIMIT:
+        _CACHE.clear()
+    _CACHE[key] = checked  # pyright: ignore[reportPossiblyUnboundVariable]
+    return checked
+
+
+def _check(op: Op, arrays: Sequence[Any], static: Mapping[str, Any]) -> Signature:
+    plain = {name: check(op.name, name, static[name]) for name, check in op.static.items()}
+    names = list(op.arrays)[: len(arrays)]
+    shapes = [_shape(op.name, name, a) for name, a in zip(names, arrays, strict=True)]
+    dtypes = [_dtype(op.name, name, a) for name, a in zip(names, arrays, strict=True)]
+    for name, dtype in zip(names, dtypes, strict=True):
+        if dtype == "float64" != dtypes[0]:
+            raise TypeError(
+                f"{op.name}: {name} has dtype float64 beside {names[0]} of {dtypes[0]}; needs "
+                f"float32 or less there, or float64 {names[0]} (nothing is narrowed silently)"
+            )
+    sizes = {name: value for name, value in plain.items() if name == "n"}
+    leading: Shape | None = None
+    for name, shape in zip(names, shapes, strict=True):
+        leading = _match(op, name, shape, leading, sizes)
+    problem = op.constraint(sizes) if op.constraint else None
+    if problem:
+        raise ValueError(f"{op.name}: {problem}")
+    kind = (tuple(dtypes), sizes.get("n", 1))
+    return Signature(op, leading or (), sizes, kind, plain)
+
+
+def _shape(owner: str, name: str, array: Any) -> Shape:
+    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+        raise TypeError(
+            f"{owner}: {name} is a {type(array).__name__}; needs an array "
+            "(numpy.ndarray, jax.Array, mlx.core.array or that of another backend)"
+        )
+    return tuple(array.shape)
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return a dtype's plain name, whichever library it comes from."""
+    return str(dtype).rpartition(".")[2]
+
+
+def _dtype(owner: str, name: str, array: Any) -> str:
+    dtype = dtype_name(array.dtype)
+    if dtype not in DTYPES:
+        raise TypeError(
+            f"{owner}: {name} has dtype {dtype}; needs {', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
+        )
+    return dtype
+
+
+def _match(op: Op, name: str, shape: Shape, leading: Shape | None, sizes: dict[str, int]) -> Shape:
+    """Hold one shape against its patterns, bind the sizes it brings, return the leading shape."""
+    for words in op.patterns[name]:
+        bound = dict(sizes)
+        got = _try(words, shape, leading, bound)
+        if got is not None:
+            sizes.update(bound)
+            return leading if leading is not None else got
+    raise ValueError(_mismatch(op, name, shape, leading, sizes))
+
+
+def _try(words: list[str], shape: Shape, leading: Shape | None, sizes: dict[str, int]):
+    """Return the leading shape if ``shape`` fits ``words``, else None; bind sizes on the way."""
+    named = words[1:] if words[0] == "..." else words
+    split = len(shape) - len(named)
+    if split < 0 or (split > 0 and words[0] != "..."):
+        return None
+    if words[0] == "..." and leading is not None and shape[:split] != leading:
+        return None
+    for word, size in zip(named, shape[split:], strict=True):
+        need = _size(word, sizes)
+        if need is None and size >= 1:
+            sizes[word] = size
+        elif need != size:
+            return None
+    return shape[:split]
+
+
+def _size(word: str, sizes: Mapping[str, int]) -> int | None:
+    if word.isdigit():
+        return int(word)
+    if word == "m" and "n" in sizes:
+        return sizes["n"] * (sizes["n"] + 2)
+    if word == "nC" and "n" in sizes and "C" in sizes:
+        return sizes["n"] * sizes["C"]
+    return sizes.get(word)
+
+
+def _expected(words: list[str], leading: Shape, sizes: Mapping[str, int]) -> Shape:
+    ahead = leading if words[0] == "..." else ()
+    named = words[1:] if words[0] == "..." else words
+    return (*ahead, *[_size(word, sizes) or 0 for word in named])
+
+
+def _spell(words: Sequence[object]) -> str:
+    return f"({', '.join(map(str, words))}{',' if len(words) == 1 else ''})"
+
+
+def _mismatch(
+    op: Op, name: str, shape: Shape, leading: Shape | None, sizes: Mapping[str, int]
+) -> str:
+    alternatives = op.patterns[name]
+    symbolic = " or ".join(_spell(words) for words in alternatives)
+    here: list[str] = []
+    for words in alternatives:
+        ahead = words[0] == "..."
+        known: list[object] = [_size(w, sizes) or w for w in (words[1:] if ahead else words)]
+        if ahead:
+            known = [*(leading if leading is not None else ("...",)), *known]
+        here.append(_spell(known))
+    text = f"{op.name}: {name} has shape {shape}; needs {symbolic}"
+    if leading is None and not sizes:
+        return f"{text}, every size but the leading ones at least 1"
+    bound = ", ".join(f"{key}={value}" for key, value in sizes.items())
+    return f"{text}, here {' or '.join(here)}" + (f" with {bound}" if bound else "")
+
+
+def check_cotangents(call: Signature, cotangents: Sequence[Any]) -> None:
+    """Raise unless there is one float cotangent per output, each of its output's shape."""
+    owner = f"vjp of {call.op.name}"
+    names = list(call.op.outputs)
+    if len(cotangents) != len(names):
+        raise ValueError(
+            f"{owner}: cotangents has {len(cotangents)} arrays; needs {len(names)}, "
+            f"for {', '.join(names)}"
+        )
+    for name, shape, cotangent in zip(names, call.output_shapes, cotangents, strict=True):
+        got = _shape(owner, f"the cotangent of {name}", cotangent)
+        dtype = _dtype(owner, f"the cotangent of {name}", cotangent)
+        if got != shape:
+            raise ValueError(
+                f"{owner}: the cotangent of {name} has shape {got}; needs the output's {shape}"
+            )
+        if dtype == "float64" != call.stream_dtype:
+            raise TypeError(
+                f"{owner}: the cotangent of {name} has dtype float64 beside streams of "
+                f"{call.stream_dtype}; needs float32 or less (nothing is narrowed silently)"
+            )

@@ -1,0 +1,134 @@
+"""What a backend says of itself.
+
+A backend is a Python module with one function per op and a :class:`BackendSpec` that names it.
+The functions get arguments that are already checked, as the backend's own arrays::
+
+    def combine(x, y, h_post, h_res): ...                  # arrays in the order of the public op
+    def sinkhorn(logits, *, iterations, eps, first): ...   # static arguments by keyword
+    def vjp(op, primals, cotangents, **static): ...        # a tuple, one gradient per primal
+    def from_host(array): ...                              # numpy.ndarray -> own array, same dtype
+    def to_host(array): ...                                # own array -> numpy.ndarray, same dtype
+
+and, for each transform in :data:`TRANSFORMS` that is not listed in ``BackendSpec.without``::
+
+    def grad(function, argnums): ...    # gradients of a scalar function, as a tuple
+    def compile(function): ...
+    def vmap(function, in_axes): ...
+    def checkpoint(function): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["API_VERSION", "DTYPES", "TRANSFORMS", "BackendSpec"]
+
+API_VERSION = 1
+"""The version of this contract; a spec made for another one is refused with a sentence."""
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+TRANSFORMS = ("grad", "compile", "vmap", "checkpoint")
+
+
+def _always_there() -> str | None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendSpec:
+    """A backend's declaration: dispatch, errors, skips and tables all come from it.
+
+    Attributes
+    ----------
+    name
+        What people write in ``MHC_BACKEND`` and ``backend=``.
+    module
+        The dotted module with the functions; imported at the first call, not before.
+    array_types
+        Dotted names of the array classes, such as ``"jax.Array"``. They are looked up among the
+        modules already imported; nothing is imported to find them.
+    ops
+        The names of the ops that the module has.
+    dtypes
+        The stream dtypes that it takes, out of :data:`DTYPES`.
+    sizes
+        The smallest and the largest number of streams ``n``; ``None`` stands for no bound.
+    priority
+        Of several backends for one array library, the highest is taken.
+    automatic
+        False for a backend that is only ever taken by name.
+    without
+        Transforms that it does not have, each with the reason.
+    missing
+        Called once: ``None``, or the reason why the backend cannot run here.
+    api_version
+        The :data:`API_VERSION` that it was written for.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the field, what came and what it needs.
+    """
+
+    name: str
+    module: str
+    array_types: tuple[str, ...]
+    ops: tuple[str, ...]
+    dtypes: tuple[str, ...] = ("float32",)
+    sizes: tuple[int, int | None] = (1, None)
+    priority: int = 0
+    automatic: bool = True
+    without: Mapping[str, str] = field(default_factory=dict[str, str])
+    missing: Callable[[], str | None] = _always_there
+    api_version: int = API_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("name", "module"):
+            self._require(name, _is_word(getattr(self, name)), "a word, not empty")
+        for name in ("array_types", "ops", "dtypes"):
+            value = getattr(self, name)
+            good = isinstance(value, tuple) and all(map(_is_word, value))  # pyright: ignore[reportUnknownArgumentType]
+            self._require(name, good, "a tuple of words")
+        self._require("dtypes", set(self.dtypes) <= set(DTYPES), f"names out of {DTYPES}")
+        self._require("sizes", _is_range(self.sizes), "(smallest, largest or None), from 1 on")
+        self._require("priority", type(self.priority) is int, "an integer")
+        self._require("missing", callable(self.missing), "a function of no arguments")
+        good = isinstance(self.without, Mapping) and set(self.without) <= set(TRANSFORMS)  # pyright: ignore[reportUnnecessaryIsInstance]
+        self._require("without", good, f"a mapping of names out of {TRANSFORMS} to reasons")
+
+    def _require(self, name: str, good: bool, need: str) -> None:
+        if not good:
+            value = getattr(self, name)
+            raise TypeError(f"BackendSpec: {name} is {value!r}; needs {need}")
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.module))
+
+    def refuses(self, op: str, dtypes: tuple[str, ...], n: int) -> str | None:
+        """Give the reason why it does not take this op, these dtypes or n streams, or None."""
+        smallest, largest = self.sizes
+        if op not in self.ops:
+            return f"has no op {op!r}"
+        for dtype in dtypes:
+            if dtype not in self.dtypes:
+                return f"has no {dtype} (it takes {', '.join(self.dtypes)})"
+        if n < smallest or (largest is not None and n > largest):
+            return f"takes n from {smallest} to {largest or 'any'} streams, not {n}"
+        return None
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_range(value: Any) -> bool:
+    if not (isinstance(value, tuple) and len(value) == 2):  # pyright: ignore[reportUnknownArgumentType]
+        return False
+    smallest, largest = value  # pyright: ignore[reportUnknownVariableType]
+    return (
+        type(smallest) is int  # pyright: ignore[reportUnknownArgumentType]
+        and smallest >= 1
+        and (largest is None or (type(largest) is int and largest >= smallest))  # pyright: ignore[reportUnknownArgumentType]
+    )

@@ -1,0 +1,3 @@
+"""The `mhc` command."""
+import typer
+app = typer.Typer()

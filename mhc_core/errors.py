@@ -1,0 +1,21 @@
+"""What goes wrong in choosing a backend. Bad arguments raise plain ValueError or TypeError."""
+
+from __future__ import annotations
+
+__all__ = ["BackendError", "BackendUnavailableError", "UnknownBackendError", "UnsupportedError"]
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for and cannot be had."""
+
+
+class UnknownBackendError(BackendError, ValueError):
+    """No backend has this name. The message gives the nearest and all known names."""
+
+
+class BackendUnavailableError(BackendError):
+    """The backend is known, but cannot run here. The message says why."""
+
+
+class UnsupportedError(BackendError, ValueError):
+    """No candidate takes this op, dtype or number of streams. The message says why each refused."""

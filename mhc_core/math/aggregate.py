@@ -1,0 +1,33 @@
+"""aggregate: the layer's input, a weighted sum of the streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mhc_core._signature import Op, Out
+from mhc_core.math import _xp
+
+OP = Op(
+    name="aggregate",
+    arrays={"x": "... n C", "h_pre": "... n | n"},
+    outputs={"h": Out("... C", "stream")},
+)
+
+
+def forward(x: Any, h_pre: Any) -> Any:
+    """h = sum_i h_pre_i x_i."""
+    xp = _xp.namespace(x)
+    return _xp.cast(xp, _xp.collapse(xp, _xp.up(xp, h_pre), _xp.up(xp, x)), x)
+
+
+def vjp(primals: Any, cotangents: Any, saved: Any = None) -> tuple[Any, Any]:
+    """dx_i = h_pre_i dh; dh_pre_i = sum_C x_i dh."""
+    (x, h_pre), (g,) = primals, cotangents
+    xp = _xp.namespace(x)
+    dx, dh_pre = back(xp, _xp.up(xp, x), _xp.up(xp, h_pre), _xp.up(xp, g))
+    return _xp.cast(xp, dx, x), _xp.sum_to(xp, dh_pre, h_pre)
+
+
+def back(xp: Any, x: Any, h_pre: Any, g: Any) -> tuple[Any, Any]:
+    """Give dx and dh_pre, one per token, in the dtype of computation."""
+    return h_pre[..., None] * g[..., None, :], _xp.inner(xp, x, g)

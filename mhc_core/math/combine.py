@@ -1,0 +1,49 @@
+"""combine: the streams after a layer, mixed by H_res, with the layer's output written by H_post."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mhc_core._signature import Op, Out
+from mhc_core.math import _xp
+
+OP = Op(
+    name="combine",
+    arrays={"x": "... n C", "y": "... C", "h_post": "... n | n", "h_res": "... n n | n n"},
+    outputs={"x": Out("... n C", "stream")},
+)
+
+
+def forward(x: Any, y: Any, h_post: Any, h_res: Any) -> Any:
+    """x'_i = sum_j H_res[i, j] x_j + h_post_i y (eq. 3)."""
+    xp = _xp.namespace(x)
+    return _xp.cast(xp, mixed(xp, *(_xp.up(xp, array) for array in (x, y, h_post, h_res))), x)
+
+
+def vjp(primals: Any, cotangents: Any, saved: Any = None) -> tuple[Any, Any, Any, Any]:
+    """dx = H_res^T g; dy = sum_i h_post_i g_i; dh_post_i = g_i . y; dH_res[i, j] = g_i . x_j."""
+    (x, y, h_post, h_res), (g,) = primals, cotangents
+    xp = _xp.namespace(x)
+    wide = (_xp.up(xp, array) for array in (x, y, h_post, h_res, g))
+    dx, dy, dh_post, dh_res = back(xp, *wide)
+    return (
+        _xp.cast(xp, dx, x),
+        _xp.cast(xp, dy, y),
+        _xp.sum_to(xp, dh_post, h_post),
+        _xp.sum_to(xp, dh_res, h_res),
+    )
+
+
+def mixed(xp: Any, x: Any, y: Any, h_post: Any, h_res: Any) -> Any:
+    """Give x' in the dtype of computation."""
+    return _xp.mix(xp, h_res, x) + h_post[..., None] * y[..., None, :]
+
+
+def back(xp: Any, x: Any, y: Any, h_post: Any, h_res: Any, g: Any) -> tuple[Any, Any, Any, Any]:
+    """Give all four gradients, one per token, in the dtype of computation."""
+    return (
+        _xp.mix(xp, _xp.swap(xp, h_res), g),
+        _xp.collapse(xp, h_post, g),
+        _xp.inner(xp, g, y),
+        _xp.outer(xp, g, x),
+    )

@@ -1,0 +1,86 @@
+"""combine_pre: combine of one sublayer with pre of the next; the streams are read and written once.
+
+The mappings read x' as rounded to the streams' dtype, so the result equals pre(combine(...)).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mhc_core._signature import Op, Out
+from mhc_core.math import _xp, aggregate, combine, mappings
+from mhc_core.math.mappings import PROJECTION, Projected
+from mhc_core.variants import Variant, check_variant
+
+OP = Op(
+    name="combine_pre",
+    arrays={**combine.OP.arrays, **PROJECTION, "h_pre": "... n | n"},
+    optional="h_pre",
+    outputs={
+        "x": Out("... n C", "stream"),
+        "h": Out("... C", "stream"),
+        "h_pre": Out("... n", "mapping"),
+        "h_post": Out("... n", "mapping"),
+        "h_res": Out("... n n", "mapping"),
+    },
+    static={"variant": check_variant},
+)
+
+
+def forward(
+    x: Any,
+    y: Any,
+    h_post: Any,
+    h_res: Any,
+    phi: Any,
+    scale: Any,
+    bias: Any,
+    h_pre: Any = None,
+    *,
+    variant: Variant,
+) -> tuple[Any, Any, Any, Any, Any]:
+    """(x', h', h_pre', h_post', h_res'); h' uses ``h_pre`` where given, else h_pre'."""
+    return saving(x, y, h_post, h_res, phi, scale, bias, h_pre, variant=variant)[0]
+
+
+def saving(
+    x: Any,
+    y: Any,
+    h_post: Any,
+    h_res: Any,
+    phi: Any,
+    scale: Any,
+    bias: Any,
+    h_pre: Any = None,
+    *,
+    variant: Variant,
+):
+    """Give the outputs and, for the vjp, x' and the projection of x'."""
+    x_new = combine.forward(x, y, h_post, h_res)
+    mapped, projected = mappings.saving(x_new, phi, scale, bias, variant=variant)
+    h = aggregate.forward(x_new, mapped[0] if h_pre is None else h_pre)
+    return (x_new, h, *mapped), (x_new, *projected, mapped[0])
+
+
+def vjp(primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant):
+    """The next pre's vjp gives the cotangent of x', combine's vjp takes it on."""
+    x, y, h_post, h_res, phi, scale, bias, *given = primals
+    xp = _xp.namespace(x)
+    if not saved:
+        _, saved = saving(*primals, variant=variant)
+    x_new, u, r, h_pre = saved
+    x_new = _xp.up(xp, x_new)
+    g_x, g_h, g_pre, g_post, g_res = (_xp.up(xp, g) for g in cotangents)
+    used = _xp.up(xp, given[0]) if given else h_pre
+    dx_new, dh_pre = aggregate.back(xp, x_new, used, g_h)
+    if not given:
+        g_pre = g_pre + dh_pre
+    wide = [_xp.up(xp, array) for array in (phi, scale, bias)]
+    more, dphi, dscale, dbias = mappings.back(
+        xp, x_new, *wide, Projected(u, r), (g_pre, g_post, g_res), variant
+    )
+    wide = [_xp.up(xp, array) for array in (x, y, h_post, h_res)]
+    gradients = (*combine.back(xp, *wide, g_x + dx_new + more), dphi, dscale, dbias)
+    if given:
+        gradients = (*gradients, dh_pre)
+    return tuple(_xp.sum_to(xp, d, p) for d, p in zip(gradients, primals, strict=True))

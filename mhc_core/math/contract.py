@@ -1,0 +1,32 @@
+"""contract: the streams collapsed without weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mhc_core import _checks
+from mhc_core._signature import Op, Out
+from mhc_core.math import _xp
+
+OP = Op(
+    name="contract",
+    arrays={"x": "... n C"},
+    outputs={"h": Out("... C", "stream")},
+    static={"how": _checks.one_of("sum", "mean")},
+)
+
+
+def forward(x: Any, *, how: str) -> Any:
+    """h = sum_i x_i, or their mean."""
+    xp = _xp.namespace(x)
+    summed = xp.sum(_xp.up(xp, x), axis=-2)
+    return _xp.cast(xp, summed / x.shape[-2] if how == "mean" else summed, x)
+
+
+def vjp(primals: Any, cotangents: Any, saved: Any = None, *, how: str) -> tuple[Any]:
+    """dx_i = g, or g / n."""
+    (x,), (g,) = primals, cotangents
+    xp = _xp.namespace(x)
+    g = _xp.up(xp, g)
+    each = g / x.shape[-2] if how == "mean" else g
+    return (_xp.cast(xp, xp.broadcast_to(each[..., None, :], x.shape), x),)

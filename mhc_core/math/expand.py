@@ -1,0 +1,29 @@
+"""expand: one hidden state repeated into n streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mhc_core import _checks
+from mhc_core._signature import Op, Out
+from mhc_core.math import _xp
+
+OP = Op(
+    name="expand",
+    arrays={"h": "... C"},
+    outputs={"x": Out("... n C", "stream")},
+    static={"n": _checks.positive_int},
+)
+
+
+def forward(h: Any, *, n: int) -> Any:
+    """x_i = h."""
+    xp = _xp.namespace(h)
+    return xp.broadcast_to(h[..., None, :], (*h.shape[:-1], n, h.shape[-1]))
+
+
+def vjp(primals: Any, cotangents: Any, saved: Any = None, *, n: int) -> tuple[Any]:
+    """dh = sum_i g_i."""
+    (h,), (g,) = primals, cotangents
+    xp = _xp.namespace(h)
+    return (_xp.cast(xp, xp.sum(_xp.up(xp, g), axis=-2), h),)

@@ -1,0 +1,52 @@
+"""gated_combine: the connection around a layer on the n slices of one hidden state (mlx-mhc's)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mhc_core._signature import Op, Out
+from mhc_core.math import _xp
+from mhc_core.math.pre_scale import slices, whole_slices
+
+OP = Op(
+    name="gated_combine",
+    arrays={
+        "x": "... D",
+        "y": "... D",
+        "h_pre": "... n | n",
+        "h_post": "... n | n",
+        "h_res": "... n n | n n",
+    },
+    outputs={"x": Out("... D", "stream")},
+    constraint=whole_slices,
+)
+
+
+def forward(x: Any, y: Any, h_pre: Any, h_post: Any, h_res: Any) -> Any:
+    """H_post * (y + H_res (H_pre * x)) on the [n, D / n] views."""
+    xp = _xp.namespace(x)
+    n = h_pre.shape[-1]
+    wide, y, h_pre, h_post, h_res = (_xp.up(xp, a) for a in (x, y, h_pre, h_post, h_res))
+    gated = h_pre[..., None] * slices(xp, wide, n)
+    out = h_post[..., None] * (slices(xp, y, n) + _xp.mix(xp, h_res, gated))
+    return _xp.cast(xp, xp.reshape(out, x.shape), x)
+
+
+def vjp(primals: Any, cotangents: Any, saved: Any = None):
+    """With z = y + H_res (H_pre * x): dy = H_post * g, and the rest through z's two products."""
+    x, y, h_pre, h_post, h_res = primals
+    xp = _xp.namespace(x)
+    n = h_pre.shape[-1]
+    wide_x, wide_y, wide_g = (slices(xp, _xp.up(xp, a), n) for a in (x, y, cotangents[0]))
+    wide_pre, wide_post, wide_res = (_xp.up(xp, a) for a in (h_pre, h_post, h_res))
+    gated = wide_pre[..., None] * wide_x
+    z = wide_y + _xp.mix(xp, wide_res, gated)
+    dz = wide_post[..., None] * wide_g
+    d_gated = _xp.mix(xp, _xp.swap(xp, wide_res), dz)
+    return (
+        _xp.cast(xp, xp.reshape(wide_pre[..., None] * d_gated, x.shape), x),
+        _xp.cast(xp, xp.reshape(dz, y.shape), y),
+        _xp.sum_to(xp, xp.sum(d_gated * wide_x, axis=-1), h_pre),
+        _xp.sum_to(xp, xp.sum(wide_g * z, axis=-1), h_post),
+        _xp.sum_to(xp, _xp.outer(xp, dz, gated), h_res),
+    )

@@ -1,0 +1,51 @@
+"""head: the streams collapsed before the output, by sigmoid weights of the streams themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mhc_core._signature import Op, Out
+from mhc_core.math import _xp, aggregate, mappings
+from mhc_core.math.mappings import Projected
+from mhc_core.variants import Variant, check_variant
+
+OP = Op(
+    name="head",
+    arrays={"x": "... n C", "phi": "n nC", "scale": "1", "bias": "n"},
+    outputs={"h": Out("... C", "stream")},
+    static={"variant": check_variant},
+)
+
+
+def forward(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant) -> Any:
+    """h = sum_i w_i x_i with w = sigmoid(vec(x) @ phi.T r scale + bias) + pre_eps."""
+    return saving(x, phi, scale, bias, variant=variant)[0][0]
+
+
+def saving(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant):
+    """Give h and the projection behind its weights."""
+    xp = _xp.namespace(x)
+    wide, phi, scale, bias = (_xp.up(xp, array) for array in (x, phi, scale, bias))
+    projected = mappings.projection(xp, wide, phi, variant.norm_eps)
+    w = _sigmoid(xp, projected, scale, bias) + variant.pre_eps
+    return (_xp.cast(xp, _xp.collapse(xp, w, wide), x),), projected
+
+
+def vjp(primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant):
+    """The weighted sum's vjp, then the sigmoid's and the projection's."""
+    xp = _xp.namespace(primals[0])
+    x, phi, scale, bias = (_xp.up(xp, array) for array in primals)
+    g = _xp.up(xp, cotangents[0])
+    projected = Projected(*saved) if saved else mappings.projection(xp, x, phi, variant.norm_eps)
+    s = _sigmoid(xp, projected, scale, bias)
+    dx, dw = aggregate.back(xp, x, s + variant.pre_eps, g)
+    dz = dw * s * (1 - s)
+    dscale = xp.reshape(xp.sum(dz * projected.u * projected.r), (1,))
+    dbias = xp.sum(_xp.tokens(xp, dz, 1), axis=0)
+    more, dphi = mappings.back_projection(xp, x, phi, projected, dz * scale)
+    gradients = (dx + more, dphi, dscale, dbias)
+    return tuple(_xp.cast(xp, d, p) for d, p in zip(gradients, primals, strict=True))
+
+
+def _sigmoid(xp: Any, projected: Projected, scale: Any, bias: Any) -> Any:
+    return _xp.sigmoid(xp, projected.u * projected.r * scale + bias)

@@ -1,0 +1,140 @@
+"""mappings: H_pre, H_post and H_res of every token, from the streams themselves."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from mhc_core._signature import Op, Out
+from mhc_core.math import _xp, sinkhorn
+from mhc_core.variants import Variant, check_variant
+
+PROJECTION = {"phi": "m nC", "scale": "3", "bias": "m"}
+
+OP = Op(
+    name="mappings",
+    arrays={"x": "... n C", **PROJECTION},
+    outputs={
+        "h_pre": Out("... n", "mapping"),
+        "h_post": Out("... n", "mapping"),
+        "h_res": Out("... n n", "mapping"),
+    },
+    static={"variant": check_variant},
+)
+
+
+class Projected(NamedTuple):
+    """What the projection leaves for the vjp: m + 1 numbers a token.
+
+    u = vec(x) @ phi.T, and r = rsqrt(mean(vec(x)^2) + norm_eps).
+    """
+
+    u: Any  # [..., m]
+    r: Any  # [..., 1]
+
+
+def forward(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant) -> tuple[Any, Any, Any]:
+    """Eqs. (7-8) and (14-19)."""
+    return saving(x, phi, scale, bias, variant=variant)[0]
+
+
+def saving(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant) -> tuple[Any, Projected]:
+    """Give the mappings and the projection behind them."""
+    xp = _xp.namespace(x)
+    x, phi, scale, bias = (_xp.up(xp, array) for array in (x, phi, scale, bias))
+    projected = projection(xp, x, phi, variant.norm_eps)
+    return activated(xp, x.shape[-2], projected, scale, bias, variant), projected
+
+
+def vjp(primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant):
+    """Through the activations, the division by the root mean square and the projection."""
+    xp = _xp.namespace(primals[0])
+    x, phi, scale, bias = (_xp.up(xp, array) for array in primals)
+    projected = Projected(*saved) if saved else projection(xp, x, phi, variant.norm_eps)
+    gradients = back(xp, x, phi, scale, bias, projected, cotangents, variant)
+    return tuple(_xp.cast(xp, g, p) for g, p in zip(gradients, primals, strict=True))
+
+
+def projection(xp: Any, x: Any, phi: Any, norm_eps: float) -> Projected:
+    """Project vec(x) and take its root mean square, over all n * C numbers of a token."""
+    flat = xp.reshape(x, (*x.shape[:-2], x.shape[-2] * x.shape[-1]))
+    u = _xp.project(xp, _xp.tokens(xp, flat, 1), phi)
+    square = xp.mean(flat * flat, axis=-1, keepdims=True)
+    return Projected(xp.reshape(u, (*x.shape[:-2], phi.shape[0])), 1 / xp.sqrt(square + norm_eps))
+
+
+def groups(xp: Any, scale: Any, n: int) -> Any:
+    """Repeat the three scales over their columns: pre n, post n, res n * n."""
+    parts = [xp.broadcast_to(scale[i : i + 1], (size,)) for i, size in enumerate((n, n, n * n))]
+    return xp.concat(parts, axis=0)
+
+
+def _activate(xp: Any, n: int, projected: Projected, scale: Any, bias: Any, variant: Variant):
+    """Give the two sigmoids and the logits of H_res, in H_res's orientation."""
+    z = projected.u * projected.r * groups(xp, scale, n) + bias
+    logits = xp.reshape(z[..., 2 * n :], (*z.shape[:-1], n, n))
+    if variant.res_transposed:
+        logits = _xp.swap(xp, logits)
+    return _xp.sigmoid(xp, z[..., :n]), _xp.sigmoid(xp, z[..., n : 2 * n]), logits
+
+
+def _sinkhorn(variant: Variant) -> dict[str, Any]:
+    return {
+        "iterations": variant.sinkhorn_iterations,
+        "eps": variant.sinkhorn_eps,
+        "first": variant.sinkhorn_first,
+    }
+
+
+def activated(xp: Any, n: int, projected: Projected, scale: Any, bias: Any, variant: Variant):
+    """H_pre = sigmoid + pre_eps; H_post = post_scale sigmoid; H_res = sinkhorn."""
+    pre, post, logits = _activate(xp, n, projected, scale, bias, variant)
+    h_res = sinkhorn.forward(logits, **_sinkhorn(variant))
+    return pre + variant.pre_eps, variant.post_scale * post, h_res
+
+
+def back(
+    xp: Any,
+    x: Any,
+    phi: Any,
+    scale: Any,
+    bias: Any,
+    projected: Projected,
+    cotangents: Any,
+    variant: Variant,
+) -> tuple[Any, Any, Any, Any]:
+    """Give dx, dphi, dscale and dbias in the dtype of computation."""
+    n = x.shape[-2]
+    pre, post, logits = _activate(xp, n, projected, scale, bias, variant)
+    g_pre, g_post, g_res = (_xp.up(xp, g) for g in cotangents)
+    (d_logits,) = sinkhorn.vjp((logits,), (g_res,), **_sinkhorn(variant))
+    if variant.res_transposed:
+        d_logits = _xp.swap(xp, d_logits)
+    dz = xp.concat(
+        [
+            g_pre * pre * (1 - pre),
+            g_post * variant.post_scale * post * (1 - post),
+            xp.reshape(d_logits, (*d_logits.shape[:-2], n * n)),
+        ],
+        axis=-1,
+    )
+    per_column = _xp.tokens(xp, dz * projected.u * projected.r, 1)
+    summed = xp.sum(per_column, axis=0)
+    dscale = xp.stack([xp.sum(summed[:n]), xp.sum(summed[n : 2 * n]), xp.sum(summed[2 * n :])])
+    dbias = xp.sum(_xp.tokens(xp, dz, 1), axis=0)
+    dx, dphi = back_projection(xp, x, phi, projected, dz * groups(xp, scale, n))
+    return dx, dphi, dscale, dbias
+
+
+def back_projection(xp: Any, x: Any, phi: Any, projected: Projected, d_product: Any):
+    """Give dx and dphi from the cotangent of u * r.
+
+    du = d r, dr = d . u, and the root mean square brings dx += -dr r^3 x / (n C).
+    """
+    size = x.shape[-2] * x.shape[-1]
+    u, r = projected
+    du = _xp.tokens(xp, d_product * r, 1)
+    pull = xp.sum(d_product * u, axis=-1, keepdims=True) * r**3 / size
+    flat = xp.reshape(x, (*x.shape[:-2], size))
+    dphi = _xp.matmul(xp, _xp.swap(xp, du), _xp.tokens(xp, flat, 1))
+    dx = xp.reshape(_xp.matmul(xp, du, phi), flat.shape) - pull * flat
+    return xp.reshape(dx, x.shape), dphi

@@ -1,0 +1,54 @@
+"""pre: what stands before a layer, the mappings and the layer's input, in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mhc_core._signature import Op, Out
+from mhc_core.math import _xp, aggregate, mappings
+from mhc_core.math.mappings import PROJECTION, Projected
+from mhc_core.variants import Variant, check_variant
+
+OP = Op(
+    name="pre",
+    arrays={"x": "... n C", **PROJECTION},
+    outputs={
+        "h": Out("... C", "stream"),
+        "h_post": Out("... n", "mapping"),
+        "h_res": Out("... n n", "mapping"),
+    },
+    static={"variant": check_variant},
+)
+
+
+def forward(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant) -> tuple[Any, Any, Any]:
+    """(aggregate(x, h_pre), h_post, h_res) with the mappings of x."""
+    return saving(x, phi, scale, bias, variant=variant)[0]
+
+
+def saving(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant):
+    """Give the outputs and, for the vjp, the projection and h_pre."""
+    (h_pre, h_post, h_res), projected = mappings.saving(x, phi, scale, bias, variant=variant)
+    return (aggregate.forward(x, h_pre), h_post, h_res), (*projected, h_pre)
+
+
+def vjp(primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant):
+    """The aggregate's vjp, then the mappings' with the cotangent that it gives h_pre."""
+    xp = _xp.namespace(primals[0])
+    gradients = back(xp, *[_xp.up(xp, array) for array in primals], cotangents, saved, variant)
+    return tuple(_xp.cast(xp, g, p) for g, p in zip(gradients, primals, strict=True))
+
+
+def back(
+    xp: Any, x: Any, phi: Any, scale: Any, bias: Any, cotangents: Any, saved: Any, variant: Variant
+) -> tuple[Any, Any, Any, Any]:
+    """Give dx, dphi, dscale and dbias in the dtype of computation."""
+    g_h, g_post, g_res = (_xp.up(xp, g) for g in cotangents)
+    if not saved:
+        (_, _, _), saved = saving(x, phi, scale, bias, variant=variant)
+    u, r, h_pre = saved
+    dx, dh_pre = aggregate.back(xp, x, h_pre, g_h)
+    more, dphi, dscale, dbias = mappings.back(
+        xp, x, phi, scale, bias, Projected(u, r), (dh_pre, g_post, g_res), variant
+    )
+    return dx + more, dphi, dscale, dbias

@@ -1,0 +1,46 @@
+"""pre_scale: each of the n slices of the last axis times its H_pre."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mhc_core._signature import Op, Out
+from mhc_core.math import _xp
+
+
+def whole_slices(sizes: Mapping[str, int]) -> str | None:
+    """Refuse a last axis that is not n slices of one size."""
+    if sizes["D"] % sizes["n"] == 0:
+        return None
+    return f"x has a last axis of {sizes['D']}; needs a multiple of n={sizes['n']}"
+
+
+OP = Op(
+    name="pre_scale",
+    arrays={"x": "... D", "h_pre": "... n | n"},
+    outputs={"x": Out("... D", "stream")},
+    constraint=whole_slices,
+)
+
+
+def forward(x: Any, h_pre: Any) -> Any:
+    """H_pre * x on the [n, D / n] view."""
+    xp = _xp.namespace(x)
+    scaled = _xp.up(xp, h_pre)[..., None] * slices(xp, _xp.up(xp, x), h_pre.shape[-1])
+    return _xp.cast(xp, xp.reshape(scaled, x.shape), x)
+
+
+def vjp(primals: Any, cotangents: Any, saved: Any = None) -> tuple[Any, Any]:
+    """dx = H_pre * g; dh_pre_i = x_i . g_i."""
+    (x, h_pre), (g,) = primals, cotangents
+    xp = _xp.namespace(x)
+    g = slices(xp, _xp.up(xp, g), h_pre.shape[-1])
+    dh_pre = xp.sum(slices(xp, _xp.up(xp, x), h_pre.shape[-1]) * g, axis=-1)
+    dx = xp.reshape(_xp.up(xp, h_pre)[..., None] * g, x.shape)
+    return _xp.cast(xp, dx, x), _xp.sum_to(xp, dh_pre, h_pre)
+
+
+def slices(xp: Any, x: Any, n: int) -> Any:
+    """View the last axis as [n, D / n]."""
+    return xp.reshape(x, (*x.shape[:-1], n, x.shape[-1] // n))

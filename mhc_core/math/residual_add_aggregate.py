@@ -1,0 +1,32 @@
+"""residual_add_aggregate: a residual added and the next layer's input taken, in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mhc_core._signature import Op, Out
+from mhc_core.math import _xp, aggregate
+
+OP = Op(
+    name="residual_add_aggregate",
+    arrays={"x": "... n C", "res": "... n C", "h_pre": "... n | n"},
+    outputs={"x": Out("... n C", "stream"), "h": Out("... C", "stream")},
+)
+
+
+def forward(x: Any, res: Any, h_pre: Any) -> tuple[Any, Any]:
+    """(x + res, sum_i h_pre_i (x + res)_i)."""
+    xp = _xp.namespace(x)
+    total = _xp.up(xp, x) + _xp.up(xp, res)
+    h = _xp.collapse(xp, _xp.up(xp, h_pre), total)
+    return _xp.cast(xp, total, x), _xp.cast(xp, h, x)
+
+
+def vjp(primals: Any, cotangents: Any, saved: Any = None) -> tuple[Any, Any, Any]:
+    """dx = dres = g_x + h_pre (outer) g_h; dh_pre_i = (x + res)_i . g_h."""
+    (x, res, h_pre), (g_x, g_h) = primals, cotangents
+    xp = _xp.namespace(x)
+    total = _xp.up(xp, x) + _xp.up(xp, res)
+    d_total, dh_pre = aggregate.back(xp, total, _xp.up(xp, h_pre), _xp.up(xp, g_h))
+    d_total = d_total + _xp.up(xp, g_x)
+    return _xp.cast(xp, d_total, x), _xp.cast(xp, d_total, res), _xp.sum_to(xp, dh_pre, h_pre)

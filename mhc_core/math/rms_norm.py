@@ -1,0 +1,47 @@
+"""rms_norm: root-mean-square normalisation over the last axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mhc_core import _checks
+from mhc_core._signature import Op, Out
+from mhc_core.math import _xp
+
+OP = Op(
+    name="rms_norm",
+    arrays={"x": "... C", "weight": "C"},
+    outputs={"y": Out("... C", "stream")},
+    static={"eps": _checks.non_negative},
+)
+
+
+def forward(x: Any, weight: Any, *, eps: float) -> Any:
+    """y = x / sqrt(mean(x^2) + eps) weight."""
+    xp = _xp.namespace(x)
+    return _xp.cast(xp, normalised(xp, _xp.up(xp, x), _xp.up(xp, weight), eps), x)
+
+
+def vjp(primals: Any, cotangents: Any, saved: Any = None, *, eps: float) -> tuple[Any, Any]:
+    """dx = r (w g) - r^3 x mean(x w g); dweight = sum_T g x r."""
+    (x, weight), (g,) = primals, cotangents
+    xp = _xp.namespace(x)
+    dx, dweight = back(xp, *(_xp.up(xp, array) for array in (x, weight, g)), eps)
+    return _xp.cast(xp, dx, x), _xp.sum_to(xp, dweight, weight)
+
+
+def normalised(xp: Any, x: Any, weight: Any, eps: float) -> Any:
+    """Give y in the dtype of computation."""
+    return x * _inverse(xp, x, eps) * weight
+
+
+def back(xp: Any, x: Any, weight: Any, g: Any, eps: float) -> tuple[Any, Any]:
+    """Give dx and each token's dweight in the dtype of computation."""
+    r = _inverse(xp, x, eps)
+    scaled = x * r
+    pulled = xp.mean(scaled * weight * g, axis=-1, keepdims=True)
+    return r * (weight * g - scaled * pulled), g * scaled
+
+
+def _inverse(xp: Any, x: Any, eps: float) -> Any:
+    return 1 / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)

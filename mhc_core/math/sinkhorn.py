@@ -1,0 +1,126 @@
+"""sinkhorn: alternating normalisation of the rows and columns of exp(logits)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mhc_core import _checks
+from mhc_core._signature import Op, Out
+from mhc_core.math import _xp
+from mhc_core.variants import check_first
+
+OP = Op(
+    name="sinkhorn",
+    arrays={"logits": "... n n"},
+    outputs={"h_res": Out("... n n", "mapping")},
+    static={
+        "iterations": _checks.positive_int,
+        "eps": _checks.non_negative,
+        "first": check_first,
+    },
+)
+
+# Inside, a matrix is [a, b, T]: the axis that is normalised first, the other, all tokens. So every
+# sum runs over a leading axis, along contiguous tokens, and there is one loop for both orders.
+
+
+def forward(logits: Any, *, iterations: int, eps: float, first: str) -> Any:
+    """Eq. (9), ``M_t = T_r(T_c(M_{t-1}))``, in float32."""
+    xp = _xp.namespace(logits)
+    inside = enter(xp, _xp.up(xp, logits), first)
+    matrix, _ = _normalise(xp, inside, iterations, eps, keep=False)
+    return leave(xp, matrix, logits.shape, first)
+
+
+def vjp(primals: Any, cotangents: Any, saved: Any = None, *, iterations: int, eps: float, first: str):
+    """Walk the iterations back: with G = P g the cotangent of log P, each is G -= P sum(G).
+
+    The iterations are run again and only their divisors are kept, 2 n numbers for each.
+    """
+    (logits,), (g,) = primals, cotangents
+    xp = _xp.namespace(logits)
+    inside = enter(xp, _xp.up(xp, logits), first)
+    matrix, kept = _normalise(xp, inside, iterations, eps, keep=True)
+    carried = matrix * enter(xp, _xp.up(xp, g), first)
+    back = _back_log if eps == 0 else _back_eps
+    return (_xp.cast(xp, leave(xp, back(xp, inside, carried, kept), logits.shape, first), logits),)
+
+
+def enter(xp: Any, matrix: Any, first: str) -> Any:
+    """[..., n, n] -> [a, b, T]."""
+    flat = _xp.tokens(xp, matrix, 2)
+    return xp.permute_dims(flat, (1, 2, 0) if first == "columns" else (2, 1, 0))
+
+
+def leave(xp: Any, inside: Any, shape: tuple[int, ...], first: str) -> Any:
+    """[a, b, T] -> [..., n, n]."""
+    flat = xp.permute_dims(inside, (2, 0, 1) if first == "columns" else (2, 1, 0))
+    return xp.reshape(flat, shape)
+
+
+def _normalise(xp: Any, logits: Any, iterations: int, eps: float, keep: bool) -> tuple[Any, Any]:
+    return (_normalise_log if eps == 0 else _normalise_eps)(xp, logits, iterations, eps, keep)
+
+
+def _normalise_log(xp: Any, logits: Any, iterations: int, _: float, keep: bool) -> tuple[Any, Any]:
+    """eps = 0: in the log domain, where no line can underflow to 0 / 0."""
+
+    def step(logs: Any) -> tuple[Any, Any]:
+        a = _xp.log_sum_exp(xp, logs, 0)
+        logs = logs - a
+        b = _xp.log_sum_exp(xp, logs, 1)
+        return logs - b, (a, b) if keep else None
+
+    logs, kept = _xp.scan(xp, step, logits, iterations)
+    return xp.exp(logs), (logs, kept)
+
+
+def _back_log(xp: Any, _: Any, carried: Any, kept: Any) -> Any:
+    logs, divisors = kept
+
+    def step(state: Any, divisor: Any) -> Any:
+        (g, logs), (a, b) = state, divisor
+        g = g - xp.exp(logs) * xp.sum(g, axis=1, keepdims=True)
+        logs = logs + b
+        g = g - xp.exp(logs) * xp.sum(g, axis=0, keepdims=True)
+        return g, logs + a
+
+    return _xp.scan_back(xp, step, (carried, logs), divisors)[0]
+
+
+def _normalise_eps(xp: Any, logits: Any, iterations: int, eps: float, keep: bool):
+    """eps > 0: softmax + eps, then every division by (sum + eps)."""
+
+    def step(matrix: Any) -> tuple[Any, Any]:
+        a = xp.sum(matrix, axis=0, keepdims=True) + eps
+        matrix = matrix / a
+        b = xp.sum(matrix, axis=1, keepdims=True) + eps
+        return matrix / b, (a, b) if keep else None
+
+    start = _softmax(xp, logits) + eps
+    first_b = xp.sum(start, axis=1, keepdims=True) + eps
+    matrix, kept = _xp.scan(xp, step, start / first_b, iterations - 1)
+    return matrix, (matrix, eps, kept)
+
+
+def _back_eps(xp: Any, logits: Any, carried: Any, kept: Any) -> Any:
+    matrix, eps, divisors = kept
+
+    def step(state: Any, divisor: Any) -> Any:
+        (g, matrix), (a, b) = state, divisor
+        g = g - matrix * xp.sum(g, axis=1, keepdims=True)
+        matrix = matrix * b
+        g = g - matrix * xp.sum(g, axis=0, keepdims=True)
+        return g, matrix * a
+
+    g, matrix = _xp.scan_back(xp, step, (carried, matrix), divisors)
+    g = g - matrix * xp.sum(g, axis=1, keepdims=True)
+    # the start, log(S + eps) with S a softmax along a
+    start = _softmax(xp, logits)
+    g = g * (start / (start + eps))
+    return g - start * xp.sum(g, axis=0, keepdims=True)
+
+
+def _softmax(xp: Any, logits: Any) -> Any:
+    powers = xp.exp(logits - xp.max(logits, axis=0, keepdims=True))
+    return powers / xp.sum(powers, axis=0, keepdims=True)

@@ -1,0 +1,100 @@
+"""The published variants of mHC: one frozen set of constants each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from mhc_core import _checks
+
+__all__ = ["DEEPSEEK_V4", "DEEPSEEK_V41", "LIGER", "PAPER", "First", "Variant", "check_first"]
+
+First = Literal["columns", "rows"]
+check_first = _checks.one_of(*get_args(First))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """The constants in which published implementations of mHC differ.
+
+    Attributes
+    ----------
+    norm_eps
+        Added to the mean square of all ``n * C`` numbers of a token before the reciprocal root.
+    pre_eps
+        Added to ``sigmoid`` in H_pre (and in the head's weights).
+    post_scale
+        H_post = ``post_scale * sigmoid``.
+    sinkhorn_iterations
+        Pairs of normalisations, at least 1.
+    sinkhorn_eps
+        0 evaluates Sinkhorn in the log domain; above 0, it is added to every divisor and to the
+        softmax that starts it.
+    sinkhorn_first
+        The lines of H_res that are normalised first: ``"columns"`` (each sums to 1) or ``"rows"``.
+    res_transposed
+        Whether the last ``n * n`` rows of phi and entries of bias are laid out as H_res
+        transposed, as DeepSeek-V4's checkpoints have them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the field, what came and what it needs.
+
+    Examples
+    --------
+    >>> from dataclasses import replace
+    >>> from mhc_core import PAPER
+    >>> replace(PAPER, sinkhorn_iterations=3).sinkhorn_iterations
+    3
+    """
+
+    norm_eps: float = 1e-20
+    pre_eps: float = 0.0
+    post_scale: float = 2.0
+    sinkhorn_iterations: int = 20
+    sinkhorn_eps: float = 0.0
+    sinkhorn_first: First = "columns"
+    res_transposed: bool = False
+
+    def __post_init__(self) -> None:
+        checks: dict[str, _checks.Check] = {
+            "norm_eps": _checks.non_negative,
+            "pre_eps": _checks.non_negative,
+            "post_scale": _checks.non_negative,
+            "sinkhorn_iterations": _checks.positive_int,
+            "sinkhorn_eps": _checks.non_negative,
+            "sinkhorn_first": check_first,
+            "res_transposed": _checks.boolean,
+        }
+        plain = [check("Variant", name, getattr(self, name)) for name, check in checks.items()]
+        for name, value in zip(checks, plain, strict=True):
+            object.__setattr__(self, name, value)
+        # Every dispatched call hashes its variant, so it is done once. The word is left out: its
+        # hash differs between processes and this attribute travels in pickles.
+        object.__setattr__(self, "_hash", hash((*plain[:5], plain[5] == "rows", plain[6])))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
+
+
+def check_variant(owner: str, name: str, value: Any) -> Variant:
+    """Return ``value``, which must be a Variant."""
+    if not isinstance(value, Variant):
+        raise TypeError(
+            f"{owner}: {name} is {value!r}; needs a mhc_core.Variant, such as PAPER or DEEPSEEK_V4"
+        )
+    return value
+
+
+PAPER = Variant()
+"""arXiv:2512.24880, eqs. 7-9 and 14-19."""
+
+DEEPSEEK_V4 = Variant(norm_eps=1e-6, pre_eps=1e-6, sinkhorn_eps=1e-6, res_transposed=True)
+"""DeepSeek-V4 as released; its ``comb`` is H_res transposed, normalised rows first."""
+
+DEEPSEEK_V41 = replace(DEEPSEEK_V4, norm_eps=1e-20)
+"""DeepSeek-V4.1 as released: V4 but for norm_eps."""
+
+LIGER = Variant(norm_eps=1e-6, sinkhorn_eps=1e-6, sinkhorn_first="rows")
+"""Liger-Kernel's mHC."""
