@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import shutil
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 __all__ = [
+    "can_compile",
     "cast",
     "collapse",
-    "inner",
+    "dot",
+    "fused",
+    "gram",
     "log_sum_exp",
     "matmul",
     "mix",
@@ -40,7 +47,7 @@ def namespace(array: Array) -> Any:
 
 
 def _is(xp: Any, library: str) -> bool:
-    return xp.__name__.partition(".")[0] == library
+    return xp.__name__.startswith(library)
 
 
 def up(xp: Any, array: Array) -> Array:
@@ -88,25 +95,92 @@ def log_sum_exp(xp: Any, logits: Array, axis: int) -> Array:
     return largest + xp.log(xp.sum(xp.exp(logits - largest), axis=axis, keepdims=True))
 
 
+# --------------------------------------------------------------------------------- fusion in MLX
+# MLX computes operation by operation unless mx.compile fuses them, and it ignores what is compiled
+# inside mx.grad. So a formula has two forms: unrolled sums of products, which fuse into one pass
+# over the streams (half the time of a matmul on a CPU), and matmuls, which are twice as fast as
+# the sums where nothing fuses. On a GPU the sums are always taken: a float32 matmul may be TF32.
+
+_unrolled: ContextVar[bool] = ContextVar("mhc_unrolled", default=False)
+
+
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let MLX compile a function of a namespace and arrays into as few passes as it can."""
+
+    @functools.wraps(function)
+    def call(xp: Any, *arrays: Array) -> Any:
+        return _fused_by_mlx(function)(*arrays) if _is(xp, "mlx") else function(xp, *arrays)
+
+    return call
+
+
+@functools.cache
+def _fused_by_mlx(function: Callable[..., Any]) -> Callable[..., Any]:
+    import mlx.core as mx
+
+    def body(*arrays: Array) -> Any:
+        token = _unrolled.set(_fusing(mx, arrays[0]))
+        try:
+            return function(mx, *arrays)
+        finally:
+            _unrolled.reset(token)
+
+    return mx.compile(body) if can_compile(_on_gpu(mx)) else body
+
+
+def can_compile(on_gpu: bool) -> bool:
+    """Whether mx.compile works here: on a CPU it calls g++."""
+    return on_gpu or shutil.which("g++") is not None
+
+
+def _on_gpu(mx: Any) -> bool:
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
+def _fusing(mx: Any, array: Array) -> bool:
+    """Whether this code runs for mx.compile, which has no values to show, or for mx.grad."""
+    if _on_gpu(mx):
+        return True
+    try:
+        mx.async_eval(array)
+    except ValueError:
+        return True
+    return False
+
+
+def _sums(xp: Any, terms: int) -> bool:
+    return _is(xp, "mlx") and terms <= 8 and (_unrolled.get() or _on_gpu(xp))
+
+
 # ----------------------------------------------------------------------- products over the streams
-# MLX has these as sums of products: inside mx.compile they fuse into one pass over the streams
-# (2x faster than its matmul on a CPU), and a float32 matmul is TF32 by default on some GPUs.
 
 
 def matmul(xp: Any, a: Array, b: Array) -> Array:
-    """Multiply matrices in full float32, which JAX on a GPU or TPU has to be asked for."""
+    """Multiply matrices in full float32, which not every library does unasked on a GPU."""
     if _is(xp, "jax"):
         return xp.matmul(a, b, precision="highest")
+    if _is(xp, "mlx") and _on_gpu(xp) and os.environ.get("MLX_ENABLE_TF32") != "0":
+        return _matmul_by_halves(xp, a, b)
     return xp.matmul(a, b)
 
 
-def _fuses(xp: Any, terms: int) -> bool:
-    return _is(xp, "mlx") and terms <= 8
+def _matmul_by_halves(mx: Any, a: Array, b: Array) -> Array:
+    """Give float32 products where the hardware multiplies in TF32, of 11 significant bits.
+
+    a = a_1 + a_2 with a_1 exact in TF32; only a_2 @ b_2, below float32's rounding, is left out.
+    """
+    (a_1, a_2), (b_1, b_2) = _halves(mx, a), _halves(mx, b)
+    return mx.matmul(a_1, b_1) + (mx.matmul(a_1, b_2) + mx.matmul(a_2, b_1))
+
+
+def _halves(mx: Any, a: Array) -> tuple[Array, Array]:
+    upper = mx.view(mx.bitwise_and(mx.view(a, mx.uint32), 0xFFFFE000), mx.float32)
+    return upper, a - upper
 
 
 def mix(xp: Any, h: Array, x: Array) -> Array:
     """sum_j h[..., i, j] x[..., j, C] -> [..., i, C]; h may lack the leading axes."""
-    if not _fuses(xp, x.shape[-2]):
+    if not _sums(xp, x.shape[-2]):
         return matmul(xp, h, x)
     terms = [h[..., :, j, None] * x[..., None, j, :] for j in range(x.shape[-2])]
     return sum(terms[1:], terms[0])
@@ -114,27 +188,74 @@ def mix(xp: Any, h: Array, x: Array) -> Array:
 
 def collapse(xp: Any, h: Array, x: Array) -> Array:
     """sum_i h[..., i] x[..., i, C] -> [..., C]; h may lack the leading axes."""
-    if not _fuses(xp, x.shape[-2]):
-        return matmul(xp, h[..., None, :], x)[..., 0, :]
-    terms = [h[..., i, None] * x[..., i, :] for i in range(x.shape[-2])]
-    return sum(terms[1:], terms[0])
+    if _sums(xp, x.shape[-2]):
+        terms = [h[..., i, None] * x[..., i, :] for i in range(x.shape[-2])]
+        return sum(terms[1:], terms[0])
+    if _is(xp, "mlx"):
+        return xp.sum(h[..., None] * x, axis=-2)
+    return matmul(xp, h[..., None, :], x)[..., 0, :]
+
+
+def dot(xp: Any, a: Array, b: Array) -> Array:
+    """sum_C a[..., C] b[..., C] -> [...], with broadcasting."""
+    if _is(xp, "mlx") and _folds(xp, a.shape[-1]):
+        return _sum_last(xp, _fold_8(xp, a, b))
+    return xp.sum(a * b, axis=-1)
 
 
 def outer(xp: Any, g: Array, x: Array) -> Array:
     """sum_C g[..., i, C] x[..., j, C] -> [..., i, j]."""
+    if _sums(xp, x.shape[-2]) and _folds(xp, x.shape[-1]):
+        return _sum_last(xp, _fold_4(xp, g[..., :, None, :], x[..., None, :, :]))
     return matmul(xp, g, swap(xp, x))
 
 
-def inner(xp: Any, g: Array, y: Array) -> Array:
-    """sum_C g[..., i, C] y[..., C] -> [..., i]."""
-    if _is(xp, "mlx"):
-        return xp.sum(g * y[..., None, :], axis=-1)
-    return matmul(xp, g, y[..., :, None])[..., 0]
+def _folds(mx: Any, size: int) -> bool:
+    """Whether a sum over C is better folded: MLX's CPU reduces one number at a time."""
+    return size % 128 == 0 and not _on_gpu(mx)
+
+
+def _folded(mx: Any, a: Array, b: Array, blocks: int) -> Array:
+    size = a.shape[-1] // blocks
+    parts = [slice(k * size, (k + 1) * size) for k in range(blocks)]
+    products = [a[..., part] * b[..., part] for part in parts]
+    while len(products) > 1:
+        products = [one + two for one, two in zip(products[::2], products[1::2], strict=True)]
+    return products[0]
+
+
+@fused
+def _fold_8(mx: Any, a: Array, b: Array) -> Array:
+    return _folded(mx, a, b, 8)
+
+
+@fused
+def _fold_4(mx: Any, a: Array, b: Array) -> Array:
+    return _folded(mx, a, b, 4)
+
+
+def _sum_last(mx: Any, a: Array) -> Array:
+    """Sum the last axis in two steps, the first of which runs along contiguous numbers."""
+    return mx.sum(mx.sum(mx.reshape(a, (*a.shape[:-1], -1, 16)), axis=-2), axis=-1)
 
 
 def project(xp: Any, x: Array, phi: Array) -> Array:
     """x[T, K] @ phi[m, K].T -> [T, m] in full float32; phi stays as checkpoints store it."""
-    return matmul(xp, x, swap(xp, phi))
+    columns = swap(xp, phi)
+    if _is(xp, "mlx") and x.shape[0] > 2 and not _on_gpu(xp):
+        columns = xp.contiguous(columns)  # MLX's CPU matmul is 1.5x slower along a strided phi
+    return matmul(xp, x, columns)
+
+
+def gram(xp: Any, du: Array, x: Array) -> Array:
+    """du[T, m].T @ x[T, K] -> [m, K]."""
+    tokens, block = x.shape[0], 32
+    if _is(xp, "mlx") and tokens >= 128 and tokens % block == 0 and not _on_gpu(xp):
+        # blocks of tokens stay in the cache; summing the blocks also loses fewer bits
+        du = xp.reshape(du, (tokens // block, block, -1))
+        x = xp.reshape(x, (tokens // block, block, -1))
+        return xp.sum(xp.matmul(swap(xp, du), x), axis=0)
+    return matmul(xp, swap(xp, du), x)
 
 
 # -------------------------------------------------------------------------------------- iterations

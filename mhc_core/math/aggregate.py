@@ -16,7 +16,12 @@ OP = Op(
 
 def forward(x: Any, h_pre: Any) -> Any:
     """h = sum_i h_pre_i x_i."""
-    xp = _xp.namespace(x)
+    return weighted(_xp.namespace(x), x, h_pre)
+
+
+@_xp.fused
+def weighted(xp: Any, x: Any, h_pre: Any) -> Any:
+    """Give h in x's dtype."""
     return _xp.cast(xp, _xp.collapse(xp, _xp.up(xp, h_pre), _xp.up(xp, x)), x)
 
 
@@ -30,4 +35,4 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None) -> tuple[Any, Any]:
 
 def back(xp: Any, x: Any, h_pre: Any, g: Any) -> tuple[Any, Any]:
     """Give dx and dh_pre, one per token, in the dtype of computation."""
-    return h_pre[..., None] * g[..., None, :], _xp.inner(xp, x, g)
+    return h_pre[..., None] * g[..., None, :], _xp.dot(xp, x, g[..., None, :])

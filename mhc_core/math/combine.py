@@ -16,7 +16,11 @@ OP = Op(
 
 def forward(x: Any, y: Any, h_post: Any, h_res: Any) -> Any:
     """x'_i = sum_j H_res[i, j] x_j + h_post_i y (eq. 3)."""
-    xp = _xp.namespace(x)
+    return _forward(_xp.namespace(x), x, y, h_post, h_res)
+
+
+@_xp.fused
+def _forward(xp: Any, x: Any, y: Any, h_post: Any, h_res: Any) -> Any:
     return _xp.cast(xp, mixed(xp, *(_xp.up(xp, array) for array in (x, y, h_post, h_res))), x)
 
 
@@ -34,6 +38,7 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None) -> tuple[Any, Any, Any
     )
 
 
+@_xp.fused
 def mixed(xp: Any, x: Any, y: Any, h_post: Any, h_res: Any) -> Any:
     """Give x' in the dtype of computation."""
     return _xp.mix(xp, h_res, x) + h_post[..., None] * y[..., None, :]
@@ -41,9 +46,10 @@ def mixed(xp: Any, x: Any, y: Any, h_post: Any, h_res: Any) -> Any:
 
 def back(xp: Any, x: Any, y: Any, h_post: Any, h_res: Any, g: Any) -> tuple[Any, Any, Any, Any]:
     """Give all four gradients, one per token, in the dtype of computation."""
-    return (
-        _xp.mix(xp, _xp.swap(xp, h_res), g),
-        _xp.collapse(xp, h_post, g),
-        _xp.inner(xp, g, y),
-        _xp.outer(xp, g, x),
-    )
+    dx, dy = _back_streams(xp, g, h_post, h_res)
+    return dx, dy, _xp.dot(xp, g, y[..., None, :]), _xp.outer(xp, g, x)
+
+
+@_xp.fused
+def _back_streams(xp: Any, g: Any, h_post: Any, h_res: Any) -> tuple[Any, Any]:
+    return _xp.mix(xp, _xp.swap(xp, h_res), g), _xp.collapse(xp, h_post, g)

@@ -24,11 +24,15 @@ OP = Op(
 
 def forward(x: Any, y: Any, h_pre: Any, h_post: Any, h_res: Any) -> Any:
     """H_post * (y + H_res (H_pre * x)) on the [n, D / n] views."""
-    xp = _xp.namespace(x)
+    return _forward(_xp.namespace(x), x, y, h_pre, h_post, h_res)
+
+
+@_xp.fused
+def _forward(xp: Any, x: Any, y: Any, h_pre: Any, h_post: Any, h_res: Any) -> Any:
     n = h_pre.shape[-1]
-    wide, y, h_pre, h_post, h_res = (_xp.up(xp, a) for a in (x, y, h_pre, h_post, h_res))
-    gated = h_pre[..., None] * slices(xp, wide, n)
-    out = h_post[..., None] * (slices(xp, y, n) + _xp.mix(xp, h_res, gated))
+    h_pre, h_post, h_res = (_xp.up(xp, a) for a in (h_pre, h_post, h_res))
+    gated = h_pre[..., None] * slices(xp, _xp.up(xp, x), n)
+    out = h_post[..., None] * (slices(xp, _xp.up(xp, y), n) + _xp.mix(xp, h_res, gated))
     return _xp.cast(xp, xp.reshape(out, x.shape), x)
 
 
@@ -39,14 +43,27 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None):
     n = h_pre.shape[-1]
     wide_x, wide_y, wide_g = (slices(xp, _xp.up(xp, a), n) for a in (x, y, cotangents[0]))
     wide_pre, wide_post, wide_res = (_xp.up(xp, a) for a in (h_pre, h_post, h_res))
-    gated = wide_pre[..., None] * wide_x
-    z = wide_y + _xp.mix(xp, wide_res, gated)
-    dz = wide_post[..., None] * wide_g
-    d_gated = _xp.mix(xp, _xp.swap(xp, wide_res), dz)
+    gated, z = _again(xp, wide_x, wide_y, wide_pre, wide_res)
+    dz, d_gated, dx = _back_streams(xp, wide_g, wide_pre, wide_post, wide_res)
     return (
-        _xp.cast(xp, xp.reshape(wide_pre[..., None] * d_gated, x.shape), x),
+        _xp.cast(xp, xp.reshape(dx, x.shape), x),
         _xp.cast(xp, xp.reshape(dz, y.shape), y),
-        _xp.sum_to(xp, xp.sum(d_gated * wide_x, axis=-1), h_pre),
-        _xp.sum_to(xp, xp.sum(wide_g * z, axis=-1), h_post),
+        _xp.sum_to(xp, _xp.dot(xp, d_gated, wide_x), h_pre),
+        _xp.sum_to(xp, _xp.dot(xp, wide_g, z), h_post),
         _xp.sum_to(xp, _xp.outer(xp, dz, gated), h_res),
     )
+
+
+@_xp.fused
+def _again(xp: Any, x: Any, y: Any, h_pre: Any, h_res: Any) -> tuple[Any, Any]:
+    """Give H_pre * x and z."""
+    gated = h_pre[..., None] * x
+    return gated, y + _xp.mix(xp, h_res, gated)
+
+
+@_xp.fused
+def _back_streams(xp: Any, g: Any, h_pre: Any, h_post: Any, h_res: Any) -> tuple[Any, Any, Any]:
+    """Give dz, d(H_pre * x) and dx."""
+    dz = h_post[..., None] * g
+    d_gated = _xp.mix(xp, _xp.swap(xp, h_res), dz)
+    return dz, d_gated, h_pre[..., None] * d_gated

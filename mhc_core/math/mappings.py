@@ -58,7 +58,7 @@ def projection(xp: Any, x: Any, phi: Any, norm_eps: float) -> Projected:
     """Project vec(x) and take its root mean square, over all n * C numbers of a token."""
     flat = xp.reshape(x, (*x.shape[:-2], x.shape[-2] * x.shape[-1]))
     u = _xp.project(xp, _xp.tokens(xp, flat, 1), phi)
-    square = xp.mean(flat * flat, axis=-1, keepdims=True)
+    square = _xp.dot(xp, flat, flat)[..., None] / flat.shape[-1]
     return Projected(xp.reshape(u, (*x.shape[:-2], phi.shape[0])), 1 / xp.sqrt(square + norm_eps))
 
 
@@ -135,6 +135,6 @@ def back_projection(xp: Any, x: Any, phi: Any, projected: Projected, d_product: 
     du = _xp.tokens(xp, d_product * r, 1)
     pull = xp.sum(d_product * u, axis=-1, keepdims=True) * r**3 / size
     flat = xp.reshape(x, (*x.shape[:-2], size))
-    dphi = _xp.matmul(xp, _xp.swap(xp, du), _xp.tokens(xp, flat, 1))
+    dphi = _xp.gram(xp, du, _xp.tokens(xp, flat, 1))
     dx = xp.reshape(_xp.matmul(xp, du, phi), flat.shape) - pull * flat
     return xp.reshape(dx, x.shape), dphi

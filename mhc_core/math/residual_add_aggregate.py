@@ -16,7 +16,11 @@ OP = Op(
 
 def forward(x: Any, res: Any, h_pre: Any) -> tuple[Any, Any]:
     """(x + res, sum_i h_pre_i (x + res)_i)."""
-    xp = _xp.namespace(x)
+    return _forward(_xp.namespace(x), x, res, h_pre)
+
+
+@_xp.fused
+def _forward(xp: Any, x: Any, res: Any, h_pre: Any) -> tuple[Any, Any]:
     total = _xp.up(xp, x) + _xp.up(xp, res)
     h = _xp.collapse(xp, _xp.up(xp, h_pre), total)
     return _xp.cast(xp, total, x), _xp.cast(xp, h, x)

@@ -36,7 +36,7 @@ def forward(
     xp = _xp.namespace(x)
     wide, raw = _up(xp, x, (h_pre_raw, h_post_raw, h_res_raw))
     h_pre, h_post, h_res = static_mappings.forward(*raw, iterations=iterations)
-    h = _xp.collapse(xp, h_pre, wide)
+    h = aggregate.weighted(xp, wide, h_pre)
     y = rms_norm.normalised(xp, h, _xp.up(xp, rms_weight), eps)
     return _xp.cast(xp, combine.mixed(xp, wide, y, h_post, h_res), x)
 
@@ -48,7 +48,7 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None, *, eps: float, iterati
     wide, raw = _up(xp, x, raw)
     weight = _xp.up(xp, rms_weight)
     h_pre, h_post, h_res = static_mappings.forward(*raw, iterations=iterations)
-    h = _xp.collapse(xp, h_pre, wide)
+    h = aggregate.weighted(xp, wide, h_pre)
     y = rms_norm.normalised(xp, h, weight, eps)
     g = _xp.up(xp, cotangents[0])
     dx, dy, dh_post, dh_res = combine.back(xp, wide, y, h_post, h_res, g)

@@ -6,6 +6,7 @@ Forward-mode differentiation (jax.jvp) is not defined for custom_vjp functions, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -92,3 +93,8 @@ def vmap(function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callabl
 def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     """jax.checkpoint."""
     return jax.checkpoint(function)
+
+
+def dtype_context(dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """Enter JAX's x64 mode, without which float64 arrays cannot be made."""
+    return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()

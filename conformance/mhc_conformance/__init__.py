@@ -1,0 +1,29 @@
+"""The conformance kit: shows that a backend of mhc-core computes the right forwards and gradients.
+
+From pytest, two lines make the suite of a backend::
+
+    from mhc_conformance import BackendConformance
+
+    class TestMine(BackendConformance):
+        backend = "mine"
+
+From a shell, ``mhc conformance mine``.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from mhc_conformance.checks import CHECKS, Record, applies, check, grid
+from mhc_conformance.subject import Subject
+
+if TYPE_CHECKING:
+    from mhc_conformance.suite import BackendConformance
+
+__all__ = ["CHECKS", "BackendConformance", "Record", "Subject", "applies", "check", "grid"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "BackendConformance":  # needs pytest, which the command does without
+        from mhc_conformance.suite import BackendConformance
+
+        return BackendConformance
+    raise AttributeError(name)

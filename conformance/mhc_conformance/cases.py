@@ -1,0 +1,337 @@
+"""What every op is tried on: sizes, static arguments and inputs, all from one seed.
+
+The shapes come from the ops' own declarations. The grid is pruned: each size class meets each
+variant of an op at least once (they are paired in turn), not every one with every other, because
+no backend's code depends on more than one of them at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from mhc_conformance import oracle
+from mhc_core import DEEPSEEK_V4, DEEPSEEK_V41, LIGER, PAPER, math
+from mhc_core._signature import Op, signature
+
+__all__ = ["Case", "Data", "Sizes", "cases", "numpy_dtype", "simple_case"]
+
+Array = NDArray[Any]
+Draw = Callable[[np.random.Generator, tuple[int, ...]], Array]
+
+
+def numpy_dtype(name: str) -> Any:
+    """Return NumPy's dtype of that name, bfloat16 included."""
+    return ml_dtypes.bfloat16 if name == "bfloat16" else np.dtype(name)
+
+
+# --- sizes ------------------------------------------------------------------------------------
+
+
+class Sizes(NamedTuple):
+    """One size class, with the bug that it is there to catch."""
+
+    leading: tuple[int, ...]
+    n: int
+    C: int
+    why: str
+
+
+SIZES = (
+    Sizes((2, 3), 4, 8, "an ordinary batch"),
+    Sizes((7,), 3, 37, "n no multiple of 4, C no multiple of a vector"),
+    Sizes((), 4, 5, "no leading axes"),
+    Sizes((5,), 1, 7, "one stream: H_res is 1"),
+    Sizes((3,), 2, 1, "one channel"),
+    Sizes((4,), 4, 4, "all sizes equal: a matrix normalised on the wrong axes still fits"),
+    Sizes((0,), 4, 8, "no tokens at all"),
+    Sizes((2,), 9, 12, "n past a loop unrolled by 8, and no multiple of it"),
+    Sizes((1031,), 4, 3, "many tokens, an odd number: carry-over between rows"),
+    Sizes((3,), 4, 1028, "many channels, with a tail"),
+    Sizes((2,), 32, 6, "the most streams that kernels take"),
+)
+SMALL = SIZES[0]
+
+
+# --- inputs -----------------------------------------------------------------------------------
+
+
+def _normal(scale: float, shift: float = 0.0) -> Draw:
+    return lambda rng, shape: rng.normal(shift, scale, shape)
+
+
+def _positive(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return rng.uniform(0.05, 1.95, shape)
+
+
+def _projection(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return rng.normal(0, 1, shape) / np.sqrt(shape[-1])
+
+
+def _mixing(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Positive, of the size of a doubly stochastic matrix, but not symmetric in any way."""
+    return rng.uniform(0.05, 1.95, shape) / shape[-1]
+
+
+DRAWS: Mapping[str, Draw] = {
+    "logits": _normal(2),
+    "matrix": _normal(2),
+    "h_res_raw": _normal(2),
+    "phi": _projection,
+    "scale": _positive,
+    "h_pre": _positive,
+    "h_post": _positive,
+    "h_res": _mixing,
+    "rms_weight": _positive,
+    "weight": _positive,
+}
+STREAMS = frozenset({"x", "y", "res", "h"})  # of the streams' dtype; everything else is float32
+
+
+# --- cases ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one op; everything in it follows from its fields and a seed."""
+
+    op: str
+    label: str
+    sizes: Sizes
+    static: tuple[tuple[str, Any], ...] = ()
+    draws: tuple[tuple[str, Draw], ...] = ()  # instead of DRAWS
+    shared: bool = False  # one H_pre, H_post, H_res for all tokens
+    optional: bool = False  # with the op's optional array
+    narrow: bool = False  # parameters and mappings in the streams' dtype too
+    gradient_scale: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """How reports name it."""
+        sizes = self.sizes
+        return f"{self.label} (leading {sizes.leading}, n={sizes.n}, C={sizes.C})"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The static arguments."""
+        return dict(self.static)
+
+
+class Data(NamedTuple):
+    """A case's arrays, and what the oracle says of them where it can say it beforehand."""
+
+    primals: tuple[Array, ...]
+    cotangents: tuple[Array, ...]
+
+
+def declaration(op: str) -> Op:
+    """Return the declaration of an op."""
+    return math.load(op).OP
+
+
+@lru_cache(maxsize=512)
+def data(case: Case, dtype: str, seed: int) -> Data:
+    """Draw a case's arrays."""
+    words = f"{case.op} {case.label} {case.sizes} {seed}"
+    rng = np.random.default_rng(zlib.crc32(words.encode()))
+    op = declaration(case.op)
+    draws = {**DRAWS, **dict(case.draws)}
+    names = [name for name in op.arrays if case.optional or name != op.optional]
+    primals = tuple(
+        draws.get(name, _normal(1))(rng, _shape(op, name, case)).astype(
+            numpy_dtype(_dtype(name, dtype, case.narrow))
+        )
+        for name in names
+    )
+    if case.op == "sinkhorn_knopp":
+        primals = (_decided(rng, primals[0], **case.options),)
+    call = signature(declaration, case.op, primals, case.options)
+    cotangents = tuple(
+        (rng.normal(size=shape) * case.gradient_scale).astype(numpy_dtype(name))
+        for shape, name in zip(call.output_shapes, call.output_dtypes, strict=True)
+    )
+    return Data(primals, cotangents)
+
+
+def _shape(op: Op, name: str, case: Case) -> tuple[int, ...]:
+    leading, n, C, _ = case.sizes
+    known = {"n": n, "C": C, "D": n * C, "m": n * n + 2 * n, "nC": n * C}
+    words = op.patterns[name][-1 if case.shared else 0]
+    ahead = leading if words[0] == "..." else ()
+    return (*ahead, *(known[w] if w in known else int(w) for w in words if w != "..."))
+
+
+def _dtype(name: str, dtype: str, narrow: bool) -> str:
+    if narrow or name in STREAMS or dtype == "float64" or name in ("logits", "matrix"):
+        return dtype
+    return "float32"
+
+
+def _decided(
+    rng: np.random.Generator, matrices: Array, max_iterations: int, epsilon: float, log_space: bool
+) -> Array:
+    """Redraw each matrix whose error comes so close to epsilon that rounding would decide."""
+    matrices = matrices.copy()
+    while (again := _undecided(matrices, max_iterations, epsilon, log_space)).any():
+        matrices[again] = rng.normal(0, 2, matrices[again].shape)
+    return matrices
+
+
+def _undecided(matrices: Array, max_iterations: int, epsilon: float, log_space: bool) -> Array:
+    running = np.ones(matrices.shape[:-2], bool)
+    close = ~running
+    for steps in range(1, max_iterations + 1):
+        options = {"max_iterations": steps, "epsilon": 0.0, "log_space": log_space}
+        (value,) = oracle.forward("sinkhorn_knopp", (matrices,), **options)
+        errors = [np.abs(value.sum(axis=axis) - 1).max(axis=-1) for axis in (-1, -2)]
+        error = np.maximum(*errors)
+        close |= running & (0.98 * epsilon < error) & (error < 1.02 * epsilon)
+        running &= error >= epsilon
+    return close
+
+
+# --- the case list: a new op adds its lines here --------------------------------------------------
+
+VARIANTS = (
+    ("PAPER", PAPER),
+    ("DEEPSEEK_V4", DEEPSEEK_V4),
+    ("DEEPSEEK_V41", DEEPSEEK_V41),
+    ("LIGER", LIGER),
+    ("rows first, transposed, eps 0", replace(PAPER, sinkhorn_first="rows", res_transposed=True)),
+    (
+        "large eps everywhere",
+        replace(DEEPSEEK_V4, norm_eps=0.3, pre_eps=0.2, post_scale=1.5, sinkhorn_eps=0.1),
+    ),
+    ("one iteration, eps", replace(LIGER, sinkhorn_iterations=1)),
+    ("one iteration, eps 0", replace(PAPER, sinkhorn_iterations=1)),
+)
+
+Static = tuple[tuple[str, Any], ...]
+
+
+def _statics(**choices: Sequence[Any]) -> list[tuple[str, Static]]:
+    """Every combination, named by itself."""
+    combinations = [dict(zip(choices, v, strict=True)) for v in itertools.product(*choices.values())]
+    return [
+        (", ".join(f"{k}={v}" for k, v in c.items()) or "plain", tuple(c.items()))
+        for c in combinations
+    ]
+
+
+_BY_VARIANT = [(label, (("variant", variant),)) for label, variant in VARIANTS]
+
+STATICS: Mapping[str, list[tuple[str, Static]]] = {
+    "sinkhorn": _statics(iterations=(20, 1, 3), eps=(0.0, 1e-6, 0.1), first=("columns", "rows")),
+    "mappings": _BY_VARIANT,
+    "pre": _BY_VARIANT,
+    "combine_pre": _BY_VARIANT,
+    "head": _BY_VARIANT[:2],
+    "expand": [],  # n follows from the size class
+    "contract": _statics(how=("sum", "mean")),
+    "rms_norm": _statics(eps=(1e-5, 0.1)),
+    "static_layer": _statics(eps=(1e-5, 0.1), iterations=(20, 2)),
+    "static_mappings": _statics(iterations=(20, 2)),
+    "sinkhorn_knopp": _statics(
+        max_iterations=(20, 3), epsilon=(0.02, 0.0), log_space=(True, False)
+    ),
+}
+
+
+def _constant(value: float) -> Draw:
+    return lambda _, shape: np.full(shape, value)
+
+
+def _dominated(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Near a permutation, with entries far beyond exp's range; one line far below all others."""
+    logits = rng.normal(0, 1, shape) + 200 * np.eye(shape[-1])[rng.permutation(shape[-1])]
+    logits[..., 0, :] -= 300
+    return logits
+
+
+def _masked(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """-inf wherever a cyclic band does not pass: every line keeps two finite entries."""
+    n = shape[-1]
+    band = np.eye(n, dtype=bool) | np.roll(np.eye(n, dtype=bool), 1, axis=1)
+    return np.where(band, rng.normal(0, 1, shape), -np.inf)
+
+
+def _identity_init(_: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return np.broadcast_to(np.eye(shape[-1]) * 12 - 12, shape)
+
+
+V4 = (("variant", DEEPSEEK_V4),)
+LOG = (("iterations", 20), ("eps", 0.0), ("first", "columns"))
+EPS = (("iterations", 20), ("eps", 1e-6), ("first", "columns"))
+ZERO = _constant(0.0)
+
+SPECIAL: Sequence[Case] = (
+    # exp without a max shift overflows above 88; a line that underflows is 0 / 0 by division
+    Case("sinkhorn", "logits far beyond exp's range, eps 0", SMALL, LOG, (("logits", _dominated),)),
+    Case("sinkhorn", "logits beyond exp's range, eps", SMALL, EPS, (("logits", _normal(60)),)),
+    Case("sinkhorn", "masked by -inf, eps 0", SMALL, LOG, (("logits", _masked),)),
+    Case("sinkhorn", "masked by -inf, eps", SMALL, EPS, (("logits", _masked),)),
+    # the gradient of H_res must not vanish at the starts that everyone uses
+    Case("sinkhorn", "all logits equal", SMALL, LOG, (("logits", ZERO),)),
+    Case("sinkhorn", "identity start", SMALL, EPS, (("logits", _identity_init),)),
+    Case("mappings", "all parameters zero", SMALL, V4, (("phi", ZERO), ("bias", ZERO))),
+    Case("pre", "small scale, as trained from", SMALL, V4, (("scale", _constant(0.01)),)),
+    # real streams and gradients are not of size one
+    Case("mappings", "large streams", SMALL, V4, (("x", _normal(300)),)),
+    Case("mappings", "tiny streams", SMALL, (("variant", PAPER),), (("x", _normal(1e-3)),)),
+    Case("pre", "large gradients", SMALL, V4, gradient_scale=3e3),
+    Case("combine_pre", "large gradients", SMALL, V4, gradient_scale=3e3),
+    Case("static_layer", "large gradients", SMALL, STATICS["static_layer"][0][1], gradient_scale=3e3),
+    # single-pass mHC: the mix comes from the sublayer before
+    Case("combine_pre", "h_pre given", SMALL, V4, optional=True),
+    Case("combine_pre", "h_pre given, shared", SMALL, V4, optional=True, shared=True),
+    # one H_pre, H_post, H_res for all tokens: their gradients are summed over the tokens
+    *(
+        Case(op, "shared mappings", size, shared=True)
+        for op in ("aggregate", "combine", "gated_combine", "pre_scale", "residual_add_aggregate")
+        for size in (SMALL, Sizes((0,), 4, 8, "no tokens"), Sizes((33,), 3, 5, "odd"))
+    ),
+    # parameters in the streams' dtype
+    *(
+        Case(op, "parameters as narrow as streams", SMALL, V4, narrow=True)
+        for op in ("mappings", "pre", "combine_pre", "head")
+    ),
+    *(
+        Case(op, "mappings as narrow as streams", SMALL, narrow=True)
+        for op in ("aggregate", "combine", "gated_combine", "residual_add_aggregate")
+    ),
+    Case("rms_norm", "weight as narrow as x", SMALL, (("eps", 1e-5),), narrow=True),
+)
+
+
+def cases(op: str, dtype: str = "float32", full: bool = False) -> Iterator[Case]:
+    """Give an op's cases: its sizes paired with its static choices in turn, then the special ones.
+
+    In dtypes other than float32, which differ from it in rounding alone, only the first of the
+    cases and those with narrow parameters; ``full`` gives all in every dtype.
+    """
+    choices = STATICS.get(op) or [("plain", ())]
+    count = max(len(SIZES), len(choices))
+    if dtype != "float32" and not full:
+        count = 2
+    for index in range(count):
+        sizes = SIZES[index % len(SIZES)]
+        label, static = choices[index % len(choices)]
+        if op == "expand":
+            static = (("n", sizes.n),)
+        yield Case(op, label, sizes, static)
+    for case in SPECIAL:
+        if case.op == op and (full or dtype == "float32" or case.narrow):
+            yield case
+
+
+def simple_case(op: str) -> Case:
+    """One ordinary case, for what depends on neither sizes nor values."""
+    return next(cases(op))

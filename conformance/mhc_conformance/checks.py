@@ -1,0 +1,334 @@
+"""The checks: each holds one op of one backend, in one dtype, against the float64 oracle.
+
+A check yields comparisons, result by result; a record keeps the worst of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mhc_conformance import oracle
+from mhc_conformance.cases import Case, cases, data, declaration, numpy_dtype, simple_case
+from mhc_conformance.subject import Subject
+from mhc_conformance.tolerances import Kind, tolerance
+
+__all__ = ["CHECKS", "Record", "applies", "check"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The outcome of one check."""
+
+    backend: str
+    op: str
+    dtype: str
+    kind: str
+    error: float
+    tolerance: float
+    passed: bool
+    cases: int
+    seed: int
+    detail: str = ""  # of the worst comparison that failed
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give a dict for JSON; an error that is no number is null."""
+        record = asdict(self)
+        record["error"] = self.error if math.isfinite(self.error) else None
+        return record
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One array against the oracle's."""
+
+    where: str
+    error: float
+    tolerance: float
+    problem: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it holds; an error that is NaN does not."""
+        return not self.problem and self.error <= self.tolerance
+
+    @property
+    def badness(self) -> float:
+        """How it ranks: the share of the tolerance that is used up."""
+        if self.problem or math.isnan(self.error):
+            return math.inf
+        return self.error / self.tolerance if self.tolerance else self.error
+
+
+# --- comparing --------------------------------------------------------------------------------
+
+
+def _compare(
+    op: str, kind: Kind, where: str, got: Array, want: Array, dtype: str
+) -> Comparison:
+    """Compare one array; its dtype and shape count too."""
+    limit = tolerance(op, kind, dtype)
+    if got.dtype != numpy_dtype(dtype) or got.shape != want.shape:
+        have = f"{got.dtype} {got.shape}"
+        return Comparison(where, math.nan, limit, f"is {have}; needs {dtype} {want.shape}")
+    if not want.size:
+        return Comparison(where, 0.0, limit)
+    difference = np.abs(got.astype(np.float64) - want)
+    scale = np.abs(want).max()
+    return Comparison(where, float(difference.max() / (scale or 1.0)), limit)
+
+
+def _compare_all(
+    case: Case, kind: Kind, got: Sequence[Array], want: Sequence[Array], like: Sequence[str]
+) -> Iterator[Comparison]:
+    op = declaration(case.op)
+    names = list(op.outputs) if kind == "forward" else [f"d {name}" for name in op.arrays]
+    if len(got) != len(want):
+        problem = f"has {len(got)} arrays; needs {len(want)}"
+        yield Comparison(case.name, math.nan, 0.0, problem)
+        return
+    for name, one, other, dtype in zip(names, got, want, like, strict=False):
+        yield _compare(case.op, kind, f"{name} of {case.name}", one, other, dtype)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One case on one backend, with what the oracle makes of it."""
+
+    subject: Subject
+    case: Case
+    dtype: str
+    seed: int
+
+    @property
+    def primals(self) -> tuple[Array, ...]:
+        return data(self.case, self.dtype, self.seed).primals
+
+    @property
+    def cotangents(self) -> tuple[Array, ...]:
+        return data(self.case, self.dtype, self.seed).cotangents
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return self.subject.function(self.case.op, self.case.options)
+
+    def _seam(self) -> dict[str, Any]:
+        """Give the oracle the streams as the backend rounded them, where the op reads them so."""
+        if self.case.op != "combine_pre":
+            return {}
+        outputs = self.subject.give(self.function(*self.subject.take(self.primals)))
+        return {"x_rounded": outputs[0]}
+
+    def forward(self, got: Any) -> Iterator[Comparison]:
+        """Hold outputs against the oracle's."""
+        want = oracle.forward(self.case.op, self.primals, **self.case.options, **self._seam())
+        like = [str(cotangent.dtype) for cotangent in self.cotangents]
+        yield from _compare_all(self.case, "forward", self.subject.give(got), want, like)
+
+    def gradients(self, got: Any) -> Iterator[Comparison]:
+        """Hold gradients against the oracle's."""
+        want = oracle.gradients(
+            self.case.op, self.primals, self.cotangents, **self.case.options, **self._seam()
+        )
+        like = [str(primal.dtype) for primal in self.primals]
+        yield from _compare_all(self.case, "gradient", self.subject.give(got), want, like)
+
+    def loss(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Give sum(cotangent * output) as a function of the primals."""
+
+        def loss(*arrays: Any) -> Any:
+            own = self.subject.take(self.cotangents)
+            outputs = function(*arrays)
+            several = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+            parts = [(c * o).sum() for c, o in zip(own, several, strict=True)]
+            return sum(parts[1:], parts[0])
+
+        return loss
+
+    def native_gradients(self, wrap: Callable[..., Any] = lambda f: f) -> Any:
+        """Differentiate by the library's own grad."""
+        argnums = range(len(self.primals))
+        loss = self.loss(wrap(self.function))
+        return self.subject.transform("grad")(loss, argnums)(*self.subject.take(self.primals))
+
+
+def _trials(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[_Trial]:
+    largest = subject.spec.sizes[1]
+    for case in cases(op, dtype, subject.full):
+        if largest is None or case.sizes.n <= largest:
+            yield _Trial(subject, case, dtype, seed)
+
+
+# --- the checks -------------------------------------------------------------------------------
+
+
+def forward(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
+    """Every case's outputs: values, shapes and dtypes."""
+    for trial in _trials(subject, op, dtype, seed):
+        yield from trial.forward(trial.function(*subject.take(trial.primals)))
+
+
+def gradient(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
+    """Every case's gradients through mhc_core.vjp."""
+    for trial in _trials(subject, op, dtype, seed):
+        primals, cotangents = subject.take(trial.primals), subject.take(trial.cotangents)
+        yield from trial.gradients(subject.vjp(op, primals, cotangents, trial.case.options))
+
+
+def grad(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
+    """Gradients through the library's own autodiff: one case, two in float32, all with --full."""
+    count = None if subject.full else 2 if dtype == ONE_DTYPE else 1
+    for trial in itertools.islice(_trials(subject, op, dtype, seed), count):
+        yield from trial.gradients(trial.native_gradients())
+
+
+def compile(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
+    """Forward, and gradient where there is one, inside the library's compiler."""
+    trial = _Trial(subject, simple_case(op), dtype, seed)
+    compiled = subject.transform("compile")
+    own = subject.take(trial.primals)
+    yield from trial.forward(compiled(trial.function)(*own))
+    if subject.lacks("grad") is None:
+        argnums = range(len(own))
+        whole = subject.transform("grad")(trial.loss(trial.function), argnums)
+        yield from trial.gradients(compiled(whole)(*own))
+
+
+def vmap(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
+    """Forward and gradient, mapped over the first leading axis of what has leading axes."""
+    trial = _Trial(subject, simple_case(op), dtype, seed)
+    declared = declaration(op)
+    names = list(declared.arrays)[: len(trial.primals)]
+    axes = [0 if _has_leading(declared, name, a) else None for name, a in zip(names, trial.primals)]
+    mapped = subject.transform("vmap")(trial.function, axes)
+    yield from trial.forward(mapped(*subject.take(trial.primals)))
+    if subject.lacks("grad") is None:
+        yield from trial.gradients(trial.native_gradients(lambda _: mapped))
+
+
+def _has_leading(op: Any, name: str, array: Array) -> bool:
+    words = op.patterns[name][0]
+    return words[0] == "..." and array.ndim >= len(words)
+
+
+def checkpoint(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
+    """Forward and gradient, recomputed in the backward."""
+    trial = _Trial(subject, simple_case(op), dtype, seed)
+    wrapped = subject.transform("checkpoint")
+    yield from trial.forward(wrapped(trial.function)(*subject.take(trial.primals)))
+    yield from trial.gradients(trial.native_gradients(wrapped))
+
+
+def strided(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
+    """Inputs that are views with gaps: every second number of arrays twice as long."""
+    trial = _Trial(subject, simple_case(op), dtype, seed)
+    own = [array[..., ::2] for array in subject.take([np.repeat(p, 2, -1) for p in trial.primals])]
+    cotangents = [c[..., ::2] for c in subject.take([np.repeat(c, 2, -1) for c in trial.cotangents])]
+    yield from trial.forward(trial.function(*own))
+    yield from trial.gradients(subject.vjp(op, tuple(own), tuple(cotangents), trial.case.options))
+
+
+def repeated(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
+    """Two runs give the same bits, forward and gradient."""
+    for trial in itertools.islice(_trials(subject, op, dtype, seed), 2):
+        own, cotangents = subject.take(trial.primals), subject.take(trial.cotangents)
+        runs = [
+            [
+                *subject.give(trial.function(*own)),
+                *subject.give(subject.vjp(op, own, cotangents, trial.case.options)),
+            ]
+            for _ in range(2)
+        ]
+        for first, second in zip(*runs, strict=True):
+            same = first.tobytes() == second.tobytes()
+            problem = "" if same else "differs between two runs on the same input"
+            yield Comparison(trial.case.name, 0.0, 0.0, problem)
+
+
+def host(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
+    """NumPy arrays, taken in because the backend was chosen by name; its own arrays come back."""
+    trial = _Trial(subject, simple_case(op), dtype, seed)
+    outputs = trial.function(*trial.primals)
+    kind = type(subject.take(trial.primals[:1])[0])
+    several = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    if not all(isinstance(output, kind) for output in several):
+        yield Comparison(trial.case.name, math.nan, 0.0, f"gave {type(several[0])}, not {kind}")
+    yield from trial.forward(outputs)
+    gradients = subject.vjp(op, trial.primals, trial.cotangents, trial.case.options)
+    yield from trial.gradients(gradients)
+
+
+Check = Callable[[Subject, str, str, int], Iterator[Comparison]]
+
+CHECKS: Mapping[str, Check] = {
+    "forward": forward,
+    "gradient": gradient,
+    "grad": grad,
+    "compile": compile,
+    "vmap": vmap,
+    "checkpoint": checkpoint,
+    "strided": strided,
+    "repeated": repeated,
+    "host": host,
+}
+EVERY_DTYPE = ("forward", "gradient", "grad")
+ONE_DTYPE = "float32"  # of the other checks, which look at structure and not at rounding
+
+
+def applies(subject: Subject, op: str, dtype: str, kind: str) -> str | None:
+    """Say why a check does not apply, or None where it must hold."""
+    if op not in subject.spec.ops:
+        return f"{subject.name} has no {op}"
+    if dtype not in subject.spec.dtypes:
+        return f"{subject.name} has no {dtype}"
+    if kind == "checkpoint" and subject.lacks("grad"):
+        return subject.lacks("grad")
+    return subject.lacks(kind)
+
+
+def grid(subject: Subject) -> Iterator[tuple[str, str, str]]:
+    """Give every (op, dtype, kind) that the backend declares to hold."""
+    for kind in CHECKS:
+        for op in subject.spec.ops:
+            for dtype in subject.spec.dtypes:
+                once = kind in EVERY_DTYPE or dtype == ONE_DTYPE
+                if once and applies(subject, op, dtype, kind) is None:
+                    yield op, dtype, kind
+
+
+def check(subject: Subject, op: str, dtype: str, kind: str, seed: int = 0) -> Record:
+    """Run one check and keep the worst of its comparisons."""
+    try:
+        with subject.dtype_context(dtype):
+            found = list(CHECKS[kind](subject, op, dtype, seed))
+    except Exception as error:  # whatever a backend does, the report goes on
+        found = [Comparison(op, math.nan, math.nan, f"raised {type(error).__name__}: {error}")]
+    worst = max(found, key=lambda comparison: comparison.badness)
+    return Record(
+        backend=subject.name,
+        op=op,
+        dtype=dtype,
+        kind=kind,
+        error=worst.error,
+        tolerance=worst.tolerance,
+        passed=worst.passed,
+        cases=len(found),
+        seed=seed,
+        detail="" if worst.passed else _detail(subject, op, dtype, kind, seed, worst),
+    )
+
+
+def _detail(
+    subject: Subject, op: str, dtype: str, kind: str, seed: int, worst: Comparison
+) -> str:
+    what = worst.problem or f"is off by {worst.error:.3g}, allowed {worst.tolerance:.3g}"
+    again = f"mhc conformance {subject.name} --op {op} --dtype {dtype} --kind {kind} --seed {seed}"
+    return f"{op} {kind} {dtype} on {subject.name}: {worst.where} {what}. Again: {again}"

@@ -1,0 +1,355 @@
+"""Every op of mHC in float64, written from the formulas, with gradients from the tape.
+
+Shapes: streams x ``[..., n, C]``, layer outputs y ``[..., C]``, H_pre and H_post ``[..., n]``,
+H_res ``[..., n, n]`` with ``x'_i = sum_j H_res[i, j] x_j``. H_pre, H_post and H_res are per
+token, or shared by all tokens (``[n]`` and ``[n, n]``).
+
+An op takes and returns values of the tape. ``forward`` and ``gradients`` call one by name on
+arrays of any float dtype, which are raised to float64 exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mhc_conformance.autodiff import (
+    Array,
+    Value,
+    broadcast_to,
+    exp,
+    logsumexp,
+    maximum,
+    pull_back,
+    real_part,
+    sigmoid,
+    straight_through,
+    total,
+    value,
+    where,
+)
+
+__all__ = [
+    "OPS",
+    "Variant",
+    "aggregate",
+    "combine",
+    "combine_pre",
+    "contract",
+    "expand",
+    "forward",
+    "gated_combine",
+    "gradients",
+    "head",
+    "mappings",
+    "pre",
+    "pre_scale",
+    "residual_add_aggregate",
+    "rms_norm",
+    "sinkhorn",
+    "sinkhorn_knopp",
+    "static_layer",
+    "static_mappings",
+]
+
+
+class Variant(Protocol):
+    """What the oracle reads from a variant."""
+
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def pre_eps(self) -> float: ...
+    @property
+    def post_scale(self) -> float: ...
+    @property
+    def sinkhorn_iterations(self) -> int: ...
+    @property
+    def sinkhorn_eps(self) -> float: ...
+    @property
+    def sinkhorn_first(self) -> str: ...
+    @property
+    def res_transposed(self) -> bool: ...
+
+
+Result: TypeAlias = "Value | tuple[Value, ...]"
+
+
+# --- Sinkhorn ---------------------------------------------------------------------------------
+
+
+def sinkhorn(
+    logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"
+) -> Value:
+    """Normalise the lines of ``exp(logits)`` in turn, columns or rows first.
+
+    The log domain of eps=0 is the division form without its overflow: ``L -= log(sum exp L)``
+    divides by the sum.
+    """
+    a, b = _lines(first)
+    if eps == 0:
+        for _ in range(iterations):
+            logits = logits - logsumexp(logits, a)
+            logits = logits - logsumexp(logits, b)
+        return exp(logits)
+    matrix = exp(logits - logsumexp(logits, a)) + eps
+    matrix = matrix / (total(matrix, b) + eps)
+    for _ in range(iterations - 1):
+        matrix = matrix / (total(matrix, a) + eps)
+        matrix = matrix / (total(matrix, b) + eps)
+    return matrix
+
+
+def _lines(first: str) -> tuple[int, int]:
+    """The axes to sum over, first and second: a column is summed over its rows, axis -2."""
+    if first not in ("columns", "rows"):
+        raise ValueError(f"sinkhorn: first is {first!r}; needs 'columns' or 'rows'")
+    return (-2, -1) if first == "columns" else (-1, -2)
+
+
+def sinkhorn_knopp(
+    matrix: Value, max_iterations: int = 100, epsilon: float = 1e-6, log_space: bool = True
+) -> Value:
+    """Rows, then columns, until every line of a matrix sums to 1 within epsilon.
+
+    Each matrix of a batch stops by itself, after a whole step. ``log_space=False`` starts from
+    ``max(exp(matrix), 1e-10)`` and divides.
+    """
+    current = matrix if log_space else maximum(exp(matrix), 1e-10)
+    running = np.ones((*matrix.shape[:-2], 1, 1), dtype=np.bool_)
+    for _ in range(max_iterations):
+        if not running.any():
+            break
+        following = current
+        for line in (-1, -2):
+            if log_space:
+                following = following - logsumexp(following, line)
+            else:
+                following = following / total(following, line)
+        current = where(running, following, current)
+        running = running & ~_converged(current, epsilon, log_space)
+    return exp(current) if log_space else current
+
+
+def _converged(current: Value, epsilon: float, log_space: bool) -> NDArray[np.bool_]:
+    """Whether each matrix has met both conditions, as ``[..., 1, 1]``."""
+    # A decision, not a quantity: it is taken on values and has no derivative.
+    entries = real_part(current.data)
+    matrix = np.exp(entries) if log_space else entries
+    errors = [np.abs(np.sum(matrix, axis=axis, keepdims=True) - 1.0) for axis in (-1, -2)]
+    largest = [np.max(error, axis=(-1, -2), keepdims=True) for error in errors]
+    return (largest[0] < epsilon) & (largest[1] < epsilon)
+
+
+# --- mappings ---------------------------------------------------------------------------------
+
+
+def mappings(
+    x: Value, phi: Value, scale: Value, bias: Value, variant: Variant
+) -> tuple[Value, Value, Value]:
+    """H_pre, H_post and H_res of every token (eqs. 7-8 and 14-19)."""
+    n = x.shape[-2]
+    z = _project(x, phi, variant.norm_eps)
+    z_pre = z[..., :n] * scale[0] + bias[:n]
+    z_post = z[..., n : 2 * n] * scale[1] + bias[n : 2 * n]
+    z_res = z[..., 2 * n :] * scale[2] + bias[2 * n :]
+    logits = z_res.reshape(*z.shape[:-1], n, n)
+    if variant.res_transposed:
+        logits = logits.swapaxes(-1, -2)
+    return (
+        sigmoid(z_pre) + variant.pre_eps,
+        variant.post_scale * sigmoid(z_post),
+        sinkhorn(logits, variant.sinkhorn_iterations, variant.sinkhorn_eps, variant.sinkhorn_first),
+    )
+
+
+def _project(x: Value, phi: Value, norm_eps: float) -> Value:
+    """``(vec(x) @ phi.T) * rsqrt(mean(vec(x)^2) + norm_eps)``, ``[..., rows of phi]``."""
+    leading, size = x.shape[:-2], x.shape[-2] * x.shape[-1]
+    vec = x.reshape(math.prod(leading), size)
+    r = (total(vec * vec, -1) / size + norm_eps) ** -0.5
+    return (vec @ phi.swapaxes(0, 1) * r).reshape(*leading, phi.shape[0])
+
+
+def static_mappings(
+    h_pre_raw: Value, h_post_raw: Value, h_res_raw: Value, iterations: int = 20
+) -> tuple[Value, Value, Value]:
+    """The mappings of the static forms, from parameters alone."""
+    H_res = sinkhorn(h_res_raw, iterations, 0.0, "rows")
+    return sigmoid(h_pre_raw), 2.0 * sigmoid(h_post_raw), H_res
+
+
+# --- streams ----------------------------------------------------------------------------------
+
+
+def aggregate(x: Value, h_pre: Value) -> Value:
+    """``sum_i H_pre_i x_i``."""
+    return _drop(total(h_pre[..., None] * x, -2))
+
+
+def combine(x: Value, y: Value, h_post: Value, h_res: Value) -> Value:
+    """``H_res x + H_post (outer) y``."""
+    return h_res @ x + h_post[..., None] * y[..., None, :]
+
+
+def pre(
+    x: Value, phi: Value, scale: Value, bias: Value, variant: Variant
+) -> tuple[Value, Value, Value]:
+    """Mappings and aggregate: h, H_post, H_res."""
+    H_pre, H_post, H_res = mappings(x, phi, scale, bias, variant)
+    return aggregate(x, H_pre), H_post, H_res
+
+
+def combine_pre(
+    x: Value,
+    y: Value,
+    h_post: Value,
+    h_res: Value,
+    phi: Value,
+    scale: Value,
+    bias: Value,
+    h_pre: Value | None = None,
+    *,
+    variant: Variant,
+    x_rounded: NDArray[Any] | None = None,
+) -> tuple[Value, Value, Value, Value, Value]:
+    """Combine of one sublayer, mappings and aggregate of the next: x', h', and the mappings.
+
+    h' is collapsed with h_pre where it is given (V4.1), else with the H_pre' found here.
+    ``x_rounded`` is what the second half reads in place of x': a library that stores the streams
+    in fewer bits reads them back as stored.
+    """
+    x_next = combine(x, y, h_post, h_res)
+    stored = x_next if x_rounded is None else straight_through(x_next, _raised(x_rounded))
+    H_pre, H_post, H_res = mappings(stored, phi, scale, bias, variant)
+    h = aggregate(stored, H_pre if h_pre is None else h_pre)
+    return x_next, h, H_pre, H_post, H_res
+
+
+def head(x: Value, phi: Value, scale: Value, bias: Value, variant: Variant) -> Value:
+    """Collapse of the streams before the output: one sigmoid weight for each."""
+    weights = sigmoid(_project(x, phi, variant.norm_eps) * scale + bias) + variant.pre_eps
+    return aggregate(x, weights)
+
+
+def expand(h: Value, n: int) -> Value:
+    """The n equal streams that a model starts from."""
+    return broadcast_to(h[..., None, :], (*h.shape[:-1], n, h.shape[-1]))
+
+
+def contract(x: Value, how: str = "sum") -> Value:
+    """The sum or the mean of the streams."""
+    if how not in ("sum", "mean"):
+        raise ValueError(f"contract: how is {how!r}; needs 'sum' or 'mean'")
+    summed = _drop(total(x, -2))
+    return summed if how == "sum" else summed / x.shape[-2]
+
+
+def _drop(summed: Value) -> Value:
+    """Remove the axis of streams, which ``total`` left with size 1."""
+    return summed[..., 0, :]
+
+
+def rms_norm(x: Value, weight: Value, eps: float) -> Value:
+    """``x * rsqrt(mean(x^2) + eps) * weight`` along the last axis."""
+    return x * (total(x * x, -1) / x.shape[-1] + eps) ** -0.5 * weight
+
+
+def residual_add_aggregate(x: Value, res: Value, h_pre: Value) -> tuple[Value, Value]:
+    """``x + res`` and its aggregate."""
+    added = x + res
+    return added, aggregate(added, h_pre)
+
+
+# --- static forms -----------------------------------------------------------------------------
+
+
+def static_layer(
+    x: Value,
+    h_pre_raw: Value,
+    h_post_raw: Value,
+    h_res_raw: Value,
+    rms_weight: Value,
+    eps: float = 1e-5,
+    iterations: int = 20,
+) -> Value:
+    """``H_res x + H_post (outer) rms_norm(aggregate(x, H_pre))``."""
+    H_pre, H_post, H_res = static_mappings(h_pre_raw, h_post_raw, h_res_raw, iterations)
+    return combine(x, rms_norm(aggregate(x, H_pre), rms_weight, eps), H_post, H_res)
+
+
+def gated_combine(x: Value, y: Value, h_pre: Value, h_post: Value, h_res: Value) -> Value:
+    """``H_post * (y + H_res (H_pre * x))``, where the streams are n slices of the last axis."""
+    n = h_pre.shape[-1]
+    streams, update = _slices(x, n), _slices(y, n)
+    mixed = h_post[..., None] * (update + h_res @ (h_pre[..., None] * streams))
+    return mixed.reshape(*x.shape)
+
+
+def pre_scale(x: Value, h_pre: Value) -> Value:
+    """``H_pre * x``, where the streams are n slices of the last axis."""
+    return (h_pre[..., None] * _slices(x, h_pre.shape[-1])).reshape(*x.shape)
+
+
+def _slices(x: Value, n: int) -> Value:
+    return x.reshape(*x.shape[:-1], n, x.shape[-1] // n)
+
+
+# --- by name ----------------------------------------------------------------------------------
+
+OPS: Mapping[str, Callable[..., Result]] = {
+    op.__name__: op
+    for op in (
+        sinkhorn,
+        mappings,
+        aggregate,
+        combine,
+        pre,
+        combine_pre,
+        head,
+        expand,
+        contract,
+        rms_norm,
+        residual_add_aggregate,
+        static_layer,
+        gated_combine,
+        pre_scale,
+        static_mappings,
+        sinkhorn_knopp,
+    )
+}
+
+
+def forward(op: str, primals: Sequence[NDArray[Any]], **static: Any) -> tuple[Array, ...]:
+    """Evaluate an op by name; a single output comes as a tuple of one."""
+    return tuple(output.data for output in _outputs(op, _leaves(primals), static))
+
+
+def gradients(
+    op: str, primals: Sequence[NDArray[Any]], cotangents: Sequence[NDArray[Any]], **static: Any
+) -> tuple[Array, ...]:
+    """Return d sum(cotangent * output) / d primal for every primal, in order."""
+    inputs = _leaves(primals)
+    outputs = _outputs(op, inputs, static)
+    return pull_back(outputs, [_raised(cotangent) for cotangent in cotangents], inputs)
+
+
+def _leaves(primals: Sequence[NDArray[Any]]) -> tuple[Value, ...]:
+    return tuple(value(_raised(primal)) for primal in primals)
+
+
+def _raised(array: NDArray[Any]) -> Array:
+    """Every float of 64 bits or fewer is a float64; complex numbers stay for the tests."""
+    array = np.asarray(array)
+    return array if np.iscomplexobj(array) else array.astype(np.float64)
+
+
+def _outputs(op: str, inputs: tuple[Value, ...], static: dict[str, Any]) -> tuple[Value, ...]:
+    if op not in OPS:
+        raise KeyError(f"the oracle has no op {op!r}; it has {', '.join(sorted(OPS))}")
+    result = OPS[op](*inputs, **static)
+    return result if isinstance(result, tuple) else (result,)

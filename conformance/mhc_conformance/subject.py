@@ -1,0 +1,79 @@
+"""The backend under test, reached only through the public API and its declared functions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import mhc_core
+from mhc_core._registry import module
+from mhc_core.backend import BackendSpec
+
+__all__ = ["Subject"]
+
+Array = NDArray[Any]
+
+
+class Subject:
+    """One backend: its declaration, and its ops on its own arrays."""
+
+    def __init__(self, name: str, full: bool = False) -> None:
+        known = mhc_core.backends()
+        if name not in known:
+            with mhc_core.use_backend(name):  # raises, with the nearest name
+                raise AssertionError(name)
+        backend = known[name]
+        if backend.spec is None or backend.reason is not None:
+            raise mhc_core.BackendUnavailableError(f"backend {name!r} cannot run: {backend.reason}")
+        self.name = name
+        self.full = full
+        self.spec: BackendSpec = backend.spec
+        self.module: Any = module(backend.spec)
+
+    def dtype_context(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
+        """Enter whatever the library needs to have arrays of that dtype (JAX's x64 mode)."""
+        enter = getattr(self.module, "dtype_context", None)
+        return enter(dtype) if enter else contextlib.nullcontext()
+
+    def take(self, arrays: Sequence[Array]) -> tuple[Any, ...]:
+        """Make the backend's own arrays."""
+        return tuple(self.module.from_host(np.ascontiguousarray(array)) for array in arrays)
+
+    def give(self, arrays: Any) -> tuple[Array, ...]:
+        """Make NumPy arrays of one array or several."""
+        several = arrays if isinstance(arrays, (tuple, list)) else (arrays,)
+        return tuple(self.module.to_host(array) for array in several)
+
+    def function(self, op: str, static: dict[str, Any]) -> Callable[..., Any]:
+        """Give the public op on positional arrays alone."""
+        public = getattr(mhc_core, op)
+        if op != "combine_pre":
+            return lambda *arrays: public(*arrays, **static, backend=self.name)
+        return lambda *arrays: public(
+            *arrays[:7],
+            h_pre=arrays[7] if len(arrays) > 7 else None,
+            **static,
+            backend=self.name,
+        )
+
+    def vjp(self, op: str, primals: Any, cotangents: Any, static: dict[str, Any]) -> Any:
+        """Call the public vjp."""
+        return mhc_core.vjp(op, primals, cotangents, **static, backend=self.name)
+
+    def lacks(self, transform: str) -> str | None:
+        """Say why it does not have a transform, or None where it declares to have it."""
+        return self.spec.without.get(transform)
+
+    def transform(self, name: str) -> Callable[..., Any]:
+        """Give a declared transform; one that is declared but absent is an error of the backend."""
+        function = getattr(self.module, name, None)
+        if function is None:
+            raise AssertionError(
+                f"backend {self.name!r} declares {name!r} (it is not in BackendSpec.without), but "
+                f"{self.spec.module} has no function {name!r}"
+            )
+        return function
