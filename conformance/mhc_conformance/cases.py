@@ -47,14 +47,12 @@ class Sizes(NamedTuple):
 
 SIZES = (
     Sizes((2, 3), 4, 8, "an ordinary batch"),
-    Sizes((7,), 3, 37, "n no multiple of 4, C no multiple of a vector"),
-    Sizes((), 4, 5, "no leading axes"),
-    Sizes((5,), 1, 7, "one stream: H_res is 1"),
+    Sizes((7,), 9, 37, "n past a loop unrolled by 8, C no multiple of a vector"),
+    Sizes((), 1, 7, "no leading axes; one stream, whose H_res is 1"),
     Sizes((3,), 2, 1, "one channel"),
     Sizes((4,), 4, 4, "all sizes equal: a matrix normalised on the wrong axes still fits"),
     Sizes((0,), 4, 8, "no tokens at all"),
-    Sizes((2,), 9, 12, "n past a loop unrolled by 8, and no multiple of it"),
-    Sizes((1031,), 4, 3, "many tokens, an odd number: carry-over between rows"),
+    Sizes((1031,), 3, 5, "many tokens, an odd number: carry-over between rows"),
     Sizes((3,), 4, 1028, "many channels, with a tail"),
     Sizes((2,), 32, 6, "the most streams that kernels take"),
 )
@@ -237,7 +235,12 @@ STATICS: Mapping[str, list[tuple[str, Static]]] = {
     "expand": [],  # n follows from the size class
     "contract": _statics(how=("sum", "mean")),
     "rms_norm": _statics(eps=(1e-5, 0.1)),
-    "static_layer": _statics(eps=(1e-5, 0.1), iterations=(20, 2)),
+    # With one stream or one channel, the norm undoes what its input's size did, but for eps: a
+    # gradient of rounding alone, unless eps is large. So those size classes meet the large eps.
+    "static_layer": [
+        *_statics(eps=(1e-5,), iterations=(20, 2)),
+        *_statics(eps=(0.1,), iterations=(20, 2)),
+    ],
     "static_mappings": _statics(iterations=(20, 2)),
     "sinkhorn_knopp": _statics(
         max_iterations=(20, 3), epsilon=(0.02, 0.0), log_space=(True, False)

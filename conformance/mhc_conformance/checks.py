@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mhc_conformance import oracle
 from mhc_conformance.cases import Case, cases, data, declaration, numpy_dtype, simple_case
 from mhc_conformance.subject import Subject
-from mhc_conformance.tolerances import Kind, tolerance
+from mhc_conformance.tolerances import Kind, eps, tolerance
 
 __all__ = ["CHECKS", "Record", "applies", "check"]
 
@@ -71,32 +71,37 @@ class Comparison:
 # --- comparing --------------------------------------------------------------------------------
 
 
-def _compare(
-    op: str, kind: Kind, where: str, got: Array, want: Array, dtype: str
-) -> Comparison:
+class _Expected(NamedTuple):
+    """One array as the oracle has it, and the size that errors are relative to."""
+
+    name: str
+    value: Array
+    scale: float
+    dtype: str
+
+
+def _compare(op: str, kind: Kind, where: str, got: Array, want: _Expected) -> Comparison:
     """Compare one array; its dtype and shape count too."""
-    limit = tolerance(op, kind, dtype)
-    if got.dtype != numpy_dtype(dtype) or got.shape != want.shape:
+    limit = tolerance(op, kind, want.dtype)
+    where = f"{want.name} of {where}"
+    if got.dtype != numpy_dtype(want.dtype) or got.shape != want.value.shape:
         have = f"{got.dtype} {got.shape}"
-        return Comparison(where, math.nan, limit, f"is {have}; needs {dtype} {want.shape}")
-    if not want.size:
+        return Comparison(where, math.nan, limit, f"is {have}; needs {want.dtype} {want.value.shape}")
+    if not want.value.size:
         return Comparison(where, 0.0, limit)
-    difference = np.abs(got.astype(np.float64) - want)
-    scale = np.abs(want).max()
-    return Comparison(where, float(difference.max() / (scale or 1.0)), limit)
+    difference = np.abs(got.astype(np.float64) - want.value)
+    return Comparison(where, float(difference.max() / want.scale), limit)
 
 
 def _compare_all(
-    case: Case, kind: Kind, got: Sequence[Array], want: Sequence[Array], like: Sequence[str]
+    case: Case, kind: Kind, got: Sequence[Array], expected: Sequence[_Expected]
 ) -> Iterator[Comparison]:
-    op = declaration(case.op)
-    names = list(op.outputs) if kind == "forward" else [f"d {name}" for name in op.arrays]
-    if len(got) != len(want):
-        problem = f"has {len(got)} arrays; needs {len(want)}"
+    if len(got) != len(expected):
+        problem = f"has {len(got)} arrays; needs {len(expected)}"
         yield Comparison(case.name, math.nan, 0.0, problem)
         return
-    for name, one, other, dtype in zip(names, got, want, like, strict=False):
-        yield _compare(case.op, kind, f"{name} of {case.name}", one, other, dtype)
+    for one, want in zip(got, expected, strict=True):
+        yield _compare(case.op, kind, case.name, one, want)
 
 
 @dataclass(frozen=True)
@@ -127,19 +132,42 @@ class _Trial:
         outputs = self.subject.give(self.function(*self.subject.take(self.primals)))
         return {"x_rounded": outputs[0]}
 
+    def _expected(self, kind: Kind) -> list[_Expected]:
+        """Ask the oracle, and ask again how far it moves when its input moves by one rounding.
+
+        Errors are relative to an array's largest entry plus that movement in units of the
+        rounding: a sum that happens to cancel is not blamed on the backend.
+        """
+        seam = self._seam()
+
+        def ask(primals: Sequence[Array], cotangents: Sequence[Array]) -> tuple[Array, ...]:
+            options = {**self.case.options, **seam}
+            if kind == "forward":
+                return oracle.forward(self.case.op, primals, **options)
+            return oracle.gradients(self.case.op, primals, cotangents, **options)
+
+        rounding = eps("float64" if self.dtype == "float64" else "float32")
+        rng = np.random.default_rng(self.seed)
+        moved = [[_moved(rng, a, rounding) for a in both] for both in (self.primals, self.cotangents)]
+        values, others = ask(self.primals, self.cotangents), ask(*moved)
+        outputs = kind == "forward"
+        declared = declaration(self.case.op)
+        names = list(declared.outputs) if outputs else [f"d {name}" for name in declared.arrays]
+        like = self.cotangents if outputs else self.primals
+        return [
+            _Expected(name, value, _scale(value, other, rounding), str(array.dtype))
+            for name, value, other, array in zip(names, values, others, like, strict=False)
+        ]
+
     def forward(self, got: Any) -> Iterator[Comparison]:
         """Hold outputs against the oracle's."""
-        want = oracle.forward(self.case.op, self.primals, **self.case.options, **self._seam())
-        like = [str(cotangent.dtype) for cotangent in self.cotangents]
-        yield from _compare_all(self.case, "forward", self.subject.give(got), want, like)
+        got = self.subject.give(got)
+        yield from _compare_all(self.case, "forward", got, self._expected("forward"))
 
     def gradients(self, got: Any) -> Iterator[Comparison]:
         """Hold gradients against the oracle's."""
-        want = oracle.gradients(
-            self.case.op, self.primals, self.cotangents, **self.case.options, **self._seam()
-        )
-        like = [str(primal.dtype) for primal in self.primals]
-        yield from _compare_all(self.case, "gradient", self.subject.give(got), want, like)
+        got = self.subject.give(got)
+        yield from _compare_all(self.case, "gradient", got, self._expected("gradient"))
 
     def loss(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Give sum(cotangent * output) as a function of the primals."""
@@ -158,6 +186,18 @@ class _Trial:
         argnums = range(len(self.primals))
         loss = self.loss(wrap(self.function))
         return self.subject.transform("grad")(loss, argnums)(*self.subject.take(self.primals))
+
+
+def _moved(rng: np.random.Generator, array: Array, rounding: float) -> Array:
+    """Move every number by up to one rounding."""
+    wide = array.astype(np.float64)
+    return wide * (1 + rounding * rng.uniform(-1, 1, wide.shape))
+
+
+def _scale(value: Array, other: Array, rounding: float) -> float:
+    if not value.size:
+        return 1.0
+    return float(np.abs(value).max() + np.abs(other - value).max() / rounding) or 1.0
 
 
 def _trials(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[_Trial]:

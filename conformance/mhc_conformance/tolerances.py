@@ -1,9 +1,14 @@
-"""The one tolerance table: a result may be off by ``K[op, kind] * eps(dtype)``.
+"""The one tolerance table: a result may be off by K float32 roundings, and its own last one.
 
-The error of an array is ``max |got - want|`` over ``max |want|``, and eps is that of the array's
-own dtype: H_res of bfloat16 streams is float32 and is held to float32. The factors were fixed by
-measurement on the built-in backends (the worst seen, rounded up to the next power of two and
-doubled); a plugin cannot change them.
+The error of an array is ``max |got - want|`` over its size: its largest entry, plus how far the
+oracle's own result moves when all input moves by one rounding, in units of that rounding. What is
+allowed is
+``K[op, kind] * eps(computation) + eps(array)``, the second only where the array is narrower than
+the computation, which is in float32 (float64 for float64 streams): H_res of bfloat16 streams is
+float32 and is held to float32, and a sum taken in bfloat16 is not excused by bfloat16's eps.
+
+The factors were measured on the built-in backends, the worst of ten seeds in float32 and float64
+rounded up to a power of two and doubled. A plugin cannot change them.
 """
 
 from __future__ import annotations
@@ -17,7 +22,25 @@ __all__ = ["Kind", "eps", "tolerance"]
 
 Kind = Literal["forward", "gradient"]
 
-K: Mapping[str, tuple[float, float]] = {}
+K: Mapping[str, tuple[float, float]] = {
+    # op: (forward, gradient)
+    "aggregate": (4, 16),
+    "combine": (4, 16),
+    "combine_pre": (32, 64),
+    "contract": (4, 4),
+    "expand": (0, 4),
+    "gated_combine": (4, 16),
+    "head": (8, 64),
+    "mappings": (16, 64),
+    "pre": (32, 256),
+    "pre_scale": (4, 16),
+    "residual_add_aggregate": (4, 16),
+    "rms_norm": (4, 64),
+    "sinkhorn": (4, 64),
+    "sinkhorn_knopp": (4, 4),
+    "static_layer": (8, 32),
+    "static_mappings": (4, 8),
+}
 
 
 def eps(dtype: str) -> float:
@@ -27,5 +50,6 @@ def eps(dtype: str) -> float:
 
 def tolerance(op: str, kind: Kind, dtype: str) -> float:
     """Return the largest relative error allowed for an array of that dtype."""
-    factors = K.get(op, (64.0, 64.0))
-    return factors[kind == "gradient"] * eps(dtype)
+    computed = "float64" if dtype == "float64" else "float32"
+    rounding = eps(dtype) if dtype != computed else 0.0
+    return K[op][kind == "gradient"] * eps(computed) + rounding

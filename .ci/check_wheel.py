@@ -1,0 +1,41 @@
+"""Check what a wheel would put into someone's site-packages."""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {
+    "mhc_core": ROOT / "mhc_core",
+    "mhc_backends": ROOT / "backends" / "mhc_backends",
+    "mhc_conformance": ROOT / "conformance" / "mhc_conformance",
+}
+
+
+def main(wheel: str) -> None:
+    """Fail unless the wheel holds exactly the three packages, whole, and their entry points."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        info = next(name.split("/")[0] for name in names if name.endswith("METADATA"))
+        points = archive.read(f"{info}/entry_points.txt").decode()
+    top = {name.split("/")[0] for name in names}
+    assert top == {*PACKAGES, info}, f"top-level names are {sorted(top)}"
+    wanted = {
+        f"{package}/{path.relative_to(folder).as_posix()}"
+        for package, folder in PACKAGES.items()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    found = {name for name in names if not name.startswith(info)}
+    assert found == wanted, f"differs from the source in {sorted(found ^ wanted)}"
+    assert "mhc_core/py.typed" in names
+    assert f"{info}/licenses/LICENSE" in names
+    for line in ("mhc = mhc_core.cli:app", "numpy = mhc_backends.numpy", "[mhc_core.backends]"):
+        assert line in points, f"{line!r} is not among the entry points"
+    print(f"{wheel}: {len(found)} files in {', '.join(sorted(PACKAGES))}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

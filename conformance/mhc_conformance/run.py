@@ -1,0 +1,117 @@
+"""Running the whole grid, on several processes, record by record."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mhc_conformance.chain import TOLERANCE, Chain, compare, run_chain
+from mhc_conformance.checks import Record, check, grid
+from mhc_conformance.subject import Subject
+
+__all__ = ["Plan", "Unit", "run"]
+
+
+class Unit(NamedTuple):
+    """The checks of one op on one backend: they share what the library compiles."""
+
+    backend: str
+    op: str
+    checks: tuple[tuple[str, str], ...]  # (dtype, kind)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run."""
+
+    backends: Sequence[str]
+    ops: Sequence[str] = ()
+    dtypes: Sequence[str] = ()
+    kinds: Sequence[str] = ()
+    seed: int = 0
+    full: bool = False
+    chain: bool = True
+
+    def units(self) -> list[Unit]:
+        """Split the grid, the slowest first."""
+        units: list[Unit] = []
+        for name in self.backends:
+            found = [triple for triple in grid(Subject(name)) if self._wants(*triple)]
+            for op in dict.fromkeys(op for op, _, _ in found):
+                checks = tuple((dtype, kind) for one, dtype, kind in found if one == op)
+                units.append(Unit(name, op, checks))
+        if self.chain:
+            units += [Unit(name, "chain", ()) for name in self.backends]
+        return sorted(units, key=lambda unit: -_weight(unit))
+
+    def _wants(self, op: str, dtype: str, kind: str) -> bool:
+        pairs = ((self.ops, op), (self.dtypes, dtype), (self.kinds, kind))
+        return all(not chosen or one in chosen for chosen, one in pairs)
+
+    @property
+    def size(self) -> int:
+        """How many records there will be."""
+        return sum(max(len(unit.checks), 2 * (unit.op == "chain")) for unit in self.units())
+
+
+def _weight(unit: Unit) -> int:
+    """Order units by their cost: compilers dominate, and Sinkhorn's loop within them."""
+    compiled = any(kind == "compile" for _, kind in unit.checks)
+    heavy = unit.op in ("combine_pre", "pre", "mappings", "static_layer", "sinkhorn", "chain")
+    return 2 * compiled + heavy
+
+
+def run(plan: Plan, jobs: int | None = None) -> Iterator[Record]:
+    """Give the records as they come."""
+    units = plan.units()
+    jobs = min(jobs or os.cpu_count() or 1, len(units))
+    if jobs <= 1:
+        for unit in units:
+            yield from _run_unit(unit, plan.seed, plan.full)
+        return
+    # fresh processes: JAX and MLX keep threads, which do not survive a fork
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        futures = [pool.submit(_run_unit, unit, plan.seed, plan.full) for unit in units]
+        try:
+            for future in as_completed(futures):
+                yield from future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _run_unit(unit: Unit, seed: int, full: bool) -> list[Record]:
+    if unit.op == "chain":
+        return _chain_records(unit.backend, seed)
+    subject = Subject(unit.backend, full)
+    return [check(subject, unit.op, dtype, kind, seed) for dtype, kind in unit.checks]
+
+
+def _chain_records(backend: str, seed: int) -> list[Record]:
+    """Hold the text model in float32 against the NumPy backend's in float64."""
+    chain = Chain.make(seed)
+    reference = run_chain("numpy", chain, "float64")
+    try:
+        errors = compare(run_chain(backend, chain), reference)
+        problem = ""
+    except Exception as error:  # whatever a backend does, the report goes on
+        errors, problem = (float("nan"),) * 2, f"raised {type(error).__name__}: {error}"
+    return [
+        Record(
+            backend=backend,
+            op="chain",
+            dtype="float32",
+            kind=kind,
+            error=error,
+            tolerance=TOLERANCE,
+            passed=error <= TOLERANCE,
+            cases=1,
+            seed=seed,
+            detail="" if error <= TOLERANCE else f"chain {kind} on {backend}: {problem or error}",
+        )
+        for kind, error in zip(("forward", "gradient"), errors, strict=True)
+    ]

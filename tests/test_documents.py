@@ -1,0 +1,76 @@
+"""The README says only what is true: its code runs, its tables are the declarations'."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import mhc_core
+from mhc_core.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=["numpy", "jax", "mlx"])
+def test_examples_run(code: str) -> None:
+    assert len(code.strip().splitlines()) <= 14
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_ci_runs_the_commands_of_the_readme() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    commands = [line for block in blocks("bash") for line in block.strip().splitlines()]
+    assert len(commands) == 2
+    for command in commands:
+        assert command in script
+
+
+def test_backend_table() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \| `([\w.]+)` \| ([^|]+) \| (yes|no) \|", README, re.MULTILINE)
+    declared = [
+        (
+            backend.name,
+            *backend.spec.array_types,
+            ", ".join(backend.spec.dtypes),
+            "no" if "compile" in backend.spec.without else "yes",
+        )
+        for backend in mhc_core.backends().values()
+        if backend.spec is not None and backend.spec.module.startswith("mhc_backends.")
+    ]
+    assert sorted(rows) == sorted(declared)
+
+
+def test_every_environment_variable_is_in_the_table() -> None:
+    packages = [ROOT / "mhc_core", ROOT / "backends", ROOT / "conformance"]
+    code = "".join(path.read_text() for root in packages for path in root.rglob("*.py"))
+    used = set(re.findall(r"\"((?:MHC|MLX)_[A-Z0-9_]+)\"", code))
+    listed = set(re.findall(r"^\| `((?:MHC|MLX)_[A-Z0-9_]+)` \|", README, re.MULTILINE))
+    assert used == listed
+
+
+def test_every_op_is_named() -> None:
+    for name in mhc_core.math.OPS:
+        assert f"`{name}`" in README
+
+
+@pytest.mark.parametrize("command", re.findall(r"`mhc (\w+)", README))
+def test_commands_exist(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0, result.output
+
+
+def test_the_backends_command_lists_every_backend() -> None:
+    result = CliRunner().invoke(app, ["backends"])
+    assert result.exit_code == 0
+    for name in mhc_core.backends():
+        assert name in result.output
