@@ -1,0 +1,9 @@
+// What a Metal kernel finds in metal_stdlib, for clang on a host machine.
+#pragma once
+#include "types.h"
+#include "numbers.h"
+#include "math.h"
+#include "vectors.h"
+#include "threads.h"
+#include "atomic.h"
+#include "matrix.h"

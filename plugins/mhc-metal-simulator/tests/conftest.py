@@ -1,0 +1,88 @@
+"""Shared by all tests: a cache of their own, and a short way to run a kernel."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mhc_metal_simulator as simulator
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        folder.chmod(0o700)
+        patch.setenv("MHC_SIMULATOR_CACHE", str(folder))
+        yield
+
+
+class Run(Protocol):
+    def __call__(
+        self,
+        source: str,
+        inputs: Sequence[Any] = ...,
+        *,
+        shape: tuple[int, ...] = ...,
+        dtype: Any = ...,
+        grid: tuple[int, ...] = ...,
+        group: tuple[int, ...] = ...,
+        **more: Any,
+    ) -> Any: ...
+
+
+def _triple(extent: tuple[int, ...]) -> tuple[int, int, int]:
+    x, y, z = (*extent, 1, 1)[:3]
+    return x, y, z
+
+
+def run_kernel(
+    source: str,
+    inputs: Sequence[Any] = (),
+    *,
+    shape: tuple[int, ...] = (1,),
+    dtype: Any = mx.float32,
+    grid: tuple[int, ...] = (1,),
+    group: tuple[int, ...] = (1,),
+    name: str = "tested",
+    header: str = "",
+    template: Sequence[tuple[str, Any]] | None = None,
+    init_value: float | None = None,
+    ensure_row_contiguous: bool = True,
+    atomic_outputs: bool = False,
+) -> Any:
+    """Run a kernel with inputs a, b, c, ... and the output o, and return that as NumPy's."""
+    arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
+    kernel = simulator.metal_kernel(
+        name,
+        list("abcdefgh"[: len(arrays)]),
+        ["o"],
+        inspect.cleandoc(source),
+        inspect.cleandoc(header) + "\n" if header else "",
+        ensure_row_contiguous,
+        atomic_outputs,
+    )
+    out = kernel(
+        inputs=arrays,
+        template=template,
+        grid=_triple(grid),
+        threadgroup=_triple(group),
+        output_shapes=[shape],
+        output_dtypes=[dtype],
+        init_value=init_value,
+    )[0]
+    if dtype == mx.bfloat16:
+        import ml_dtypes
+
+        return np.array(out.view(mx.uint16)).view(ml_dtypes.bfloat16)
+    return np.array(out)
+
+
+@pytest.fixture
+def run() -> Run:
+    return run_kernel
