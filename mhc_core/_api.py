@@ -214,6 +214,8 @@ def pre(
 ) -> tuple[Array, Array, Array]:
     """Do all that stands before a layer, :func:`mappings` and :func:`aggregate`, in one pass.
 
+    ``H_pre, H_post, H_res = mappings(x, ...);  h = sum_i H_pre_i x_i``.
+
     Parameters
     ----------
     x, phi, scale, bias, variant
@@ -247,6 +249,9 @@ def combine_pre(
     backend: str | None = None,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Do :func:`combine` of one sublayer and :func:`pre` of the next in one pass.
+
+    ``x' = H_res x + H_post (outer) y;  H_pre', H_post', H_res' = mappings(x', ...)``;
+    ``h' = sum_i H_pre'_i x'_i``, or with the given h_pre.
 
     The streams are read once and written once: (2 n + 2) C numbers per token, not (3 n + 2) C.
     The mappings read x' as rounded to the streams' dtype, so it equals ``pre(combine(...))``.
@@ -314,7 +319,7 @@ def head(
 
 
 def expand(h: Array, n: int, *, backend: str | None = None) -> Array:
-    """Repeat a hidden state ``[..., C]`` into n streams ``[..., n, C]``.
+    """Repeat a hidden state into n streams, ``x_i = h``.
 
     Parameters
     ----------
@@ -337,10 +342,8 @@ def expand(h: Array, n: int, *, backend: str | None = None) -> Array:
     return call("expand", (h,), {"n": n}, backend)
 
 
-def contract(
-    x: Array, how: Literal["sum", "mean"] = "sum", *, backend: str | None = None
-) -> Array:
-    """Collapse the streams ``[..., n, C]`` to ``[..., C]`` by their sum or mean.
+def contract(x: Array, how: Literal["sum", "mean"] = "sum", *, backend: str | None = None) -> Array:
+    """Collapse the streams, ``h = sum_i x_i`` or their mean.
 
     Parameters
     ----------
@@ -364,7 +367,9 @@ def contract(
 
 
 def rms_norm(x: Array, weight: Array, eps: float = 1e-5, *, backend: str | None = None) -> Array:
-    """Normalise the last axis by its root mean square, ``x / sqrt(mean(x^2) + eps) * weight``.
+    """Normalise the last axis by its root mean square.
+
+    ``y = x / sqrt(mean(x^2) + eps) * weight``.
 
     Parameters
     ----------
@@ -392,7 +397,9 @@ def rms_norm(x: Array, weight: Array, eps: float = 1e-5, *, backend: str | None 
 def residual_add_aggregate(
     x: Array, res: Array, h_pre: Array, *, backend: str | None = None
 ) -> tuple[Array, Array]:
-    """Add a residual and take the next layer's input, ``(x + res, sum_i h_pre_i (x + res)_i)``.
+    """Add a residual and take the next layer's input.
+
+    ``x' = x + res;  h = sum_i h_pre_i x'_i``.
 
     Parameters
     ----------
@@ -427,9 +434,10 @@ def static_layer(
     *,
     backend: str | None = None,
 ) -> Array:
-    """Apply a whole layer with static mappings, ``H_res x + H_post (outer) rms_norm(H_pre x)``.
+    """Apply a whole layer with static mappings, F being an RMS norm.
 
-    The mappings are those of :func:`static_mappings`. Nothing is rounded in between.
+    ``x' = H_res x + H_post (outer) rms_norm(sum_i H_pre_i x_i, rms_weight)``, with the mappings of
+    :func:`static_mappings`. Nothing is rounded in between.
 
     Parameters
     ----------
@@ -462,7 +470,9 @@ def static_layer(
 def gated_combine(
     x: Array, y: Array, h_pre: Array, h_post: Array, h_res: Array, *, backend: str | None = None
 ) -> Array:
-    """Connect a layer on the n slices of one hidden state: ``H_post * (y + H_res (H_pre * x))``.
+    """Connect a layer on the n slices of one hidden state.
+
+    ``x' = H_post * (y + H_res (H_pre * x))``, where ``*`` scales each slice.
 
     Parameters
     ----------
@@ -487,7 +497,7 @@ def gated_combine(
 
 
 def pre_scale(x: Array, h_pre: Array, *, backend: str | None = None) -> Array:
-    """Scale each of the n slices of the last axis by its H_pre.
+    """Scale each of the n slices of the last axis, ``x'_i = h_pre_i x_i``.
 
     Parameters
     ----------
@@ -518,7 +528,10 @@ def static_mappings(
     *,
     backend: str | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Activate static parameters: ``(sigmoid, 2 sigmoid, sinkhorn with rows first and eps 0)``.
+    """Activate static parameters.
+
+    ``H_pre = sigmoid(h_pre_raw);  H_post = 2 sigmoid(h_post_raw)``;
+    ``H_res = sinkhorn(h_res_raw, iterations, first="rows")``.
 
     Parameters
     ----------
@@ -552,6 +565,7 @@ def sinkhorn_knopp(
 ) -> Array:
     """Normalise rows, then columns, of exp(matrix) until both sum to 1 within ``epsilon``.
 
+    From ``P = exp(matrix)``, each step is ``P /= sums of rows;  P /= sums of columns``.
     Each matrix of a batch stops by itself: after a full step, once its largest row and column
     errors are both under ``epsilon``, it is frozen. Legal under jit and mx.compile; where the
     values can be looked at, the loop really ends early, with the same bits.
@@ -624,4 +638,3 @@ def vjp(
     [3.0, 3.0]
     """
     return call_vjp(op, primals, cotangents, static, backend)
-

@@ -6,8 +6,8 @@ Messages name the op, the argument, what came and what is needed. They never loo
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 __all__ = ["Check", "boolean", "non_negative", "one_of", "positive_int"]
@@ -17,24 +17,23 @@ Check = Callable[[str, str, Any], Any]
 
 def positive_int(owner: str, name: str, value: Any) -> int:
     """Return ``value`` as an int of at least 1."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{owner}: {name} is {value!r}; needs an integer of at least 1") from None
+    need = "needs an integer of at least 1"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{owner}: {name} is {value!r}; {need}")
+    number = int(value)
     if number < 1:
-        raise ValueError(f"{owner}: {name} is {number}; needs an integer of at least 1")
+        raise ValueError(f"{owner}: {name} is {number}; {need}")
     return number
 
 
 def non_negative(owner: str, name: str, value: Any) -> float:
     """Return ``value`` as a finite float of at least 0."""
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or hasattr(value, "shape"):
-        raise TypeError(f"{owner}: {name} is {value!r}; needs a number of at least 0")
+    need = "needs a finite number of at least 0"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{owner}: {name} is {value!r}; {need}")
     number = float(value)
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{owner}: {name} is {number}; needs a finite number of at least 0")
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{owner}: {name} is {number}; {need}")
     return number
 
 
@@ -49,7 +48,7 @@ def one_of(*allowed: str) -> Check:
     """Make a check that takes one of the given words."""
 
     def check(owner: str, name: str, value: Any) -> str:
-        if value not in allowed or not isinstance(value, str):
+        if not isinstance(value, str) or value not in allowed:
             known = " or ".join(map(repr, allowed))
             raise ValueError(f"{owner}: {name} is {value!r}; needs {known}")
         return value

@@ -12,13 +12,12 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from mhc_core._signature import Op, Signature, check_cotangents, dtype_name, signature
+from mhc_core._signature import Op, Signature, dtype_name, signature
 from mhc_core.backend import API_VERSION, BackendSpec
 from mhc_core.errors import BackendUnavailableError, UnknownBackendError, UnsupportedError
 
@@ -84,11 +83,11 @@ def _discover() -> _Discovered:
 
         found = _Discovered()
         left_out = {name.strip() for name in os.environ.get("MHC_DISABLE_PLUGINS", "").split(",")}
-        plugins = {
-            point.name: point.load
-            for point in entry_points(group=ENTRY_POINTS)
-            if point.name not in left_out
-        }
+        plugins: dict[str, Callable[[], Any]] = {}
+        for point in entry_points(group=ENTRY_POINTS):
+            if point.name not in left_out:
+                taken = point.name in plugins
+                plugins[f"{point.name} ({point.value})" if taken else point.name] = point.load
         _load(found, plugins)
         _discovered = found
     return _discovered
@@ -107,31 +106,35 @@ def _load(found: _Discovered, plugins: Mapping[str, Callable[[], Any]]) -> None:
         try:
             plugin = load()
             manager.register(plugin, name)
+            if not manager.get_hookcallers(plugin):
+                raise TypeError("it implements neither mhc_backend_specs nor mhc_select")
             others = [p for p in manager.get_plugins() if p is not plugin]
             brought = manager.subset_hook_caller("mhc_backend_specs", others)()
-            specs = [spec for specs in brought for spec in specs]
-            problem = next(filter(None, (_problem(found, spec) for spec in specs)), None)
-            if problem:
-                raise TypeError(problem)
+            specs = _checked_specs(found.specs, [spec for specs in brought for spec in specs])
         except Exception as error:  # anything may go wrong in code that is not ours
             found.broken[name] = f"plugin {name!r} is broken: {type(error).__name__}: {error}"
             if manager.has_plugin(name):
                 manager.unregister(name=name)
             continue
-        found.specs.update({spec.name: spec for spec in specs})
+        found.specs.update(specs)
 
 
-def _problem(found: _Discovered, spec: Any) -> str | None:
-    if not isinstance(spec, BackendSpec):
-        return f"mhc_backend_specs gave {spec!r}; needs mhc_core.backend.BackendSpec"
-    if spec.api_version != API_VERSION:
-        return (
-            f"backend {spec.name!r} was written for version {spec.api_version} of the backend "
-            f"contract; this mhc-core has version {API_VERSION}"
-        )
-    if spec.name in found.specs:
-        return f"backend {spec.name!r} is already there, from {found.specs[spec.name].module}"
-    return None
+def _checked_specs(known: Mapping[str, BackendSpec], brought: list[Any]) -> dict[str, BackendSpec]:
+    """Return a plugin's specs by name; all of them are right, or none is taken."""
+    specs: dict[str, BackendSpec] = {}
+    for spec in brought:
+        if not isinstance(spec, BackendSpec):
+            raise TypeError(f"mhc_backend_specs gave {spec!r}; needs mhc_core.backend.BackendSpec")
+        if spec.api_version != API_VERSION:
+            raise ValueError(
+                f"backend {spec.name!r} was written for version {spec.api_version} of the backend "
+                f"contract; this mhc-core has version {API_VERSION}"
+            )
+        there = known.get(spec.name) or specs.get(spec.name)
+        if there:
+            raise ValueError(f"backend {spec.name!r} is already there, from {there.module}")
+        specs[spec.name] = spec
+    return specs
 
 
 def _missing(spec: BackendSpec) -> str | None:
@@ -139,7 +142,7 @@ def _missing(spec: BackendSpec) -> str | None:
     found = _discover()
     if spec.name not in found.missing:
         try:
-            found.missing[spec.name] = spec.missing()
+            found.missing[spec.name] = spec.missing() or None
         except Exception as error:
             found.missing[spec.name] = f"missing() raised {type(error).__name__}: {error}"
     if spec.name == "mlx-metal" and os.environ.get("MHC_MLX_DISABLE_METAL") == "1":
@@ -150,7 +153,7 @@ def _missing(spec: BackendSpec) -> str | None:
 def backends() -> dict[str, Backend]:
     """Return every known backend by name, best first, and why some cannot run here.
 
-    Broken plugins are listed too, under their entry point's name.
+    Broken plugins come last, under their entry point's name.
 
     Examples
     --------
@@ -162,7 +165,7 @@ def backends() -> dict[str, Backend]:
     ordered = sorted(found.specs.values(), key=lambda spec: -spec.priority)
     good = {spec.name: Backend(spec.name, spec, _missing(spec)) for spec in ordered}
     bad = {name: Backend(name, None, reason) for name, reason in found.broken.items()}
-    return {**bad, **good}
+    return good | {name: backend for name, backend in bad.items() if name not in good}
 
 
 # ------------------------------------------------------------------------------------ choice
@@ -202,24 +205,29 @@ def use_backend(name: str) -> Generator[None]:
         _chosen.reset(token)
 
 
-def _runnable(name: Any) -> BackendSpec:
+def _runnable(name: Any, source: str = "") -> BackendSpec:
     found = _discover()
     if not isinstance(name, str):
         raise TypeError(f"backend is {name!r}; needs a name such as 'numpy' or 'mlx-compiled'")
     if name not in found.specs:
         if name in found.broken:
-            raise BackendUnavailableError(found.broken[name])
-        near = get_close_matches(name, found.specs, n=1)
+            raise BackendUnavailableError(found.broken[name] + source)
         raise UnknownBackendError(
-            f"no backend is named {name!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-            + f" Known: {', '.join(sorted(found.specs))}."
+            f"no backend is named {name!r}{source}{_nearest(name, found.specs)}; "
+            f"known are {', '.join(sorted(found.specs))}"
             + "".join(f" ({reason})" for reason in found.broken.values())
         )
     reason = _missing(found.specs[name])
     if reason:
-        raise BackendUnavailableError(f"backend {name!r} cannot run here: {reason}")
+        raise BackendUnavailableError(f"backend {name!r}{source} cannot run here: {reason}")
     return found.specs[name]
+
+
+def _nearest(name: Any, known: Iterable[str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(str(name), known, n=1)
+    return f"; the nearest is {near[0]!r}" if near else ""
 
 
 class _Choice(NamedTuple):
@@ -255,28 +263,36 @@ def select(
 def _find(
     what: str, call: Signature, backend: str | None, arrays: Sequence[Any]
 ) -> Callable[..., Any]:
-    name = backend if backend is not None else _chosen.get() or os.environ.get("MHC_BACKEND")
-    choice = _named(name, call, arrays) if name else _automatic(call, arrays)
-    backend_module = module(choice.spec)
-    function = getattr(backend_module, what, None)
+    if backend is not None:
+        choice = _named(backend, "", call, arrays)
+    elif _chosen.get() is not None:
+        choice = _named(_chosen.get(), " (from use_backend)", call, arrays)
+    elif os.environ.get("MHC_BACKEND"):
+        choice = _named(os.environ["MHC_BACKEND"], " (from MHC_BACKEND)", call, arrays)
+    else:
+        choice = _automatic(call, arrays)
+    function = getattr(module(choice.spec), what, None)
     if function is None:
-        raise UnsupportedError(f"backend {choice.spec.name!r} has no {what}")
-    return _taking_host_arrays(function, choice, backend_module) if choice.convert else function
+        raise UnsupportedError(
+            f"{call.op.name}: backend {choice.spec.name!r} is broken, {choice.spec.module} has no "
+            f"function {what!r}"
+        )
+    return _taking_host_arrays(function, choice.spec, call) if choice.convert else function
 
 
-def _named(name: str, call: Signature, arrays: Sequence[Any]) -> _Choice:
-    spec = _runnable(name)
+def _named(name: Any, source: str, call: Signature, arrays: Sequence[Any]) -> _Choice:
+    spec = _runnable(name, source)
     own = [any(_is_a(array, type_name) for type_name in spec.array_types) for array in arrays]
-    for index, (array, mine) in enumerate(zip(arrays, own, strict=True)):
+    for argument, array, mine in zip(call.names, arrays, own, strict=True):
         if not mine and not _is_a(array, HOST_TYPE):
             takes = " or ".join(dict.fromkeys((*spec.array_types, HOST_TYPE)))
             raise TypeError(
-                f"{call.op.name}: {_argument(call, index)} is a {_full_name(array)}, but backend "
-                f"{name!r} was chosen; needs {takes}: convert it with numpy.asarray(...)"
+                f"{call.op.name}: {argument} is a {_full_name(array)}; backend {name!r}{source} "
+                f"needs {takes}: convert it with numpy.asarray(...)"
             )
-    reason = spec.refuses(call.op.name, call.dtypes, call.kind[1])
+    reason = spec.refuses(call.op.name, *call.kind)
     if reason:
-        raise UnsupportedError(f"{call.op.name}: backend {name!r} {reason}")
+        raise UnsupportedError(f"{call.op.name}: backend {name!r}{source} {reason}")
     return _Choice(spec, convert=not all(own))
 
 
@@ -284,22 +300,25 @@ def _automatic(call: Signature, arrays: Sequence[Any]) -> _Choice:
     """Choose among the backends of the arrays' own library; NumPy arrays are host data."""
     found = _discover()
     specs = sorted(found.specs.values(), key=lambda spec: -spec.priority)
-    libraries = {_library(call, i, array, specs): i for i, array in enumerate(arrays)}
+    libraries: dict[str, str] = {}
+    for argument, array in zip(call.names, arrays, strict=True):
+        libraries.setdefault(_library(call, argument, array, specs), argument)
     device = [library for library in libraries if library != HOST_TYPE]
     if len(device) > 1:
         first, second = device[:2]
         raise TypeError(
-            f"{call.op.name}: {_argument(call, libraries[second])} is a {second} beside "
-            f"{_argument(call, libraries[first])}, a {first}; needs arrays of one library: "
-            "convert with numpy.asarray(...)"
+            f"{call.op.name}: {libraries[second]} is a {second} beside {libraries[first]}, a "
+            f"{first}; needs arrays of one library: convert with numpy.asarray(...)"
         )
     library = device[0] if device else HOST_TYPE
     refusals: dict[str, str] = dict(found.broken)
     candidates: list[BackendSpec] = []
     for spec in specs:
-        if library in spec.array_types and spec.automatic:
-            reason = _missing(spec) or spec.refuses(call.op.name, call.dtypes, call.kind[1])
-            if reason:
+        if library in spec.array_types:
+            reason = _missing(spec) or spec.refuses(call.op.name, *call.kind)
+            if not spec.automatic:
+                refusals[spec.name] = "is only taken by name"
+            elif reason:
                 refusals[spec.name] = reason
             else:
                 candidates.append(spec)
@@ -317,10 +336,12 @@ def _preferred(found: _Discovered, call: Signature, candidates: list[BackendSpec
         if spec.name == name:
             return spec
     known = ", ".join(spec.name for spec in candidates)
-    raise UnknownBackendError(f"a plugin's mhc_select answered {name!r}; the candidates: {known}")
+    raise UnknownBackendError(
+        f"{call.op.name}: a plugin's mhc_select answered {name!r}; needs one of {known}"
+    )
 
 
-def _library(call: Signature, index: int, array: Any, specs: Sequence[BackendSpec]) -> str:
+def _library(call: Signature, argument: str, array: Any, specs: Sequence[BackendSpec]) -> str:
     for spec in specs:
         for type_name in spec.array_types:
             if _is_a(array, type_name):
@@ -328,15 +349,9 @@ def _library(call: Signature, index: int, array: Any, specs: Sequence[BackendSpe
     known = sorted({type_name for spec in specs for type_name in spec.array_types})
     broken = "".join(f" ({reason})" for reason in _discover().broken.values())
     raise TypeError(
-        f"{call.op.name}: {_argument(call, index)} is a {_full_name(array)}; no backend takes it. "
-        f"Known are {', '.join(known)}: convert with numpy.asarray(...){broken}"
+        f"{call.op.name}: {argument} is a {_full_name(array)}, which no backend takes; needs one "
+        f"of {', '.join(known)}: convert it with numpy.asarray(...){broken}"
     )
-
-
-def _argument(call: Signature, index: int) -> str:
-    names = list(call.op.arrays)[: len(call.dtypes)]
-    outputs = [f"the cotangent of {name}" for name in call.op.outputs]
-    return [*names, *outputs][index]
 
 
 def _is_a(array: Any, dotted: str) -> bool:
@@ -357,28 +372,38 @@ def module(spec: BackendSpec) -> Any:
     """Import the backend's module with its functions."""
     try:
         return importlib.import_module(spec.module)
-    except ImportError as error:
-        raise BackendUnavailableError(f"backend {spec.name!r} cannot run here: {error}") from error
+    except Exception as error:  # of code that is not ours
+        raise BackendUnavailableError(
+            f"backend {spec.name!r} cannot run here: {type(error).__name__}: {error}"
+        ) from error
 
 
-def _taking_host_arrays(function: Callable[..., Any], choice: _Choice, owner: Any):
-    own = choice.spec.array_types
+def _taking_host_arrays(
+    function: Callable[..., Any], spec: BackendSpec, call: Signature
+) -> Callable[..., Any]:
+    """Make NumPy arrays the backend's own, unless that would change their dtype."""
+    from_host = module(spec).from_host
 
-    def take_in(value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return tuple(take_in(item) for item in value)  # pyright: ignore[reportUnknownVariableType]
-        if not _is_a(value, HOST_TYPE) or HOST_TYPE in own:
+    def take_in(value: Any, names: Iterator[str]) -> Any:
+        if isinstance(value, str):  # the op's name, ahead of a vjp's arrays
             return value
-        taken = owner.from_host(value)
+        if isinstance(value, tuple):
+            return tuple(take_in(item, names) for item in value)  # pyright: ignore[reportUnknownVariableType]
+        name = next(names)
+        if not _is_a(value, HOST_TYPE):
+            return value
+        taken = from_host(value)
         if dtype_name(taken.dtype) != dtype_name(value.dtype):
             raise TypeError(
-                f"backend {choice.spec.name!r} has no {value.dtype} here (it would become "
-                f"{dtype_name(taken.dtype)}): convert it first, nothing is narrowed silently"
+                f"{call.op.name}: {name} has dtype {value.dtype}; backend {spec.name!r} has none "
+                f"here and would make it {dtype_name(taken.dtype)}: convert it first (nothing is "
+                "narrowed silently)"
             )
         return taken
 
     def converting(*arrays: Any, **static: Any) -> Any:
-        return function(*map(take_in, arrays), **static)
+        names = iter(call.names)
+        return function(*[take_in(array, names) for array in arrays], **static)
 
     return converting
 
@@ -413,13 +438,13 @@ def call_vjp(
     """Check a call of an op's vjp and have its backend answer it."""
     name = _op_name(op)
     declared = get_op(name)
-    primals = _sequence(declared, primals)
+    primals = _primals(declared, primals)
     if len(declared.outputs) == 1 and not isinstance(cotangents, (tuple, list)):
         cotangents = (cotangents,)
-    checked = signature(get_op, name, primals, _with_defaults(name, static))
-    check_cotangents(checked, cotangents)
+    cotangents = _tuple(declared, "cotangents", cotangents)
+    checked = signature(get_op, name, primals, _with_defaults(declared, static), cotangents)
     function = select("vjp", checked, backend, (*primals, *cotangents))
-    return function(name, tuple(primals), tuple(cotangents), **checked.static)
+    return function(name, primals, cotangents, **checked.static)
 
 
 def _op_name(op: Any) -> str:
@@ -427,25 +452,27 @@ def _op_name(op: Any) -> str:
 
     name = getattr(op, "__name__", op)
     if name not in OPS:
-        near = get_close_matches(str(name), OPS, n=1)
-        raise ValueError(
-            f"vjp: op is {name!r}; needs one of {', '.join(OPS)}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+        raise ValueError(f"vjp: op is {name!r}{_nearest(name, OPS)}; needs one of {', '.join(OPS)}")
     return name
 
 
-def _sequence(op: Op, primals: Any) -> Sequence[Any]:
+def _primals(op: Op, primals: Any) -> tuple[Any, ...]:
     names = list(op.arrays)
     least = len(names) - (op.optional is not None)
-    if not isinstance(primals, (tuple, list)):
-        raise TypeError(f"vjp of {op.name}: primals is a {_full_name(primals)}; needs a tuple")
-    if not least <= len(primals) <= len(names):  # pyright: ignore[reportUnknownArgumentType]
+    arrays = _tuple(op, "primals", primals)
+    if not least <= len(arrays) <= len(names):
         raise ValueError(
-            f"vjp of {op.name}: primals has {len(primals)} arrays; needs "  # pyright: ignore[reportUnknownArgumentType]
-            f"{', '.join(names[:least])}" + (f" and perhaps {op.optional}" if op.optional else "")
+            f"vjp of {op.name}: primals has length {len(arrays)}; needs {', '.join(names[:least])}"
+            + (f" and perhaps {op.optional}" if op.optional else "")
         )
-    return primals  # pyright: ignore[reportUnknownVariableType]
+    return arrays
+
+
+def _tuple(op: Op, name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (tuple, list)):
+        kind = type(value).__name__
+        raise TypeError(f"vjp of {op.name}: {name} is a {kind}; needs a tuple of arrays")
+    return tuple(value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
 
 @functools.cache
@@ -457,15 +484,18 @@ def _defaults(op: str) -> dict[str, Any]:
     return {name: parameters[name].default for name in get_op(op).static}
 
 
-def _with_defaults(op: str, static: Mapping[str, Any]) -> dict[str, Any]:
-    known = _defaults(op)
-    unknown = [name for name in static if name not in known]
-    if unknown:
-        raise TypeError(
-            f"vjp of {op}: {unknown[0]} is no argument of {op}; known are {', '.join(known) or 'none'}"
-        )
+def _with_defaults(op: Op, static: Mapping[str, Any]) -> dict[str, Any]:
+    known = _defaults(op.name)
+    for name in static:
+        if name in op.arrays:
+            raise TypeError(f"vjp of {op.name}: {name} is an array; needs it among the primals")
+        if name not in known:
+            raise TypeError(
+                f"vjp of {op.name}: {name} is no argument of {op.name}{_nearest(name, known)}; "
+                f"known are {', '.join(known) or 'none'}"
+            )
     filled = {**known, **static}
     for name, value in filled.items():
         if value is inspect.Parameter.empty:
-            raise TypeError(f"vjp of {op}: {name} is missing; {op} needs it")
+            raise TypeError(f"vjp of {op.name}: {name} is missing; {op.name} needs it")
     return filled

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from mhc_core._checks import Check
 from mhc_core.backend import DTYPES
 
-__all__ = ["Op", "Out", "Signature", "check_cotangents", "dtype_name", "signature"]
+__all__ = ["Op", "Out", "Signature", "dtype_name", "signature"]
 
 Shape = tuple[int, ...]
 
@@ -56,7 +56,8 @@ class Signature(NamedTuple):
     op: Op
     leading: Shape
     sizes: Mapping[str, int]
-    kind: tuple[tuple[str, ...], int]  # dtype names and n: what a backend may refuse
+    names: tuple[str, ...]  # of the arrays, for messages
+    kind: tuple[tuple[str, ...], int | None]  # dtype names and n: what a backend may refuse
     static: Mapping[str, Any]
 
     @property
@@ -96,27 +97,40 @@ _CACHE_LIMIT = 4096
 
 
 def signature(
-    get_op: Callable[[str], Op], op: str, arrays: Sequence[Any], static: Mapping[str, Any]
+    get_op: Callable[[str], Op],
+    op: str,
+    arrays: Sequence[Any],
+    static: Mapping[str, Any],
+    cotangents: Sequence[Any] | None = None,
 ) -> Signature:
-    """Check a call and describe it; a kind of call that was seen before costs one lookup."""
+    """Check a call of an op, or with cotangents of its vjp, and describe it.
+
+    A kind of call that was seen before costs one lookup.
+    """
     try:
-        key = (
+        key: Any = (
             op,
+            len(arrays),
+            None if cotangents is None else tuple([(c.shape, c.dtype) for c in cotangents]),
             *[(array.shape, array.dtype) for array in arrays],
             *[(type(value), value) for value in static.values()],
         )
-        return _CACHE[key]
-    except (AttributeError, KeyError, TypeError):  # not seen yet, or not right: look closely
-        checked = _check(get_op(op), arrays, static)
-    if len(_CACHE) >= _CACHE_LIMIT:
-        _CACHE.clear()
-    _CACHE[key] = checked  # pyright: ignore[reportPossiblyUnboundVariable]
+        checked = _CACHE.get(key)
+    except (AttributeError, TypeError):  # no array, or a static argument that cannot be right
+        return _check(get_op(op), arrays, static, cotangents)
+    if checked is None:
+        checked = _check(get_op(op), arrays, static, cotangents)
+        if len(_CACHE) >= _CACHE_LIMIT:
+            _CACHE.clear()
+        _CACHE[key] = checked
     return checked
 
 
-def _check(op: Op, arrays: Sequence[Any], static: Mapping[str, Any]) -> Signature:
+def _check(
+    op: Op, arrays: Sequence[Any], static: Mapping[str, Any], cotangents: Sequence[Any] | None
+) -> Signature:
     plain = {name: check(op.name, name, static[name]) for name, check in op.static.items()}
-    names = list(op.arrays)[: len(arrays)]
+    names = tuple(op.arrays)[: len(arrays)]
     shapes = [_shape(op.name, name, a) for name, a in zip(names, arrays, strict=True)]
     dtypes = [_dtype(op.name, name, a) for name, a in zip(names, arrays, strict=True)]
     for name, dtype in zip(names, dtypes, strict=True):
@@ -132,8 +146,9 @@ def _check(op: Op, arrays: Sequence[Any], static: Mapping[str, Any]) -> Signatur
     problem = op.constraint(sizes) if op.constraint else None
     if problem:
         raise ValueError(f"{op.name}: {problem}")
-    kind = (tuple(dtypes), sizes.get("n", 1))
-    return Signature(op, leading or (), sizes, kind, plain)
+    kind = (tuple(dtypes), sizes.get("n"))
+    call = Signature(op, leading or (), sizes, names, kind, plain)
+    return call if cotangents is None else _with_cotangents(call, cotangents)
 
 
 def _shape(owner: str, name: str, array: Any) -> Shape:
@@ -211,39 +226,37 @@ def _mismatch(
     op: Op, name: str, shape: Shape, leading: Shape | None, sizes: Mapping[str, int]
 ) -> str:
     alternatives = op.patterns[name]
-    symbolic = " or ".join(_spell(words) for words in alternatives)
-    here: list[str] = []
+    symbolic = " or ".join(map(_spell, alternatives))
+    text = f"{op.name}: {name} has shape {shape}; needs {symbolic}"
+    if leading is None:
+        return f"{text}, every size but the leading ones at least 1"
+    here: list[list[object]] = []
     for words in alternatives:
         ahead = words[0] == "..."
         known: list[object] = [_size(w, sizes) or w for w in (words[1:] if ahead else words)]
-        if ahead:
-            known = [*(leading if leading is not None else ("...",)), *known]
-        here.append(_spell(known))
-    text = f"{op.name}: {name} has shape {shape}; needs {symbolic}"
-    if leading is None and not sizes:
-        return f"{text}, every size but the leading ones at least 1"
+        here.append([*leading, *known] if ahead else known)
     bound = ", ".join(f"{key}={value}" for key, value in sizes.items())
-    return f"{text}, here {' or '.join(here)}" + (f" with {bound}" if bound else "")
+    concrete = " or ".join(map(_spell, here))
+    return text if concrete == symbolic else f"{text}, here {concrete} with {bound}"
 
 
-def check_cotangents(call: Signature, cotangents: Sequence[Any]) -> None:
-    """Raise unless there is one float cotangent per output, each of its output's shape."""
+def _with_cotangents(call: Signature, cotangents: Sequence[Any]) -> Signature:
+    """Raise unless there is one float cotangent per output, of its shape; describe the vjp."""
     owner = f"vjp of {call.op.name}"
-    names = list(call.op.outputs)
+    names = tuple(f"the cotangent of {name}" for name in call.op.outputs)
     if len(cotangents) != len(names):
+        outputs = ", ".join(call.op.outputs)
         raise ValueError(
-            f"{owner}: cotangents has {len(cotangents)} arrays; needs {len(names)}, "
-            f"for {', '.join(names)}"
+            f"{owner}: cotangents has length {len(cotangents)}; needs {len(names)}, for {outputs}"
         )
     for name, shape, cotangent in zip(names, call.output_shapes, cotangents, strict=True):
-        got = _shape(owner, f"the cotangent of {name}", cotangent)
-        dtype = _dtype(owner, f"the cotangent of {name}", cotangent)
+        got = _shape(owner, name, cotangent)
         if got != shape:
-            raise ValueError(
-                f"{owner}: the cotangent of {name} has shape {got}; needs the output's {shape}"
-            )
-        if dtype == "float64" != call.stream_dtype:
+            raise ValueError(f"{owner}: {name} has shape {got}; needs the output's {shape}")
+        if _dtype(owner, name, cotangent) == "float64" != call.stream_dtype:
             raise TypeError(
-                f"{owner}: the cotangent of {name} has dtype float64 beside streams of "
-                f"{call.stream_dtype}; needs float32 or less (nothing is narrowed silently)"
+                f"{owner}: {name} has dtype float64 beside streams of {call.stream_dtype}; "
+                "needs float32 or less (nothing is narrowed silently)"
             )
+    dtypes = (*call.dtypes, *(dtype_name(cotangent.dtype) for cotangent in cotangents))
+    return call._replace(names=call.names + names, kind=(dtypes, call.kind[1]))

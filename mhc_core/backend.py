@@ -52,7 +52,7 @@ class BackendSpec:
     ops
         The names of the ops that the module has.
     dtypes
-        The stream dtypes that it takes, out of :data:`DTYPES`.
+        The dtypes that it takes, of any array and cotangent, out of :data:`DTYPES`.
     sizes
         The smallest and the largest number of streams ``n``; ``None`` stands for no bound.
     priority
@@ -68,7 +68,7 @@ class BackendSpec:
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError
         Naming the field, what came and what it needs.
     """
 
@@ -91,11 +91,18 @@ class BackendSpec:
             value = getattr(self, name)
             good = isinstance(value, tuple) and all(map(_is_word, value))  # pyright: ignore[reportUnknownArgumentType]
             self._require(name, good, "a tuple of words")
+        dotted = all("." in name for name in self.array_types)
+        self._require("array_types", dotted, "dotted names, such as 'jax.Array'")
         self._require("dtypes", set(self.dtypes) <= set(DTYPES), f"names out of {DTYPES}")
         self._require("sizes", _is_range(self.sizes), "(smallest, largest or None), from 1 on")
         self._require("priority", type(self.priority) is int, "an integer")
+        self._require("automatic", type(self.automatic) is bool, "True or False")
         self._require("missing", callable(self.missing), "a function of no arguments")
-        good = isinstance(self.without, Mapping) and set(self.without) <= set(TRANSFORMS)  # pyright: ignore[reportUnnecessaryIsInstance]
+        good = (
+            isinstance(self.without, Mapping)  # pyright: ignore[reportUnnecessaryIsInstance]
+            and set(self.without) <= set(TRANSFORMS)
+            and all(map(_is_word, self.without.values()))
+        )
         self._require("without", good, f"a mapping of names out of {TRANSFORMS} to reasons")
 
     def _require(self, name: str, good: bool, need: str) -> None:
@@ -106,16 +113,20 @@ class BackendSpec:
     def __hash__(self) -> int:
         return hash((self.name, self.module))
 
-    def refuses(self, op: str, dtypes: tuple[str, ...], n: int) -> str | None:
-        """Give the reason why it does not take this op, these dtypes or n streams, or None."""
+    def refuses(self, op: str, dtypes: tuple[str, ...], n: int | None) -> str | None:
+        """Give the reason why it does not take this op, these dtypes or n streams, or None.
+
+        ``n`` is None for an op that has no streams, such as rms_norm.
+        """
         smallest, largest = self.sizes
         if op not in self.ops:
             return f"has no op {op!r}"
         for dtype in dtypes:
             if dtype not in self.dtypes:
                 return f"has no {dtype} (it takes {', '.join(self.dtypes)})"
-        if n < smallest or (largest is not None and n > largest):
-            return f"takes n from {smallest} to {largest or 'any'} streams, not {n}"
+        if n is not None and not smallest <= n <= (largest or n):
+            upwards = f"to {largest}" if largest else "on"
+            return f"takes n from {smallest} {upwards}, not {n}"
         return None
 
 

@@ -36,7 +36,9 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
 
 
 def test_backend_table() -> None:
-    rows = re.findall(r"^\| `([\w-]+)` \| `([\w.]+)` \| ([^|]+) \| (yes|no) \|", README, re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([\w-]+)` \| `([\w.]+)` \| ([^|]+) \| (yes|no) \|", README, re.MULTILINE
+    )
     declared = [
         (
             backend.name,

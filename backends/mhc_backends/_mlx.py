@@ -6,6 +6,7 @@ Imports nothing heavy; the functions that need MLX import it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,12 +21,12 @@ def missing() -> str | None:
     if find_spec("mlx") is None:
         return "MLX is not installed: pip install 'mhc-core[mlx]'"
     try:
-        import mlx.core as mx
+        core: Any = import_module("mlx.core")
     except ImportError as error:
         return f"MLX has no backend installed: pip install 'mlx[cpu]' ({error})"
-    version = tuple(int(part) for part in mx.__version__.split(".")[:2])
-    if version < OLDEST:
-        return f"MLX {mx.__version__} is too old: pip install 'mlx>=0.32'"
+    version: str = core.__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return f"MLX {version} is too old: pip install 'mlx>=0.32'"
     return None
 
 

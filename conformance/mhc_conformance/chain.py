@@ -30,9 +30,10 @@ BYTES, CHANNELS, HIDDEN, STREAMS, SUBLAYERS, TOKENS = 256, 32, 64, 4, 4, 256
 
 
 def text(length: int = TOKENS + 1) -> Array:
-    """Give the first bytes of the standard library's argparse module."""
-    source = Path(sysconfig.get_path("stdlib")) / "argparse.py"
-    return np.frombuffer(source.read_bytes()[2000 : 2000 + length], np.uint8).astype(np.int32)
+    """Give bytes of the standard library's argparse module, from its first function on."""
+    source = (Path(sysconfig.get_path("stdlib")) / "argparse.py").read_bytes()
+    start = source.index(b"def ")
+    return np.frombuffer(source[start : start + length], np.uint8).astype(np.int32)
 
 
 @dataclass(frozen=True)

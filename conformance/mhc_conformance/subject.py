@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,14 @@ import mhc_core
 from mhc_core._registry import module
 from mhc_core.backend import BackendSpec
 
-__all__ = ["Subject"]
+__all__ = ["Subject", "several"]
 
 Array = NDArray[Any]
+
+
+def several(arrays: Any) -> tuple[Any, ...]:
+    """Give the arrays of an op with one output or many as a tuple."""
+    return tuple(cast("Sequence[Any]", arrays)) if isinstance(arrays, (tuple, list)) else (arrays,)
 
 
 class Subject:
@@ -45,8 +50,7 @@ class Subject:
 
     def give(self, arrays: Any) -> tuple[Array, ...]:
         """Make NumPy arrays of one array or several."""
-        several = arrays if isinstance(arrays, (tuple, list)) else (arrays,)
-        return tuple(self.module.to_host(array) for array in several)
+        return tuple(self.module.to_host(array) for array in several(arrays))
 
     def function(self, op: str, static: dict[str, Any]) -> Callable[..., Any]:
         """Give the public op on positional arrays alone."""

@@ -14,9 +14,10 @@ rounded up to a power of two and doubled. A plugin cannot change them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 import ml_dtypes
+import numpy as np
 
 __all__ = ["Kind", "eps", "tolerance"]
 
@@ -45,7 +46,8 @@ K: Mapping[str, tuple[float, float]] = {
 
 def eps(dtype: str) -> float:
     """Return the distance from 1 to the next number of a dtype."""
-    return float(ml_dtypes.finfo(dtype).eps)
+    info = cast("np.finfo[np.floating]", ml_dtypes.finfo(dtype))
+    return float(info.eps)
 
 
 def tolerance(op: str, kind: Kind, dtype: str) -> float:

@@ -142,14 +142,17 @@ def _fusing(mx: Any, array: Array) -> bool:
     if _on_gpu(mx):
         return True
     try:
-        mx.async_eval(array)
+        mx.eval(array)  # not async_eval, which mx.grad refuses too
     except ValueError:
         return True
     return False
 
 
 def _sums(xp: Any, terms: int) -> bool:
-    return _is(xp, "mlx") and terms <= 8 and (_unrolled.get() or _on_gpu(xp))
+    """Whether products over a few streams are better unrolled into sums that fuse."""
+    if terms > 8:
+        return False
+    return _is(xp, "jax") or (_is(xp, "mlx") and (_unrolled.get() or _on_gpu(xp)))
 
 
 # ----------------------------------------------------------------------- products over the streams
@@ -178,12 +181,16 @@ def _halves(mx: Any, a: Array) -> tuple[Array, Array]:
     return upper, a - upper
 
 
-def mix(xp: Any, h: Array, x: Array) -> Array:
-    """sum_j h[..., i, j] x[..., j, C] -> [..., i, C]; h may lack the leading axes."""
-    if not _sums(xp, x.shape[-2]):
+def mix(xp: Any, h: Array, x: Array, plus: Array | None = None) -> Array:
+    """sum_j h[..., i, j] x[..., j, C] (+ plus) -> [..., i, C]; h may lack the leading axes."""
+    if _sums(xp, x.shape[-2]):
+        terms = [h[..., :, j, None] * x[..., None, j, :] for j in range(x.shape[-2])]
+        return sum(terms[1:] if plus is None else [*terms[1:], plus], terms[0])
+    if plus is None:
         return matmul(xp, h, x)
-    terms = [h[..., :, j, None] * x[..., None, j, :] for j in range(x.shape[-2])]
-    return sum(terms[1:], terms[0])
+    if _is(xp, "mlx") and not _on_gpu(xp):
+        return xp.addmm(plus, h, x)  # a pass over the streams less than matmul and +
+    return matmul(xp, h, x) + plus
 
 
 def collapse(xp: Any, h: Array, x: Array) -> Array:
@@ -191,47 +198,77 @@ def collapse(xp: Any, h: Array, x: Array) -> Array:
     if _sums(xp, x.shape[-2]):
         terms = [h[..., i, None] * x[..., i, :] for i in range(x.shape[-2])]
         return sum(terms[1:], terms[0])
-    if _is(xp, "mlx"):
+    if _is(xp, "mlx") and _on_gpu(xp):
         return xp.sum(h[..., None] * x, axis=-2)
     return matmul(xp, h[..., None, :], x)[..., 0, :]
 
 
-def dot(xp: Any, a: Array, b: Array) -> Array:
-    """sum_C a[..., C] b[..., C] -> [...], with broadcasting."""
-    if _is(xp, "mlx") and _folds(xp, a.shape[-1]):
-        return _sum_last(xp, _fold_8(xp, a, b))
-    return xp.sum(a * b, axis=-1)
+def dot(xp: Any, a: Array, b: Array, like: Array | None = None) -> Array:
+    """sum_C a[..., C] b[..., C] -> [...], also over the tokens that share ``like``."""
+    shared = like is not None and like.ndim < a.ndim - 1
+    return (_dot_all if shared else _dot_each)(xp, a, b)
 
 
-def outer(xp: Any, g: Array, x: Array) -> Array:
-    """sum_C g[..., i, C] x[..., j, C] -> [..., i, j]."""
-    if _sums(xp, x.shape[-2]) and _folds(xp, x.shape[-1]):
-        return _sum_last(xp, _fold_4(xp, g[..., :, None, :], x[..., None, :, :]))
+@fused
+def _dot_each(xp: Any, a: Array, b: Array) -> Array:
+    if b.shape[-2:-1] == (1,) and not _is(xp, "mlx"):
+        return matmul(xp, a, swap(xp, b))[..., 0]  # XLA's sum takes 40 times as long on a CPU
+    if not _folds(xp, a.shape[-1]):
+        return xp.sum(a * b, axis=-1)
+    return _sum_last(xp, _folded(a, b, -1) if _unrolled.get() else a * b)
+
+
+@fused
+def _dot_all(xp: Any, a: Array, b: Array) -> Array:
+    a, b = tokens(xp, a, 2), tokens(xp, b, 2)
+    products = _folded(a, b, 0) if _unrolled.get() and a.shape[0] % FOLDS == 0 else a * b
+    return xp.sum(xp.sum(products, axis=0), axis=-1)
+
+
+def outer(xp: Any, g: Array, x: Array, like: Array) -> Array:
+    """sum_C g[..., i, C] x[..., j, C] -> [..., i, j], also over the tokens that share ``like``."""
+    return (_outer_all if like.ndim < g.ndim else _outer_each)(xp, g, x)
+
+
+@fused
+def _outer_each(xp: Any, g: Array, x: Array) -> Array:
+    if _unrolled.get() and x.shape[-2] <= 8 and _folds(xp, x.shape[-1]):
+        return _sum_last(xp, _folded(g[..., :, None, :], x[..., None, :, :], -1))
+    return _times_transposed(xp, g, x)
+
+
+@fused
+def _outer_all(xp: Any, g: Array, x: Array) -> Array:
+    g, x = tokens(xp, g, 2), tokens(xp, x, 2)
+    if _unrolled.get() and x.shape[-2] <= 8 and x.shape[0] % FOLDS == 0:
+        products = _folded(g[:, :, None, :], x[:, None, :, :], 0)
+        return xp.sum(xp.sum(products, axis=0), axis=-1)
+    return xp.sum(_times_transposed(xp, g, x), axis=0)
+
+
+def _times_transposed(xp: Any, g: Array, x: Array) -> Array:
+    if _is(xp, "jax"):  # twice as fast there as with a transposed array
+        return xp.einsum("...ic,...jc->...ij", g, x, precision="highest")
     return matmul(xp, g, swap(xp, x))
 
 
-def _folds(mx: Any, size: int) -> bool:
-    """Whether a sum over C is better folded: MLX's CPU reduces one number at a time."""
-    return size % 128 == 0 and not _on_gpu(mx)
+def _folds(xp: Any, size: int) -> bool:
+    """Whether a sum over C is better taken in steps: MLX's CPU adds one number at a time."""
+    return _is(xp, "mlx") and size % (16 * FOLDS) == 0 and not _on_gpu(xp)
 
 
-def _folded(mx: Any, a: Array, b: Array, blocks: int) -> Array:
-    size = a.shape[-1] // blocks
-    parts = [slice(k * size, (k + 1) * size) for k in range(blocks)]
-    products = [a[..., part] * b[..., part] for part in parts]
+FOLDS = 4  # with twice as many blocks, what g++ makes of it runs out of registers
+
+
+def _folded(a: Array, b: Array, axis: int) -> Array:
+    """Multiply, and add the blocks of an axis onto each other: one pass, where it fuses."""
+    size = a.shape[axis] // FOLDS
+    ahead = () if axis == 0 else (...,)
+    parts = [(*ahead, slice(k * size, (k + 1) * size)) for k in range(FOLDS)]
+    products = [a[part] * b[part] for part in parts]
     while len(products) > 1:
         products = [one + two for one, two in zip(products[::2], products[1::2], strict=True)]
     return products[0]
-
-
-@fused
-def _fold_8(mx: Any, a: Array, b: Array) -> Array:
-    return _folded(mx, a, b, 8)
-
-
-@fused
-def _fold_4(mx: Any, a: Array, b: Array) -> Array:
-    return _folded(mx, a, b, 4)
 
 
 def _sum_last(mx: Any, a: Array) -> Array:

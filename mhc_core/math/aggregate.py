@@ -34,5 +34,5 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None) -> tuple[Any, Any]:
 
 
 def back(xp: Any, x: Any, h_pre: Any, g: Any) -> tuple[Any, Any]:
-    """Give dx and dh_pre, one per token, in the dtype of computation."""
-    return h_pre[..., None] * g[..., None, :], _xp.dot(xp, x, g[..., None, :])
+    """Give dx and dh_pre in the dtype of computation."""
+    return h_pre[..., None] * g[..., None, :], _xp.dot(xp, x, g[..., None, :], like=h_pre)

@@ -32,7 +32,7 @@ def _forward(xp: Any, x: Any, y: Any, h_pre: Any, h_post: Any, h_res: Any) -> An
     n = h_pre.shape[-1]
     h_pre, h_post, h_res = (_xp.up(xp, a) for a in (h_pre, h_post, h_res))
     gated = h_pre[..., None] * slices(xp, _xp.up(xp, x), n)
-    out = h_post[..., None] * (slices(xp, _xp.up(xp, y), n) + _xp.mix(xp, h_res, gated))
+    out = h_post[..., None] * _xp.mix(xp, h_res, gated, slices(xp, _xp.up(xp, y), n))
     return _xp.cast(xp, xp.reshape(out, x.shape), x)
 
 
@@ -48,9 +48,9 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None):
     return (
         _xp.cast(xp, xp.reshape(dx, x.shape), x),
         _xp.cast(xp, xp.reshape(dz, y.shape), y),
-        _xp.sum_to(xp, _xp.dot(xp, d_gated, wide_x), h_pre),
-        _xp.sum_to(xp, _xp.dot(xp, wide_g, z), h_post),
-        _xp.sum_to(xp, _xp.outer(xp, dz, gated), h_res),
+        _xp.sum_to(xp, _xp.dot(xp, d_gated, wide_x, like=h_pre), h_pre),
+        _xp.sum_to(xp, _xp.dot(xp, wide_g, z, like=h_post), h_post),
+        _xp.sum_to(xp, _xp.outer(xp, dz, gated, like=h_res), h_res),
     )
 
 
@@ -58,7 +58,7 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None):
 def _again(xp: Any, x: Any, y: Any, h_pre: Any, h_res: Any) -> tuple[Any, Any]:
     """Give H_pre * x and z."""
     gated = h_pre[..., None] * x
-    return gated, y + _xp.mix(xp, h_res, gated)
+    return gated, _xp.mix(xp, h_res, gated, y)
 
 
 @_xp.fused

@@ -130,11 +130,9 @@ def back_projection(xp: Any, x: Any, phi: Any, projected: Projected, d_product: 
 
     du = d r, dr = d . u, and the root mean square brings dx += -dr r^3 x / (n C).
     """
-    size = x.shape[-2] * x.shape[-1]
     u, r = projected
     du = _xp.tokens(xp, d_product * r, 1)
-    pull = xp.sum(d_product * u, axis=-1, keepdims=True) * r**3 / size
-    flat = xp.reshape(x, (*x.shape[:-2], size))
-    dphi = _xp.gram(xp, du, _xp.tokens(xp, flat, 1))
-    dx = xp.reshape(_xp.matmul(xp, du, phi), flat.shape) - pull * flat
-    return xp.reshape(dx, x.shape), dphi
+    pull = xp.sum(d_product * u * (r**3 / (x.shape[-2] * x.shape[-1])), axis=-1)
+    through_u = xp.reshape(_xp.matmul(xp, du, phi), x.shape)
+    dphi = _xp.gram(xp, du, xp.reshape(x, (du.shape[0], phi.shape[1])))
+    return through_u - pull[..., None, None] * x, dphi

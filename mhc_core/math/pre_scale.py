@@ -36,7 +36,7 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None) -> tuple[Any, Any]:
     (x, h_pre), (g,) = primals, cotangents
     xp = _xp.namespace(x)
     g = slices(xp, _xp.up(xp, g), h_pre.shape[-1])
-    dh_pre = _xp.dot(xp, slices(xp, _xp.up(xp, x), h_pre.shape[-1]), g)
+    dh_pre = _xp.dot(xp, slices(xp, _xp.up(xp, x), h_pre.shape[-1]), g, like=h_pre)
     dx = xp.reshape(_xp.up(xp, h_pre)[..., None] * g, x.shape)
     return _xp.cast(xp, dx, x), _xp.sum_to(xp, dh_pre, h_pre)
 

@@ -39,9 +39,9 @@ def back(xp: Any, x: Any, weight: Any, g: Any, eps: float) -> tuple[Any, Any]:
     """Give dx and each token's dweight in the dtype of computation."""
     r = _inverse(xp, x, eps)
     scaled = x * r
-    pulled = xp.mean(scaled * weight * g, axis=-1, keepdims=True)
+    pulled = _xp.dot(xp, scaled * weight, g)[..., None] / x.shape[-1]
     return r * (weight * g - scaled * pulled), g * scaled
 
 
 def _inverse(xp: Any, x: Any, eps: float) -> Any:
-    return 1 / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return 1 / xp.sqrt(_xp.dot(xp, x, x)[..., None] / x.shape[-1] + eps)

@@ -33,31 +33,54 @@ def forward(
     iterations: int,
 ) -> Any:
     """H_res x + H_post (outer) rms_norm(aggregate(x, H_pre))."""
+    primals = (x, h_pre_raw, h_post_raw, h_res_raw, rms_weight)
+    return saving(*primals, eps=eps, iterations=iterations)[0][0]
+
+
+def saving(
+    x: Any,
+    h_pre_raw: Any,
+    h_post_raw: Any,
+    h_res_raw: Any,
+    rms_weight: Any,
+    *,
+    eps: float,
+    iterations: int,
+):
+    """Give the output and, for the vjp, the aggregate and the mappings."""
     xp = _xp.namespace(x)
     wide, raw = _up(xp, x, (h_pre_raw, h_post_raw, h_res_raw))
     h_pre, h_post, h_res = static_mappings.forward(*raw, iterations=iterations)
     h = aggregate.weighted(xp, wide, h_pre)
     y = rms_norm.normalised(xp, h, _xp.up(xp, rms_weight), eps)
-    return _xp.cast(xp, combine.mixed(xp, wide, y, h_post, h_res), x)
+    out = _xp.cast(xp, combine.mixed(xp, wide, y, h_post, h_res), x)
+    return (out,), (h, h_pre, h_post, h_res)
 
 
 def vjp(primals: Any, cotangents: Any, saved: Any = None, *, eps: float, iterations: int):
-    """Through combine, the norm, the aggregate and the static mappings; h and y are run again."""
-    x, *raw, rms_weight = primals
-    xp = _xp.namespace(x)
-    wide, raw = _up(xp, x, raw)
-    weight = _xp.up(xp, rms_weight)
-    h_pre, h_post, h_res = static_mappings.forward(*raw, iterations=iterations)
-    h = aggregate.weighted(xp, wide, h_pre)
+    """Through combine, the norm, the aggregate and the static mappings; y is run again."""
+    xp = _xp.namespace(primals[0])
+    if not saved:
+        _, saved = saving(*primals, eps=eps, iterations=iterations)
+    h, h_pre, h_post, h_res = saved
+    x, raw = _up(xp, primals[0], primals[1:4])
+    weight, g = _xp.up(xp, primals[4]), _xp.up(xp, cotangents[0])
+    dh, dweight = rms_norm.back(xp, h, weight, _xp.collapse(xp, h_post, g), eps)
     y = rms_norm.normalised(xp, h, weight, eps)
-    g = _xp.up(xp, cotangents[0])
-    dx, dy, dh_post, dh_res = combine.back(xp, wide, y, h_post, h_res, g)
-    dh, dweight = rms_norm.back(xp, h, weight, dy, eps)
-    more, dh_pre = aggregate.back(xp, wide, h_pre, dh)
-    summed = [_xp.sum_to(xp, d, like) for d, like in zip((dh_pre, dh_post, dh_res), raw, strict=True)]
-    d_raw = static_mappings.vjp(raw, summed, iterations=iterations)
-    gradients = (dx + more, *d_raw, dweight)
+    d_mapped = (
+        _xp.dot(xp, x, dh[..., None, :], like=h_pre),
+        _xp.dot(xp, g, y[..., None, :], like=h_post),
+        _xp.outer(xp, g, x, like=h_res),
+    )
+    d_raw = static_mappings.vjp(raw, d_mapped, iterations=iterations)
+    gradients = (_back_streams(xp, g, dh, h_pre, h_res), *d_raw, dweight)
     return tuple(_xp.sum_to(xp, d, p) for d, p in zip(gradients, primals, strict=True))
+
+
+@_xp.fused
+def _back_streams(xp: Any, g: Any, dh: Any, h_pre: Any, h_res: Any) -> Any:
+    """dx = H_res^T g + H_pre (outer) dh."""
+    return _xp.mix(xp, _xp.swap(xp, h_res), g, h_pre[..., None] * dh[..., None, :])
 
 
 def _up(xp: Any, x: Any, raw: Any) -> tuple[Any, list[Any]]:

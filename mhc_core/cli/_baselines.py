@@ -1,0 +1,231 @@
+"""What ``mhc bench`` compares with: other people's formulas, and other people's packages.
+
+A baseline gives, for each row that it has, a forward function of the very arrays that ours takes.
+Nothing is imported before :attr:`Baseline.load` is called.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+__all__ = ["BASELINES", "Baseline"]
+
+Array = Any
+Forward = Callable[..., Any]
+
+NORM_EPS = EPS = 1e-6  # of DeepSeek-V4
+ITERATIONS = 20
+RMS_EPS = 1e-5  # of static_layer
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One thing to compare with.
+
+    Attributes
+    ----------
+    name
+        What people write after ``--vs``.
+    library
+        The array library that it runs on; it is compared with the backends of that library.
+    package
+        The package that must be installed for it.
+    what
+        What is compared, in a sentence.
+    load
+        Gives the forward functions by the names of the rows.
+    uncompilable
+        Why it cannot run inside mx.compile, or None.
+    """
+
+    name: str
+    library: str
+    package: str
+    what: str
+    load: Callable[[], Mapping[str, Forward]]
+    uncompilable: str | None = None
+
+    def missing(self) -> str | None:
+        """Say why it cannot run here, or None."""
+        return None if find_spec(self.package) else f"{self.package} is not installed"
+
+
+# ------------------------------------------------------------------------------- mlx-vlm's formulas
+
+
+def _mlx_vlm() -> dict[str, Forward]:
+    """What mlx-vlm's deepseek_v4 computes without Metal, with the parts that it compiles."""
+    import mlx.core as mx
+
+    tile = 256  # tokens that are projected at a time
+
+    def project(z: Array, phi: Array) -> Array:
+        length = z.shape[1]
+        if length <= tile:
+            return z @ phi.T
+        z = mx.pad(z, [(0, 0), (0, -length % tile), (0, 0)])
+        starts = range(0, length, tile)
+        tiles = [mx.contiguous(z[:, start : start + tile]) @ phi.T for start in starts]
+        return mx.concatenate(tiles, axis=1)[:, :length]
+
+    @mx.compile
+    def split(mixes: Array, scale: Array, bias: Array, n: int) -> tuple[Array, Array, Array]:
+        h_pre = mx.sigmoid(mixes[..., :n] * scale[0] + bias[:n]) + EPS
+        h_post = 2 * mx.sigmoid(mixes[..., n : 2 * n] * scale[1] + bias[n : 2 * n])
+        logits = mixes[..., 2 * n :] * scale[2] + bias[2 * n :]
+        comb = mx.softmax(logits.reshape(*mixes.shape[:-1], n, n), axis=-1, precise=True) + EPS
+        comb = comb / (comb.sum(axis=-2, keepdims=True) + EPS)
+        for _ in range(ITERATIONS - 1):
+            comb = comb / (comb.sum(axis=-1, keepdims=True) + EPS)
+            comb = comb / (comb.sum(axis=-2, keepdims=True) + EPS)
+        return h_pre, h_post, comb
+
+    def pre(x: Array, phi: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+        wide = x.astype(mx.float32)
+        mixes = project(mx.fast.rms_norm(wide.flatten(-2), None, NORM_EPS), phi)
+        h_pre, h_post, comb = split(mixes, scale, bias, x.shape[-2])
+        h = (h_pre[..., None] * wide).sum(axis=-2).astype(x.dtype)
+        return h, h_post, comb.swapaxes(-1, -2)
+
+    @mx.compile
+    def expand(x: Array, y: Array, h_post: Array, comb: Array) -> Array:
+        written = h_post[..., None] * y[..., None, :].astype(mx.float32)
+        mixed = mx.matmul(comb.swapaxes(-1, -2), x.astype(mx.float32))
+        return (written + mixed).astype(x.dtype)
+
+    def combine(x: Array, y: Array, h_post: Array, h_res: Array) -> Array:
+        return expand(x, y, h_post, h_res.swapaxes(-1, -2))
+
+    def sublayer(x: Array, phi: Array, scale: Array, bias: Array) -> Array:
+        h, h_post, h_res = pre(x, phi, scale, bias)
+        return combine(x, mx.tanh(h), h_post, h_res)
+
+    return {"pre": pre, "combine": combine, "sublayer": sublayer}
+
+
+# --------------------------------------------------------------------------------------- plain JAX
+
+
+def _jax() -> dict[str, Forward]:
+    """The same formulas as one writes them in JAX, each jitted whole, without any custom vjp."""
+    import jax
+    import jax.numpy as jnp
+
+    def pre(x: Array, phi: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+        n, wide = x.shape[-2], x.astype(jnp.float32)
+        flat = wide.reshape(*x.shape[:-2], -1)
+        r = jax.lax.rsqrt(jnp.mean(flat * flat, axis=-1, keepdims=True) + NORM_EPS)
+        mixes = (flat @ phi.T) * r
+        h_pre = jax.nn.sigmoid(mixes[..., :n] * scale[0] + bias[:n]) + EPS
+        h_post = 2 * jax.nn.sigmoid(mixes[..., n : 2 * n] * scale[1] + bias[n : 2 * n])
+        logits = mixes[..., 2 * n :] * scale[2] + bias[2 * n :]
+        comb = jax.nn.softmax(logits.reshape(*mixes.shape[:-1], n, n), axis=-1) + EPS
+        comb = comb / (comb.sum(axis=-2, keepdims=True) + EPS)
+        for _ in range(ITERATIONS - 1):
+            comb = comb / (comb.sum(axis=-1, keepdims=True) + EPS)
+            comb = comb / (comb.sum(axis=-2, keepdims=True) + EPS)
+        h = jnp.einsum("...n,...nc->...c", h_pre, wide).astype(x.dtype)
+        return h, h_post, comb.swapaxes(-1, -2)
+
+    def combine(x: Array, y: Array, h_post: Array, h_res: Array) -> Array:
+        mixed = jnp.matmul(h_res, x.astype(jnp.float32))
+        return (mixed + h_post[..., None] * y[..., None, :].astype(jnp.float32)).astype(x.dtype)
+
+    def sublayer(x: Array, phi: Array, scale: Array, bias: Array) -> Array:
+        h, h_post, h_res = pre(x, phi, scale, bias)
+        return combine(x, jnp.tanh(h), h_post, h_res)
+
+    return {"pre": jax.jit(pre), "combine": jax.jit(combine), "sublayer": jax.jit(sublayer)}
+
+
+# ---------------------------------------------------------------------------- the two MLX packages
+
+
+def _mhc_mlx() -> dict[str, Forward]:
+    """MHCLayer; without Metal it takes its own reference path."""
+    import mlx.core as mx
+
+    MHCLayer: Any = import_module("mhc_mlx").MHCLayer
+    disabled = os.environ.get("MHC_MLX_DISABLE_METAL") == "1"
+    metal = mx.metal.is_available() and not disabled
+
+    def static_layer(x: Array, pre: Array, post: Array, res: Array, weight: Array) -> Array:
+        layer = MHCLayer(*x.shape[-2:], ITERATIONS, RMS_EPS, use_metal=metal)
+        layer.H_pre_raw, layer.H_post_raw, layer.H_res_raw = pre, post, res
+        layer.rms_weight = weight
+        return layer(x.reshape(-1, *x.shape[-2:])).reshape(x.shape)
+
+    return {"static_layer": static_layer}
+
+
+def _mlx_mhc() -> dict[str, Forward]:
+    """ManifoldHyperConnection in its two-stage form, around a layer F."""
+    import mlx.core as mx
+
+    ManifoldHyperConnection: Any = import_module("mlx_mhc").ManifoldHyperConnection
+
+    def module(x: Array, n: int, pre: Array, post: Array, res: Array) -> Any:
+        layer = ManifoldHyperConnection(x.shape[-1], n, ITERATIONS)
+        layer.h_pre_raw, layer.h_post_raw, layer.h_res_raw = pre, post, res
+        return layer
+
+    def gated_combine(x: Array, pre: Array, post: Array, res: Array) -> Array:
+        layer = module(x, pre.shape[-1], pre, post, res)
+        return layer.post_combine(x, mx.tanh(layer.pre_scale(x)))
+
+    def static_layer(x: Array, pre: Array, post: Array, res: Array, weight: Array) -> Array:
+        n = x.shape[-2]
+        # sigmoid(100) = 1 and 2 sigmoid(0) = 1
+        layer = module(x.reshape(*x.shape[:-2], -1), n, mx.full((n,), 100.0), mx.zeros((n,)), res)
+        h = (mx.sigmoid(pre)[:, None] * x).sum(axis=-2)
+        y = 2 * mx.sigmoid(post)[:, None] * mx.fast.rms_norm(h, weight, RMS_EPS)[..., None, :]
+        flat = (*x.shape[:-2], n * x.shape[-1])
+        return layer.post_combine(x.reshape(flat), y.reshape(flat)).reshape(x.shape)
+
+    return {"gated_combine": gated_combine, "static_layer": static_layer}
+
+
+BASELINES = {
+    baseline.name: baseline
+    for baseline in (
+        Baseline(
+            "mlx-vlm",
+            "mlx",
+            "mlx",
+            "the formulas of mlx-vlm's deepseek_v4 outside Metal, written again here, with the "
+            "parts compiled that it compiles; gradients by MLX's autodiff",
+            _mlx_vlm,
+        ),
+        Baseline(
+            "jax",
+            "jax",
+            "jax",
+            "the same formulas in plain JAX, jitted whole; gradients by JAX's autodiff",
+            _jax,
+        ),
+        Baseline(
+            "mhc-mlx",
+            "mlx",
+            "mhc_mlx",
+            "MHCLayer, with Metal where there is one and else its reference path: the same "
+            "function as static_layer",
+            _mhc_mlx,
+        ),
+        Baseline(
+            "mlx-mhc",
+            "mlx",
+            "mlx_mhc",
+            "ManifoldHyperConnection, dims = n * C; gated_combine: its two stages around "
+            "F = tanh, the same function as static_mappings, pre_scale and gated_combine; "
+            "static_layer: its H_pre and H_post, which would gate the residual too, held at 1, "
+            "with aggregate, norm and H_post inside F, so that it is the same function",
+            _mlx_mhc,
+            "mlx-mhc reads array values in its loop, which mx.compile does not allow",
+        ),
+    )
+}

@@ -1,0 +1,133 @@
+"""What ``import mhc_core`` costs and brings, and what the public names say of themselves."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy
+import pytest
+from mhc_conformance import oracle
+
+import mhc_core
+from mhc_core import _api, _registry, math, variants
+
+HEAVY = ("numpy", "jax", "mlx", "array_api_compat", "torch", "ml_dtypes", "pluggy", "typer", "rich")
+LIMIT_MS = 50
+OPS = [name for name in _api.__all__ if name != "vjp"]
+
+IMPORT = """
+import sys, time
+start = time.perf_counter()
+import mhc_core
+print((time.perf_counter() - start) * 1e3, *sorted(sys.modules))
+"""
+
+
+def _in_a_new_process(code: str, *options: str) -> str:
+    command = [sys.executable, *options, "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_import_brings_no_array_library() -> None:
+    _, *modules = _in_a_new_process(IMPORT).split()
+    assert not set(HEAVY) & set(modules)
+    assert not [name for name in modules if name.startswith(("mhc_backends", "mhc_core.math"))]
+
+
+def test_import_is_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # with bytecode, which installers write; the first run makes it
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
+    _in_a_new_process(IMPORT)
+    times: list[float] = []
+    while len(times) < 10 and not (times and min(times) < LIMIT_MS):
+        times.append(float(_in_a_new_process(IMPORT).split()[0]))
+    assert min(times) < LIMIT_MS, f"import mhc_core takes {times} ms"
+
+
+def test_discovery_imports_no_array_library() -> None:
+    code = "import sys, mhc_core._registry as r; r._discover(); print(*sorted(sys.modules))"
+    assert not {"numpy", "jax", "mlx", "torch"} & set(_in_a_new_process(code).split())
+
+
+def test_a_numpy_call_imports_neither_jax_nor_mlx() -> None:
+    code = (
+        "import sys, numpy, mhc_core as mhc; mhc.sinkhorn(numpy.zeros((2, 2)));"
+        "print(*sorted(sys.modules))"
+    )
+    assert not {"jax", "mlx", "torch"} & set(_in_a_new_process(code).split())
+
+
+def _constants_classes_functions(name: str) -> tuple[bool, bool, str]:
+    return not name.isupper(), not name[0].isupper(), name
+
+
+def test_all_is_sorted_and_complete() -> None:
+    assert mhc_core.__all__ == sorted(mhc_core.__all__, key=_constants_classes_functions)
+    assert _api.__all__ == sorted(_api.__all__)
+    assert set(_api.__all__) < set(mhc_core.__all__)
+    public = {
+        name
+        for name, value in vars(mhc_core).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    assert public == set(mhc_core.__all__)
+
+
+def test_the_ops_are_the_same_everywhere() -> None:
+    assert tuple(OPS) == math.OPS
+    assert set(oracle.OPS) == set(math.OPS)
+    assert all(math.load(op).OP.name == op for op in math.OPS)
+
+
+@pytest.mark.parametrize("name", mhc_core.__all__)
+def test_every_public_name_is_documented(name: str) -> None:
+    value = getattr(mhc_core, name)
+    if isinstance(value, mhc_core.Variant):  # documented by the string below its assignment
+        source = inspect.getsource(variants)
+        assert re.search(rf'^{name} = .*\n"""\S', source, re.MULTILINE)
+    else:
+        assert inspect.getdoc(value)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_tells_its_formula_shapes_result_and_errors(op: str) -> None:
+    text = inspect.getdoc(getattr(_api, op)) or ""
+    heads = ("Parameters\n---", "Returns\n---", "Notes\n---", "Errors: see :mod:`mhc_core._api`")
+    for head in heads:
+        assert head in text, f"{op}: no {head!r}"
+    parameters, returns = text.split("Parameters\n", 1)[1].split("Returns\n", 1)
+    assert re.search(r"\w\S* /?= \S", text.split("Parameters\n")[0]), f"{op}: no formula"
+    assert "``[" in parameters or "As for" in parameters, f"{op}: no shapes"
+    assert "[..." in returns or op in ("combine_pre", "static_mappings"), f"{op}: no result's shape"
+    for name in inspect.signature(getattr(_api, op)).parameters:
+        assert re.search(rf"^(.*, )?{name}(,.*)?$", parameters, re.MULTILINE), f"{op}: no {name}"
+
+
+def test_errors_are_documented_where_the_ops_point() -> None:
+    text = inspect.getdoc(_api) or ""
+    for word in ("Errors:", "TypeError", "ValueError", "BackendError", "Dtypes:", "Shapes:"):
+        assert word in text
+
+
+def test_every_op_has_its_declared_arguments() -> None:
+    for op in OPS:
+        declared = math.load(op).OP
+        names = list(inspect.signature(getattr(_api, op)).parameters)
+        assert set(names) == {*declared.arrays, *declared.static, "backend"}
+        arrays = [name for name in names if name in declared.arrays]
+        assert arrays == list(declared.arrays), "vjp's primals would come in another order"
+
+
+@pytest.mark.parametrize("module", [_api, _registry, variants], ids=lambda m: m.__name__)
+def test_examples_run(module: ModuleType) -> None:
+    assert numpy.float32(1).shape == ()  # the examples write NumPy's numbers as plain lists
+    result = doctest.testmod(module, raise_on_error=False)
+    assert result.attempted
+    assert not result.failed

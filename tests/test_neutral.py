@@ -1,0 +1,272 @@
+"""The neutral maths by itself: its forwards under plain autodiff, its loops and its products."""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mlx.core as mx
+import numpy as np
+import pytest
+from mhc_conformance.cases import SMALL, Case, cases, data, simple_case
+from numpy.typing import NDArray
+
+from mhc_core import math
+from mhc_core.math import _xp, sinkhorn_knopp
+
+Array = NDArray[Any]
+EPS = float(np.finfo(np.float32).eps)
+# compiled once and run once: compiling is all that these tests would wait for
+QUICKLY = {"xla_llvm_disable_expensive_passes": True}
+
+
+def _sinkhorn(eps: float, first: str) -> Case:
+    static = (("iterations", 5), ("eps", eps), ("first", first))
+    return Case("sinkhorn", f"eps={eps}, {first} first", SMALL, static)
+
+
+SINKHORNS = [_sinkhorn(eps, first) for eps in (0.0, 0.1) for first in ("columns", "rows")]
+
+
+COMPOSED = ("pre", "combine_pre", "static_layer")  # of other ops, which have more cases
+
+
+def _chosen(op: str) -> Iterator[Case]:
+    """An op's first cases, and those that differ from them in more than sizes."""
+    count = 1 if op in COMPOSED else 2
+    yield from SINKHORNS if op == "sinkhorn" else itertools.islice(cases(op), count)
+    for case in cases(op):
+        if case.sizes == SMALL and case.shared != case.optional:
+            yield case
+
+
+CASES = [case for op in math.OPS for case in _chosen(op)]
+
+
+def _loss(case: Case, cotangents: Any) -> Callable[..., Any]:
+    """sum(cotangent * output) of the neutral forward, which any autodiff can take apart."""
+    forward = math.load(case.op).forward
+
+    def loss(*primals: Any) -> Any:
+        outputs = forward(*primals, **case.options)
+        several = outputs if isinstance(outputs, tuple) else (outputs,)
+        return sum((c * o).sum() for c, o in zip(cotangents, several, strict=True))
+
+    return loss
+
+
+def _off_by(got: Any, want: Any) -> float:
+    """The worst error of several arrays, each relative to its largest number."""
+    pairs = [(np.asarray(g), np.asarray(w)) for g, w in zip(got, want, strict=True)]
+    assert all(g.shape == w.shape for g, w in pairs)
+    return max(float(np.abs(g - w).max() / (np.abs(w).max() or 1)) for g, w in pairs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}: {case.label}")
+def test_vjps_equal_autodiff_of_the_forwards(case: Case) -> None:
+    primals, cotangents = data(case, "float64", 0)
+    by_hand = math.load(case.op).vjp(primals, cotangents, **case.options)
+    with jax.enable_x64(True):
+        own = tuple(jnp.asarray(primal) for primal in primals)
+        function = jax.grad(_loss(case, cotangents), argnums=range(len(own)))
+        by_jax = jax.jit(function, compiler_options=QUICKLY)(*own)
+        assert all(gradient.dtype == np.float64 for gradient in by_jax)
+        assert _off_by(by_hand, by_jax) < 1e-12
+
+
+MLX_CASES = [
+    *SINKHORNS,
+    *(next(iter(cases(op))) for op in ("mappings", "combine", "static_layer", "rms_norm", "head")),
+    *(simple_case(op) for op in ("combine_pre", "sinkhorn_knopp", "residual_add_aggregate")),
+]
+
+
+@pytest.mark.parametrize("case", MLX_CASES, ids=lambda case: f"{case.op}: {case.label}")
+def test_vjps_equal_autodiff_of_the_forwards_in_mlx(case: Case) -> None:
+    primals, cotangents = data(case, "float32", 0)
+    wide = [[array.astype(np.float64) for array in arrays] for arrays in (primals, cotangents)]
+    by_hand = math.load(case.op).vjp(*wide, **case.options)
+    own = [mx.array(primal) for primal in primals]
+    loss = _loss(case, [mx.array(cotangent) for cotangent in cotangents])
+    by_mlx = mx.grad(loss, argnums=list(range(len(own))))(*own)
+    by_mlx = by_mlx if isinstance(by_mlx, tuple) else (by_mlx,)
+    assert _off_by(by_mlx, by_hand) < 1e-4
+
+
+# --- sinkhorn_knopp's loop --------------------------------------------------------------------
+
+KNOPP = {"max_iterations": 60, "epsilon": 1e-3}
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the steps that are taken."""
+    taken: list[int] = []
+    for name in ("_step_log", "_step_direct"):
+        step = getattr(sinkhorn_knopp, name)
+
+        def counting(xp: Any, matrix: Any, step: Any = step) -> Any:
+            taken.append(1)
+            return step(xp, matrix)
+
+        monkeypatch.setattr(sinkhorn_knopp, name, counting)
+    return taken
+
+
+def _logits(*shape: int) -> Array:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("log_space", [True, False])
+@pytest.mark.parametrize("like", [np.asarray, mx.array], ids=["numpy", "mlx"])
+def test_stopping_early_changes_no_bit(
+    like: Callable[..., Any], log_space: bool, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix, cotangent = like(_logits(5, 4, 4)), like(_logits(5, 4, 4)[::-1].copy())
+    options = {**KNOPP, "log_space": log_space}
+
+    def run() -> tuple[Array, Array]:
+        forward = np.asarray(sinkhorn_knopp.forward(matrix, **options))
+        (gradient,) = sinkhorn_knopp.vjp((matrix,), (cotangent,), **options)
+        return forward, np.asarray(gradient)
+
+    early = run()
+    assert len(steps) < 60  # of 120 in forward and vjp together
+    steps.clear()
+    monkeypatch.setattr(_xp, "_known_false", lambda xp, active: False)
+    frozen = run()
+    assert len(steps) == 120
+    for one, other in zip(early, frozen, strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
+def test_it_stops_after_as_many_steps_as_it_needs(steps: list[int]) -> None:
+    sinkhorn_knopp.forward(np.zeros((2, 4, 4)), **KNOPP, log_space=True)
+    assert len(steps) == 1
+
+
+def test_under_mx_compile_every_step_is_taken(steps: list[int]) -> None:
+    matrix = mx.array(_logits(2, 3, 3))
+    eager = sinkhorn_knopp.forward(matrix, max_iterations=9, epsilon=0.05, log_space=True)
+    assert len(steps) < 9
+    steps.clear()
+    compiled = mx.compile(
+        lambda m: sinkhorn_knopp.forward(m, max_iterations=9, epsilon=0.05, log_space=True)
+    )
+    np.testing.assert_allclose(np.asarray(compiled(matrix)), np.asarray(eager), rtol=1e-5)
+    assert len(steps) == 9
+
+
+@pytest.mark.parametrize("like", [np.asarray, mx.array, jnp.asarray], ids=["numpy", "mlx", "jax"])
+def test_each_matrix_is_frozen_by_itself(like: Callable[..., Any]) -> None:
+    slow = _logits(1, 4, 4) * 4
+    quick = _logits(1, 4, 4) * 0.5
+    options = {"max_iterations": 50, "epsilon": 0.05, "log_space": True}
+    both = np.asarray(sinkhorn_knopp.forward(like(np.concatenate([slow, quick])), **options))
+    for index, alone in enumerate((slow, quick)):
+        result = np.asarray(sinkhorn_knopp.forward(like(alone), **options))
+        np.testing.assert_allclose(both[index], result[0], rtol=1e-5)
+    # had it gone on with the slow one, the quick one would sum to 1 in both directions
+    assert np.abs(both[1].sum(axis=-1) - 1).max() > 1e-4
+
+
+def test_jax_compiles_one_loop_for_any_number_of_steps() -> None:
+    def size(iterations: int) -> int:
+        function = math.load("sinkhorn").forward
+        jaxpr = jax.make_jaxpr(lambda m: function(m, iterations=iterations, eps=0.0, first="rows"))(
+            jnp.zeros((4, 4))
+        )
+        return len(str(jaxpr).splitlines())
+
+    assert size(50) == size(2)
+
+
+# --- what sinkhorn's vjp keeps ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+def test_sinkhorns_vjp_keeps_two_lines_per_matrix_and_iteration(eps: float) -> None:
+    n, tokens = 16, 128
+    logits = np.random.default_rng(0).normal(size=(tokens, n, n))
+    vjp = math.load("sinkhorn").vjp
+
+    def peak(iterations: int) -> int:
+        tracemalloc.start()
+        vjp((logits,), (logits,), iterations=iterations, eps=eps, first="columns")
+        _, highest = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return highest
+
+    peak(2)  # so that no import is counted
+    per_iteration = (peak(60) - peak(20)) / 40
+    lines = 2 * n * tokens * 8
+    assert per_iteration < 1.1 * lines
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+def test_sinkhorns_vjp_keeps_as_little_in_jax(eps: float) -> None:
+    n, tokens = 8, 64
+    vjp = math.load("sinkhorn").vjp
+    logits = jnp.zeros((tokens, n, n))
+
+    def temporary(iterations: int) -> int:
+        function = jax.jit(
+            lambda m: vjp((m,), (m,), iterations=iterations, eps=eps, first="columns")
+        )
+        return function.lower(logits).compile().memory_analysis().temp_size_in_bytes
+
+    per_iteration = (temporary(60) - temporary(20)) / 40
+    assert per_iteration < 1.1 * 2 * n * tokens * 4
+
+
+# --- products by halves, for hardware that multiplies in TF32 ---------------------------------
+
+
+def _bits(array: Array) -> int:
+    """How many significant bits the numbers need at most."""
+    mantissas = np.abs(np.frexp(array.astype(np.float64))[0])
+    return next(bits for bits in range(60) if not np.any(np.modf(np.ldexp(mantissas, bits))[0]))
+
+
+def test_halves_are_exact() -> None:
+    rng = np.random.default_rng(0)
+    a = (rng.normal(size=4096) * 10.0 ** rng.integers(-20, 20, 4096)).astype(np.float32)
+    upper, lower = (np.asarray(half) for half in _xp._halves(mx, mx.array(a)))
+    assert _bits(a) == 24
+    assert _bits(upper) == 11
+    np.testing.assert_array_equal(upper.astype(np.float64) + lower, a.astype(np.float64))
+    assert np.all(np.abs(lower) <= np.abs(upper) * 2.0**-10)
+
+
+def _tf32(array: mx.array) -> Array:
+    """Round to 11 significant bits."""
+    mantissa, exponent = np.frexp(np.asarray(array).astype(np.float64))
+    return np.ldexp(np.round(mantissa * 2**11) / 2**11, exponent)
+
+
+def _tf32_hardware() -> Any:
+    """MLX, but for a matmul whose inputs are rounded to TF32 and whose sums are in float32."""
+
+    def multiply(a: mx.array, b: mx.array) -> mx.array:
+        return mx.array((_tf32(a) @ _tf32(b)).astype(np.float32))
+
+    return SimpleNamespace(**{**vars(mx), "matmul": multiply})
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.05])
+def test_products_by_halves_are_float32_products(mean: float) -> None:
+    rng = np.random.default_rng(0)
+    sizes = ((33, 64), (64, 24))
+    a, b = (rng.uniform(mean - 0.05, mean + 0.05, size).astype(np.float32) for size in sizes)
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    hardware = _tf32_hardware()
+    halves = _xp._matmul_by_halves(hardware, mx.array(a), mx.array(b))
+    assert _off_by([halves], [exact]) < 4 * EPS
+    if mean == 0:
+        plain = hardware.matmul(mx.array(a), mx.array(b))
+        assert _off_by([plain], [exact]) > 500 * EPS  # what it is there to prevent

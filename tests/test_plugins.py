@@ -1,0 +1,338 @@
+"""Plugins that bring backends, and all the ways in which one can be broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import pytest
+
+import mhc_core as mhc
+from mhc_core.backend import API_VERSION, BackendSpec
+from mhc_core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from conftest import FakeArray, Plugins
+
+Break = Callable[["Plugins"], None]
+ZEROS = numpy.zeros((2, 2), numpy.float32)
+
+
+def test_a_plugin_brings_a_backend(plugins: Plugins, fake: type[FakeArray]) -> None:
+    plugins.backend("mine")
+    assert mhc.backends()["mine"].available
+    assert mhc.sinkhorn(fake(2, 2)) == "mine"
+    assert mhc.vjp("sinkhorn", (fake(2, 2),), fake(2, 2)) == "mine"
+
+
+def test_one_plugin_may_bring_several(plugins: Plugins, fake: type[FakeArray]) -> None:
+    plugins.plugin("mine", [plugins.spec("one"), plugins.spec("two", priority=1)])
+    assert mhc.sinkhorn(fake(2, 2)) == "two"
+    assert mhc.sinkhorn(fake(2, 2), backend="one") == "one"
+
+
+def test_a_plugin_may_bring_none(plugins: Plugins) -> None:
+    plugins.plugin("mine", lambda: None)
+    assert "mine" not in mhc.backends()
+
+
+def _no_module(plugins: Plugins) -> None:
+    plugins.point("mine", "no_such_module")
+
+
+def _no_attribute(plugins: Plugins) -> None:
+    plugins.point("mine", "sys:no_such_attribute")
+
+
+def _no_hook(plugins: Plugins) -> None:
+    plugins.plugin("mine")
+
+
+def _raising(plugins: Plugins) -> None:
+    def specs() -> Any:
+        raise OSError("no driver")
+
+    plugins.plugin("mine", specs)
+
+
+def _no_list(plugins: Plugins) -> None:
+    plugins.plugin("mine", lambda: 3)
+
+
+def _no_spec(plugins: Plugins) -> None:
+    plugins.plugin("mine", ["sinkhorn"])
+
+
+def _bad_spec(plugins: Plugins) -> None:
+    plugins.plugin("mine", lambda: [plugins.spec("mine", dtypes=("float8",))])
+
+
+def _other_version(plugins: Plugins) -> None:
+    plugins.plugin("mine", [plugins.spec("mine", api_version=API_VERSION + 1)])
+
+
+def _taken_name(plugins: Plugins) -> None:
+    plugins.plugin("mine", [plugins.spec("good"), plugins.spec("numpy")])
+
+
+def _one_name_twice(plugins: Plugins) -> None:
+    plugins.plugin("mine", [plugins.spec("twin"), plugins.spec("twin")])
+
+
+def _wrong_arguments(plugins: Plugins) -> None:
+    @hookimpl
+    def mhc_select(call: Any) -> None: ...
+
+    plugins.module("plugin_wrong_arguments", mhc_select=mhc_select)
+    plugins.point("mine", "plugin_wrong_arguments")
+
+
+BROKEN: list[tuple[Break, str]] = [
+    (_no_module, "ModuleNotFoundError: No module named 'no_such_module'"),
+    (_no_attribute, "AttributeError: module 'sys' has no attribute 'no_such_attribute'"),
+    (_no_hook, "TypeError: it implements neither mhc_backend_specs nor mhc_select"),
+    (_raising, "OSError: no driver"),
+    (_no_list, "TypeError: 'int' object is not iterable"),
+    (_no_spec, "TypeError: mhc_backend_specs gave 'sinkhorn'; needs mhc_core.backend.BackendSpec"),
+    (_bad_spec, "TypeError: BackendSpec: dtypes is ('float8',); needs names out of ('float32', "),
+    (
+        _other_version,
+        f"ValueError: backend 'mine' was written for version {API_VERSION + 1} of the backend "
+        f"contract; this mhc-core has version {API_VERSION}",
+    ),
+    (_taken_name, "ValueError: backend 'numpy' is already there, from mhc_backends.numpy.ops"),
+    (_one_name_twice, "ValueError: backend 'twin' is already there, from ops_of_twin"),
+    (_wrong_arguments, "PluginValidationError: Plugin 'mine' for hook 'mhc_select'"),
+]
+
+
+@pytest.mark.parametrize(("make", "says"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_broken_plugin_is_named_and_breaks_nothing(
+    plugins: Plugins, make: Break, says: str
+) -> None:
+    make(plugins)
+    plugins.backend("healthy")
+    known = mhc.backends()
+    assert list(known)[-1] == "mine"
+    assert not known["mine"].available
+    assert known["mine"].spec is None
+    assert f"plugin 'mine' is broken: {says}" in (known["mine"].reason or "")
+    assert all(known[name].available for name in ("numpy", "jax", "mlx-compiled", "healthy"))
+    assert not {"good", "twin"} & set(known)
+    assert mhc.sinkhorn(ZEROS).shape == (2, 2)
+    for error, name in ((mhc.BackendUnavailableError, "mine"), (mhc.UnknownBackendError, "mime")):
+        with pytest.raises(error) as caught:
+            mhc.sinkhorn(ZEROS, backend=name)
+        assert says in str(caught.value)
+
+
+def test_broken_plugins_are_named_where_nobody_takes_an_array(
+    plugins: Plugins, fake: type[FakeArray]
+) -> None:
+    _no_module(plugins)
+    with pytest.raises(TypeError, match=r"no backend takes; .* No module named 'no_such_module'"):
+        mhc.sinkhorn(fake(2, 2))
+
+
+def test_two_plugins_of_one_name_are_both_taken_in(plugins: Plugins) -> None:
+    plugins.plugin("numpy", [plugins.spec("first")])
+    plugins.plugin("numpy", [plugins.spec("first")])
+    known = mhc.backends()
+    assert known["numpy"].available
+    assert known["first"].available
+    (other,) = [name for name in known if name.startswith("numpy (")]
+    assert "backend 'first' is already there" in (known[other].reason or "")
+
+
+def test_the_same_plugin_twice_is_reported_once_it_is_known(plugins: Plugins) -> None:
+    plugins.point("again", "mhc_backends.numpy")
+    known = mhc.backends()
+    assert known["numpy"].available
+    assert "Plugin already registered" in (known["again"].reason or "")
+
+
+def test_a_raising_missing_is_a_reason(plugins: Plugins, fake: type[FakeArray]) -> None:
+    def missing() -> str | None:
+        raise OSError("no driver")
+
+    plugins.backend("mine", missing=missing, priority=9)
+    plugins.backend("healthy")
+    assert mhc.backends()["mine"].reason == "missing() raised OSError: no driver"
+    assert mhc.sinkhorn(fake(2, 2)) == "healthy"
+    with pytest.raises(mhc.BackendUnavailableError, match="OSError: no driver"):
+        mhc.sinkhorn(fake(2, 2), backend="mine")
+
+
+def test_missing_is_asked_once(plugins: Plugins, fake: type[FakeArray]) -> None:
+    asked: list[int] = []
+
+    def missing() -> str:
+        asked.append(1)
+        return ""
+
+    plugins.backend("mine", missing=missing)
+    assert mhc.backends()["mine"].available  # an empty reason is none
+    mhc.sinkhorn(fake(2, 2))
+    mhc.sinkhorn(fake(3, 3), backend="mine")
+    assert asked == [1]
+
+
+def test_specs_are_asked_for_once(plugins: Plugins, fake: type[FakeArray]) -> None:
+    asked: list[int] = []
+    spec = plugins.spec("mine")
+
+    def specs() -> list[BackendSpec]:
+        asked.append(1)
+        return [spec]
+
+    plugins.plugin("mine", specs)
+    for _ in range(2):
+        mhc.backends()
+        mhc.sinkhorn(fake(2, 2))
+    assert asked == [1]
+
+
+@pytest.mark.parametrize("value", ["mine", "other, mine", " mine ,jax"])
+def test_plugins_can_be_disabled(
+    plugins: Plugins, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    plugins.point("mine", "no_such_module")
+    monkeypatch.setenv("MHC_DISABLE_PLUGINS", value)
+    known = mhc.backends()
+    assert "mine" not in known
+    assert ("jax" in known) == ("jax" not in value)
+    assert "numpy" in known
+
+
+# --- the ops module ---------------------------------------------------------------------------
+
+
+def test_an_ops_module_that_cannot_be_imported(plugins: Plugins, fake: type[FakeArray]) -> None:
+    spec = replace(plugins.spec("mine"), module="no_such_module")
+    plugins.plugin("mine", [spec])
+    with pytest.raises(mhc.BackendUnavailableError, match="'mine' cannot run here: ModuleNotFound"):
+        mhc.sinkhorn(fake(2, 2))
+
+
+@pytest.mark.parametrize("lacks", ["sinkhorn", "vjp"])
+def test_an_ops_module_without_what_it_declares(
+    plugins: Plugins, fake: type[FakeArray], lacks: str
+) -> None:
+    plugins.backend("mine", {"vjp" if lacks == "sinkhorn" else "sinkhorn": lambda *_, **__: 0})
+    calls = {
+        "sinkhorn": lambda: mhc.sinkhorn(fake(2, 2)),
+        "vjp": lambda: mhc.vjp("sinkhorn", (fake(2, 2),), fake(2, 2)),
+    }
+    with pytest.raises(mhc.UnsupportedError, match=f"ops_of_mine has no function '{lacks}'"):
+        calls[lacks]()
+
+
+# --- the hook that chooses --------------------------------------------------------------------
+
+
+def test_mhc_select_is_asked_once_per_kind_of_call(plugins: Plugins, fake: type[FakeArray]) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def select(op: str, candidates: Any) -> str:
+        asked.append((op, [spec.name for spec in candidates]))
+        return "second"
+
+    plugins.backend("first", priority=2)
+    plugins.backend("second", priority=1)
+    plugins.backend("narrow", priority=3, sizes=(5, 6))
+    plugins.backend("shy", automatic=False)
+    plugins.plugin("chooser", select=select)
+    for size in (2, 2, 3):
+        assert mhc.sinkhorn(fake(size, size)) == "second"
+        assert mhc.sinkhorn(fake(7, size, size), iterations=3) == "second"
+    assert asked == [("sinkhorn", ["first", "second"])] * 2  # n = 2 and n = 3
+    mhc.expand(fake(4), 2)
+    mhc.vjp("sinkhorn", (fake(2, 2),), fake(2, 2))
+    assert [op for op, _ in asked[2:]] == ["expand", "sinkhorn"]
+
+
+def test_mhc_select_is_not_asked_where_somebody_chose(
+    plugins: Plugins, fake: type[FakeArray]
+) -> None:
+    def select(op: str, candidates: Any) -> str:
+        raise AssertionError((op, candidates))
+
+    plugins.backend("mine")
+    plugins.plugin("chooser", select=select)
+    assert mhc.sinkhorn(fake(2, 2), backend="mine") == "mine"
+    with mhc.use_backend("mine"):
+        assert mhc.sinkhorn(fake(2, 2)) == "mine"
+
+
+def test_mhc_select_may_leave_it_to_others(plugins: Plugins, fake: type[FakeArray]) -> None:
+    plugins.backend("first", priority=2)
+    plugins.backend("second")
+    plugins.plugin("undecided", select=lambda op, candidates: None)
+    assert mhc.sinkhorn(fake(2, 2)) == "first"
+    plugins.plugin("decided", select=lambda op, candidates: "second")
+    assert mhc.sinkhorn(fake(2, 2)) == "second"
+
+
+@pytest.mark.parametrize("answer", ["secnd", "numpy", 3])
+def test_a_wrong_answer_of_mhc_select_is_reported(
+    plugins: Plugins, fake: type[FakeArray], answer: Any
+) -> None:
+    plugins.backend("first", priority=2)
+    plugins.backend("second")
+    plugins.plugin("chooser", select=lambda op, candidates: answer)
+    with pytest.raises(mhc.UnknownBackendError) as caught:
+        mhc.sinkhorn(fake(2, 2))
+    says = f"sinkhorn: a plugin's mhc_select answered {answer!r}; needs one of first, second"
+    assert str(caught.value) == says
+
+
+# --- the declaration --------------------------------------------------------------------------
+
+FINE: dict[str, Any] = {"name": "a", "module": "a.ops", "array_types": ("a.B",), "ops": ("pre",)}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", ""),
+        ("name", None),
+        ("module", 3),
+        ("array_types", "a.B"),
+        ("array_types", ("B",)),
+        ("ops", ["pre"]),
+        ("ops", ("",)),
+        ("dtypes", ("float8",)),
+        ("sizes", (0, 4)),
+        ("sizes", (4, 2)),
+        ("sizes", (4,)),
+        ("sizes", [1, 4]),
+        ("sizes", (1, 4.0)),
+        ("priority", "high"),
+        ("priority", True),
+        ("automatic", 1),
+        ("without", {"gard": "no autodiff"}),
+        ("without", {"grad": ""}),
+        ("without", ("grad",)),
+        ("missing", "no driver"),
+    ],
+)
+def test_a_wrong_spec_is_refused_when_it_is_made(field: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^BackendSpec: {field} is .*; needs "):
+        BackendSpec(**{**FINE, field: value})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "n", "reason"),
+    [
+        ((1, None), 1000, None),
+        ((2, None), 1, "takes n from 2 on, not 1"),
+        ((2, 8), 8, None),
+        ((2, 8), 9, "takes n from 2 to 8, not 9"),
+        ((2, 8), None, None),
+    ],
+)
+def test_sizes_are_refused_in_words(sizes: Any, n: int | None, reason: str | None) -> None:
+    spec = BackendSpec(**FINE, sizes=sizes)
+    assert spec.refuses("pre", ("float32",), n) == reason
