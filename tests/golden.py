@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
-from mhc_conformance import autodiff, oracle
 from numpy.typing import NDArray
 
 import mhc_core as mhc
+from mhc_conformance import autodiff, oracle
 
 Unary = Literal["exp", "log", "tanh", "sigmoid"]
 Precision = Literal["f64", "f32", "bf16"]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner, Result
+
 from mhc_conformance import chain as chains
 from mhc_conformance import tolerances
 from mhc_conformance.run import Plan
-from typer.testing import CliRunner, Result
-
 from mhc_core import math
 from mhc_core.cli import app
 

@@ -69,9 +69,9 @@ from golden import (
     read_subset,
     run,
 )
-from mhc_conformance import oracle
 
 import mhc_core as mhc
+from mhc_conformance import oracle
 
 ELSEWHERE = os.environ.get("MHC_GOLDEN")
 SUBSET = Path(__file__).parent / "data" / "golden"

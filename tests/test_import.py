@@ -12,9 +12,9 @@ from types import ModuleType
 
 import numpy
 import pytest
-from mhc_conformance import oracle
 
 import mhc_core
+from mhc_conformance import oracle
 from mhc_core import _api, _registry, math, variants
 
 HEAVY = ("numpy", "jax", "mlx", "array_api_compat", "torch", "ml_dtypes", "pluggy", "typer", "rich")

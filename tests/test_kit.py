@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from mhc_backends.numpy import SPEC
 from mhc_backends.numpy import ops as right
 from mhc_conformance import CHECKS, Record, Subject, applies, check, grid
 from mhc_conformance.cases import data
-from numpy.typing import NDArray
-
 from mhc_core import math
 from mhc_core.backend import TRANSFORMS
 

@@ -18,8 +18,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from mhc_conformance import autodiff, oracle
 from numpy.typing import NDArray
+
+from mhc_conformance import autodiff, oracle
 
 Arrays = tuple[NDArray[Any], ...]
 Evaluate = Callable[[Sequence[NDArray[Any]]], Arrays]

@@ -55,7 +55,8 @@ def grad(function: Callable[..., Any], argnums: Sequence[int]) -> Callable[..., 
     """mx.grad, always as a tuple."""
     import mlx.core as mx
 
-    return mx.grad(function, argnums=list(argnums))
+    several = mx.grad(function, argnums=list(argnums))
+    return several if len(argnums) > 1 else lambda *arrays: (several(*arrays),)
 
 
 def compile(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,6 +26,7 @@ __all__ = [
     "scan",
     "scan_back",
     "scan_while",
+    "shift",
     "sigmoid",
     "sum_to",
     "swap",
@@ -89,9 +90,22 @@ def sigmoid(xp: Any, z: Array) -> Array:
     return xp.where(z >= 0, 1 / (1 + small), small / (1 + small))
 
 
+def shift(xp: Any, logits: Array, axis: int) -> Array:
+    """Give the largest entry along an axis that is kept, as a constant to autodiff.
+
+    It cancels out of what it shifts, but a library's gradient of max may not say so exactly.
+    """
+    largest = xp.max(logits, axis=axis, keepdims=True)
+    if _is(xp, "jax"):
+        from jax import lax
+
+        return lax.stop_gradient(largest)
+    return xp.stop_gradient(largest) if _is(xp, "mlx") else largest
+
+
 def log_sum_exp(xp: Any, logits: Array, axis: int) -> Array:
     """log(sum(exp(logits))) along an axis that is kept, shifted by its largest entry."""
-    largest = xp.max(logits, axis=axis, keepdims=True)
+    largest = shift(xp, logits, axis)
     return largest + xp.log(xp.sum(xp.exp(logits - largest), axis=axis, keepdims=True))
 
 
@@ -170,14 +184,14 @@ def matmul(xp: Any, a: Array, b: Array) -> Array:
 def _matmul_by_halves(mx: Any, a: Array, b: Array) -> Array:
     """Give float32 products where the hardware multiplies in TF32, of 11 significant bits.
 
-    a = a_1 + a_2 with a_1 exact in TF32; only a_2 @ b_2, below float32's rounding, is left out.
+    a = a_1 + a_2 with a_1 the nearest in TF32; only a_2 @ b_2, of float32's rounding, is left out.
     """
     (a_1, a_2), (b_1, b_2) = _halves(mx, a), _halves(mx, b)
     return mx.matmul(a_1, b_1) + (mx.matmul(a_1, b_2) + mx.matmul(a_2, b_1))
 
 
 def _halves(mx: Any, a: Array) -> tuple[Array, Array]:
-    upper = mx.view(mx.bitwise_and(mx.view(a, mx.uint32), 0xFFFFE000), mx.float32)
+    upper = mx.view(mx.bitwise_and(mx.view(a, mx.uint32) + 0x1000, 0xFFFFE000), mx.float32)
     return upper, a - upper
 
 

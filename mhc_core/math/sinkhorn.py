@@ -32,7 +32,9 @@ def forward(logits: Any, *, iterations: int, eps: float, first: str) -> Any:
     return leave(xp, matrix, logits.shape, first)
 
 
-def vjp(primals: Any, cotangents: Any, saved: Any = None, *, iterations: int, eps: float, first: str):
+def vjp(
+    primals: Any, cotangents: Any, saved: Any = None, *, iterations: int, eps: float, first: str
+):
     """Walk the iterations back: with G = P g the cotangent of log P, each is G -= P sum(G).
 
     The iterations are run again and only their divisors are kept, 2 n numbers for each.
@@ -122,5 +124,5 @@ def _back_eps(xp: Any, logits: Any, carried: Any, kept: Any) -> Any:
 
 
 def _softmax(xp: Any, logits: Any) -> Any:
-    powers = xp.exp(logits - xp.max(logits, axis=0, keepdims=True))
+    powers = xp.exp(logits - _xp.shift(xp, logits, 0))
     return powers / xp.sum(powers, axis=0, keepdims=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy
 
@@ -97,4 +98,7 @@ def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def dtype_context(dtype: str) -> contextlib.AbstractContextManager[Any]:
     """Enter JAX's x64 mode, without which float64 arrays cannot be made."""
-    return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
+    if dtype != "float64":
+        return contextlib.nullcontext()
+    enable: Any = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
+    return enable(True)
