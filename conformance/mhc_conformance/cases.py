@@ -143,7 +143,7 @@ def data(case: Case, dtype: str, seed: int) -> Data:
     op = declaration(case.op)
     draws = {**DRAWS, **dict(case.draws)}
     names = [name for name in op.arrays if case.optional or name != op.optional]
-    primals = tuple(
+    primals: tuple[Array, ...] = tuple(
         draws.get(name, _normal(1))(rng, _shape(op, name, case)).astype(
             numpy_dtype(_dtype(name, dtype, case.narrow))
         )

@@ -26,6 +26,7 @@ Array = NDArray[Any]
 Values = dict[str, Any]
 
 TOLERANCE = 2e-5  # of float32 runs, relative to each array's largest entry; measured 3e-6
+OPS = ("expand", "pre", "combine", "head")  # that a backend needs to run it
 BYTES, CHANNELS, HIDDEN, STREAMS, SUBLAYERS, TOKENS = 256, 32, 64, 4, 4, 256
 
 

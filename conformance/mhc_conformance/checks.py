@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -313,7 +313,7 @@ def host(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Compariso
     """NumPy arrays, taken in because the backend was chosen by name; its own arrays come back."""
     trial = _simple(subject, op, dtype, seed)
     outputs = trial.function(*trial.primals)
-    own: type[Any] = type(subject.take(trial.primals[:1])[0])
+    own = cast("type[object]", type(subject.take(trial.primals[:1])[0]))
     for output in several(outputs):
         if type(output) is not own:
             problem = f"gave a {type(output).__name__}; needs the backend's own {own.__name__}"

@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mhc_conformance.chain import TOLERANCE, Chain, compare, run_chain
+from mhc_conformance.chain import OPS, TOLERANCE, Chain, compare, run_chain
 from mhc_conformance.checks import Record, check, grid
 from mhc_conformance.subject import Subject
 
@@ -45,7 +45,8 @@ class Plan:
                 checks = tuple((dtype, kind) for one, dtype, kind in found if one == op)
                 units.append(Unit(name, op, checks))
         if self.chain:
-            units += [Unit(name, "chain", ()) for name in self.backends]
+            whole = [name for name in self.backends if set(OPS) <= set(Subject(name).spec.ops)]
+            units += [Unit(name, "chain", ()) for name in whole]
         return sorted(units, key=lambda unit: -_weight(unit))
 
     def _wants(self, op: str, dtype: str, kind: str) -> bool:

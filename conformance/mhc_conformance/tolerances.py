@@ -11,7 +11,7 @@ plus how far the oracle's own result moves, in roundings, when all input moves b
 sum that happens to cancel is not blamed on the backend.
 
 The factors were measured on the built-in backends, the worst of ten seeds rounded up to a power of
-two and doubled. A plugin cannot change them.
+two and doubled, at least 4. A plugin cannot change them.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ K: Mapping[str, tuple[float, float]] = {
     # op: (forward, gradient)
     "aggregate": (4, 16),
     "combine": (4, 16),
-    "combine_pre": (32, 64),
+    "combine_pre": (16, 64),
     "contract": (4, 4),
     "expand": (0, 4),
     "gated_combine": (4, 16),
     "head": (8, 64),
-    "mappings": (16, 64),
-    "pre": (32, 256),
+    "mappings": (16, 32),
+    "pre": (32, 32),
     "pre_scale": (4, 16),
     "residual_add_aggregate": (4, 16),
     "rms_norm": (4, 64),
     "sinkhorn": (4, 64),
     "sinkhorn_knopp": (4, 4),
-    "static_layer": (8, 32),
+    "static_layer": (4, 64),
     "static_mappings": (4, 8),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from mhc_core.cli.backends import backends
+from mhc_core.cli.bench import bench
 from mhc_core.cli.conformance import conformance
 
 __all__ = ["app"]
@@ -17,4 +18,5 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(backends)
+app.command()(bench)
 app.command()(conformance)

@@ -12,7 +12,10 @@ def backends() -> None:
 
     import mhc_core
 
-    table = Table("backend", "takes", "dtypes", "here")
+    table = Table()
+    table.add_column("backend", no_wrap=True, overflow="fold")
+    for heading in ("takes", "streams", "here"):
+        table.add_column(heading, overflow="fold")
     for backend in mhc_core.backends().values():
         spec = backend.spec
         takes = ", ".join(spec.array_types) if spec else ""

@@ -75,12 +75,11 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant):
     dx_new, dh_pre = aggregate.back(xp, x_new, used, g_h)
     if not given:
         g_pre = g_pre + dh_pre
-    wide = [_xp.up(xp, array) for array in (phi, scale, bias)]
+    phi, scale, bias = (_xp.up(xp, array) for array in (phi, scale, bias))
     more, dphi, dscale, dbias = mappings.back(
-        xp, x_new, *wide, Projected(u, r), (g_pre, g_post, g_res), variant
+        xp, x_new, phi, scale, bias, Projected(u, r), (g_pre, g_post, g_res), variant
     )
-    wide = [_xp.up(xp, array) for array in (x, y, h_post, h_res)]
-    gradients = (*combine.back(xp, *wide, g_x + dx_new + more), dphi, dscale, dbias)
-    if given:
-        gradients = (*gradients, dh_pre)
+    x, y, h_post, h_res = (_xp.up(xp, array) for array in (x, y, h_post, h_res))
+    streams = combine.back(xp, x, y, h_post, h_res, g_x + dx_new + more)
+    gradients = (*streams, dphi, dscale, dbias, *([dh_pre] if given else []))
     return tuple(_xp.sum_to(xp, d, p) for d, p in zip(gradients, primals, strict=True))

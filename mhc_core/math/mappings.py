@@ -133,6 +133,6 @@ def back_projection(xp: Any, x: Any, phi: Any, projected: Projected, d_product: 
     u, r = projected
     du = _xp.tokens(xp, d_product * r, 1)
     pull = xp.sum(d_product * u * (r**3 / (x.shape[-2] * x.shape[-1])), axis=-1)
-    through_u = xp.reshape(_xp.matmul(xp, du, phi), x.shape)
+    through_u = xp.reshape(_xp.rows(xp, du, phi), x.shape)
     dphi = _xp.gram(xp, du, xp.reshape(x, (du.shape[0], phi.shape[1])))
     return through_u - pull[..., None, None] * x, dphi

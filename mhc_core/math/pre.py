@@ -35,7 +35,8 @@ def saving(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant):
 def vjp(primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant):
     """The aggregate's vjp, then the mappings' with the cotangent that it gives h_pre."""
     xp = _xp.namespace(primals[0])
-    gradients = back(xp, *[_xp.up(xp, array) for array in primals], cotangents, saved, variant)
+    x, phi, scale, bias = (_xp.up(xp, array) for array in primals)
+    gradients = back(xp, x, phi, scale, bias, cotangents, saved, variant)
     return tuple(_xp.cast(xp, g, p) for g, p in zip(gradients, primals, strict=True))
 
 

@@ -26,7 +26,8 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None, *, eps: float) -> tupl
     """dx = r (w g) - r^3 x mean(x w g); dweight = sum_T g x r."""
     (x, weight), (g,) = primals, cotangents
     xp = _xp.namespace(x)
-    dx, dweight = back(xp, *(_xp.up(xp, array) for array in (x, weight, g)), eps)
+    wide_x, wide_weight, wide_g = (_xp.up(xp, array) for array in (x, weight, g))
+    dx, dweight = back(xp, wide_x, wide_weight, wide_g, eps)
     return _xp.cast(xp, dx, x), _xp.sum_to(xp, dweight, weight)
 
 

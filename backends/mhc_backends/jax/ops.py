@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.experimental
@@ -78,7 +78,7 @@ def to_host(array: jax.Array) -> numpy.ndarray[Any, Any]:
 
 def grad(function: Callable[..., jax.Array], argnums: Sequence[int]) -> Callable[..., Any]:
     """jax.grad."""
-    return jax.grad(function, argnums=tuple(argnums))
+    return cast("Callable[..., Any]", jax.grad(function, argnums=tuple(argnums)))
 
 
 def compile(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,12 +93,12 @@ def vmap(function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callabl
 
 def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     """jax.checkpoint."""
-    return jax.checkpoint(function)
+    return cast("Callable[..., Any]", jax.checkpoint(function))
 
 
 def dtype_context(dtype: str) -> contextlib.AbstractContextManager[Any]:
     """Enter JAX's x64 mode, without which float64 arrays cannot be made."""
     if dtype != "float64":
         return contextlib.nullcontext()
-    enable: Any = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
-    return enable(True)
+    owner: Any = jax if hasattr(jax, "enable_x64") else jax.experimental
+    return owner.enable_x64(True)

@@ -12,8 +12,8 @@ fuses across them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -34,28 +34,32 @@ def __getattr__(name: str) -> Callable[..., Any]:
     count = len(math.load(name).OP.outputs)
 
     def op(*arrays: mx.array, **static: Any) -> Any:
-        outputs = _forward(name, tuple(static.items()), mx.default_device().type)(*arrays)
+        outputs = _forward(name, tuple(static.items()), _device())(*arrays)
         return outputs[0] if count == 1 else tuple(outputs[:count])
 
     return op
 
 
+def _device() -> Any:  # MLX's stubs do not say that it can be hashed
+    return mx.default_device().type
+
+
 @functools.cache
-def _forward(op: str, static: Static, device: mx.DeviceType) -> Callable[..., Any]:
+def _forward(op: str, static: Static, device: Any) -> Callable[..., Any]:
     """Give a function of the op's arrays to its outputs and what its vjp saves, as one tuple."""
     module, options = math.load(op), dict(static)
     count = len(module.OP.outputs)
 
     def forward(*primals: mx.array) -> Any:
         if not hasattr(module, "saving"):
-            outputs = module.forward(*primals, **options)
-            return outputs if isinstance(outputs, tuple) else (outputs,)
+            return _as_tuple(module.forward(*primals, **options))
         outputs, saved = module.saving(*primals, **options)
         return (*outputs, *saved)
 
     def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        given = _as_tuple(primals), _as_tuple(cotangents)[:count]
-        return module.vjp(*given, _as_tuple(outputs)[count:], **options)
+        # the cotangent of a sum is one number, broadcast: every pass over it would be strided
+        given = tuple(mx.contiguous(c) for c in _as_tuple(cotangents)[:count])
+        return module.vjp(_as_tuple(primals), given, _as_tuple(outputs)[count:], **options)
 
     differentiable = mx.custom_function(forward)
     differentiable.vjp(back)
@@ -63,22 +67,35 @@ def _forward(op: str, static: Static, device: mx.DeviceType) -> Callable[..., An
 
 
 @functools.cache
-def _vjp(op: str, static: Static, device: mx.DeviceType) -> Callable[..., Any]:
+def _vjp(op: str, static: Static, device: Any) -> Callable[..., Any]:
     function = functools.partial(math.load(op).vjp, **dict(static))
     return _compiled(function, op, device)
 
 
-def _compiled(function: Callable[..., Any], op: str, device: mx.DeviceType) -> Callable[..., Any]:
-    whole = device == mx.DeviceType.gpu and op not in UNCOMPILED
-    return mx.compile(function) if whole else function
+def _compiled(function: Callable[..., Any], op: str, device: Any) -> Callable[..., Any]:
+    if device != mx.DeviceType.gpu or op in UNCOMPILED:
+        return function
+    compiled = mx.compile(function)
+
+    def call(*arrays: Any) -> Any:
+        # a compiled kernel without elements ends the process in MLX's CUDA build
+        return (function if _any_empty(arrays) else compiled)(*arrays)
+
+    return call
+
+
+def _any_empty(arrays: Any) -> bool:
+    return any(_any_empty(a) if isinstance(a, tuple) else a.size == 0 for a in arrays)
 
 
 def _as_tuple(arrays: Any) -> tuple[mx.array, ...]:
-    return tuple(arrays) if isinstance(arrays, (tuple, list)) else (arrays,)
+    if isinstance(arrays, (tuple, list)):
+        return tuple(cast("Sequence[mx.array]", arrays))
+    return (arrays,)
 
 
 def vjp(
     op: str, primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], **static: Any
 ) -> tuple[mx.array, ...]:
     """Pull cotangents back by the hand-written vjp, compiled."""
-    return tuple(_vjp(op, tuple(static.items()), mx.default_device().type)(primals, cotangents))
+    return tuple(_vjp(op, tuple(static.items()), _device())(primals, cotangents))

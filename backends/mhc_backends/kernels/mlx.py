@@ -1,0 +1,239 @@
+"""From kernels to ops in MLX, for any launcher: ``mx.fast.metal_kernel``, ``mx.fast.cuda_kernel``,
+or one that simulates them.
+
+:class:`Kernels` launches a kernel by name. :class:`Ops` makes, of the modules in
+``mhc_backends.kernels.ops``, the functions of a backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+
+from mhc_backends.kernels import header, ops, source
+from mhc_backends.kernels.launch import launch
+
+__all__ = ["Kernels", "Ops", "Out", "Sizes", "tokens"]
+
+Launcher = Callable[..., Any]  # MLX's stubs say object
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Sizes(NamedTuple):
+    """T tokens of n streams of C channels."""
+
+    T: int
+    n: int
+    C: int
+
+    @classmethod
+    def of(cls, x: mx.array) -> Sizes:
+        """Read the sizes off streams x[..., n, C]."""
+        *leading, n, C = x.shape
+        return cls(math.prod(leading), n, C)
+
+
+class Out(NamedTuple):
+    """The shape and dtype of an output."""
+
+    shape: Sequence[int]
+    dtype: mx.Dtype
+
+    @classmethod
+    def like(cls, array: mx.array) -> Out:
+        """Ask for an output like an array."""
+        return cls(array.shape, array.dtype)
+
+
+def tokens(array: mx.array, last: int) -> mx.array:
+    """Flatten all but the last ``last`` axes into one; an array for all tokens gets one row."""
+    split = array.ndim - last
+    return array.reshape(math.prod(array.shape[:split]), *array.shape[split:])
+
+
+# ---- launching -----------------------------------------------------------------------------------
+
+
+class Kernels:
+    """The kernels in one dialect, launched by one launcher.
+
+    Parameters
+    ----------
+    launcher
+        ``mx.fast.metal_kernel`` or a function with its signature.
+    dialect
+        ``"metal"`` or ``"cuda"``.
+    """
+
+    def __init__(self, launcher: Launcher, dialect: str) -> None:
+        self.launcher = launcher
+        self.dialect = dialect
+        self._made: dict[Any, Callable[..., Sequence[mx.array]]] = {}
+
+    def __call__(
+        self,
+        name: str,
+        inputs: Mapping[str, mx.array],
+        outputs: Mapping[str, Out],
+        sizes: Sizes,
+        **constants: int,
+    ) -> list[mx.array]:
+        """Launch a kernel and return its outputs; with no tokens, nothing is launched.
+
+        Inputs are read as they lie in memory, row after row: MLX copies those that are strided.
+        ``constants`` are template arguments beside N and W; each value is compiled anew, so a
+        number that is no whole number, or that varies, is passed as an input.
+        """
+        shapes = [tuple(out.shape) for out in outputs.values()]
+        dtypes = [out.dtype for out in outputs.values()]
+        if sizes.T == 0:
+            return [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        arrays = list(inputs.values())
+        shape = launch(name, *sizes, _dtype(arrays[0].dtype))
+        words = {"N": sizes.n, "W": shape.elements, **constants}
+        text = source(name, self.dialect)
+        template = [(word, words[word]) for word in words if re.search(rf"\b{word}\b", text)]
+        kernel = self._kernel(name, tuple(inputs), tuple(outputs), arrays, dtypes)
+        return list(
+            kernel(
+                inputs=arrays,
+                template=template,
+                grid=shape.grid,
+                threadgroup=shape.threadgroup,
+                output_shapes=shapes,
+                output_dtypes=dtypes,
+            )
+        )
+
+    def _kernel(
+        self,
+        name: str,
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...],
+        arrays: Sequence[mx.array],
+        dtypes: Sequence[mx.Dtype],
+    ) -> Callable[..., Sequence[mx.array]]:
+        """Return MLX's object for a kernel, under a name of its own for each generated text.
+
+        The text depends on the dtypes, and in Metal on which inputs are in constant memory. MLX
+        releases that look for a compiled kernel by its name alone must not find another's.
+        """
+        texts = source(name, self.dialect), header(self.dialect)
+        words = [f"{_dtype(a.dtype)}{'c' if a.size < 8 else ''}" for a in arrays]
+        full = "_".join(["mhc", name, *words, *map(_dtype, dtypes)])
+        made = self._made.get((full, texts))
+        if made is None:
+            made = self._made[full, texts] = self.launcher(
+                name=full,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                source=texts[0],
+                header=texts[1],
+            )
+        return made
+
+    def sum_to(self, gradient: mx.array, like: mx.array, last: int) -> mx.array:
+        """Take a gradient per token to what its primal needs.
+
+        Parameters
+        ----------
+        gradient
+            float32, one row per token.
+        like
+            The primal: one per token, or one for all, whose gradients are summed.
+        last
+            How many axes the primal has without leading ones.
+        """
+        if like.ndim == last:
+            gradient = self._sum_rows(gradient.reshape(gradient.shape[0], like.size))
+        return gradient.reshape(like.shape).astype(like.dtype)
+
+    def _sum_rows(self, a: mx.array) -> mx.array:
+        """Sum over the rows, a share at a time, in an order that is always the same."""
+        while a.shape[0] != 1:
+            rows, columns = a.shape
+            sizes = Sizes(rows, 1, columns)
+            shares = 1 if rows == 0 else _shares(sizes)
+            (a,) = self("sum_rows", {"a": a}, {"out": Out((shares, columns), mx.float32)}, sizes)
+        return a
+
+
+def _shares(sizes: Sizes) -> int:
+    shape = launch("sum_rows", *sizes, "float32")
+    return shape.grid[0] // shape.threadgroup[0]
+
+
+def _dtype(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+# ---- ops -----------------------------------------------------------------------------------------
+
+
+class Ops:
+    """The functions of a backend: an op per attribute, and ``vjp``.
+
+    An op is its forward kernels with its vjp kernels, joined by ``mx.custom_function`` with every
+    array as an argument: what such a function captures would get zero gradients. ``compiled`` is
+    ``mx.compile``, which saves MLX building a kernel's text anew at every call, or nothing where
+    kernels cannot be traced.
+    """
+
+    def __init__(self, kernels: Kernels, compiled: Compile | None = None) -> None:
+        self._kernels = kernels
+        self._compiled: Compile = compiled or (lambda function: function)
+        self._forward = functools.cache(self._make_forward)
+        self._vjp = functools.cache(self._make_vjp)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name not in ops.OPS:
+            raise AttributeError(name)
+
+        def op(*arrays: mx.array, **static: Any) -> Any:
+            outputs = self._forward(name, tuple(static.items()))(*arrays)
+            count = ops.outputs(name)
+            return outputs[0] if count == 1 else tuple(outputs[:count])
+
+        return op
+
+    def vjp(
+        self, op: str, primals: Sequence[mx.array], cotangents: Sequence[mx.array], **static: Any
+    ) -> tuple[mx.array, ...]:
+        """Pull cotangents back by an op's vjp kernels."""
+        return tuple(self._vjp(op, tuple(static.items()))(tuple(primals), tuple(cotangents)))
+
+    def _make_forward(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+        """Give a function of the op's arrays to its outputs and what its vjp saves, as a tuple."""
+        module, options, count = ops.load(op), dict(static), ops.outputs(op)
+
+        def forward(*primals: mx.array) -> tuple[mx.array, ...]:
+            if not hasattr(module, "saving"):
+                return _as_tuple(module.forward(self._kernels, *primals, **options))
+            outputs, saved = module.saving(self._kernels, *primals, **options)
+            return (*_as_tuple(outputs), *saved)
+
+        def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
+            given = _as_tuple(primals), _as_tuple(cotangents)[:count]
+            saved = _as_tuple(outputs)[count:]
+            return module.vjp(self._kernels, *given, saved or None, **options)
+
+        differentiable = mx.custom_function(forward)
+        differentiable.vjp(back)
+        return self._compiled(differentiable)
+
+    def _make_vjp(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+        function = functools.partial(ops.load(op).vjp, self._kernels, **dict(static))
+        return self._compiled(function)
+
+
+def _as_tuple(arrays: Any) -> tuple[mx.array, ...]:
+    return (
+        tuple(cast("Sequence[mx.array]", arrays))
+        if isinstance(arrays, (tuple, list))
+        else (arrays,)
+    )

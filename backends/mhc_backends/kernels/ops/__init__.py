@@ -1,0 +1,32 @@
+"""Each op as launches of kernels: one module per op, as in ``mhc_core.math``.
+
+``forward(kernels, *arrays, **static)`` and ``vjp(kernels, primals, cotangents, saved=None,
+**static)`` answer what the functions of the same names in ``mhc_core.math.<op>`` do, and
+``saving``, where a vjp needs more than the primals, is as there. ``kernels`` is a
+:class:`mhc_backends.kernels.mlx.Kernels`.
+
+Listing the ops imports nothing heavy; loading one imports MLX.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from mhc_core import math
+
+__all__ = ["OPS", "load", "outputs"]
+
+OPS = tuple(sorted(m.name for m in iter_modules(__path__) if not m.name.startswith("_")))
+"""The names of the ops that have kernels."""
+
+
+def load(op: str) -> Any:
+    """Import the module of an op."""
+    return import_module(f"{__name__}.{op}")
+
+
+def outputs(op: str) -> int:
+    """Return how many outputs an op has."""
+    return len(math.load(op).OP.outputs)

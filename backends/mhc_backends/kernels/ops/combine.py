@@ -1,0 +1,46 @@
+"""combine: kernels ``combine`` and ``combine_vjp``, or ``combine_vjp_wide`` for many streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from mhc_backends.kernels.mlx import Kernels, Out, Sizes, tokens
+
+MOST_IN_REGISTERS = 4  # streams whose n + n * n sums a thread can keep
+
+
+def forward(
+    kernels: Kernels, x: mx.array, y: mx.array, h_post: mx.array, h_res: mx.array
+) -> mx.array:
+    """x'_i = sum_j H_res[i, j] x_j + h_post_i y."""
+    inputs = _inputs(x, y, h_post, h_res)
+    return kernels("combine", inputs, {"out": Out.like(x)}, Sizes.of(x))[0]
+
+
+def vjp(
+    kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """dx = H_res^T g; dy = sum_i h_post_i g_i; dh_post_i = g_i . y; dH_res[i, j] = g_i . x_j."""
+    (x, y, h_post, h_res), (g,) = primals, cotangents
+    sizes = Sizes.of(x)
+    outputs = {
+        "dx": Out.like(x),
+        "dy": Out.like(y),
+        "dh_post": Out((sizes.T, sizes.n), mx.float32),
+        "dh_res": Out((sizes.T, sizes.n, sizes.n), mx.float32),
+    }
+    name = "combine_vjp" if sizes.n <= MOST_IN_REGISTERS else "combine_vjp_wide"
+    inputs = {**_inputs(x, y, h_post, h_res), "g": tokens(g, 2)}
+    dx, dy, dh_post, dh_res = kernels(name, inputs, outputs, sizes)
+    return dx, dy, kernels.sum_to(dh_post, h_post, 1), kernels.sum_to(dh_res, h_res, 2)
+
+
+def _inputs(x: mx.array, y: mx.array, h_post: mx.array, h_res: mx.array) -> dict[str, mx.array]:
+    return {
+        "x": tokens(x, 2),
+        "y": tokens(y, 1),
+        "h_post": tokens(h_post, 1),
+        "h_res": tokens(h_res, 2),
+    }

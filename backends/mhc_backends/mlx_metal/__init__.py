@@ -1,0 +1,49 @@
+"""mlx-metal: kernels of our own for Apple GPUs; ops without a kernel are left to mlx-compiled."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+from mhc_backends import _mlx
+from mhc_backends.kernels.ops import OPS
+from mhc_core.backend import BackendSpec
+from mhc_core.hookspecs import hookimpl
+
+NO_VMAP = (
+    "MLX's custom kernels have no vmap rule: give the arrays leading axes instead, or choose "
+    "backend='mlx-compiled'"
+)
+
+
+def missing() -> str | None:
+    """Say why Metal kernels cannot run here, or None."""
+    if sys.platform != "darwin":
+        return (
+            f"Metal kernels need macOS on Apple silicon, and this is {sys.platform}: "
+            "'mlx-compiled' computes the same here"
+        )
+    if reason := _mlx.missing():
+        return reason
+    mx: Any = import_module("mlx.core")
+    return None if mx.metal.is_available() else "MLX finds no Metal GPU (mx.metal.is_available())"
+
+
+SPEC = BackendSpec(
+    name="mlx-metal",
+    module="mhc_backends.mlx_metal.ops",
+    array_types=("mlx.core.array",),
+    ops=OPS,
+    dtypes=_mlx.NO_FLOAT64,
+    sizes=(1, 32),
+    priority=10,
+    without={"vmap": NO_VMAP},
+    missing=missing,
+)
+
+
+@hookimpl
+def mhc_backend_specs() -> list[BackendSpec]:
+    """Bring the backend."""
+    return [SPEC]

@@ -1,0 +1,346 @@
+"""The backend ``mlx-metal-simulator``: the kernels of mlx-metal are right, frugal, and guarded.
+
+Guarded: each kind of slip that kernels are prone to, made in a copy of each kernel, is caught.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mhc_metal_simulator as simulator
+
+mhc = pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels these are")
+
+from mhc_backends import kernels  # noqa: E402
+from mhc_backends.kernels import launch as launches  # noqa: E402
+from mhc_backends.kernels import mlx as machinery  # noqa: E402
+from mhc_conformance import BackendConformance, Subject, check  # noqa: E402
+
+from mhc_metal_simulator.backend import missing  # noqa: E402
+from mhc_metal_simulator.compiler import find_compiler  # noqa: E402
+from mhc_metal_simulator.launch import LaunchRecord  # noqa: E402
+
+BACKEND = "mlx-metal-simulator"
+
+
+class TestConformance(BackendConformance):
+    backend = BACKEND
+
+
+# ---- what the backend says of itself -------------------------------------------------------------
+
+
+def test_it_is_taken_by_name_alone() -> None:
+    spec = mhc.backends()[BACKEND].spec
+    assert spec.module == "mhc_metal_simulator.backend"
+    assert not spec.automatic
+    assert spec.ops == mhc.backends()["mlx-metal"].spec.ops
+    assert set(spec.without) == {"vmap", "compile"}
+
+
+def test_without_a_compiler_it_says_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert missing() is None
+    monkeypatch.setenv("MHC_SIMULATOR_CLANG", "/no/clang")
+    find_compiler.cache_clear()
+    try:
+        assert "'/no/clang', which is no clang of version" in str(missing())
+    finally:
+        find_compiler.cache_clear()
+
+
+def test_under_vmap_it_raises_as_metal_does() -> None:
+    x, h_pre = mx.zeros((3, 2, 4, 8)), mx.zeros((3, 2, 4))
+    mapped = mx.vmap(lambda *arrays: mhc.aggregate(*arrays, backend=BACKEND))
+    with pytest.raises(simulator.TracedCallError, match="vmap"):
+        mapped(x, h_pre)
+
+
+# ---- sizes that need every loop more than once ---------------------------------------------------
+
+
+@contextlib.contextmanager
+def cramped() -> Iterator[None]:
+    """Give few and small threadgroups, so that each has many tokens, accesses and shares."""
+    small = {name: replace(shape, threads=32) for name, shape in launches.TABLE.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launches, "TABLE", small)
+        patch.setattr(launches, "MOST_GRID", 64)
+        patch.setattr(launches, "FILLED", 1)
+        patch.setattr(launches, "ROWS", 8)
+        yield
+
+
+SIZES = [(1, 1, 7), (1, 5, 1), (5, 4, 8), (7, 3, 37), (33, 2, 5), (5, 9, 37), (3, 4, 520)]
+ARRAYS = {"x": "tnc", "y": "tc", "h_pre": "tn", "h_post": "tn", "h_res": "tnn"}
+
+
+def _draw(op: str, sizes: tuple[int, int, int], dtype: Any, shared: bool) -> list[Any]:
+    size = dict(zip("tnc", sizes, strict=True))
+    rng = np.random.default_rng(1)
+    arrays: list[Any] = []
+    for name in mhc.math.load(op).OP.arrays:
+        mapped = name.startswith("h_")
+        letters = ARRAYS[name][1:] if mapped and shared else ARRAYS[name]
+        host = rng.normal(size=[size[letter] for letter in letters]).astype(np.float32)
+        arrays.append(mx.array(host).astype(mx.float32 if mapped else dtype))
+    return arrays
+
+
+def _agree(got: Any, want: Any, dtype: Any) -> None:
+    """Compare with what mlx-compiled gives, which the kit holds against the oracle."""
+    for one, other in zip(got, want, strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        size = mx.max(mx.abs(other.astype(mx.float32))).item()
+        off = mx.max(mx.abs(one.astype(mx.float32) - other.astype(mx.float32))).item()
+        narrow = {mx.float32: 0.0, mx.float16: 2**-10, mx.bfloat16: 2**-7}
+        assert off <= (2e-6 + narrow[one.dtype]) * size, f"is off by {off / size:.2g}"
+
+
+def _run(op: str, sizes: tuple[int, int, int], dtype: Any, shared: bool) -> None:
+    """Run an op and its vjp on the simulator, in two orders of the threads, and compare."""
+    primals = _draw(op, sizes, dtype, shared)
+    public = getattr(mhc, op)
+    want = public(*primals, backend="mlx-compiled")
+    cotangent = mx.random.normal(want.shape, key=mx.random.key(2)).astype(want.dtype)
+    with simulator.options(schedules=["forward", "reversed"]):
+        _agree([public(*primals, backend=BACKEND)], [want], dtype)
+        got = mhc.vjp(op, primals, cotangent, backend=BACKEND)
+    _agree(got, mhc.vjp(op, primals, cotangent, backend="mlx-compiled"), dtype)
+
+
+OPS = ("aggregate", "combine")
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("op", OPS)
+def test_few_small_threadgroups(op: str, sizes: tuple[int, int, int]) -> None:
+    with cramped():
+        _run(op, sizes, mx.float32, shared=False)
+        _run(op, sizes, mx.bfloat16, shared=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_token_does_not_depend_on_its_batch(op: str) -> None:
+    primals = _draw(op, (600, 4, 1032), mx.bfloat16, shared=False)
+    one = [array[:1] for array in primals]
+    function = getattr(mhc, op)
+    many = function(*primals, backend=BACKEND)
+    assert mx.array_equal(many[:1], function(*one, backend=BACKEND))
+    cotangent = mx.random.normal(many.shape, key=mx.random.key(3)).astype(many.dtype)
+    gradients = mhc.vjp(op, primals, cotangent, backend=BACKEND)
+    alone = mhc.vjp(op, one, cotangent[:1], backend=BACKEND)
+    assert all(mx.array_equal(a[:1], b) for a, b in zip(gradients, alone, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("elements", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_vectors_begin_anywhere(dtype: Any, elements: int, start: int) -> None:
+    """A view of an array need not begin where a vector may; the dialect then takes scalars."""
+    kernel = simulator.metal_kernel(
+        "copied",
+        ["a"],
+        ["o"],
+        f"store(o + {start}, load<{elements}>(a + {start}));",
+        kernels.header("metal"),
+    )
+    a = mx.arange(24).astype(dtype)
+    with simulator.options(unwritten="ignore"):
+        (out,) = kernel(
+            inputs=[a],
+            grid=(1, 1, 1),
+            threadgroup=(1, 1, 1),
+            output_shapes=[(24,)],
+            output_dtypes=[dtype],
+        )
+    assert mx.array_equal(out[start : start + elements], a[start : start + elements])
+
+
+# ---- traffic -------------------------------------------------------------------------------------
+
+T, N, C = 64, 4, 4096
+STREAMS, LAYER = T * N * C * 2, T * C * 2  # bytes in bfloat16
+
+
+def _launched(call: Callable[[], Any]) -> LaunchRecord:
+    with simulator.record() as records:
+        call()
+    (launched,) = records
+    return launched
+
+
+def _vjp(op: str) -> Callable[[], Any]:
+    primals = _draw(op, (T, N, C), mx.bfloat16, shared=False)
+    like = primals[0] if op == "combine" else primals[0][:, 0]
+    return lambda: mhc.vjp(op, primals, like, backend=BACKEND)
+
+
+def _forward(op: str) -> Callable[[], Any]:
+    primals = _draw(op, (T, N, C), mx.bfloat16, shared=False)
+    return lambda: getattr(mhc, op)(*primals, backend=BACKEND)
+
+
+@pytest.mark.parametrize(
+    ("call", "read", "written"),
+    [
+        (_forward("aggregate"), STREAMS, LAYER),
+        (_vjp("aggregate"), STREAMS + LAYER, STREAMS),
+        (_forward("combine"), STREAMS + LAYER, STREAMS),
+        (_vjp("combine"), 2 * STREAMS + LAYER, STREAMS + LAYER),
+    ],
+    ids=["aggregate", "aggregate vjp", "combine", "combine vjp"],
+)
+def test_traffic_is_ideal(call: Callable[[], Any], read: int, written: int) -> None:
+    """Streams and layers count with every access; mappings, which threads share, once per byte.
+
+    A token's mappings are 80 bytes that all its threads read, from the cache but for the first.
+    """
+    traffic = _launched(call).traffic.values()
+    arrays = [one for one in traffic if one.role != "metadata"]
+    large = [one for one in arrays if one.size >= LAYER]
+    assert sum(one.loaded for one in large) == read
+    assert sum(one.stored for one in large) == written
+    small = [one for one in arrays if one.size < LAYER]
+    moved = read + written + sum(one.loaded_unique + one.stored for one in small)
+    assert moved <= 1.05 * sum(one.size for one in arrays)
+
+
+# ---- seeded faults -------------------------------------------------------------------------------
+
+
+class Fault(NamedTuple):
+    """A slip in a copy of a kernel, or of what kernels share, and how it shows."""
+
+    kernel: str  # or "common"
+    what: str
+    right: str
+    wrong: str
+    shows: str
+    op: str = "combine"
+
+
+WRONG = "is off by"
+RACE = r"\(race\)|nothing was written before"
+BOUNDS = r"out of bounds|\(race\)"  # beyond a row is the next one, which another thread stores
+SPACE = "CompileError|address space"
+HALVED = "{{ {0} for (int k = 0; k < W; k++) {1}.at[k] = float(half({1}.at[k])); }}"
+ADD = "sum = add(sum, value(weights, i), load<W>(streams + i * C + c));"
+MIX = "sum = add(sum, value(res, i * N + j), xs[j]);"
+CHANNELS = "c < C; c += next_channel"
+TOO_FAR = "c <= C; c += next_channel"
+
+FAULTS = (
+    Fault("aggregate", "tail", CHANNELS, TOO_FAR, BOUNDS, "aggregate"),
+    Fault("aggregate", "index", "streams + i * C + c", "streams + c * N + i", WRONG, "aggregate"),
+    Fault("aggregate", "half sum", ADD, HALVED.format(ADD, "sum"), WRONG, "aggregate"),
+    Fault(
+        "aggregate", "space", "= x + token", "= (const device float*)x + token", SPACE, "aggregate"
+    ),
+    Fault("aggregate_vjp", "barrier", "    BARRIER;  //", "    //", RACE, "aggregate"),
+    Fault("aggregate_vjp", "tail", CHANNELS, TOO_FAR, BOUNDS, "aggregate"),
+    Fault("aggregate_vjp", "index", "token * C + c", "token + c * T", WRONG, "aggregate"),
+    Fault(
+        "aggregate_vjp",
+        "half sum",
+        "dweights[i] = dot(dweights[i], load<W>(streams + i * C + c), dh);",
+        "dweights[i] = float(half(dot(dweights[i], load<W>(streams + i * C + c), dh)));",
+        WRONG,
+        "aggregate",
+    ),
+    Fault(
+        "aggregate_vjp",
+        "space",
+        "= x + token",
+        "= (const device float*)x + token",
+        SPACE,
+        "aggregate",
+    ),
+    Fault("combine", "tail", CHANNELS, TOO_FAR, BOUNDS),
+    Fault("combine", "index", "i * N + j", "j * N + i", WRONG),
+    Fault("combine", "half sum", MIX, HALVED.format(MIX, "sum"), WRONG),
+    Fault("combine", "space", "= x + token", "= (const device float*)x + token", SPACE),
+    Fault("combine_vjp", "barrier", "    BARRIER;  //", "    //", RACE),
+    Fault("combine_vjp", "tail", CHANNELS, TOO_FAR, BOUNDS),
+    Fault("combine_vjp", "index", "value(res, i * N + j)", "value(res, j * N + i)", WRONG),
+    Fault(
+        "combine_vjp",
+        "half sum",
+        "sums[i] = dot(sums[i], g_i, layer);",
+        "sums[i] = float(half(dot(sums[i], g_i, layer)));",
+        WRONG,
+    ),
+    Fault("combine_vjp", "space", "load<W>(y + ", "load<W>((const device float*)y + ", SPACE),
+    Fault("combine_vjp_wide", "first barrier", "        BARRIER;\n", "", RACE),
+    Fault("combine_vjp_wide", "last barrier", "        BARRIER;  //", "        //", RACE),
+    Fault("combine_vjp_wide", "tail", "tile + k < C", "tile + k <= C", BOUNDS),
+    Fault("combine_vjp_wide", "index", "res[i * N + j]", "res[j * N + i]", WRONG),
+    Fault("combine_vjp_wide", "half sum", "sums[k] = sum;", "sums[k] = float(half(sum));", WRONG),
+    Fault("combine_vjp_wide", "space", "= h_post +", "= (const device float*)h_post +", SPACE),
+    Fault("sum_rows", "first barrier", "sum;\nBARRIER;", "sum;", RACE),
+    Fault("sum_rows", "barrier of the tree", "    BARRIER;\n", "", RACE),
+    Fault("sum_rows", "tail", "r < end;", "r <= end;", f"{BOUNDS}|{WRONG}"),
+    Fault("sum_rows", "index", "a[r * K + column]", "a[column * R + r]", WRONG),
+    Fault("sum_rows", "half sum", "sum += float", "sum = half(sum) + float", WRONG),
+    Fault("sum_rows", "an odd tree", "(count + 1) / 2", "count / 2", RACE),
+    Fault("common", "barrier", "    BARRIER;\n    for", "    for", RACE),
+)
+
+
+@contextlib.contextmanager
+def _seeded(fault: Fault) -> Iterator[None]:
+    def slip(text: str) -> str:
+        assert fault.right in text, "the kernel has changed: seed the fault anew"
+        return text.replace(fault.right, fault.wrong)
+
+    def source(name: str, dialect: str) -> str:
+        text = kernels.source(name, dialect)
+        return slip(text) if name == fault.kernel else text
+
+    def header(dialect: str) -> str:
+        text = kernels.header(dialect)
+        return slip(text) if fault.kernel == "common" else text
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machinery, "source", source)
+        patch.setattr(machinery, "header", header)
+        yield
+
+
+def _try_everything(op: str) -> None:
+    """Hold an op by the kit, in the dtype and the kinds that see most, then in small groups."""
+    for kind in ("forward", "gradient"):
+        record = check(Subject(BACKEND), op, "float32", kind)
+        assert record.passed, record.detail
+    with cramped():
+        for sizes in SIZES:
+            for shared in (False, True):
+                _run(op, sizes, mx.float32, shared)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_is_caught_where_nothing_is_wrong(op: str) -> None:
+    _try_everything(op)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kernel}: {fault.what}")
+def test_seeded_faults_are_caught(fault: Fault) -> None:
+    errors = (AssertionError, simulator.SimulatorError)
+    with _seeded(fault), pytest.raises(errors, match=fault.shows):
+        _try_everything(fault.op)
+
+
+def test_every_kernel_has_its_faults_seeded() -> None:
+    seeded = {(fault.kernel, fault.what.split()[-1]) for fault in FAULTS}
+    for kernel in kernels.KERNELS:
+        for what in ("tail", "index", "sum"):
+            assert (kernel, what) in seeded
+        assert ("BARRIER;" not in kernels.source(kernel, "metal")) or any(
+            fault.kernel == kernel and "barrier" in fault.what for fault in FAULTS
+        )

@@ -1,0 +1,370 @@
+"""The kernels' texts, their launch shapes and the spec of mlx-metal; nothing here needs a GPU."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import mhc_core
+from mhc_backends import kernels
+from mhc_backends.kernels.launch import TABLE, VARIABLE, Launch, launch
+from mhc_backends.kernels.ops import OPS
+from mhc_backends.mlx_metal import SPEC
+
+# ---- the spec ------------------------------------------------------------------------------------
+
+
+def test_the_spec() -> None:
+    assert SPEC.ops == OPS
+    assert set(OPS) <= set(mhc_core.math.OPS)
+    assert SPEC.sizes == (1, 32)
+    assert "float64" not in SPEC.dtypes
+    assert SPEC.priority > mhc_core.backends()["mlx-compiled"].spec.priority  # pyright: ignore
+    assert "mlx-compiled" in SPEC.without["vmap"]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="it runs on macOS")
+def test_elsewhere_it_refuses_with_the_reason() -> None:
+    reason = mhc_core.backends()["mlx-metal"].reason
+    assert reason is not None
+    assert "macOS" in reason
+    assert sys.platform in reason
+    with (
+        pytest.raises(mhc_core.BackendUnavailableError, match="macOS"),
+        mhc_core.use_backend("mlx-metal"),
+    ):
+        pass
+
+
+def test_it_imports_nothing_heavy() -> None:
+    code = "import sys, mhc_backends.mlx_metal; sys.exit('mlx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- the texts -----------------------------------------------------------------------------------
+
+
+def test_every_kernel_has_a_launch_and_every_op_a_vjp() -> None:
+    assert set(TABLE) == set(kernels.KERNELS)
+    for op in OPS:
+        text = Path(kernels.__file__).parent.joinpath("ops", f"{op}.py").read_text()
+        assert "\ndef forward(" in text
+        assert "\ndef vjp(" in text
+
+
+@pytest.mark.parametrize("name", kernels.KERNELS)
+def test_bodies_are_neutral(name: str) -> None:
+    body = Path(kernels.__file__).parent.joinpath(f"{name}.h").read_text()
+    assert body.startswith("// ")
+    code = re.sub(r"//[^\n]*", "", body)
+    foreign = r"\b(device|constant|thread|__\w+|blockIdx|threadIdx|metal|cuda|half|bfloat)\b|#"
+    assert not re.search(foreign, code)
+    assert not re.search(r"\bint\b[^;\n]*\btoken\b *=", code)  # tokens are counted in 64 bits
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ValueError, match="known are aggregate"):
+        kernels.source("combined", "metal")
+    with pytest.raises(ValueError, match="known are metal, cuda"):
+        kernels.header("vulkan")
+
+
+# ---- the CUDA dialect, as MLX's cuda_kernel puts it together -------------------------------------
+
+_CUDA_BEFORE = """
+#include <cstdint>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda/std/array>
+#include <cooperative_groups.h>
+using Shape = cuda::std::array<int32_t, 10>;
+"""
+
+
+class Signature(NamedTuple):
+    """The arrays of a kernel: s marks those of the streams' dtype."""
+
+    inputs: str
+    outputs: str
+
+
+SIGNATURES = {
+    "aggregate": Signature("x:s h_pre", "h:s"),
+    "aggregate_vjp": Signature("x:s h_pre g:s", "dx:s dh_pre"),
+    "combine": Signature("x:s y:s h_post h_res", "out:s"),
+    "combine_vjp": Signature("x:s y:s h_post h_res g:s", "dx:s dy:s dh_post dh_res"),
+    "combine_vjp_wide": Signature("x:s y:s h_post h_res g:s", "dx:s dy:s dh_post dh_res"),
+    "sum_rows": Signature("a", "out"),
+}
+
+
+def _cuda_kernels() -> Iterator[str]:
+    for name, signature in SIGNATURES.items():
+        for n, elements in ((4, 8), (1, 1), (3, 2)):
+            for dtype in ("float", "__half", "__nv_bfloat16"):
+                yield _cuda_kernel(name, signature, n, elements, dtype)
+
+
+def _cuda_kernel(name: str, signature: Signature, n: int, elements: int, dtype: str) -> str:
+    body = kernels.source(name, "cuda")
+    parameters: list[str] = []
+    for word in signature.inputs.split():
+        array, _, stream = word.partition(":")
+        parameters.append(f"const {dtype if stream else 'float'}* {array}")
+        if f"{array}_shape" in body:
+            parameters.append(f"const __grid_constant__ Shape {array}_shape")
+    for word in signature.outputs.split():
+        array, _, stream = word.partition(":")
+        parameters.append(f"{dtype if stream else 'float'}* {array}")
+    constants = "".join(
+        f"  constexpr int {word} = {value};\n"
+        for word, value in (("N", n), ("W", elements))
+        if re.search(rf"\b{word}\b", body)
+    )
+    function = f"kernel_{name}_{n}_{elements}_{dtype}"
+    return f"__global__ void {function}({', '.join(parameters)}) {{\n{constants}\n{body}\n}}\n"
+
+
+@pytest.mark.skipif(
+    shutil.which("nvcc") is None, reason="nvcc is not installed: the CUDA dialect is not compiled"
+)
+def test_every_body_compiles_as_cuda(tmp_path: Path) -> None:
+    assert set(SIGNATURES) == set(kernels.KERNELS)
+    text = (
+        _CUDA_BEFORE
+        + kernels.header("cuda")
+        + "namespace mlx::core::cu {\nnamespace cg = cooperative_groups;\n"
+        + "".join(_cuda_kernels())
+        + "}\n"
+    )
+    source = tmp_path / "kernels.cu"
+    source.write_text(text)
+    command = ["nvcc", "-arch=sm_90", "-std=c++17", "-cubin", "-Werror", "all-warnings"]
+    done = subprocess.run(
+        [*command, str(source), "-o", str(tmp_path / "kernels.cubin")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# ---- launch shapes -------------------------------------------------------------------------------
+
+SIZES = [
+    (T, n, C) for T in (1, 7, 1000, 2**24) for n in (1, 4, 9, 32) for C in (1, 7, 1028, 4096, 2**20)
+]
+
+
+@pytest.mark.parametrize("kernel", TABLE)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_launches_are_whole_and_within_bounds(kernel: str, dtype: str) -> None:
+    for T, n, C in SIZES:
+        made = launch(kernel, T, n, C, dtype)
+        threads, *flat = made.threadgroup
+        assert flat == [1, 1]
+        assert threads % 32 == 0
+        assert 32 <= threads <= 1024
+        assert made.grid[0] % threads == 0  # no threadgroup is cut off
+        assert 0 < made.grid[0] < 2**31
+        assert 0 < made.grid[1] < 2**16
+        assert C % made.elements == 0  # every row begins where a vector may
+        assert made.elements * (2 if dtype != "float32" else 4) <= 16
+
+
+def test_launches_by_example() -> None:
+    assert launch("combine", 1, 4, 4096, "bfloat16") == Launch((256, 2, 1), (256, 1, 1), 8)
+    assert launch("combine", 4096, 4, 4096, "bfloat16") == Launch((2**20, 1, 1), (256, 1, 1), 8)
+    assert launch("combine", 4096, 4, 4096, "float32") == Launch((2**20, 2, 1), (256, 1, 1), 4)
+    assert launch("combine", 3, 9, 37, "float16") == Launch((192, 1, 1), (64, 1, 1), 1)
+    assert launch("sum_rows", 4096, 1, 20, "float32") == Launch((16 * 256, 1, 1), (256, 1, 1), 1)
+
+
+def test_sums_over_C_do_not_depend_on_the_batch() -> None:
+    summing = [name for name, shape in TABLE.items() if shape.groups == "token"]
+    assert "combine_vjp" in summing
+    for kernel in summing:
+        one, many = (launch(kernel, T, 4, 4096, "bfloat16") for T in (1, 5000))
+        assert (one.threadgroup, one.elements) == (many.threadgroup, many.elements)
+
+
+# ---- the tuning file -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Write a tuning file and choose it."""
+
+    def write(content: Any) -> None:
+        path = tmp_path / "tuning.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        monkeypatch.setenv(VARIABLE, str(path))
+
+    return write
+
+
+def test_a_tuning_file_overrides_what_it_names(tuned: Any) -> None:
+    plain = launch("aggregate", 1, 4, 4096, "bfloat16")
+    tuned({"combine": {"threads": 64, "elements": 2}})
+    assert launch("combine", 1, 4, 4096, "bfloat16") == Launch((64, 32, 1), (64, 1, 1), 2)
+    assert launch("aggregate", 1, 4, 4096, "bfloat16") == plain
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "cannot be read as JSON"),
+        ([], "needs an object"),
+        ({"combined": {}}, "'combined' is no kernel; known are aggregate"),
+        ({"combine": 3}, "'combine' is 3; needs an object with threads, elements, turns"),
+        ({"combine": {"thread": 3}}, "'thread'; known are threads, elements, turns"),
+        ({"combine": {"threads": 100}}, "threads is 100; needs a multiple of 32 up to 1024"),
+        ({"combine": {"threads": 2048}}, "threads is 2048; needs"),
+        ({"combine": {"elements": 3}}, "elements is 3; needs 1, 2, 4, 8 or 16"),
+        ({"combine": {"turns": 0}}, "turns is 0; needs an integer of at least 1"),
+        ({"combine": {"turns": True}}, "turns is True; needs"),
+        ({"combine": {"groups": "token"}}, "'groups'; known are"),
+    ],
+)
+def test_a_wrong_tuning_file_says_what_it_needs(tuned: Any, content: Any, says: str) -> None:
+    tuned(content)
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        launch("combine", 1, 4, 4096, "bfloat16")
+    assert VARIABLE in str(caught.value)
+
+
+def test_a_tuning_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match=r"none\.json: cannot be read"):
+        launch("combine", 1, 4, 4096, "bfloat16")
+
+
+# ---- from kernels to ops, with a launcher that computes by the maths -----------------------------
+
+
+class Launcher:
+    """Stands in for ``mx.fast.metal_kernel``; its kernels answer by mhc_core.math."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.launches: list[dict[str, Any]] = []
+
+    def __call__(self, *, name: str, input_names: list[str], **texts: Any) -> Any:
+        self.names.append(name)
+        kernel = next(k for k in sorted(SIGNATURES, key=len, reverse=True) if f"mhc_{k}_" in name)
+
+        def call(*, inputs: Any, output_shapes: Any, output_dtypes: Any, **how: Any) -> Any:
+            self.launches.append({"kernel": kernel, **how})
+            answer = _ANSWERS[kernel](dict(zip(input_names, inputs, strict=True)), output_shapes)
+            return [
+                array.reshape(shape).astype(dtype)
+                for array, shape, dtype in zip(answer, output_shapes, output_dtypes, strict=True)
+            ]
+
+        return call
+
+
+def _per_token(array: Any, T: int) -> Any:
+    import mlx.core as mx
+
+    return mx.broadcast_to(array, (T, *array.shape[1:]))
+
+
+def _by_the_maths(op: str, arrays: dict[str, Any], vjp: bool) -> Any:
+    module = mhc_core.math.load(op)
+    T = arrays["x"].shape[0]
+    primals = tuple(_per_token(arrays[name], T) for name in module.OP.arrays)
+    return module.vjp(primals, (arrays["g"],)) if vjp else (module.forward(*primals),)
+
+
+_ANSWERS: dict[str, Any] = {
+    "aggregate": lambda arrays, _: _by_the_maths("aggregate", arrays, vjp=False),
+    "aggregate_vjp": lambda arrays, _: _by_the_maths("aggregate", arrays, vjp=True),
+    "combine": lambda arrays, _: _by_the_maths("combine", arrays, vjp=False),
+    "combine_vjp": lambda arrays, _: _by_the_maths("combine", arrays, vjp=True),
+    "combine_vjp_wide": lambda arrays, _: _by_the_maths("combine", arrays, vjp=True),
+    "sum_rows": lambda arrays, _: (arrays["a"].sum(axis=0),),
+}
+
+
+@pytest.fixture
+def mx() -> Any:
+    return pytest.importorskip("mlx.core")
+
+
+def _inputs(mx: Any, T: int, n: int, shared: bool) -> tuple[Any, ...]:
+    mx.random.seed(7)
+    ahead = () if shared else (T,)
+    shapes = [(T, n, 6), (T, 6), (*ahead, n), (*ahead, n, n)]
+    return tuple(mx.random.normal(shape) for shape in shapes)
+
+
+@pytest.mark.parametrize("n", [4, 5])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ops_are_joined_with_their_vjps(mx: Any, n: int, shared: bool, compiled: bool) -> None:
+    from mhc_backends.kernels.mlx import Kernels, Ops
+
+    launcher = Launcher()
+    own = Ops(Kernels(launcher, "metal"), mx.compile if compiled else None)
+    arrays = _inputs(mx, 3, n, shared)
+
+    def loss(combine: Any, *arrays: Any) -> Any:
+        return mx.sum(mx.sin(combine(*arrays)))
+
+    argnums = [1, 2, 3, 4]
+    want = mx.grad(loss, argnums)(mhc_core.math.load("combine").forward, *arrays)
+    got = mx.grad(loss, argnums)(own.combine, *arrays)
+    assert all(mx.allclose(a, b, atol=1e-5) for a, b in zip(got, want, strict=True))
+    names = {launched["kernel"] for launched in launcher.launches}
+    vjp = "combine_vjp" if n <= 4 else "combine_vjp_wide"
+    assert names == {"combine", vjp} | ({"sum_rows"} if shared else set())
+
+
+def test_compiled_ops_launch_by_what_was_traced(mx: Any) -> None:
+    from mhc_backends.kernels.mlx import Kernels, Ops
+
+    launcher = Launcher()
+    own = Ops(Kernels(launcher, "metal"), mx.compile)
+    arrays = _inputs(mx, 3, 4, shared=False)
+    for _ in range(3):
+        mx.eval(own.combine(*arrays))
+        mx.eval(own.vjp("combine", arrays, (arrays[0],)))
+    assert [launched["kernel"] for launched in launcher.launches] == ["combine", "combine_vjp"]
+    mx.eval(own.combine(*_inputs(mx, 5, 4, shared=False)))
+    assert launcher.launches[-1]["grid"] == (5 * 32, 1, 1)
+
+
+def test_no_tokens_launch_nothing(mx: Any) -> None:
+    from mhc_backends.kernels.mlx import Kernels, Ops
+
+    launcher = Launcher()
+    own = Ops(Kernels(launcher, "metal"))
+    arrays = _inputs(mx, 0, 4, shared=True)
+    assert own.combine(*arrays).shape == (0, 4, 6)
+    gradients = own.vjp("combine", arrays, (arrays[0],))
+    assert [g.shape for g in gradients] == [a.shape for a in arrays]
+    assert not any(mx.any(g != 0) for g in gradients)
+    assert launcher.launches == []
+
+
+def test_each_generated_text_has_a_name_of_its_own(mx: Any) -> None:
+    from mhc_backends.kernels.mlx import Kernels, Ops
+
+    launcher = Launcher()
+    own = Ops(Kernels(launcher, "metal"))
+    for T, dtype in ((1, mx.float32), (9, mx.float32), (9, mx.float16), (8, mx.float16)):
+        own.aggregate(mx.zeros((T, 2, 3), dtype), mx.zeros((T, 2)))
+    assert launcher.names == [
+        "mhc_aggregate_float32c_float32c_float32",  # c: in Metal's constant memory
+        "mhc_aggregate_float32_float32_float32",
+        "mhc_aggregate_float16_float32_float16",
+    ]
