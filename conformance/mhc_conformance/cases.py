@@ -150,7 +150,7 @@ def data(case: Case, dtype: str, seed: int) -> Data:
         for name in names
     )
     if case.op == "sinkhorn_knopp":
-        primals = (_decided(rng, primals[0].copy(), **case.options),)
+        primals = (_decided(rng, np.array(primals[0]), **case.options),)
     call = signature(declaration, case.op, primals, case.options)
     cotangents = tuple(
         (rng.normal(size=shape) * case.gradient_scale).astype(numpy_dtype(name))

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextvars import ContextVar
+from importlib import import_module
 from typing import Any
 
 __all__ = [
@@ -39,6 +40,10 @@ Array = Any
 
 
 # ------------------------------------------------------------------------- namespaces and dtypes
+
+
+def _lax() -> Any:
+    return import_module("jax.lax")
 
 
 def namespace(array: Array) -> Any:
@@ -98,9 +103,7 @@ def shift(xp: Any, logits: Array, axis: int) -> Array:
     """
     largest = xp.max(logits, axis=axis, keepdims=True)
     if _is(xp, "jax"):
-        from jax import lax
-
-        return lax.stop_gradient(largest)
+        return _lax().stop_gradient(largest)
     return xp.stop_gradient(largest) if _is(xp, "mlx") else largest
 
 
@@ -377,9 +380,11 @@ def scan(xp: Any, step: Callable[[Any], tuple[Any, Any]], state: Any, length: in
     JAX loops on the device, so that compile time does not grow with ``length``.
     """
     if _is(xp, "jax"):
-        from jax import lax
 
-        return lax.scan(lambda state, _: step(state), state, None, length=length)
+        def forth(state: Any, _: Any) -> Any:
+            return step(state)
+
+        return _lax().scan(forth, state, None, length=length)
     kept: list[Any] = []
     for _ in range(length):
         state, keep = step(state)
@@ -390,10 +395,11 @@ def scan(xp: Any, step: Callable[[Any], tuple[Any, Any]], state: Any, length: in
 def scan_back(xp: Any, step: Callable[[Any, Any], Any], state: Any, kept: Any) -> Any:
     """Apply ``state = step(state, keep)`` to what :func:`scan` kept, last first."""
     if _is(xp, "jax"):
-        from jax import lax
 
-        last: Any = lax.scan(lambda s, keep: (step(s, keep), None), state, kept, reverse=True)
-        return last[0]
+        def back(state: Any, keep: Any) -> Any:
+            return step(state, keep), None
+
+        return _lax().scan(back, state, kept, reverse=True)[0]
     for keep in reversed(kept):
         state = step(state, keep)
     return state
@@ -413,13 +419,11 @@ def scan_while(
     costs nothing; inside MLX's transformations nobody can look, so every step is taken.
     """
     if _is(xp, "jax"):
-        from jax import lax
 
         def either(state: Any, _: Any) -> Any:
-            return lax.cond(xp.any(state.active), step, idle, state)
+            return _lax().cond(xp.any(state.active), step, idle, state)
 
-        ended: Any = lax.scan(either, state, None, length=length)
-        return ended
+        return _lax().scan(either, state, None, length=length)
     kept: list[Any] = []
     for _ in range(length):
         if _known_false(xp, state.active):

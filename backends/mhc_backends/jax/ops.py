@@ -49,7 +49,8 @@ def _forward(op: str, static: Static) -> Callable[..., Any]:
         several = isinstance(cotangents, tuple)
         return module.vjp(primals, cotangents if several else (cotangents,), saved, **options)
 
-    differentiable = jax.custom_vjp(forward)
+    custom_vjp: Any = jax.custom_vjp  # its own stubs leave the type open
+    differentiable = custom_vjp(forward)
     differentiable.defvjp(saving, back)
     return jax.jit(differentiable)
 
