@@ -336,8 +336,14 @@ CHECKS: Mapping[str, Check] = {
     "repeated": repeated,
     "host": host,
 }
-EVERY_DTYPE = ("forward", "gradient", "grad")
-ONE_DTYPE = "float32"  # of the other checks, which look at structure and not at rounding
+ONE_DTYPE = "float32"  # of the checks that look at structure and not at rounding
+
+
+def dtypes_of(kind: str, dtypes: Sequence[str]) -> list[str]:
+    """Give those of a backend's dtypes in which a check is made."""
+    one = ONE_DTYPE if ONE_DTYPE in dtypes else dtypes[0]
+    made = {"forward": dtypes, "gradient": dtypes, "grad": (one, "bfloat16")}
+    return [dtype for dtype in dtypes if dtype in made.get(kind, (one,))]
 
 
 def applies(subject: Subject, op: str, dtype: str, kind: str) -> str | None:
@@ -355,9 +361,8 @@ def grid(subject: Subject) -> Iterator[tuple[str, str, str]]:
     """Give every (op, dtype, kind) that the backend declares to hold."""
     for kind in CHECKS:
         for op in subject.spec.ops:
-            for dtype in subject.spec.dtypes:
-                once = kind in EVERY_DTYPE or dtype == ONE_DTYPE
-                if once and applies(subject, op, dtype, kind) is None:
+            for dtype in dtypes_of(kind, subject.spec.dtypes):
+                if applies(subject, op, dtype, kind) is None:
                     yield op, dtype, kind
 
 

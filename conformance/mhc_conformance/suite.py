@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from mhc_conformance.checks import CHECKS, EVERY_DTYPE, ONE_DTYPE, applies, check
+from mhc_conformance.checks import CHECKS, applies, check, dtypes_of
 from mhc_conformance.subject import Subject
 
 __all__ = ["BackendConformance"]
@@ -34,7 +34,7 @@ class BackendConformance:
             return
         kind = metafunc.function.__name__.removeprefix("test_")
         spec = Subject(self.backend).spec
-        dtypes = spec.dtypes if kind in EVERY_DTYPE else (ONE_DTYPE,)
+        dtypes = dtypes_of(kind, spec.dtypes)
         pairs = [(op, dtype) for op in spec.ops for dtype in dtypes]
         metafunc.parametrize(("op", "dtype"), pairs)
 
