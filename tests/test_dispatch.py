@@ -302,10 +302,11 @@ def test_an_mlx_that_cannot_run(tmp_path: Path, core: str, reason: str) -> None:
 
 
 @pytest.fixture
-def metal(plugins: Plugins) -> Plugins:
-    """A backend named mlx-metal, better than another for the same arrays."""
+def metal(plugins: Plugins, monkeypatch: pytest.MonkeyPatch) -> Plugins:
+    """A backend named mlx-metal that runs anywhere, in place of the one that needs a Mac."""
+    monkeypatch.setenv("MHC_DISABLE_PLUGINS", "mlx-metal")
     plugins.backend("other")
-    plugins.backend("mlx-metal", priority=9)
+    plugins.plugin("fake-metal", [plugins.spec("mlx-metal", priority=9)])
     return plugins
 
 

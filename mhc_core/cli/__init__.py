@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from mhc_core.cli.backends import backends
-from mhc_core.cli.bench import bench
-from mhc_core.cli.conformance import conformance
+from mhc_core.cli import backends, bench, conformance
 
 __all__ = ["app"]
 
@@ -17,6 +15,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-app.command()(backends)
-app.command()(bench)
-app.command()(conformance)
+app.command()(backends.backends)
+app.command()(bench.bench)
+app.command()(conformance.conformance)
