@@ -196,7 +196,7 @@ def _try(words: list[str], shape: Shape, leading: Shape | None, sizes: dict[str,
     for word, size in zip(named, shape[split:], strict=True):
         need = _size(word, sizes)
         if need is None and size >= 1:
-            sizes[word] = size
+            sizes[word] = int(size)  # a compiler's symbolic size becomes a number
         elif need != size:
             return None
     return shape[:split]

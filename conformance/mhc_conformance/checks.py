@@ -177,9 +177,9 @@ class _Trial:
 
     def loss(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Give sum(cotangent * output) as a function of the primals."""
+        own = self.subject.take(self.cotangents)  # outside, where no compiler traces it
 
         def loss(*arrays: Any) -> Any:
-            own = self.subject.take(self.cotangents)
             outputs = several(function(*arrays))
             parts = [(c * o).sum() for c, o in zip(own, outputs, strict=True)]
             return sum(parts[1:], parts[0])

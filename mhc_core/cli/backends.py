@@ -8,6 +8,7 @@ __all__ = ["backends"]
 def backends() -> None:
     """List every backend, best first, and the reason where one cannot run here."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     import mhc_core
@@ -20,5 +21,5 @@ def backends() -> None:
         spec = backend.spec
         takes = ", ".join(spec.array_types) if spec else ""
         dtypes = ", ".join(spec.dtypes) if spec else ""
-        table.add_row(backend.name, takes, dtypes, backend.reason or "yes")
+        table.add_row(backend.name, takes, dtypes, escape(backend.reason or "yes"))
     Console().print(table)

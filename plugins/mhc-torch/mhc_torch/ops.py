@@ -1,0 +1,122 @@
+"""The ops on PyTorch tensors, on whatever device they are, and PyTorch's transforms.
+
+Forward-mode differentiation (torch.func.jvp) is not defined for functions with a hand-written vjp;
+``mhc_core.math.<op>.forward`` under plain autograd has it.
+
+``torch.compile`` cannot follow dispatch, which reads context variables and the environment: calls
+of it stand in the graph as they are, and the compiler's later stages, which run them on fake
+tensors, see the tensor operations inside. So a backend is chosen when a function is traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import ml_dtypes
+import numpy
+import torch
+import torch.utils.checkpoint
+
+from mhc_core import _registry, math
+from mhc_torch import _function
+
+for _dispatch in (_registry.call, _registry.call_vjp):
+    torch.compiler.allow_in_graph(_dispatch)
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    if name not in math.OPS:
+        raise AttributeError(name)
+    names = tuple(math.load(name).OP.arrays)
+
+    def op(*arrays: torch.Tensor, **static: Any) -> Any:
+        _require_one_device(name, names, arrays)
+        return _function.apply(name, arrays, static)
+
+    return op
+
+
+def vjp(
+    op: str, primals: tuple[torch.Tensor, ...], cotangents: tuple[torch.Tensor, ...], **static: Any
+) -> tuple[torch.Tensor, ...]:
+    """Pull cotangents back by the hand-written vjp."""
+    declared = math.load(op).OP
+    names = list(declared.arrays)[: len(primals)]
+    names += [f"the cotangent of {name}" for name in declared.outputs]
+    _require_one_device(f"vjp of {op}", names, (*primals, *cotangents))
+    return _function.pull_back(op, primals, cotangents, None, static)
+
+
+def _require_one_device(owner: str, names: Iterable[str], arrays: Sequence[torch.Tensor]) -> None:
+    device = arrays[0].device
+    for name, array in zip(names, arrays, strict=False):
+        if array.device != device:
+            raise ValueError(
+                f"{owner}: {name} is on {array.device}; needs {device}, where the first array is: "
+                f"move it with .to({str(device)!r})"
+            )
+
+
+# ------------------------------------------------------------------------------------ host arrays
+
+
+def from_host(array: numpy.ndarray[Any, Any]) -> torch.Tensor:
+    """Copy a NumPy array to PyTorch's default device."""
+    own = numpy.array(array, order="C")  # a tensor cannot share memory that is read-only
+    if own.dtype == ml_dtypes.bfloat16:
+        tensor = torch.from_numpy(own.view(numpy.int16)).view(torch.bfloat16)
+    else:
+        tensor = torch.from_numpy(own)
+    return tensor.to(torch.get_default_device())
+
+
+def to_host(array: torch.Tensor) -> numpy.ndarray[Any, Any]:
+    """Give a NumPy array of the same dtype."""
+    array = array.detach().cpu()
+    if array.dtype == torch.bfloat16:
+        return array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return array.numpy()
+
+
+# ------------------------------------------------------------------------------------- transforms
+
+
+def grad(function: Callable[..., torch.Tensor], argnums: Sequence[int]) -> Callable[..., Any]:
+    """Plain autograd; inside torch.compile torch.func.grad, which its tracer follows.
+
+    Plain autograd otherwise, because torch.func.grad does not go through checkpoints.
+    """
+    wanted = tuple(argnums)
+
+    def gradients(*arrays: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if torch.compiler.is_compiling():
+            return torch.func.grad(function, argnums=wanted)(*arrays)
+        leaves = [a.detach().requires_grad_(i in wanted) for i, a in enumerate(arrays)]
+        with torch.enable_grad():
+            result = function(*leaves)
+        return torch.autograd.grad(result, [leaves[i] for i in wanted], materialize_grads=True)
+
+    return gradients
+
+
+def compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile, without graph breaks, once for each kind of argument."""
+
+    def call(*arrays: torch.Tensor) -> Any:
+        return function(*arrays)
+
+    # torch.compile counts recompilations for each code object, whichever closure it belongs to.
+    call.__code__ = call.__code__.replace()
+    return torch.compile(call, fullgraph=True, dynamic=False)
+
+
+def vmap(function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callable[..., Any]:
+    """torch.vmap."""
+    return torch.vmap(function, in_dims=tuple(in_axes))
+
+
+def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.utils.checkpoint, which computes the function again in the backward."""
+    again = cast("Callable[..., Any]", torch.utils.checkpoint.checkpoint)
+    return lambda *arrays: again(function, *arrays, use_reentrant=False)

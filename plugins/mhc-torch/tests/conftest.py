@@ -1,0 +1,34 @@
+"""Fixtures for all tests: a quick compiler, and PyTorch's settings as they were."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "inductor: compiles with inductor, which takes its time")
+
+
+@pytest.fixture(autouse=True)
+def _quick_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace as torch.compile does, forward and backward, but generate no C++ or Triton.
+
+    What tracing finds does not depend on the code generator; a test marked inductor runs that too.
+    """
+    if request.node.get_closest_marker("inductor") is None:
+        traced = functools.partial(torch.compile, backend="aot_eager")
+        monkeypatch.setattr(torch, "compile", traced)
+
+
+@pytest.fixture(autouse=True)
+def _settings() -> Iterator[None]:
+    """Leave no compiled code and no setting behind; fail where one was changed for good."""
+    before = torch.get_float32_matmul_precision()
+    torch.manual_seed(0)
+    yield
+    assert torch.get_float32_matmul_precision() == before
+    torch.compiler.reset()
