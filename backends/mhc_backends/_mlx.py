@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 OLDEST = (0, 32)  # the first whose arrays have __array_namespace__, on which the maths builds
 
@@ -28,6 +28,13 @@ def missing() -> str | None:
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         return f"MLX {version} is too old: pip install 'mlx>=0.32'"
     return None
+
+
+def as_tuple(arrays: Any) -> tuple[Any, ...]:
+    """Give one array or several as a tuple: MLX unpacks tuples of one on their way."""
+    if isinstance(arrays, (tuple, list)):
+        return tuple(cast("Sequence[Any]", arrays))
+    return (arrays,)
 
 
 def from_host(array: Any) -> Any:

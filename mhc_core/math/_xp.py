@@ -12,7 +12,6 @@ from importlib import import_module
 from typing import Any
 
 __all__ = [
-    "can_compile",
     "cast",
     "collapse",
     "dot",
@@ -129,14 +128,14 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(xp: Any, *arrays: Array) -> Any:
         # a compiled kernel without elements ends the process in MLX's CUDA build
         if _is(xp, "mlx") and all(array.size for array in arrays):
-            return _fused_by_mlx(function)(*arrays)
+            return _fused_by_mlx(function, _on_gpu(xp))(*arrays)
         return function(xp, *arrays)
 
     return call
 
 
 @functools.cache
-def _fused_by_mlx(function: Callable[..., Any]) -> Callable[..., Any]:
+def _fused_by_mlx(function: Callable[..., Any], on_gpu: bool) -> Callable[..., Any]:
     import mlx.core as mx
 
     def body(*arrays: Array) -> Any:
@@ -146,12 +145,13 @@ def _fused_by_mlx(function: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _unrolled.reset(token)
 
-    return mx.compile(body) if can_compile(_on_gpu(mx)) else body
+    return mx.compile(body) if on_gpu or _cpu_compiler() else body
 
 
-def can_compile(on_gpu: bool) -> bool:
-    """Whether mx.compile works here: on a CPU it calls g++."""
-    return on_gpu or shutil.which("g++") is not None
+@functools.cache
+def _cpu_compiler() -> bool:
+    """Whether mx.compile works on the CPU, where it calls g++."""
+    return shutil.which("g++") is not None
 
 
 def _on_gpu(mx: Any) -> bool:

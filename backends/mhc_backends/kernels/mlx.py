@@ -11,10 +11,11 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mhc_backends._mlx import as_tuple
 from mhc_backends.kernels import header, ops, source
 from mhc_backends.kernels.launch import launch
 
@@ -213,13 +214,13 @@ class Ops:
 
         def forward(*primals: mx.array) -> tuple[mx.array, ...]:
             if not hasattr(module, "saving"):
-                return _as_tuple(module.forward(self._kernels, *primals, **options))
+                return as_tuple(module.forward(self._kernels, *primals, **options))
             outputs, saved = module.saving(self._kernels, *primals, **options)
-            return (*_as_tuple(outputs), *saved)
+            return (*as_tuple(outputs), *saved)
 
         def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
-            given = _as_tuple(primals), _as_tuple(cotangents)[:count]
-            saved = _as_tuple(outputs)[count:]
+            given = as_tuple(primals), as_tuple(cotangents)[:count]
+            saved = as_tuple(outputs)[count:]
             return module.vjp(self._kernels, *given, saved or None, **options)
 
         differentiable = mx.custom_function(forward)
@@ -229,11 +230,3 @@ class Ops:
     def _make_vjp(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
         function = functools.partial(ops.load(op).vjp, self._kernels, **dict(static))
         return self._compiled(function)
-
-
-def _as_tuple(arrays: Any) -> tuple[mx.array, ...]:
-    return (
-        tuple(cast("Sequence[mx.array]", arrays))
-        if isinstance(arrays, (tuple, list))
-        else (arrays,)
-    )

@@ -12,12 +12,12 @@ fuses across them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
-from mhc_backends._mlx import checkpoint, compile, from_host, grad, to_host, vmap
+from mhc_backends._mlx import as_tuple, checkpoint, compile, from_host, grad, to_host, vmap
 from mhc_core import math
 
 __all__ = ["checkpoint", "compile", "from_host", "grad", "to_host", "vjp", "vmap"]
@@ -52,14 +52,14 @@ def _forward(op: str, static: Static, device: Any) -> Callable[..., Any]:
 
     def forward(*primals: mx.array) -> Any:
         if not hasattr(module, "saving"):
-            return _as_tuple(module.forward(*primals, **options))
+            return as_tuple(module.forward(*primals, **options))
         outputs, saved = module.saving(*primals, **options)
         return (*outputs, *saved)
 
     def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
         # the cotangent of a sum is one number, broadcast: every pass over it would be strided
-        given = tuple(mx.contiguous(c) for c in _as_tuple(cotangents)[:count])
-        return module.vjp(_as_tuple(primals), given, _as_tuple(outputs)[count:], **options)
+        given = tuple(mx.contiguous(c) for c in as_tuple(cotangents)[:count])
+        return module.vjp(as_tuple(primals), given, as_tuple(outputs)[count:], **options)
 
     differentiable = mx.custom_function(forward)
     differentiable.vjp(back)
@@ -86,12 +86,6 @@ def _compiled(function: Callable[..., Any], op: str, device: Any) -> Callable[..
 
 def _any_empty(arrays: Any) -> bool:
     return any(_any_empty(a) if isinstance(a, tuple) else a.size == 0 for a in arrays)
-
-
-def _as_tuple(arrays: Any) -> tuple[mx.array, ...]:
-    if isinstance(arrays, (tuple, list)):
-        return tuple(cast("Sequence[mx.array]", arrays))
-    return (arrays,)
 
 
 def vjp(
