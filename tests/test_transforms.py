@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 import mhc_core as mhc
+from mhc_backends.mlx_compiled import _vmap
 from mhc_conformance import Subject, oracle
 from mhc_conformance.cases import Case, Sizes, cases, data
 from mhc_core import math
@@ -121,6 +122,193 @@ def test_transformations_compose(library: str, case: str, name: str) -> None:
 def test_mlx_gives_a_gradient_to_every_argument(op: str) -> None:
     trial = _Trial("mlx-compiled", next(cases(op)))
     trial.check(trial.grad(trial.loss(trial.function))(*trial.own))
+
+
+# --- mx.vmap of every op ----------------------------------------------------------------------
+
+MAPPED = 3  # calls that vmap makes one of
+
+
+def _is_parameter(op: str, name: str) -> bool:
+    return math.load(op).OP.patterns[name][0][0] != "..."
+
+
+def _in_axes(op: str, count: int) -> dict[str, list[int | None]]:
+    """Ways to map an op: what per token, at which axis; the parameters; all arrays."""
+    names = list(math.load(op).OP.arrays)[:count]
+    parameter = [_is_parameter(op, name) for name in names]
+    ways: dict[str, list[int | None]] = {
+        "tokens": [None if p else 0 for p in parameter],
+        "odd axes": [None if p else (1, 0, -1)[k % 3] for k, p in enumerate(parameter)],
+        "first": [0, *[None] * (count - 1)],
+        "not the first": [None, *[None if p else 0 for p in parameter[1:]]],
+        "parameters": [0 if p else None for p in parameter],
+        "all": [0] * count,
+    }
+    return {name: way for name, way in ways.items() if any(axis is not None for axis in way)}
+
+
+class _Mapped:
+    """One case, once by vmap and once by a loop over the same calls."""
+
+    def __init__(self, case: Case, axes: Sequence[int | None]) -> None:
+        subject = Subject("mlx-compiled")
+        primals, cotangents = data(case, "float32", 0)
+        self.axes = list(axes)
+        factors = 1 + 0.25 * np.arange(MAPPED)
+        self.primals = [
+            mx.array(p if axis is None else np.stack([p * f for f in factors], axis))
+            for p, axis in zip(primals, axes, strict=True)
+        ]
+        self.cotangents = [mx.array(np.stack([c * f for f in factors])) for c in cotangents]
+        function = subject.function(case.op, case.options)
+        self.function: Function = lambda *arrays: _tuple(function(*arrays))
+
+    def loss(self, function: Function) -> Function:
+        def loss(*both: Any) -> Any:
+            outputs = function(*both[: len(self.axes)])
+            return sum((c * o).sum() for c, o in zip(both[len(self.axes) :], outputs, strict=True))
+
+        return loss
+
+    def grad(self, function: Function) -> Function:
+        own = mx.grad(self.loss(function), argnums=list(range(len(self.axes))))
+        return lambda *both: _tuple(own(*both))
+
+    def loop(self, function: Function) -> list[Any]:
+        """Call it on every slice; what has no mapped axis is given to each."""
+        both = list(zip([*self.primals, *self.cotangents], self.every_axis, strict=True))
+        return [
+            _tuple(function(*[a if axis is None else mx.take(a, k, axis) for a, axis in both]))
+            for k in range(MAPPED)
+        ]
+
+    @property
+    def every_axis(self) -> list[int | None]:
+        return [*self.axes, *[0] * len(self.cotangents)]
+
+    def gradients(self) -> list[Any]:
+        """Give the loop's gradients: the sum of those of what was given to each."""
+        each = zip(*self.loop(self.grad(self.function)), strict=True)
+        return [
+            mx.stack(list(ds), axis) if axis is not None else sum(ds)
+            for ds, axis in zip(each, self.axes, strict=True)
+        ]
+
+    def vmapped(self) -> Function:
+        return mx.vmap(self.function, in_axes=tuple(self.axes))
+
+    def vmap_of_grad(self) -> list[Any]:
+        in_axes = tuple(self.every_axis)
+        each = mx.vmap(self.grad(self.function), in_axes=in_axes)(*self.primals, *self.cotangents)
+        pairs = zip(_tuple(each), self.axes, strict=True)
+        return [d.sum(0) if axis is None else mx.moveaxis(d, 0, axis) for d, axis in pairs]
+
+
+def _close(got: Sequence[Any], want: Sequence[Any]) -> None:
+    for one, other in zip(got, want, strict=True):
+        assert one.shape == other.shape
+        scale = float(mx.abs(other).max())
+        assert scale > 1e-4
+        assert float(mx.abs(one - other).max()) < 2e-5 * scale
+
+
+_VMAPS = [(op, way) for op in math.OPS for way in _in_axes(op, len(math.load(op).OP.arrays))]
+_EVERY = Sizes((2,), 2, 4, "one leading axis, beside the mapped one")
+
+
+def _case(op: str, way: str, **changes: Any) -> tuple[Case, list[int | None]]:
+    """Give an op's first case with all of its arrays, small, and the axes to map."""
+    declared = math.load(op).OP
+    optional = declared.optional is not None
+    case = next(c for c in cases(op) if c.optional == optional)
+    static = tuple((k, min(v, 3) if k == "iterations" else v) for k, v in case.static)
+    if "variant" in case.options:
+        static = (("variant", VARIANT),)
+    return replace(case, sizes=_EVERY, static=static, **changes), _in_axes(
+        op, len(declared.arrays)
+    )[way]
+
+
+@pytest.mark.parametrize(("op", "way"), _VMAPS)
+def test_mlx_vmap_is_a_loop(op: str, way: str) -> None:
+    trial = _Mapped(*_case(op, way))
+    values = trial.vmapped()(*trial.primals)
+    each = trial.loop(lambda *both: trial.function(*both[: len(trial.axes)]))
+    _close(values, [mx.stack(list(o)) for o in zip(*each, strict=True)])
+    want = trial.gradients()
+    _close(trial.grad(trial.vmapped())(*trial.primals, *trial.cotangents), want)
+    _close(trial.vmap_of_grad(), want)
+
+
+@pytest.mark.parametrize(
+    "op", [op for op in math.OPS if any("|" in p for p in math.load(op).OP.arrays.values())]
+)
+@pytest.mark.parametrize("way", ["tokens", "first", "not the first"])
+def test_mlx_vmap_of_mappings_for_all_tokens(op: str, way: str) -> None:
+    trial = _Mapped(*_case(op, way, shared=True))
+    _close(trial.grad(trial.vmapped())(*trial.primals, *trial.cotangents), trial.gradients())
+
+
+@pytest.mark.parametrize(("op", "way"), _VMAPS)
+def test_grad_of_mlx_vmap_takes_the_written_vjp(
+    monkeypatch: pytest.MonkeyPatch, op: str, way: str
+) -> None:
+    """By a vjp that gives twice the gradients: autodiff of the body would not know of it."""
+    trial = _Mapped(*_case(op, way))
+    want = trial.gradients()
+    module = math.load(op)
+    if way not in ("parameters", "all"):  # one call with one more leading axis
+        monkeypatch.delattr(_vmap, "_by_the_body")
+    written = module.vjp
+
+    def twice(*arguments: Any, **static: Any) -> tuple[Any, ...]:
+        return tuple(2 * d for d in written(*arguments, **static))
+
+    monkeypatch.setattr(module, "vjp", twice)
+    doubled = [2 * d for d in want]
+    _close(trial.grad(trial.vmapped())(*trial.primals, *trial.cotangents), doubled)
+    compiled = mx.compile(trial.grad(trial.vmapped()))
+    _close(compiled(*trial.primals, *trial.cotangents), doubled)
+    _close(trial.vmap_of_grad(), doubled)
+
+
+@pytest.mark.parametrize("inner", [(0, None, None, None), (0, 0, 0, 0), (None, 0, None, None)])
+@pytest.mark.parametrize("outer", [(1, None, None, None), (0, 0, None, None)])
+def test_nested_mlx_vmap_takes_the_written_vjp(
+    monkeypatch: pytest.MonkeyPatch, outer: tuple[int | None, ...], inner: tuple[int | None, ...]
+) -> None:
+    """Of mappings: what is mapped twice, or once outside or inside, tokens or parameters."""
+    rng = np.random.default_rng(0)
+    shapes = [(2, 2, 4), (8, 8), (3,), (8,)]
+    arrays: list[mx.array] = []
+    for shape, i, o in zip(shapes, inner, outer, strict=True):
+        inside = shape if i is None else (*shape[:i], 5, *shape[i:])
+        outside = inside if o is None else (*inside[:o], MAPPED, *inside[o:])
+        arrays.append(mx.array(rng.normal(size=outside).astype(np.float32)))
+
+    def loss(*arrays: mx.array) -> mx.array:
+        return sum((o**2).sum() for o in mhc.mappings(*arrays, VARIANT))  # pyright: ignore
+
+    def by_vmap(*arrays: mx.array) -> mx.array:
+        return mx.vmap(mx.vmap(loss, in_axes=inner), in_axes=outer)(*arrays).sum()
+
+    def by_loops(*arrays: mx.array) -> Any:
+        def part(arrays: Any, axes: Any, k: int) -> list[mx.array]:
+            pairs = zip(arrays, axes, strict=True)
+            return [a if axis is None else mx.take(a, k, axis) for a, axis in pairs]
+
+        outside = [part(arrays, outer, k) for k in range(MAPPED)]
+        return sum(loss(*part(one, inner, k)) for one in outside for k in range(5))
+
+    every = list(range(4))
+    want = mx.grad(by_loops, argnums=every)(*arrays)
+    module = math.load("mappings")
+    written = module.vjp
+    monkeypatch.setattr(
+        module, "vjp", lambda *a, **static: tuple(2 * d for d in written(*a, **static))
+    )
+    _close(mx.grad(by_vmap, argnums=every)(*arrays), [2 * d for d in want])
 
 
 # --- second derivatives -----------------------------------------------------------------------

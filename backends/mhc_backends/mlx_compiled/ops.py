@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from mhc_backends._mlx import as_tuple, checkpoint, compile, from_host, grad, to_host, vmap
+from mhc_backends.mlx_compiled._vmap import differentiable
 from mhc_core import math
 
 __all__ = ["checkpoint", "compile", "from_host", "grad", "to_host", "vjp", "vmap"]
@@ -59,11 +60,26 @@ def _forward(op: str, static: Static, device: Any) -> Callable[..., Any]:
     def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
         # the cotangent of a sum is one number, broadcast: every pass over it would be strided
         given = tuple(mx.contiguous(c) for c in as_tuple(cotangents)[:count])
-        return module.vjp(as_tuple(primals), given, as_tuple(outputs)[count:], **options)
+        gradients = module.vjp(as_tuple(primals), given, as_tuple(outputs)[count:], **options)
+        return _distinct(gradients)
 
-    differentiable = mx.custom_function(forward)
-    differentiable.vjp(back)
-    return _compiled(differentiable, op, device)
+    def again(*arrays: mx.array) -> Any:
+        return _forward(op, static, device)(*arrays)
+
+    return _compiled(differentiable(forward, back, module.OP, again), op, device)
+
+
+def _distinct(gradients: Any) -> tuple[mx.array, ...]:
+    """Give every gradient a node of its own in MLX's graph, without a copy.
+
+    Two may be one array (dx and dres of residual_add_aggregate), and MLX's vmap moves the axis of
+    an array that is returned twice only the first time.
+    """
+    kinds = [(g.shape, g.dtype) for g in gradients]
+    return tuple(
+        mx.contiguous(g) if kind in kinds[:k] else g
+        for k, (g, kind) in enumerate(zip(gradients, kinds, strict=True))
+    )
 
 
 @functools.cache

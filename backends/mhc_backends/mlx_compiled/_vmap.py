@@ -1,0 +1,146 @@
+"""mx.vmap of an op: the op once more, on arrays with one more leading axis.
+
+Without a rule of its own, MLX maps the body of a custom function and leaves the vjp behind: the
+gradients become autodiff's, whose matmuls are TF32 on GPUs that have it. (MLX traces the body
+before it asks for the rule, which is why no rule can help a body that cannot be mapped.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mhc_backends._mlx import as_tuple
+from mhc_core._signature import Op
+
+__all__ = ["differentiable"]
+
+Axes = Sequence[int | None]
+Function = Callable[..., Any]  # of primals, to a tuple
+Back = Callable[[Any, Any, Any], Any]  # of primals, cotangents and outputs, to a tuple
+
+
+def differentiable(forward: Function, back: Back, op: Op, again: Function) -> Function:
+    """Join a forward of an op with its vjp, under mx.grad and mx.vmap in any order.
+
+    ``again`` is the function that is asked for here, as others call it: compiled, say.
+    """
+    ranks: dict[Any, tuple[int, ...]] = {}
+
+    def noting(*primals: mx.array) -> Any:
+        outputs = forward(*primals)
+        ranks[_ranks(primals)] = _ranks(outputs)
+        return outputs
+
+    def rule(inputs: Sequence[mx.array], axes: Axes) -> Any:
+        led = leading(op, inputs, axes)
+        if led is None:
+            return _by_the_body(forward, back, inputs, axes)
+        before = [a.ndim - (k is not None) for a, k in zip(inputs, axes, strict=True)]
+        pairs = zip(again(*led), ranks[tuple(before)], strict=True)
+        size = _size(inputs, axes)
+        outputs = tuple(_mapped(output, rank, size) for output, rank in pairs)
+        return outputs, (0,) * len(outputs)
+
+    return _custom(noting, back, rule)
+
+
+def _mapped(output: mx.array, rank: int, size: int) -> mx.array:
+    """Give an output the mapped axis where it has none.
+
+    What is saved for the vjp may come from parameters alone; MLX fails on None among a rule's
+    axes in some of what follows.
+    """
+    return output if output.ndim > rank else mx.broadcast_to(output, (size, *output.shape))
+
+
+def _custom(forward: Function, back: Back, rule: Function) -> Function:
+    function = mx.custom_function(forward)
+    function.vjp(back)
+
+    def of_tuples(inputs: Any, axes: Any) -> Any:
+        return rule(as_tuple(inputs), as_tuple(axes))
+
+    function.vmap(of_tuples)
+    return function
+
+
+def _ranks(arrays: Sequence[mx.array]) -> tuple[int, ...]:
+    return tuple(array.ndim for array in arrays)
+
+
+def _size(inputs: Sequence[mx.array], axes: Axes) -> int:
+    return next(a.shape[k] for a, k in zip(inputs, axes, strict=True) if k is not None)
+
+
+# ---- arrays that may have leading axes are mapped ------------------------------------------------
+
+
+def leading(op: Op, inputs: Sequence[mx.array], axes: Axes) -> list[mx.array] | None:
+    """Make the mapped axis the first leading one; None where a parameter is mapped.
+
+    A parameter is what has no leading axes in the op's declaration: one for all tokens.
+    """
+    words = [alternatives[0] for alternatives in op.patterns.values()][: len(inputs)]
+    if any(k is not None and w[0] != "..." for k, w in zip(axes, words, strict=True)):
+        return None
+    x, k, named = inputs[0], axes[0], len(words[0]) - 1
+    shape = x.shape if k is None else (*x.shape[:k], *x.shape[k + 1 :])
+    tokens = (_size(inputs, axes), *shape[: len(shape) - named])
+    alone = [len(op.patterns[name]) == 1 for name in op.patterns]
+    return [
+        a if w[0] != "..." else _led(a, k, len(w) - 1, tokens, always)
+        for a, k, w, always in zip(inputs, axes, words, alone, strict=False)
+    ]
+
+
+def _led(
+    array: mx.array, axis: int | None, named: int, tokens: tuple[int, ...], always: bool
+) -> mx.array:
+    """Give one array all leading axes, unless it may stay one for all tokens.
+
+    ``named`` is how many axes it has after the leading ones, ``always`` whether it must have them.
+    """
+    if axis is None:
+        shared = array.ndim == named and not always
+        return array if shared else mx.broadcast_to(array, (*tokens, *_last(array, named)))
+    array = mx.moveaxis(array, axis, 0)
+    last = _last(array, named)
+    lacking = len(tokens) + named - array.ndim  # where it was one for all tokens
+    array = array.reshape(*tokens[:1], *[1] * lacking, *array.shape[1:])
+    return mx.broadcast_to(array, (*tokens, *last))
+
+
+def _last(array: mx.array, named: int) -> tuple[int, ...]:
+    return tuple(array.shape[array.ndim - named :])
+
+
+# ---- parameters are mapped ----------------------------------------------------------------------
+
+
+def _by_the_body(forward: Function, back: Back, inputs: Sequence[mx.array], axes: Axes) -> Any:
+    """Map the forward and, as its vjp, the vjp."""
+
+    def mapped(*primals: mx.array) -> Any:
+        return as_tuple(mx.vmap(forward, in_axes=tuple(axes))(*primals))
+
+    def pull(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        given = as_tuple(primals), as_tuple(cotangents), as_tuple(outputs)
+        in_axes = (tuple(axes), *[(0,) * len(arrays) for arrays in given[1:]])
+        each = as_tuple(mx.vmap(back, in_axes=in_axes)(*given))
+        return tuple(map(_gathered, each, given[0], axes))
+
+    def rule(inputs: Sequence[mx.array], axes: Axes) -> Any:
+        return _by_the_body(mapped, pull, inputs, axes)
+
+    outputs = as_tuple(_custom(mapped, pull, rule)(*inputs))
+    return outputs, (0,) * len(outputs)
+
+
+def _gathered(each: mx.array, primal: mx.array, axis: int | None) -> mx.array:
+    """Put the gradients of all that was mapped where their primals are, or sum them."""
+    if axis is not None:
+        return mx.moveaxis(each, 0, axis)
+    return each.astype(mx.float32).sum(axis=0).astype(primal.dtype)
