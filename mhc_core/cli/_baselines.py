@@ -1,6 +1,7 @@
 """What ``mhc bench`` compares with: other people's formulas, and other people's packages.
 
-A baseline gives, for each row that it has, a forward function of the very arrays that ours takes.
+A baseline gives functions by the names of our ops, of the very arrays that ours take;
+``gated_layer`` is static_mappings, pre_scale and gated_combine in one.
 Nothing is imported before :attr:`Baseline.load` is called.
 """
 
@@ -38,7 +39,7 @@ class Baseline:
     what
         What is compared, in a sentence.
     load
-        Gives the forward functions by the names of the rows.
+        Gives its functions by their names.
     uncompilable
         Why it cannot run inside mx.compile, or None.
     """
@@ -85,11 +86,15 @@ def _mlx_vlm() -> dict[str, Forward]:
             comb = comb / (comb.sum(axis=-2, keepdims=True) + EPS)
         return h_pre, h_post, comb
 
-    def pre(x: Array, phi: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+    def collapse(x: Array, phi: Array, scale: Array, bias: Array) -> tuple[Array, ...]:
         wide = x.astype(mx.float32)
         mixes = project(mx.fast.rms_norm(wide.flatten(-2), None, NORM_EPS), phi)
         h_pre, h_post, comb = split(mixes, scale, bias, x.shape[-2])
         h = (h_pre[..., None] * wide).sum(axis=-2).astype(x.dtype)
+        return h, h_pre, h_post, comb
+
+    def pre(x: Array, *projection: Array) -> tuple[Array, Array, Array]:
+        h, _, h_post, comb = collapse(x, *projection)
         return h, h_post, comb.swapaxes(-1, -2)
 
     @mx.compile
@@ -101,11 +106,12 @@ def _mlx_vlm() -> dict[str, Forward]:
     def combine(x: Array, y: Array, h_post: Array, h_res: Array) -> Array:
         return expand(x, y, h_post, h_res.swapaxes(-1, -2))
 
-    def sublayer(x: Array, phi: Array, scale: Array, bias: Array) -> Array:
-        h, h_post, h_res = pre(x, phi, scale, bias)
-        return combine(x, mx.tanh(h), h_post, h_res)
+    def combine_pre(x: Array, y: Array, h_post: Array, h_res: Array, *projection: Array) -> Any:
+        x = combine(x, y, h_post, h_res)
+        h, h_pre, h_post, comb = collapse(x, *projection)
+        return x, h, h_pre, h_post, comb.swapaxes(-1, -2)
 
-    return {"pre": pre, "combine": combine, "sublayer": sublayer}
+    return {"pre": pre, "combine": combine, "combine_pre": combine_pre}
 
 
 # --------------------------------------------------------------------------------------- plain JAX
@@ -116,7 +122,7 @@ def _jax() -> dict[str, Forward]:
     import jax
     import jax.numpy as jnp
 
-    def pre(x: Array, phi: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+    def collapse(x: Array, phi: Array, scale: Array, bias: Array) -> tuple[Array, ...]:
         n, wide = x.shape[-2], x.astype(jnp.float32)
         flat = wide.reshape(*x.shape[:-2], -1)
         r = jax.lax.rsqrt(jnp.mean(flat * flat, axis=-1, keepdims=True) + NORM_EPS)
@@ -129,18 +135,26 @@ def _jax() -> dict[str, Forward]:
         for _ in range(ITERATIONS - 1):
             comb = comb / (comb.sum(axis=-1, keepdims=True) + EPS)
             comb = comb / (comb.sum(axis=-2, keepdims=True) + EPS)
-        h = jnp.einsum("...n,...nc->...c", h_pre, wide).astype(x.dtype)
-        return h, h_post, comb.swapaxes(-1, -2)
+        h = aggregate(x, h_pre)
+        return h, h_pre, h_post, comb.swapaxes(-1, -2)
+
+    def aggregate(x: Array, h_pre: Array) -> Array:
+        return jnp.einsum("...n,...nc->...c", h_pre, x.astype(jnp.float32)).astype(x.dtype)
+
+    def pre(x: Array, *projection: Array) -> tuple[Array, Array, Array]:
+        h, _, h_post, h_res = collapse(x, *projection)
+        return h, h_post, h_res
 
     def combine(x: Array, y: Array, h_post: Array, h_res: Array) -> Array:
         mixed = jnp.matmul(h_res, x.astype(jnp.float32))
         return (mixed + h_post[..., None] * y[..., None, :].astype(jnp.float32)).astype(x.dtype)
 
-    def sublayer(x: Array, phi: Array, scale: Array, bias: Array) -> Array:
-        h, h_post, h_res = pre(x, phi, scale, bias)
-        return combine(x, jnp.tanh(h), h_post, h_res)
+    def combine_pre(x: Array, y: Array, h_post: Array, h_res: Array, *projection: Array) -> Any:
+        x = combine(x, y, h_post, h_res)
+        return x, *collapse(x, *projection)
 
-    return {"pre": jax.jit(pre), "combine": jax.jit(combine), "sublayer": jax.jit(sublayer)}
+    functions = (pre, combine, combine_pre, aggregate)
+    return {function.__name__: jax.jit(function) for function in functions}
 
 
 # ---------------------------------------------------------------------------- the two MLX packages
@@ -174,9 +188,9 @@ def _mlx_mhc() -> dict[str, Forward]:
         layer.h_pre_raw, layer.h_post_raw, layer.h_res_raw = pre, post, res
         return layer
 
-    def gated_combine(x: Array, pre: Array, post: Array, res: Array) -> Array:
+    def gated_layer(x: Array, pre: Array, post: Array, res: Array) -> Array:
         layer = module(x, pre.shape[-1], pre, post, res)
-        return layer.post_combine(x, mx.tanh(layer.pre_scale(x)))
+        return layer.post_combine(x, layer.pre_scale(x))
 
     def static_layer(x: Array, pre: Array, post: Array, res: Array, weight: Array) -> Array:
         n = x.shape[-2]
@@ -187,7 +201,7 @@ def _mlx_mhc() -> dict[str, Forward]:
         flat = (*x.shape[:-2], n * x.shape[-1])
         return layer.post_combine(x.reshape(flat), y.reshape(flat)).reshape(x.shape)
 
-    return {"gated_combine": gated_combine, "static_layer": static_layer}
+    return {"gated_layer": gated_layer, "static_layer": static_layer}
 
 
 BASELINES = {
@@ -220,10 +234,11 @@ BASELINES = {
             "mlx-mhc",
             "mlx",
             "mlx_mhc",
-            "ManifoldHyperConnection, dims = n * C; gated_combine: its two stages around "
-            "F = tanh, the same function as static_mappings, pre_scale and gated_combine; "
-            "static_layer: its H_pre and H_post, which would gate the residual too, held at 1, "
-            "with aggregate, norm and H_post inside F, so that it is the same function",
+            "ManifoldHyperConnection, dims = n * C; gated_layer: its two stages around an F "
+            "that is the identity, the same function as static_mappings, pre_scale and "
+            "gated_combine; static_layer: its H_pre and H_post, which would gate the residual "
+            "too, held at 1, with aggregate, norm and H_post inside F, so that it is the same "
+            "function",
             _mlx_mhc,
             "mlx-mhc reads array values in its loop, which mx.compile does not allow",
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from mhc_conformance import Record
+    from mhc_conformance import Record, Skip
 
 __all__ = ["conformance"]
 
@@ -26,13 +26,26 @@ def conformance(
     seed: Annotated[int, typer.Option(help="Of all inputs.")] = 0,
     full: Annotated[bool, typer.Option("--full", help="All cases in every dtype.")] = False,
     jobs: Annotated[int | None, typer.Option(help="Processes; one per core if left out.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write one record per check to this file.")
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--report",
+            "--json",
+            help="Write a report to this file: .html, .json, or .xml or .junit for JUnit's.",
+        ),
     ] = None,
+    mutations: Annotated[
+        bool, typer.Option("--mutations", help="Show which check fails for each known bug.")
+    ] = False,
 ) -> None:
     """Hold every backend's forwards and gradients against the float64 oracle."""
+    if mutations:
+        _mutations(seed, unwanted=[*(backends or ()), *(op or ()), *(dtype or ()), *(kind or ())])
+        return
     import mhc_core
     from mhc_conformance import CHECKS
+    from mhc_conformance.bugs import present
+    from mhc_conformance.report import SUFFIXES, Report
     from mhc_conformance.run import Plan, run
     from mhc_core import math
     from mhc_core.backend import DTYPES
@@ -41,6 +54,7 @@ def conformance(
         ("--op", op, math.OPS),
         ("--dtype", dtype, DTYPES),
         ("--kind", kind, tuple(CHECKS)),
+        ("--report", [file.suffix.lower() for file in report or ()], tuple(SUFFIXES)),
     ):
         for word in chosen or ():
             if word not in known:
@@ -48,17 +62,35 @@ def conformance(
     named = backends or [b.name for b in mhc_core.backends().values() if b.available and _taken(b)]
     everything = not (op or dtype or kind)
     try:
-        plan = Plan(named, op or (), dtype or (), kind or (), seed, full, chain=everything)
-        total = plan.size
+        with present(*named):
+            plan = Plan(named, op or (), dtype or (), kind or (), seed, full, chain=everything)
+            started = time.perf_counter()
+            records = _with_progress(run(plan, jobs), plan.size)
+            whole = Report(
+                command=_command(plan),
+                seed=seed,
+                seconds=time.perf_counter() - started,
+                backends=named,
+                records=records,
+                skips=plan.skips(),
+            )
+            for file in report or ():
+                whole.write(file)
     except mhc_core.BackendError as error:
         raise typer.BadParameter(str(error)) from None
-    started = time.perf_counter()
-    records = _with_progress(run(plan, jobs), total)
-    if json_file is not None:
-        json_file.write_text(json.dumps([r.as_dict() for r in records], indent=1) + "\n")
-    _report(named, records, time.perf_counter() - started)
+    _show(whole)
     if not records or not all(record.passed for record in records):
         raise typer.Exit(1)
+
+
+def _command(plan: Any) -> str:
+    """Spell the command that runs the same again."""
+    words = ["mhc", "conformance", *plan.backends]
+    for name in ("op", "dtype", "kind"):
+        for word in getattr(plan, f"{name}s"):
+            words += [f"--{name}", word]
+    words += ["--seed", str(plan.seed), *(["--full"] if plan.full else [])]
+    return shlex.join(words)
 
 
 def _taken(backend: Any) -> bool:
@@ -79,20 +111,33 @@ def _with_progress(records: Any, total: int) -> list[Record]:
     return done
 
 
-def _report(named: list[str], records: list[Record], seconds: float) -> None:
-    from rich.console import Console
-
-    console = Console() if sys.stdout.isatty() else Console(width=100)
-    for name in named:
+def _show(whole: Any) -> None:
+    console = _console()
+    records: list[Record] = whole.records
+    for name in whole.backends:
         _matrix(console, name, [r for r in records if r.backend == name and r.op != "chain"])
     _chain(console, [r for r in records if r.op == "chain"])
-    failed = [record for record in records if not record.passed]
-    for record in failed:
-        console.print(f"FAILED {record.detail}", style="red", markup=False, soft_wrap=True)
-    console.print(
-        f"{len(records) - len(failed)} passed, {len(failed)} failed"
-        f" (seed {records[0].seed if records else 0}, {seconds:.0f} s)"
-    )
+    _skipped(console, whole.skips)
+    for record in records:
+        if not record.passed:
+            console.print(f"FAILED {record.detail}", style="red", markup=False, soft_wrap=True)
+    counts = ", ".join(f"{count} {what}" for what, count in whole.summary.items())
+    console.print(f"{counts} (seed {whole.seed}, {whole.seconds:.0f} s)")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=100)
+
+
+def _skipped(console: Any, skips: list[Skip]) -> None:
+    """Count what was left out, by the reasons that the backends declare."""
+    from mhc_conformance.report import reasons
+
+    for (name, kind, reason), count in reasons(skips).items():
+        line = f"skipped {count} x {kind} on {name}: {reason}"
+        console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def _matrix(console: Any, name: str, records: list[Record]) -> None:
@@ -115,27 +160,28 @@ def _matrix(console: Any, name: str, records: list[Record]) -> None:
     console.print(table)
 
 
-NUMERIC = {"forward": "forward", "gradient": "gradient", "grad": "gradient"}
-
-
 def _cell(records: list[Record]) -> str:
-    parts = [
-        _worst([r for r in records if NUMERIC.get(r.kind) == kind])
-        for kind in ("forward", "gradient")
-    ]
+    from mhc_conformance.report import NUMERIC
+
+    columns = ("forward", "gradient")
+    parts = [_worst([r for r in records if NUMERIC.get(r.kind) == column]) for column in columns]
     return "|".join(parts)
 
 
 def _worst(records: list[Record]) -> str:
-    if not records:
+    from mhc_conformance.report import worst
+
+    one = worst(records)
+    if one is None:
         return "    -"
-    worst = max(records, key=lambda r: (not r.passed, r.error))
-    color = "green" if worst.passed else "red"
-    return f"[{color}]{worst.error:5.0e}[/{color}]"
+    color = "green" if one.passed else "red"
+    return f"[{color}]{one.error:5.0e}[/{color}]"
 
 
 def _others(records: list[Record]) -> str:
     """How many of the checks of structure hold, and which do not."""
+    from mhc_conformance.report import NUMERIC
+
     others = [record for record in records if record.kind not in NUMERIC]
     failed = [record.kind for record in others if not record.passed]
     return f"[red]{', '.join(failed)}[/red]" if failed else f"[green]{len(others)} hold[/green]"
@@ -152,4 +198,50 @@ def _chain(console: Any, records: list[Record]) -> None:
     for name in dict.fromkeys(record.backend for record in records):
         mine = {r.kind: _worst([r]) for r in records if r.backend == name}
         table.add_row(name, mine["forward"], mine["gradient"])
+    console.print(table)
+
+
+def _mutations(seed: int, unwanted: list[str]) -> None:
+    """Run the kit on a backend for each bug; print which check fails, and its message."""
+    from mhc_conformance.bugs import BUGS, hunt
+
+    if unwanted:
+        raise typer.BadParameter(
+            f"--mutations is of {unwanted[0]!r}; it takes no backend, op, dtype or check: "
+            "mhc conformance bug:NAME runs the kit on one of its backends"
+        )
+    console, started = _console(), time.perf_counter()
+    found = [hunt(bug, seed) for bug in BUGS.values()]
+    titles = ("bugs that shipped in this field", "other bugs")
+    for title, shipped in zip(titles, (True, False), strict=True):
+        _table_of_bugs(console, title, [o for o in found if o.bug.shipped == shipped])
+    missed = [outcome for outcome in found if outcome.problem]
+    for outcome in missed:
+        line = f"MISSED {outcome.bug.name}: {outcome.problem}"
+        console.print(line, style="red", markup=False, soft_wrap=True)
+    untried = sum(bool(outcome.reason) for outcome in found)
+    caught = len(found) - len(missed) - untried
+    seconds = time.perf_counter() - started
+    console.print(
+        f"{caught} caught, {len(missed)} missed, {untried} skipped (seed {seed}, {seconds:.0f} s)"
+    )
+    if missed:
+        raise typer.Exit(1)
+
+
+def _table_of_bugs(console: Any, title: str, outcomes: list[Any]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_lines=True, expand=True)
+    table.add_column("bug", width=26, overflow="fold")
+    table.add_column("fails", width=10)
+    table.add_column("what the kit says", ratio=1, overflow="fold")
+    for outcome in outcomes:
+        bug = outcome.bug
+        note = f" (beside the kit: {bug.note})" if bug.note else ""
+        name = f"[bold]{bug.name}[/bold]\n{escape(bug.what + note)}"
+        fails = "\n".join(record.kind for record in outcome.failed)
+        says = outcome.message or f"skipped: {outcome.reason}"
+        table.add_row(name, fails, escape(says))
     console.print(table)

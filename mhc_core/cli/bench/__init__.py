@@ -1,0 +1,203 @@
+"""``mhc bench``: how fast the backends are, beside other people's code, in one process.
+
+All sides get the same fresh random inputs, are checked to agree, and take turns; every number is a
+median over the turns. GB/s are of the ideal traffic of a row, declared in ``_rows``, and stand
+beside the speed of a copy, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mhc_core.cli._baselines import BASELINES
+
+if TYPE_CHECKING:
+    from mhc_core.cli.bench._arrays import Sizes
+    from mhc_core.cli.bench._rows import Row
+    from mhc_core.cli.bench._sides import Side
+
+__all__ = ["bench"]
+
+
+class Mode(str, Enum):
+    """What is measured."""
+
+    latency = "latency"
+    throughput = "throughput"
+    train = "train"
+    decode = "decode"
+    dispatch = "dispatch"
+
+
+class Dtype(str, Enum):
+    """The dtype of the streams."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+NOBODY = "none"
+SEVERAL = "; several, as 1,1024 or by repeating the option."
+
+
+def bench(
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            help="latency: a call that is waited for; throughput: calls issued without waiting; "
+            "train: forward and backward, and the memory that they take; decode: one token "
+            "through a chain of sublayers; dispatch: a call without array work."
+        ),
+    ] = Mode.latency,
+    batches: Annotated[list[str] | None, typer.Option("--B", help=f"Batches{SEVERAL}")] = None,
+    tokens: Annotated[list[str] | None, typer.Option("--T", help=f"Tokens{SEVERAL}")] = None,
+    n: Annotated[list[str] | None, typer.Option("--n", help=f"Streams{SEVERAL}")] = None,
+    channels: Annotated[list[str] | None, typer.Option("--C", help=f"Channels{SEVERAL}")] = None,
+    dtype: Annotated[list[Dtype] | None, typer.Option(help="The streams' dtype; several.")] = None,
+    row: Annotated[list[str] | None, typer.Option(help="Only this row; may be repeated.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Measure only this backend; may be repeated.")
+    ] = None,
+    vs: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Compare only with this: {', '.join(BASELINES)}, or {NOBODY}; may be repeated."
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each side.")] = 9,
+    calls: Annotated[
+        int | None, typer.Option(min=1, help="Calls in a turn; as many as it needs if left out.")
+    ] = None,
+    depth: Annotated[int, typer.Option(min=2, help="Sublayers of the mode decode.")] = 86,
+    check: Annotated[
+        bool, typer.Option("--check", help="First hold the ops to the float64 oracle.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", "--out", help="Write the numbers to this file.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw GB/s against the copy's to this picture.")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write a record to send to this project; includes --check."),
+    ] = None,
+) -> None:
+    """Measure the backends beside other people's code, on fresh random inputs."""
+    from mhc_core.errors import BackendError
+
+    # MLX needs memory beside JAX, which would otherwise take most of a GPU's at once
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from mhc_core.cli.bench import _plot, _record, _run, _sides
+
+    if plot and (reason := _plot.missing()):
+        raise typer.BadParameter(reason)
+    given = _sizes(batches, ["1"] if mode is Mode.decode else tokens, n, channels, dtype)
+    try:
+        names, good = _sides.runnable(backend), True
+        if mode is Mode.dispatch:
+            made = _run.dispatched(names, repeats)
+        else:
+            ours = [_sides.our_side(name) for name in names]
+            theirs, notes = _theirs(vs, {side.library.name for side in ours})
+            run = _run.Run(
+                mode=mode.value,
+                sides=[*ours, *theirs],
+                rows=_chosen_rows(mode, row, depth),
+                sizes=given,
+                repeats=repeats,
+                calls=calls,
+                check=check or report is not None,
+                notes=notes,
+            )
+            made, good = _run.measured(run, plot)
+    except BackendError as error:
+        typer.echo(f"mhc bench: {error}", err=True)
+        raise typer.Exit(1) from error
+    for file in (json_file, report):
+        if file:
+            _record.write(file, made)
+    if not good:
+        raise typer.Exit(1)
+
+
+# ---- what was asked for -------------------------------------------------------------------------
+
+
+def _numbers(option: str, words: Sequence[str] | None, default: int) -> list[int]:
+    found: list[int] = []
+    for word in ",".join(words or [str(default)]).split(","):
+        if not word.strip().isdigit() or int(word) < 1:
+            raise typer.BadParameter(f"{option} is {word!r}; needs numbers from 1 on, as 1,1024")
+        found.append(int(word))
+    return list(dict.fromkeys(found))
+
+
+def _sizes(
+    batches: Sequence[str] | None,
+    tokens: Sequence[str] | None,
+    n: Sequence[str] | None,
+    channels: Sequence[str] | None,
+    dtypes: Sequence[Dtype] | None,
+) -> list[Sizes]:
+    from mhc_core.cli.bench._arrays import Sizes
+
+    every = itertools.product(
+        [dtype.value for dtype in dtypes or [Dtype.float32]],
+        _numbers("--n", n, 4),
+        _numbers("--C", channels, 1024),
+        _numbers("--B", batches, 1),
+        _numbers("--T", tokens, 1024),
+    )
+    return [Sizes(B, T, n, C, dtype) for dtype, n, C, B, T in every]
+
+
+def _chosen_rows(mode: Mode, chosen: Sequence[str] | None, depth: int) -> list[Row]:
+    from mhc_core.cli.bench import _rows
+
+    every = _rows.decode_rows(depth) if mode is Mode.decode else _rows.rows()
+    known = _rows.TRAIN if mode is Mode.train else tuple(every)
+    for name in chosen or ():
+        if name not in known:
+            raise typer.BadParameter(f"--row is {name!r}; needs one of {', '.join(known)}")
+    return [every[name] for name in dict.fromkeys(chosen or known)]
+
+
+def _theirs(chosen: Sequence[str] | None, libraries: set[str]) -> tuple[list[Side], list[str]]:
+    """Give the baselines that are installed, and what is to be said of the others.
+
+    Unasked, only those of the libraries that are measured.
+    """
+    from mhc_core.cli._machine import safe
+    from mhc_core.cli.bench._sides import baseline_side
+
+    known = (*BASELINES, NOBODY)
+    for name in chosen or ():
+        if name not in known:
+            raise typer.BadParameter(f"--vs is {name!r}; needs one of {', '.join(known)}")
+    sides: list[Side] = []
+    notes: list[str] = []
+    for baseline in BASELINES.values():
+        if baseline.name not in chosen if chosen else baseline.library not in libraries:
+            continue
+        if reason := baseline.missing():
+            notes.append(f"{baseline.name}: not compared, {reason}")
+            continue
+        try:
+            sides.append(baseline_side(baseline))
+        except Exception as error:  # two packages on PyPI bring a module named mlx_mhc
+            reason = safe(f"{type(error).__name__}: {error}")
+            notes.append(f"{baseline.name}: not compared, {reason}")
+            continue
+        notes.append(f"{baseline.name}: {baseline.what}")
+        if baseline.uncompilable:
+            notes.append(f"{baseline.name}: never compiled, {baseline.uncompilable}")
+    return sides, notes

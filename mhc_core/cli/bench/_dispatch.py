@@ -1,0 +1,112 @@
+"""What a call costs before its backend's function begins: no array work is done here."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from mhc_core.cli.bench._arrays import Sizes, draw, dtype_of, shape_of
+
+__all__ = ["Dispatched", "dispatch"]
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """What one small call costs, in nanoseconds."""
+
+    backend: str
+    op: str
+    arrays: int
+    selection_ns: float
+    validation_ns: float
+    call_ns: float  # the public call as a whole, with a backend's function that does nothing
+
+
+SMALL = Sizes(B=1, T=2, n=4, C=8, dtype="float32")
+OPS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # label: op, static arguments
+    "aggregate": ("aggregate", {}),
+    "residual_add_aggregate": ("residual_add_aggregate", {}),
+    "combine": ("combine", {}),
+    "static_layer": ("static_layer", {"eps": 1e-5, "iterations": 20}),
+    "gated_combine": ("gated_combine", {}),
+    "combine_pre": ("combine_pre", {}),
+    "combine_pre with h_pre": ("combine_pre", {}),
+}
+
+
+def dispatch(backend: str, repeats: int) -> Iterator[Dispatched]:
+    """Measure selection, validation and the whole overhead of each small call."""
+    import mhc_core
+    from mhc_core import _registry
+    from mhc_core._signature import signature
+
+    for label, (op, options) in OPS.items():
+        arrays = _arrays(backend, op, optional="with" in label)
+        has_variant = op == "combine_pre"
+        static = {"variant": mhc_core.DEEPSEEK_V4} if has_variant else options
+        positional = (*arrays[:7], mhc_core.DEEPSEEK_V4, *arrays[7:]) if has_variant else arrays
+        checked = signature(_registry.get_op, op, arrays, static)
+        measured = {
+            "select": partial(_registry.select, op, checked, None, arrays),
+            "validate": partial(signature, _registry.get_op, op, arrays, static),
+            "call": partial(getattr(mhc_core, op), *positional),
+        }
+        measured["call"]()  # discovers, selects, imports
+        with _without_array_work(_registry):
+            times = [_nanoseconds(function, repeats) for function in measured.values()]
+        yield Dispatched(backend, label, len(arrays), *times)
+
+
+def _arrays(backend: str, op: str, optional: bool) -> tuple[Any, ...]:
+    import numpy
+
+    from mhc_core import _registry
+
+    spec = _registry.backends()[backend].spec
+    assert spec is not None, backend
+    own, rng = _registry.module(spec), numpy.random.default_rng()
+    declared = _registry.get_op(op)
+    return tuple(
+        own.from_host(draw(name, shape_of(pattern, SMALL), dtype_of(name, SMALL), rng))
+        for name, pattern in declared.arrays.items()
+        if optional or name != declared.optional
+    )
+
+
+@contextmanager
+def _without_array_work(registry: Any) -> Generator[None]:
+    """Put a function that does nothing in the place of every selected one."""
+    selected = registry._SELECTED  # its lookup table, which has no public name
+
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    registry._SELECTED = dict.fromkeys(selected, nothing)
+    try:
+        yield
+    finally:
+        registry._SELECTED = selected
+
+
+def _nanoseconds(function: Callable[[], Any], repeats: int, calls: int = 2000) -> float:
+    """Median over the repeats of the mean of many calls, less the cost of the loop itself.
+
+    Of the thread's own time: dispatch waits for nothing, and what else the machine does is not it.
+    """
+
+    def mean(body: Callable[[], Any]) -> float:
+        start = time.thread_time_ns()
+        for _ in range(calls):
+            body()
+        return (time.thread_time_ns() - start) / calls
+
+    empty = partial(int)  # called as the measured are, and as good as nothing
+
+    mean(function)
+    pairs = [(mean(function), mean(empty)) for _ in range(repeats)]
+    return statistics.median(full - loop for full, loop in pairs)

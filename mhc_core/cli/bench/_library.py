@@ -1,0 +1,212 @@
+"""What the measurement needs of each array library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+__all__ = ["Library", "leaves", "library"]
+
+Array = Any
+Function = Callable[..., Any]
+Transform = Callable[[Function], Function]
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Library:
+    """An array library: how to wait for it, and the ways in which one runs functions in it.
+
+    Attributes
+    ----------
+    name, xp
+        Its name, and its namespace of functions.
+    wait
+        Finishes the computation of arrays.
+    issue
+        Starts it without waiting.
+    holds
+        Whether results must be held until they were waited for.
+    pull
+        Of a forward, its inputs and cotangents: the outputs and the gradients of all inputs; None
+        where the library has no autodiff.
+    forward, step
+        The ways in which one runs a forward, and a forward with its backward, by name.
+    whole
+        The way to run a long chain in one piece.
+    copy
+        Reads and writes each byte of an array once.
+    accelerator
+        Whether it runs on a GPU here.
+    peak
+        Of a function without arguments: the most memory, in bytes, that it took beyond what was
+        there, its results included; None where the library does not tell.
+    """
+
+    name: str
+    xp: Any
+    wait: Function
+    issue: Function
+    pull: Callable[[Function, Sequence[Array], Sequence[Array]], Any] | None
+    forward: Mapping[str, Transform]
+    step: Mapping[str, Transform]
+    whole: tuple[str, Transform]
+    copy: Function
+    accelerator: bool
+    holds: bool = False
+    peak: Callable[[Callable[[], Any]], int] | None = None
+
+    @property
+    def copied_bytes(self) -> int:
+        """How large an array is copied to know the memory's speed: far beyond the caches."""
+        return (1024 if self.accelerator else 128) * MIB
+
+
+def leaves(tree: Any) -> list[Array]:
+    """Give the arrays of nested tuples and lists in order."""
+    if isinstance(tree, (tuple, list)):
+        return [leaf for part in tree for leaf in leaves(part)]  # pyright: ignore
+    return [tree]
+
+
+@cache
+def library(name: str) -> Library:
+    """Give the library of that name; what is not known is called as it is, and never async."""
+    return {"jax": _jax, "mlx": _mlx, "numpy": _numpy, "torch": _torch}.get(name, _numpy)()
+
+
+def _unchanged(function: Function) -> Function:
+    return function
+
+
+def _nothing(_: Any) -> None:
+    return None
+
+
+CALL: Mapping[str, Transform] = {"call": _unchanged}
+
+
+def _numpy() -> Library:
+    numpy: Any = import_module("numpy")
+    return Library(
+        name="numpy",
+        xp=numpy,
+        wait=_nothing,
+        issue=_nothing,
+        pull=None,
+        forward=CALL,
+        step={},
+        whole=("call", _unchanged),
+        copy=_into_the_same(numpy),
+        accelerator=False,
+    )
+
+
+def _into_the_same(numpy: Any) -> Function:
+    """Copy to memory that is there already: NumPy would ask the system for new pages each time."""
+    there: list[Any] = []
+
+    def copy(array: Any) -> Any:
+        if not there or there[0].nbytes != array.nbytes:
+            there[:] = [numpy.empty_like(array)]
+        return numpy.negative(array, out=there[0])
+
+    return copy
+
+
+def _jax() -> Library:
+    jax: Any = import_module("jax")
+
+    def pull(forward: Function, inputs: Sequence[Array], cotangents: Sequence[Array]) -> Any:
+        output, back = jax.vjp(forward, *inputs)
+        several = isinstance(output, (tuple, list))
+        return output, back(tuple(cotangents) if several else cotangents[0])
+
+    ways: dict[str, Transform] = {"jax.jit": jax.jit}
+    return Library(
+        name="jax",
+        xp=jax.numpy,
+        wait=jax.block_until_ready,
+        issue=_nothing,
+        pull=pull,
+        forward=ways,
+        step=ways,
+        whole=("jax.jit", jax.jit),
+        copy=jax.jit(jax.numpy.negative),
+        accelerator=jax.default_backend() != "cpu",
+        holds=True,
+    )
+
+
+def _mlx() -> Library:
+    mx: Any = import_module("mlx.core")
+    on_gpu = mx.default_device().type == mx.DeviceType.gpu
+
+    def wait(tree: Any) -> None:
+        mx.eval(tree)
+        mx.synchronize()
+
+    def pull(forward: Function, inputs: Sequence[Array], cotangents: Sequence[Array]) -> Any:
+        return mx.vjp(forward, list(inputs), list(cotangents))
+
+    def peak(function: Callable[[], Any]) -> int:
+        mx.synchronize()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        wait(function())
+        return mx.get_peak_memory() - before
+
+    # A step that is compiled as a whole is fused; what is compiled inside mx.grad is not.
+    steps: dict[str, Transform] = {"mx.grad": _unchanged, "mx.compile": mx.compile}
+    return Library(
+        name="mlx",
+        xp=mx,
+        wait=wait,
+        issue=mx.async_eval,
+        pull=pull,
+        forward=CALL,
+        step=steps,
+        # on a CPU, mx.compile calls g++ for every piece of the chain
+        whole=("mx.compile", mx.compile) if on_gpu else ("call", _unchanged),
+        copy=mx.negative,
+        accelerator=on_gpu,
+        peak=peak,
+    )
+
+
+def _torch() -> Library:
+    torch: Any = import_module("torch")
+    on_gpu = torch.get_default_device().type == "cuda"
+
+    def wait(_: Any) -> None:
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    def pull(forward: Function, inputs: Sequence[Array], cotangents: Sequence[Array]) -> Any:
+        own = [array.detach().requires_grad_() for array in inputs]
+        output = forward(*own)
+        return output, torch.autograd.grad(leaves(output), own, list(cotangents))
+
+    def peak(function: Callable[[], Any]) -> int:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        wait(function())
+        return torch.cuda.max_memory_allocated() - before
+
+    return Library(
+        name="torch",
+        xp=torch,
+        wait=wait,
+        issue=_nothing,
+        pull=pull,
+        forward=CALL,
+        step={"autograd": _unchanged},
+        whole=("call", _unchanged),
+        copy=torch.neg,
+        accelerator=on_gpu,
+        peak=peak if on_gpu else None,
+    )

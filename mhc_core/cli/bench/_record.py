@@ -1,0 +1,57 @@
+"""The JSON of a run: what was measured, on what, by which command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from mhc_core.cli import _machine
+
+__all__ = ["header", "record", "write"]
+
+SCHEMA = 1
+FILE_OPTIONS = ("--json", "--out", "--plot", "--report")
+
+
+def record(mode: str, libraries: Sequence[str]) -> dict[str, Any]:
+    """Begin a record; it has no path, no name of a user or a machine, and no environment."""
+    return {
+        "schema": SCHEMA,
+        "command": shlex.join(["mhc", "bench", *_arguments(sys.argv)]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "mode": mode,
+        "machine": _machine.machine(),
+        "devices": _machine.devices(tuple(libraries)),
+        "versions": _machine.versions(),
+    }
+
+
+def _arguments(argv: Sequence[str]) -> list[str]:
+    """Give the command's own words, without files: their paths are nobody's business."""
+    words = iter(argv[2:] if argv[1:2] == ["bench"] else [])
+    kept: list[str] = []
+    for word in words:
+        if word in FILE_OPTIONS:
+            next(words, None)
+        elif word.partition("=")[0] not in FILE_OPTIONS:
+            kept.append(word)
+    return kept
+
+
+def header(made: Mapping[str, Any]) -> list[str]:
+    """Say on which machine and with which versions, in lines."""
+    hardware = made["machine"]
+    lines = [f"{hardware['processor']}, {hardware['cores']} cores, {hardware['system']}"]
+    lines += [f"{name}: {device}" for name, device in made["devices"].items()]
+    versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+    return [*lines, f"Python {hardware['python']}, {versions}"]
+
+
+def write(file: Path, made: Mapping[str, Any]) -> None:
+    """Write a record."""
+    file.write_text(json.dumps(made, indent=2, allow_nan=False) + "\n", encoding="utf-8")

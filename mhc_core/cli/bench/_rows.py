@@ -1,0 +1,212 @@
+"""What can be measured: each row's formula in terms of ops, its inputs, and its ideal traffic.
+
+A row is written once and run on anybody's ops: ours, or a baseline's functions of the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from mhc_core.cli.bench._arrays import Sizes, draw, dtype_of, nbytes, shape_of
+
+if TYPE_CHECKING:
+    import numpy
+
+__all__ = ["TRAIN", "Row", "decode_rows", "rows"]
+
+Array = Any
+Ops = Any  # has the ops as attributes, their static arguments already given
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing to measure.
+
+    Attributes
+    ----------
+    name
+        What people write after ``--row``, and read in the table.
+    kind
+        ``"forward"``; ``"step"``, a forward with the gradients of all inputs; or ``"vjp"``, the
+        gradients of an op from its primals and the cotangents of its outputs.
+    formula
+        Of ops, an array namespace and the inputs, to the outputs.
+    inputs
+        Each as ``op.argument``, whose declaration gives its shape.
+    outputs
+        Likewise, in steps: the cotangents that are given beside the inputs.
+    parts
+        The ops that it is made of, ``"vjp op"`` for a vjp. Its ideal traffic is theirs: each of
+        an op's inputs read once, each output written once. What F does in between is not counted.
+    again
+        Inputs that are read once more: a sum of two gradients reads one of them.
+    besides
+        Ops that are called too, on parameters alone: their traffic is nothing beside the rest.
+    needs
+        The functions that the formula calls, where they are not the ops themselves.
+    shared
+        Whether H_pre, H_post and H_res are one for all tokens.
+    layers
+        How many sublayers one call has; times are per sublayer.
+    """
+
+    name: str
+    kind: Literal["forward", "step", "vjp"]
+    formula: Callable[..., Any]
+    inputs: tuple[str, ...]
+    parts: tuple[str, ...]
+    outputs: tuple[str, ...] = ()
+    again: tuple[str, ...] = ()
+    besides: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    shared: bool = False
+    layers: int = 1
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """The names of all ops that it calls."""
+        parts = (part.removeprefix("vjp ") for part in self.parts)
+        return tuple(dict.fromkeys((*parts, *self.besides)))
+
+    def make(self, sizes: Sizes, rng: numpy.random.Generator) -> list[Any]:
+        """Draw the inputs and, after them, the cotangents."""
+        given = [(word.partition(".")[2], *_input(word, sizes)) for word in self.inputs]
+        given += [("cotangent", *_output(word, sizes)) for word in self.outputs]
+        return [draw(name, shape, dtype, rng) for name, shape, dtype in given]
+
+    def traffic(self, sizes: Sizes) -> int:
+        """Count the bytes that must be moved: the one declaration behind every GB/s."""
+        moved = sum(_op_bytes(part, sizes, self.shared) for part in self.parts)
+        return moved * self.layers + sum(nbytes(*_input(word, sizes)) for word in self.again)
+
+
+# ---- declared shapes and bytes ------------------------------------------------------------------
+
+
+def _op(name: str) -> Any:
+    from mhc_core import math
+
+    return math.load(name).OP
+
+
+def arrays_of(op: str) -> tuple[str, ...]:
+    """Give an op's arrays as ``op.argument``, but for the optional one."""
+    declared = _op(op)
+    return tuple(f"{op}.{name}" for name in declared.arrays if name != declared.optional)
+
+
+def outputs_of(op: str) -> tuple[str, ...]:
+    """Give an op's outputs as ``op.output``."""
+    return tuple(f"{op}.{name}" for name in _op(op).outputs)
+
+
+def _input(word: str, sizes: Sizes, shared: bool = False) -> tuple[tuple[int, ...], str]:
+    op, _, name = word.partition(".")
+    return shape_of(_op(op).arrays[name], sizes, shared), dtype_of(name, sizes)
+
+
+def _output(word: str, sizes: Sizes) -> tuple[tuple[int, ...], str]:
+    op, _, name = word.partition(".")
+    out = _op(op).outputs[name]
+    return shape_of(out.shape, sizes), sizes.dtype if out.dtype == "stream" else "float32"
+
+
+def _op_bytes(part: str, sizes: Sizes, shared: bool) -> int:
+    op = part.removeprefix("vjp ")
+    read = sum(nbytes(*_input(word, sizes, shared)) for word in arrays_of(op))
+    written = sum(nbytes(*_output(word, sizes)) for word in outputs_of(op))
+    return 2 * read + written if part.startswith("vjp ") else read + written
+
+
+# ---- formulas -----------------------------------------------------------------------------------
+
+
+def _call(op: str) -> Callable[..., Any]:
+    def formula(ops: Ops, _: Any, *arrays: Array) -> Any:
+        return getattr(ops, op)(*arrays)
+
+    return formula
+
+
+def _sublayer(ops: Ops, xp: Any, x: Array, phi: Array, scale: Array, bias: Array) -> Any:
+    h, h_post, h_res = ops.pre(x, phi, scale, bias)
+    return ops.combine(x, xp.tanh(h), h_post, h_res)
+
+
+def _decode(ops: Ops, _: Any, x: Array, *rest: Array) -> Any:
+    """Sublayers with F left out, each with a projection of its own."""
+    y, h_post, h_res, scale, bias, *phis = rest
+    for phi in phis:
+        x, y, _, h_post, h_res = ops.combine_pre(x, y, h_post, h_res, phi, scale, bias)
+    return x, y
+
+
+def _static_decode(ops: Ops, _: Any, x: Array, *parameters: Array) -> Any:
+    for k in range(0, len(parameters), 4):
+        x = ops.static_layer(x, *parameters[k : k + 4])
+    return x
+
+
+def _forward(op: str) -> Row:
+    return Row(op, "forward", _call(op), arrays_of(op), (op,))
+
+
+def _vjp(op: str) -> Row:
+    return Row(f"{op} vjp", "vjp", _call(op), arrays_of(op), (f"vjp {op}",), outputs_of(op))
+
+
+def _step(row: Row, output: str, *again: str) -> Row:
+    parts = (*row.parts, *(f"vjp {part}" for part in reversed(row.parts)))
+    name = f"{row.name} fwd+bwd"
+    return replace(row, name=name, kind="step", parts=parts, outputs=(output,), again=again)
+
+
+@cache
+def rows() -> Mapping[str, Row]:
+    """Give every row of the modes latency and throughput, by name."""
+    sublayer = Row("sublayer", "forward", _sublayer, arrays_of("pre"), ("pre", "combine"))
+    static = _forward("static_layer")
+    gated = Row(
+        "gated_layer",
+        "forward",
+        _call("gated_layer"),
+        ("gated_combine.x", *(f"static_layer.h_{name}_raw" for name in ("pre", "post", "res"))),
+        ("pre_scale", "gated_combine"),
+        besides=("static_mappings",),
+        needs=("gated_layer",),
+        shared=True,
+    )
+    every = [
+        *map(_forward, ("pre", "combine", "combine_pre", "aggregate")),
+        sublayer,
+        _step(sublayer, "combine.x", "pre.x"),
+        static,
+        _step(static, "static_layer.x"),
+        gated,
+        _step(gated, "gated_combine.x", "gated_combine.x"),
+        *map(_vjp, ("pre", "combine", "combine_pre", "aggregate", "static_layer")),
+    ]
+    return {row.name: row for row in every}
+
+
+TRAIN = ("sublayer fwd+bwd", "static_layer fwd+bwd", "gated_layer fwd+bwd")
+
+
+def decode_rows(layers: int) -> Mapping[str, Row]:
+    """Give the chains of the mode decode, by name."""
+    streams, projections = arrays_of("combine_pre"), "combine_pre.phi"
+    dynamic = Row(
+        "combine_pre chain",
+        "forward",
+        _decode,
+        (*(word for word in streams if word != projections), *[projections] * layers),
+        ("combine_pre",),
+        layers=layers,
+    )
+    x, *parameters = arrays_of("static_layer")
+    inputs = (x, *parameters * layers)
+    static = replace(_forward("static_layer"), name="static_layer chain", formula=_static_decode)
+    return {row.name: row for row in (dynamic, replace(static, inputs=inputs, layers=layers))}

@@ -1,0 +1,223 @@
+"""Who is measured: backends of ours and other people's code, each in the ways it can be run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any
+
+from mhc_core.cli._baselines import Baseline
+from mhc_core.cli.bench._arrays import Sizes
+from mhc_core.cli.bench._library import Library, library
+from mhc_core.cli.bench._rows import Row
+
+__all__ = ["Entry", "Side", "baseline_side", "entries", "our_side", "runnable"]
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Side:
+    """A backend of ours, or a baseline.
+
+    Attributes
+    ----------
+    name, ours
+        What people write after ``--backend`` or ``--vs``, and which of the two it is.
+    library
+        The array library that it runs on.
+    functions
+        Its ops: their static arguments are given already.
+    refuses
+        Says why it does not take a row at some sizes, or None.
+    from_host, to_host
+        Take NumPy arrays in, and give them back.
+    uncompilable
+        Why it cannot be compiled as a whole, or None.
+    """
+
+    name: str
+    ours: bool
+    library: Library
+    functions: Any
+    refuses: Callable[[Row, Sizes], str | None]
+    from_host: Function
+    to_host: Function
+    uncompilable: str | None = None
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def chosen(self) -> contextlib.AbstractContextManager[None]:
+        """Let this side answer the public ops."""
+        from mhc_core._registry import use_backend
+
+        return use_backend(self.name) if self.ours else contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row by one side in one way: a function of the row's inputs and cotangents."""
+
+    side: Side
+    way: str
+    function: Function
+
+    @property
+    def label(self) -> str:
+        """How the JSON names it: a backend and a baseline may have the same name."""
+        return f"{'' if self.side.ours else 'vs '}{self.side.name} {self.way}"
+
+
+# ---- ours ---------------------------------------------------------------------------------------
+
+
+def runnable(chosen: Sequence[str] | None) -> list[str]:
+    """Give the chosen backends, each of which must be able to run here, or all that can."""
+    from mhc_core._registry import backends, use_backend
+
+    for name in chosen or ():
+        with use_backend(name):  # raises with the reason
+            pass
+    known = backends().items()
+    found = [n for n, b in known if b.available and b.spec is not None and b.spec.automatic]
+    return list(dict.fromkeys(chosen or found))
+
+
+def our_side(name: str) -> Side:
+    """Give a backend that can run here."""
+    from mhc_core._registry import backends, module
+
+    spec = backends()[name].spec
+    assert spec is not None, name  # a broken plugin is no backend that can run
+    own = module(spec)
+
+    def refuses(row: Row, sizes: Sizes) -> str | None:
+        reasons = (spec.refuses(op, (sizes.dtype,), sizes.n) for op in row.ops)
+        return next(filter(None, reasons), None)
+
+    return Side(
+        name,
+        True,
+        library(spec.array_types[0].partition(".")[0]),
+        _our_functions(),
+        refuses,
+        own.from_host,
+        own.to_host,
+    )
+
+
+@cache
+def _our_functions() -> Any:
+    """The public ops, with DeepSeek-V4's constants where there are any."""
+    import mhc_core as mhc
+    from mhc_core import math
+
+    given: dict[str, Any] = {"gated_layer": _gated_layer}
+    for op in math.OPS:
+        has_variant = "variant" in math.load(op).OP.static
+        static = {"variant": mhc.DEEPSEEK_V4} if has_variant else {}
+        given[op] = partial(getattr(mhc, op), **static) if static else getattr(mhc, op)
+        given[f"vjp {op}"] = _our_vjp(op, static)
+    return SimpleNamespace(**given)
+
+
+def _gated_layer(x: Any, h_pre_raw: Any, h_post_raw: Any, h_res_raw: Any) -> Any:
+    """mlx-mhc's two stages, around an F that is the identity."""
+    import mhc_core as mhc
+
+    mappings = mhc.static_mappings(h_pre_raw, h_post_raw, h_res_raw)
+    return mhc.gated_combine(x, mhc.pre_scale(x, mappings[0]), *mappings)
+
+
+def _our_vjp(op: str, static: Mapping[str, Any]) -> Function:
+    import mhc_core as mhc
+
+    def pulled(inputs: Sequence[Any], cotangents: Sequence[Any]) -> Any:
+        return mhc.vjp(op, tuple(inputs), tuple(cotangents), **static)
+
+    return pulled
+
+
+# ---- theirs -------------------------------------------------------------------------------------
+
+
+def baseline_side(baseline: Baseline) -> Side:
+    """Give other people's code, which must be installed."""
+    functions = SimpleNamespace(**baseline.load())
+    host: Any = _host_functions(baseline.library)
+
+    def refuses(row: Row, _: Sizes) -> str | None:
+        lacking = [op for op in row.needs or row.ops if not hasattr(functions, op)]
+        return f"has no {', '.join(lacking)}" if lacking else None
+
+    return Side(
+        baseline.name,
+        False,
+        library(baseline.library),
+        functions,
+        refuses,
+        host.from_host,
+        host.to_host,
+        baseline.uncompilable,
+    )
+
+
+def _host_functions(name: str) -> Any:
+    """Take them from whichever backend of ours is built on the library."""
+    from mhc_core._registry import backends, module
+
+    for backend in backends().values():
+        if backend.available and backend.spec is not None:
+            own = backend.spec.array_types[0].partition(".")[0] == name
+            if own and backend.spec.automatic:
+                return module(backend.spec)
+    raise LookupError(f"no backend here is built on {name}")
+
+
+# ---- ways ---------------------------------------------------------------------------------------
+
+
+def entries(row: Row, side: Side) -> Iterator[Entry]:
+    """Give a row by one side in every way that there is."""
+    forward = partial(row.formula, side.functions, side.library.xp)
+    count = len(row.inputs)
+    if row.layers > 1:
+        way, transform = side.library.whole
+        yield _entry(side, way, transform, forward)
+    elif row.kind == "forward":
+        for way, transform in side.library.forward.items():
+            yield Entry(side, way, transform(forward))
+    elif row.kind == "vjp":
+        yield from _vjp_entries(row, side, forward, count)
+    elif side.library.pull is not None:
+        step = _pulled(side.library.pull, forward, count)
+        ways = list(side.library.step.items())
+        for way, transform in ways[:1] if side.uncompilable else ways:
+            yield Entry(side, way, transform(step))
+
+
+def _entry(side: Side, way: str, transform: Function, function: Function) -> Entry:
+    if side.uncompilable:
+        return Entry(side, "call", function)
+    return Entry(side, way, transform(function))
+
+
+def _pulled(pull: Function, forward: Function, count: int, part: slice = slice(None)) -> Function:
+    def pulled(*arrays: Any) -> Any:
+        return pull(forward, arrays[:count], arrays[count:])[part]
+
+    return pulled
+
+
+def _vjp_entries(row: Row, side: Side, forward: Function, count: int) -> Iterator[Entry]:
+    """Ours by mhc.vjp, as it is; theirs by autodiff, compiled where that can be."""
+    if side.ours:
+        ours = getattr(side.functions, row.parts[0])
+        yield Entry(side, "mhc.vjp", lambda *arrays: ours(arrays[:count], arrays[count:]))
+    elif side.library.pull is not None:
+        gradients = _pulled(side.library.pull, forward, count, slice(1, None))
+        yield _entry(side, *list(side.library.step.items())[-1], gradients)

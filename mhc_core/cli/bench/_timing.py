@@ -1,0 +1,71 @@
+"""Seconds of one call, in the two ways in which people wait for a GPU."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mhc_core.cli.bench._library import Library, leaves
+
+__all__ = ["AT_ONCE_BYTES", "TURN", "copy_speed", "one_call", "stream_of_calls"]
+
+TURN = 0.05  # seconds that a turn lasts at least, if MOST calls are enough for it
+MOST = 200
+AT_ONCE_BYTES = 4 * 2**30  # of results that may be under way: more calls are not issued at once
+
+Function = Callable[..., Any]
+
+
+def one_call(
+    function: Function, arrays: Sequence[Any], library: Library, calls: int | None
+) -> float:
+    """Call and wait, again and again; give the median."""
+    first, _ = _warm(function, arrays, library)
+    count = calls or min(max(round(TURN / max(first, 1e-9)), 1), MOST)
+    times: list[float] = []
+    gc.collect()
+    for _ in range(count):
+        start = time.perf_counter()
+        library.wait(function(*arrays))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def stream_of_calls(
+    function: Function, arrays: Sequence[Any], library: Library, calls: int | None
+) -> float:
+    """Issue calls without waiting, wait once at the end; give the mean."""
+    first, size = _warm(function, arrays, library)
+    count = calls or min(max(round(TURN / max(first, 1e-9)), 3), MOST)
+    count = max(min(count, AT_ONCE_BYTES // max(size, 1)), 1)
+    result: Any = None
+    held: list[Any] = []
+    gc.collect()
+    start = time.perf_counter()
+    for _ in range(count):
+        result = function(*arrays)
+        library.issue(result)
+        if library.holds:
+            held.append(result)
+    library.wait(held or result)
+    return (time.perf_counter() - start) / count
+
+
+def _warm(function: Function, arrays: Sequence[Any], library: Library) -> tuple[float, int]:
+    """Run once, to have the caches as this side leaves them; give the seconds and the bytes."""
+    start = time.perf_counter()
+    result = function(*arrays)
+    library.wait(result)
+    seconds = time.perf_counter() - start
+    return seconds, sum(int(getattr(leaf, "nbytes", 0)) for leaf in leaves(result))
+
+
+def copy_speed(library: Library, from_host: Function, numbers: Any, repeats: int) -> float:
+    """Give the bytes a second, read and written, of copying an array far beyond the caches."""
+    array = from_host(numbers)
+    library.wait(array)
+    turns = [stream_of_calls(library.copy, (array,), library, None) for _ in range(repeats)]
+    return 2 * numbers.nbytes / statistics.median(turns)

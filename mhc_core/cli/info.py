@@ -1,0 +1,218 @@
+"""``mhc info``: what is here, what runs, and why the rest does not; safe to put into a report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mhc_core.cli import _machine
+
+if TYPE_CHECKING:
+    from mhc_core.backend import BackendSpec
+
+__all__ = ["info"]
+
+
+class Dtype(str, Enum):
+    """The dtype of the streams."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def info(
+    tokens: Annotated[int, typer.Option("--T", min=1, help="Tokens of a launch.")] = 4096,
+    n: Annotated[int, typer.Option("--n", min=1, help="Its streams.")] = 4,
+    channels: Annotated[int, typer.Option("--C", min=1, help="Its channels.")] = 4096,
+    dtype: Annotated[Dtype, typer.Option(help="Its streams' dtype.")] = Dtype.bfloat16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show versions, devices, backends, plugins, kernel launches and settings.
+
+    It prints no path of a home folder, no user's or host's name, and no settings but this
+    project's and MLX's.
+    """
+    sizes = {"T": tokens, "n": n, "C": channels, "dtype": dtype.value}
+    found = {
+        "machine": _machine.machine(),
+        "devices": _machine.devices(),
+        "versions": _machine.versions(),
+        "backends": list(_backends(n, dtype.value)),
+        "plugins": list(_plugins()),
+        "environment": _environment(),
+        "launches": {**sizes, **_launches(tokens, n, channels, dtype.value)},
+    }
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        _show(found)
+
+
+# ---- backends and plugins -----------------------------------------------------------------------
+
+
+def _backends(n: int, dtype: str) -> Iterator[dict[str, Any]]:
+    """Describe every backend, best first: what it takes, and why it does not take these sizes."""
+    import mhc_core
+
+    for backend in mhc_core.backends().values():
+        reason = backend.reason and _machine.safe(backend.reason)
+        described = {"name": backend.name, "available": backend.available, "reason": reason}
+        yield described | (_declared(backend.spec, n, dtype) if backend.spec else {})
+
+
+def _declared(spec: BackendSpec, n: int, dtype: str) -> dict[str, Any]:
+    from mhc_core import math
+
+    return {
+        "takes": list(spec.array_types),
+        "dtypes": list(spec.dtypes),
+        "n": list(spec.sizes),
+        "by_name_only": not spec.automatic,
+        "lacks_ops": [op for op in math.OPS if op not in spec.ops],
+        "lacks_transforms": dict(spec.without),
+        "refuses": spec.refuses(spec.ops[0], (dtype,), n) if spec.ops else None,
+    }
+
+
+def _plugins() -> Iterator[dict[str, Any]]:
+    """Describe every entry point, whether it could be loaded or not."""
+    from importlib.metadata import entry_points
+
+    import mhc_core
+    from mhc_core._registry import ENTRY_POINTS
+
+    left_out = {name.strip() for name in os.environ.get("MHC_DISABLE_PLUGINS", "").split(",")}
+    broken = {name: b.reason for name, b in mhc_core.backends().items() if b.spec is None}
+    for point in entry_points(group=ENTRY_POINTS):
+        problem = broken.get(point.name) or broken.get(f"{point.name} ({point.value})")
+        if point.name in left_out:
+            problem = "left out by MHC_DISABLE_PLUGINS"
+        yield {
+            "name": point.name,
+            "module": point.value,
+            "from": f"{point.dist.name} {point.dist.version}" if point.dist else "",
+            "problem": problem and _machine.safe(problem),
+        }
+
+
+# ---- environment --------------------------------------------------------------------------------
+
+
+def _environment() -> dict[str, str]:
+    """Give this project's variables, and of MLX's only what changes numbers; no folder's path."""
+    found: dict[str, str] = {}
+    for name, value in sorted(os.environ.items()):
+        if name.startswith("MHC_") or name == "MLX_ENABLE_TF32":
+            found[name] = _machine.safe(_without_folder(value))
+        elif name.startswith("MLX_"):
+            found[name] = "(set)"
+    return found
+
+
+def _without_folder(value: str) -> str:
+    _, slash, last = value.replace("\\", "/").rpartition("/")
+    return f".../{last}" if slash else value
+
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+
+def _launches(T: int, n: int, C: int, dtype: str) -> dict[str, Any]:
+    """Ask the one table of launch shapes, as the kernels do."""
+    from mhc_backends.kernels.launch import TABLE, VARIABLE, launch
+    from mhc_backends.mlx_metal import SPEC
+
+    refused = SPEC.refuses(SPEC.ops[0], (dtype,), n)
+    if refused:
+        return {"refused": f"the kernels' backend {refused}", "kernels": {}}
+    kernels: dict[str, dict[str, Any]] = {}
+    tuning = os.environ.get(VARIABLE) or VARIABLE
+    for name, shape in TABLE.items():
+        try:
+            kernels[name] = {"takes": shape.groups, **asdict(launch(name, T, n, C, dtype))}
+        except Exception as error:  # such as a tuning file that cannot be read
+            problem = str(error).replace(tuning, _without_folder(tuning))
+            kernels[name] = {"problem": _machine.safe(problem)}
+    return {"refused": None, "kernels": kernels}
+
+
+# ---- the screen ---------------------------------------------------------------------------------
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    hardware = found["machine"]
+    memory = hardware["memory_gib"]
+    sections = {
+        "machine": [
+            f"{hardware['system']}, {hardware['processor']}, {hardware['cores']} cores"
+            + (f", {memory} GiB" if memory else ""),
+            *(f"{library}: {device}" for library, device in found["devices"].items()),
+        ],
+        "versions": [
+            f"Python {hardware['python']}",
+            *(f"{name} {version}" for name, version in found["versions"].items()),
+        ],
+        "backends, best first": [line for one in found["backends"] for line in _backend_lines(one)],
+        "plugins": list(map(_plugin_line, found["plugins"])),
+        "environment": [f"{k}={v}" for k, v in found["environment"].items()] or ["nothing set"],
+        _launch_title(found["launches"]): _launch_lines(found["launches"]),
+    }
+    for title, lines in sections.items():
+        typer.secho(title, bold=True)
+        for line in lines:
+            typer.echo(f"  {line}")
+
+
+def _backend_lines(backend: Mapping[str, Any]) -> Iterator[str]:
+    state = "runs here" if backend["available"] else f"cannot run here: {backend['reason']}"
+    yield f"{backend['name']}: {state}"
+    if "takes" not in backend:
+        return
+    smallest, largest = backend["n"]
+    facts = [", ".join(backend["takes"]), ", ".join(backend["dtypes"])]
+    facts += [f"n from {smallest}" + (f" to {largest}" if largest else "")]
+    facts += ["by name only"] if backend["by_name_only"] else []
+    yield f"  takes {'; '.join(facts)}"
+    if backend["lacks_ops"]:
+        yield f"  has no {', '.join(backend['lacks_ops'])}"
+    for name, why in backend["lacks_transforms"].items():
+        yield f"  no {name}: {why}"
+    if backend["refuses"]:
+        yield f"  does not take these sizes: it {backend['refuses']}"
+
+
+def _plugin_line(plugin: Mapping[str, Any]) -> str:
+    state = plugin["problem"] or "loaded"
+    return f"{plugin['name']} = {plugin['module']} ({plugin['from']}): {state}"
+
+
+def _launch_title(launches: Mapping[str, Any]) -> str:
+    sizes = " ".join(f"{name}={launches[name]}" for name in ("T", "n", "C"))
+    return f"kernel launches for {sizes} {launches['dtype']}"
+
+
+def _launch_lines(launches: Mapping[str, Any]) -> list[str]:
+    """Align what the launches have in columns, under the words of the table of launches."""
+    if launches["refused"]:
+        return [f"none: {launches['refused']}"]
+    kernels: Mapping[str, Mapping[str, Any]] = launches["kernels"]
+    good = {name: shape for name, shape in kernels.items() if "problem" not in shape}
+    problems = dict.fromkeys(str(s["problem"]) for s in kernels.values() if "problem" in s)
+    words = list(next(iter(good.values()))) if good else []
+    rows = [["kernel", *words]]
+    rows += [[name, *map(_spell, shape.values())] for name, shape in good.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return [*(lines if good else []), *problems]
+
+
+def _spell(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)  # pyright: ignore
