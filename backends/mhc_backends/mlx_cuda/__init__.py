@@ -1,0 +1,41 @@
+"""mlx-cuda: the kernels of mlx-metal on MLX's CUDA build, for NVIDIA GPUs."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from mhc_backends import _mlx
+from mhc_backends.kernels.ops import OPS
+from mhc_backends.mlx_metal import NO_VMAP
+from mhc_core.backend import BackendSpec
+from mhc_core.hookspecs import hookimpl
+
+
+def missing() -> str | None:
+    """Say why CUDA kernels cannot run here, or None."""
+    if reason := _mlx.missing():
+        return reason
+    mx: Any = import_module("mlx.core")
+    if mx.cuda.is_available():
+        return None
+    return "MLX finds no NVIDIA GPU (mx.cuda.is_available()): pip install 'mhc-core[cuda]' on one"
+
+
+SPEC = BackendSpec(
+    name="mlx-cuda",
+    module="mhc_backends.mlx_cuda.ops",
+    array_types=("mlx.core.array",),
+    ops=OPS,
+    dtypes=_mlx.NO_FLOAT64,
+    sizes=(1, 32),
+    priority=10,
+    without={"vmap": NO_VMAP},
+    missing=missing,
+)
+
+
+@hookimpl
+def mhc_backend_specs() -> list[BackendSpec]:
+    """Bring the backend."""
+    return [SPEC]

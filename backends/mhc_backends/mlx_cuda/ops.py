@@ -1,0 +1,19 @@
+"""The ops on MLX arrays, by CUDA kernels, each compiled once per static configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from mhc_backends._mlx import checkpoint, compile, from_host, grad, to_host
+from mhc_backends.kernels.mlx import Kernels, Ops
+
+__all__ = ["checkpoint", "compile", "from_host", "grad", "to_host", "vjp"]
+
+_OPS = Ops(Kernels(mx.fast.cuda_kernel, "cuda"), mx.compile)
+vjp = _OPS.vjp
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(_OPS, name)
