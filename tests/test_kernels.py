@@ -15,7 +15,7 @@ import pytest
 
 import mhc_core
 from mhc_backends import kernels
-from mhc_backends.kernels.launch import TABLE, VARIABLE, Launch, launch
+from mhc_backends.kernels.launch import TABLE, VARIABLE, Launch, launch, shares
 from mhc_backends.kernels.ops import OPS
 from mhc_backends.mlx_metal import SPEC
 
@@ -89,60 +89,102 @@ using Shape = cuda::std::array<int32_t, 10>;
 """
 
 
-class Signature(NamedTuple):
-    """The arrays of a kernel: s marks those of the streams' dtype."""
+class Launched(NamedTuple):
+    """What MLX would be asked to compile."""
 
-    inputs: str
-    outputs: str
+    kernel: str
+    inputs: tuple[tuple[str, str], ...]  # names and dtypes
+    outputs: tuple[tuple[str, str], ...]
+    template: tuple[tuple[str, int], ...]
+
+    def cuda(self, function: str) -> str:
+        """Write the function as MLX does around a body."""
+        body = kernels.source(self.kernel, "cuda")
+        parameters: list[str] = []
+        for array, dtype in self.inputs:
+            parameters.append(f"const {_CUDA[dtype]}* {array}")
+            if f"{array}_shape" in body:
+                parameters.append(f"const __grid_constant__ Shape {array}_shape")
+        parameters += [f"{_CUDA[dtype]}* {array}" for array, dtype in self.outputs]
+        constants = "".join(
+            f"  constexpr {'bool' if value is True or value is False else 'int'} {word} = "
+            f"{str(value).lower()};\n"
+            for word, value in self.template
+        )
+        head = f"__global__ void {function}({', '.join(parameters)})"
+        return f"{head} {{\n{constants}\n{body}\n}}\n"
 
 
-SIGNATURES = {
-    "aggregate": Signature("x:s h_pre", "h:s"),
-    "aggregate_vjp": Signature("x:s h_pre g:s", "dx:s dh_pre"),
-    "combine": Signature("x:s y:s h_post h_res", "out:s"),
-    "combine_vjp": Signature("x:s y:s h_post h_res g:s", "dx:s dy:s dh_post dh_res"),
-    "combine_vjp_wide": Signature("x:s y:s h_post h_res g:s", "dx:s dy:s dh_post dh_res"),
-    "sum_rows": Signature("a", "out"),
-}
+_CUDA = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
 
-def _cuda_kernels() -> Iterator[str]:
-    for name, signature in SIGNATURES.items():
-        for n, elements in ((4, 8), (1, 1), (3, 2)):
-            for dtype in ("float", "__half", "__nv_bfloat16"):
-                yield _cuda_kernel(name, signature, n, elements, dtype)
+def _kernel(name: str) -> str:
+    """Return which kernel MLX's name for it is of."""
+    return max((k for k in kernels.KERNELS if name.startswith(f"mhc_{k}_")), key=len)
 
 
-def _cuda_kernel(name: str, signature: Signature, n: int, elements: int, dtype: str) -> str:
-    body = kernels.source(name, "cuda")
-    parameters: list[str] = []
-    for word in signature.inputs.split():
-        array, _, stream = word.partition(":")
-        parameters.append(f"const {dtype if stream else 'float'}* {array}")
-        if f"{array}_shape" in body:
-            parameters.append(f"const __grid_constant__ Shape {array}_shape")
-    for word in signature.outputs.split():
-        array, _, stream = word.partition(":")
-        parameters.append(f"{dtype if stream else 'float'}* {array}")
-    constants = "".join(
-        f"  constexpr int {word} = {value};\n"
-        for word, value in (("N", n), ("W", elements))
-        if re.search(rf"\b{word}\b", body)
-    )
-    function = f"kernel_{name}_{n}_{elements}_{dtype}"
-    return f"__global__ void {function}({', '.join(parameters)}) {{\n{constants}\n{body}\n}}\n"
+class Recorder:
+    """Stands in for ``mx.fast.cuda_kernel``: notes what is launched and gives zeros."""
+
+    def __init__(self) -> None:
+        self.launched: set[Launched] = set()
+
+    def __call__(
+        self, *, name: str, input_names: list[str], output_names: list[str], **texts: Any
+    ) -> Any:
+        import mlx.core as mx
+
+        kernel = _kernel(name)
+
+        def call(
+            *, inputs: Any, template: Any, output_shapes: Any, output_dtypes: Any, **how: Any
+        ) -> Any:
+            given = (str(array.dtype).removeprefix("mlx.core.") for array in inputs)
+            made = (str(dtype).removeprefix("mlx.core.") for dtype in output_dtypes)
+            self.launched.add(
+                Launched(
+                    kernel,
+                    tuple(zip(input_names, given, strict=True)),
+                    tuple(zip(output_names, made, strict=True)),
+                    tuple(template),
+                )
+            )
+            pairs = zip(output_shapes, output_dtypes, strict=True)
+            return [mx.zeros(shape, dtype) for shape, dtype in pairs]
+
+        return call
+
+
+def _launched() -> list[Launched]:
+    """Run the kit's cases on every op, forward and back: n = 4 in every dtype, others in one."""
+    from mhc_backends._mlx import as_tuple, from_host
+    from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_conformance.cases import cases, data
+
+    recorder = Recorder()
+    own = Ops(Kernels(recorder, "cuda"))
+    for op in OPS:
+        for dtype in _CUDA:
+            for case in cases(op, dtype):
+                if case.sizes.n > SPEC.sizes[1] or (dtype != "float32" and case.sizes.n != 4):
+                    continue
+                primals = tuple(map(from_host, data(case, dtype, seed=0).primals))
+                outputs = as_tuple(getattr(own, op)(*primals, **case.options))
+                own.vjp(op, primals, outputs, **case.options)
+    return sorted(recorder.launched, key=str)
 
 
 @pytest.mark.skipif(
     shutil.which("nvcc") is None, reason="nvcc is not installed: the CUDA dialect is not compiled"
 )
 def test_every_body_compiles_as_cuda(tmp_path: Path) -> None:
-    assert set(SIGNATURES) == set(kernels.KERNELS)
+    launched = _launched()
+    assert {one.kernel for one in launched} == set(kernels.KERNELS)
     text = (
         _CUDA_BEFORE
         + kernels.header("cuda")
         + "namespace mlx::core::cu {\nnamespace cg = cooperative_groups;\n"
-        + "".join(_cuda_kernels())
+        + "".join(one.cuda(f"kernel_{number}") for number, one in enumerate(launched))
         + "}\n"
     )
     source = tmp_path / "kernels.cu"
@@ -185,7 +227,29 @@ def test_launches_by_example() -> None:
     assert launch("combine", 4096, 4, 4096, "bfloat16") == Launch((2**20, 1, 1), (256, 1, 1), 8)
     assert launch("combine", 4096, 4, 4096, "float32") == Launch((2**20, 2, 1), (256, 1, 1), 4)
     assert launch("combine", 3, 9, 37, "float16") == Launch((192, 1, 1), (64, 1, 1), 1)
+    assert launch("sinkhorn", 9, 3, 1, "float32") == Launch((64, 1, 1), (64, 1, 1), 1)
+    assert launch("sinkhorn", 4096, 4, 1, "float32") == Launch((2**14, 1, 1), (128, 1, 1), 1)
     assert launch("sum_rows", 4096, 1, 20, "float32") == Launch((16 * 256, 1, 1), (256, 1, 1), 1)
+
+
+def test_what_a_thread_keeps_in_registers() -> None:
+    def kept(kernel: str, C: int, dtype: str, dialect: str = "metal") -> tuple[int, bool]:
+        made = launch(kernel, 4096, 4, C, dtype, dialect)
+        assert made.threadgroup == (256, 1, 1)  # as many as either dialect has registers for
+        return made.held, made.rest
+
+    assert kept("static_layer", 4096, "bfloat16") == (2, False)  # 16 words each
+    assert kept("static_layer", 8192, "float32") == (4, True)
+    assert kept("static_layer_vjp", 4096, "bfloat16") == (2, False)  # of x and of g
+    assert kept("static_layer_vjp", 4096, "float32") == (2, True)
+    assert kept("static_layer_vjp", 4096, "float32", "cuda") == (4, False)
+
+
+def test_shares_depend_on_nothing_but_the_sizes() -> None:
+    assert shares("static_layer_vjp", 0, 4, 4096) == 0
+    assert shares("static_layer_vjp", 255, 4, 4096) == 255
+    assert shares("static_layer_vjp", 4097, 4, 4096) == 241  # of 17 tokens each
+    assert shares("rms_norm_vjp", 4096, 1, 1024) == 1024
 
 
 def test_sums_over_C_do_not_depend_on_the_batch() -> None:
@@ -259,7 +323,7 @@ class Launcher:
 
     def __call__(self, *, name: str, input_names: list[str], **texts: Any) -> Any:
         self.names.append(name)
-        kernel = next(k for k in sorted(SIGNATURES, key=len, reverse=True) if f"mhc_{k}_" in name)
+        kernel = _kernel(name)
 
         def call(*, inputs: Any, output_shapes: Any, output_dtypes: Any, **how: Any) -> Any:
             self.launches.append({"kernel": kernel, **how})

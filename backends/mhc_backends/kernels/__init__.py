@@ -1,7 +1,8 @@
 """The text of the kernels: one body per kernel, in words that Metal and CUDA both have.
 
 ``<kernel>.h`` is the body of a kernel; ``dialect_metal.h`` and ``dialect_cuda.h`` define the words
-that it is written in, and ``common.h``, written in them too, what several bodies use. MLX makes the
+that it is written in, and ``common.h`` and ``common_<part>.h``, written in them too, what several
+bodies use. MLX makes the
 function around a body: its arguments from the names of the inputs and outputs, ``x_shape`` and the
 like where the body says so, and its template arguments.
 """
@@ -9,6 +10,7 @@ like where the body says so, and its template arguments.
 from __future__ import annotations
 
 import functools
+import re
 from importlib.resources import files
 
 __all__ = ["DIALECTS", "KERNELS", "header", "source"]
@@ -21,16 +23,34 @@ KERNELS = tuple(
     sorted(
         name.removesuffix(".h")
         for name in (file.name for file in _FOLDER.iterdir())
-        if name.endswith(".h") and name != "common.h" and not name.startswith("dialect_")
+        if name.endswith(".h") and not name.startswith(("common", "dialect_"))
     )
 )
 """The names of all kernels: one body file each."""
 
+_COMMON = ("", "_streams", "_static", "_sinkhorn", "_project", "_mappings")  # later ones use earlier
+
+
+_TWICE = (
+    "//// twice: where vectors begin anywhere, and where all begin at their own multiples ////\n"
+)
+_FAST = re.compile(r"^//// fast where (.*?) ////\n", re.MULTILINE | re.DOTALL)
+
 
 @functools.cache
 def header(dialect: str) -> str:
-    """Return what comes before the kernel's function: the dialect's words and the common parts."""
-    return _dialect(dialect)[0] + "\n" + _read("common.h")
+    """Return what comes before the kernel's function: the dialect's words and the common parts.
+
+    They come twice, in namespaces ``anywhere`` and ``aligned``. A load that may have to take scalars is
+    a branch, and what follows a branch waits for it; so a body that names what must hold for vectors
+    everywhere, ``//// fast where ... ////``, is compiled with the words of either.
+    """
+    once, _, twice = _dialect(dialect)[0].partition(_TWICE)
+    words = "\n".join([twice, *(_read(f"common{part}.h") for part in _COMMON)])
+    return once + "".join(
+        f"namespace {name} {{\nenum {{ ALIGNED = {value} }};\n{words}}}  // namespace {name}\n"
+        for value, name in enumerate(("anywhere", "aligned"))
+    )
 
 
 @functools.cache
@@ -38,7 +58,18 @@ def source(name: str, dialect: str) -> str:
     """Return the text inside the function of a kernel."""
     if name not in KERNELS:
         raise ValueError(f"no kernel is named {name!r}; known are {', '.join(KERNELS)}")
-    return _dialect(dialect)[1] + "\n" + _read(f"{name}.h")
+    before, *fast = _FAST.split(_read(f"{name}.h"))
+    first_lines = _dialect(dialect)[1] + "\n"
+    if not fast:
+        return f"{first_lines}using namespace anywhere;\n{before}"
+    condition, work = fast
+    condition = condition.replace("\n//", "")
+    return (
+        f"{first_lines}{before}bool whole;\n"
+        f"{{\nusing namespace anywhere;\nwhole = {condition};\n}}\n"
+        f"if (whole) {{\nusing namespace aligned;\n{work}}} else {{\n"
+        f"using namespace anywhere;\n{work}}}\n"
+    )
 
 
 def _dialect(dialect: str) -> tuple[str, str]:

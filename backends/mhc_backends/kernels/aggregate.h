@@ -5,6 +5,7 @@
 const int64_t T = x_shape[0];
 const int C = x_shape[2];
 
+//// fast where vectors<W>(x) && vectors<W>(h) ////
 for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     const auto streams = x + token * N * C;
     const auto weights = hold<N>(h_pre + row(h_pre_shape[0], token) * N);

@@ -6,6 +6,7 @@
 const int64_t T = x_shape[0];
 const int C = x_shape[2];
 
+//// fast where vectors<W>(x) && vectors<W>(y) && vectors<W>(out) ////
 for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     const auto streams = x + token * N * C;
     const auto post = hold<N, N <= 4>(h_post + row(h_post_shape[0], token) * N);

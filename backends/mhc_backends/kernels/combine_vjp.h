@@ -11,6 +11,8 @@ const int C = x_shape[2];
 const int SUMS = N + N * N;  // dh_post, then dH_res
 threadgroup float shared[SUMS * MOST_SIMDGROUPS];
 
+//// fast where vectors<W>(x) && vectors<W>(y) && vectors<W>(g) && vectors<W>(dx) &&
+// vectors<W>(dy) ////
 for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     const int64_t streams = token * N * C;
     const auto post = hold<N>(h_post + row(h_post_shape[0], token) * N);

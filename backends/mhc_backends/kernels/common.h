@@ -3,8 +3,6 @@
 // Template arguments that a body may name: N, the streams; W, the elements that a thread loads and
 // stores at a time, which divides C.
 
-enum { SIMD = 32, MOST_SIMDGROUPS = 32 };
-
 // ---- W channels at a time ----------------------------------------------------------------------
 
 template <int W>
@@ -32,6 +30,18 @@ template <int W>
 FUNCTION Floats<W> times(float factor, Floats<W> v) {
     UNROLL for (int k = 0; k < W; k++) v.at[k] *= factor;
     return v;
+}
+
+template <int W>
+FUNCTION Floats<W> plus(Floats<W> a, Floats<W> b) {
+    UNROLL for (int k = 0; k < W; k++) a.at[k] += b.at[k];
+    return a;
+}
+
+template <int W>
+FUNCTION Floats<W> product(Floats<W> a, Floats<W> b) {
+    UNROLL for (int k = 0; k < W; k++) a.at[k] *= b.at[k];
+    return a;
 }
 
 // The channels that a thread takes are from first_channel on, next_channel apart.

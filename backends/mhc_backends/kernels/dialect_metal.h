@@ -12,8 +12,20 @@ using namespace metal;
 #define FUNCTION inline
 #define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup)
 #define UNROLL _Pragma("clang loop unroll(full)")
-#define UNROLL_SMALL _Pragma("clang loop unroll_count(N <= 4 ? N : 1)")
+#define PRAGMA(text) _Pragma(#text)
+#define UNROLL_FEW(COUNT) PRAGMA(clang loop unroll_count(COUNT <= 4 ? COUNT : 1))
+#define UNROLL_SMALL UNROLL_FEW(N)
+#define MINUS_INFINITY (-INFINITY)
 // `threadgroup float p[8];` declares memory of a threadgroup, and simd_sum(v) sums over 32 threads.
+
+// The number of the lane whose place differs in the bits of `step`.
+FUNCTION float simd_xor(float v, int step) { return simd_shuffle_xor(v, ushort(step)); }
+// The number of a lane, which need not be the same for all.
+FUNCTION float simd_from(float v, int lane) { return simd_shuffle(v, ushort(lane)); }
+// simd_any(q): whether any lane says so.
+
+// 1 / v for v > 0, to the last place or the one before.
+FUNCTION float reciprocal(float v) { return 1.0f / v; }
 
 // Where a thread is. Threadgroups are lines of whole simdgroups, and none is cut off at the end.
 struct Place {
@@ -21,6 +33,10 @@ struct Place {
     uint groups_x, groups_y;  // how many there are
     uint id, threads;         // within the threadgroup
 };
+
+enum { SIMD = 32, MOST_SIMDGROUPS = 32 };
+
+//// twice: where vectors begin anywhere, and where all begin at their own multiples ////
 
 // ---- numbers in memory and in registers --------------------------------------------------------
 
@@ -79,7 +95,16 @@ struct Access {
 template <typename T, int W, typename P>
 FUNCTION bool takes_vectors(P p) {
     typedef Access<T, W> A;
-    return A::ELEMENTS > 1 && reinterpret_cast<uintptr_t>(p) % A::BYTES == 0;
+    return A::ELEMENTS > 1 && (ALIGNED || reinterpret_cast<uintptr_t>(p) % A::BYTES == 0);
+}
+// Whether load<W> and store need not look at addresses that are whole multiples of W from p on.
+template <int W, typename T>
+FUNCTION bool vectors(const device T* p) {
+    return Access<T, W>::ELEMENTS == 1 || takes_vectors<T, W>(p);
+}
+template <int W, typename T>
+FUNCTION bool vectors(const constant T* p) {
+    return Access<T, W>::ELEMENTS == 1 || takes_vectors<T, W>(p);
 }
 
 // load<W>(p): the W numbers from p on, as floats.
@@ -117,6 +142,111 @@ FUNCTION void store(device T* p, Floats<W> v) {
     } else {
         UNROLL for (int k = 0; k < W; k++) p[k] = T(v.at[k]);
     }
+}
+
+// W numbers of memory as they are there, in words of 32 bits: a narrow one is half a register.
+template <typename T, int W>
+struct Raw {
+    enum { PER_WORD = 4 / int(sizeof(T)), WORDS = (W + PER_WORD - 1) / PER_WORD };
+    uint word[WORDS];
+};
+FUNCTION uint bits(float v) { return as_type<uint>(v); }
+FUNCTION uint bits(half v) { return as_type<ushort>(v); }
+FUNCTION uint bits(bfloat v) { return as_type<ushort>(v); }
+// The last argument only names the type.
+FUNCTION float number(uint word, int, float) { return as_type<float>(word); }
+FUNCTION float number(uint word, int second, half) {
+    return float(as_type<half>(ushort(second ? word >> 16 : word & 0xffff)));
+}
+FUNCTION float number(uint word, int second, bfloat) {
+    return as_type<float>(second ? word & 0xffff0000 : word << 16);
+}
+
+// load_raw<W>(p): what floats(load_raw<W>(p)) makes load<W>(p) of. Where several are loaded before
+// the first becomes floats, all are under way at once: a load that may have to take scalars is a
+// branch, behind which the next one would wait.
+#define MHC_LOAD_RAW(space)                                                                  \
+    template <int W, typename T>                                                             \
+    FUNCTION Raw<T, W> load_raw(const space T* p) {                                          \
+        typedef Access<T, W> A;                                                              \
+        enum { PER_WORD = Raw<T, W>::PER_WORD };                                             \
+        Raw<T, W> out;                                                                       \
+        if (takes_vectors<T, W>(p)) {                                                        \
+            UNROLL for (int k = 0; k < W; k += A::ELEMENTS) {                                \
+                const typename A::type words = *(const space typename A::type*)(p + k);      \
+                UNROLL for (int e = 0; e < A::WORDS; e++)                                    \
+                    out.word[k / PER_WORD + e] = word(words, e);                             \
+            }                                                                                \
+        } else {                                                                             \
+            UNROLL for (int k = 0; k < Raw<T, W>::WORDS; k++) out.word[k] = 0;               \
+            UNROLL for (int k = 0; k < W; k++)                                               \
+                out.word[k / PER_WORD] |= bits(p[k]) << (k % PER_WORD * 16);                 \
+        }                                                                                    \
+        return out;                                                                          \
+    }
+MHC_LOAD_RAW(device)
+MHC_LOAD_RAW(constant)
+#undef MHC_LOAD_RAW
+template <typename T, int W>
+FUNCTION Floats<W> floats(Raw<T, W> raw) {
+    enum { PER_WORD = Raw<T, W>::PER_WORD };
+    Floats<W> out;
+    UNROLL for (int k = 0; k < W; k++)
+        out.at[k] = number(raw.word[k / PER_WORD], k % PER_WORD, T(0.0f));
+    return out;
+}
+
+// v as it would be in memory of p's type.
+template <int W, typename T>
+FUNCTION Floats<W> rounded(const device T*, Floats<W> v) {
+    UNROLL for (int k = 0; k < W; k++) v.at[k] = float(T(v.at[k]));
+    return v;
+}
+
+// ---- products of matrices ------------------------------------------------------------------------
+// A simdgroup multiplies [16, 8] by [8, 8]. Of the left factor a lane holds rows tile_row and
+// tile_row + 8 in columns tile_pair and tile_pair + 1, of the sum the same places, and of the right
+// factor two numbers: number e is in row right_row and column right_column. These are the places
+// that simdgroup_matrix's thread_elements has, on which MLX's own kernels build as well
+// (mlx/backend/metal/kernels/steel/gemm/mma.h).
+
+FUNCTION int tile_row(int lane) { return (lane / 4 & 4) + lane / 2 % 4; }
+FUNCTION int tile_pair(int lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }
+// The sum over the four lanes that hold a row.
+FUNCTION float row_sum(float v) {
+    v += simd_xor(v, 1);
+    return v + simd_xor(v, 8);
+}
+FUNCTION int right_row(int lane, int) { return tile_row(lane); }
+FUNCTION int right_column(int lane, int e) { return tile_pair(lane) + e; }
+
+typedef Floats<4> Left;   // the upper row's two numbers, then the lower row's
+typedef Floats<2> Right;
+FUNCTION Right right(float first, float second) {
+    Right out;
+    out.at[0] = first, out.at[1] = second;
+    return out;
+}
+// EXACT: the numbers have no more than 11 significant bits, as those of narrow types.
+template <bool EXACT>
+FUNCTION Left left(float upper, float upper_next, float lower, float lower_next) {
+    Left out;
+    out.at[0] = upper, out.at[1] = upper_next, out.at[2] = lower, out.at[3] = lower_next;
+    return out;
+}
+
+// sum + a b, in full float32
+template <bool EXACT>
+FUNCTION Floats<4> multiply(Floats<4> sum, Left a, Right b) {
+    simdgroup_float8x8 factor, other, both;
+    other.thread_elements() = float2(b.at[0], b.at[1]);
+    UNROLL for (int k = 0; k < 4; k += 2) {
+        factor.thread_elements() = float2(a.at[k], a.at[k + 1]);
+        both.thread_elements() = float2(sum.at[k], sum.at[k + 1]);
+        simdgroup_multiply_accumulate(both, factor, other, both);
+        sum.at[k] = both.thread_elements()[0], sum.at[k + 1] = both.thread_elements()[1];
+    }
+    return sum;
 }
 
 //// the first lines of every kernel ////

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["TABLE", "VARIABLE", "Launch", "Shape", "launch"]
+__all__ = ["TABLE", "VARIABLE", "Launch", "Parts", "Shape", "launch", "parts", "shares"]
 
 VARIABLE = "MHC_METAL_TUNING"
 
@@ -31,6 +31,12 @@ ACCESS_BYTES = 16  # the widest access to memory
 REGISTERS = 64  # numbers of the streams that a thread may hold
 FILLED = 256  # threadgroups from which on a GPU is busy, so that each may take several turns
 ROWS = 256  # that a threadgroup sums at least, where there are more
+SHARES = 256  # of large tokens, at most, each with its sums over them
+SHARE_NUMBERS = 8192  # of a large token; smaller ones have up to four times as many shares
+KEPT_WORDS = {"metal": 64, "cuda": 128}  # of 32 bits, that a thread keeps between two uses
+TILE_TOKENS, BLOCK_CHANNELS, SPAN_BLOCKS = 16, 32, 8  # as common_project.h has them
+BUSY = 512  # simdgroups from which on a GPU is busy with products
+SHARED = 2048  # floats of threadgroup memory for the sums of some tokens
 
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -43,7 +49,10 @@ class Shape:
     ----------
     groups
         What a threadgroup takes: a ``"tile"`` of a token's channels, whole tokens (``"token"``:
-        sums over C end in it), or a share of ``"rows"`` to be summed.
+        sums over C end in it), ``"matrices"`` [n, n] of as many tokens as its lanes hold, n lanes
+        rounded up to a power of two for each, a share of ``"rows"`` to be summed, a part of the
+        products with phi (``"parts"``: 16 tokens for each simdgroup), ``"several"`` tokens
+        whose parts are added up, or a ``"share"`` of the tokens, whose sums it gives.
     threads
         The most threads of a threadgroup; fewer where there is less to do.
     elements
@@ -51,12 +60,19 @@ class Shape:
         many streams ask for it.
     turns
         How many times a thread of a ``"tile"`` does that, where the GPU is busy anyway.
+    keeps
+        Of how many arrays of streams a thread keeps its first accesses in registers, between two
+        uses of them.
+    streams
+        Whether the streams are spread over the threads, beside the channels.
     """
 
-    groups: Literal["tile", "token", "rows"]
+    groups: Literal["tile", "token", "matrices", "rows", "parts", "several", "share"]
     threads: int = 256
     elements: int = 8
     turns: int = 2
+    keeps: int = 0
+    streams: bool = False
 
 
 TABLE: Mapping[str, Shape] = {
@@ -64,22 +80,56 @@ TABLE: Mapping[str, Shape] = {
     "aggregate_vjp": Shape(groups="token"),
     "combine": Shape(groups="tile"),
     "combine_vjp": Shape(groups="token", elements=4),
-    "combine_vjp_wide": Shape(groups="token", elements=1),
+    "combine_vjp_wide": Shape(groups="token", elements=1, streams=True),
+    "sinkhorn": Shape(groups="matrices", threads=128),
+    "sinkhorn_knopp": Shape(groups="matrices", threads=128),
+    "sinkhorn_knopp_vjp": Shape(groups="matrices", threads=64),
+    "sinkhorn_vjp": Shape(groups="matrices", threads=64),
+    "static_mappings": Shape(groups="matrices", threads=128),
+    "static_mappings_vjp": Shape(groups="matrices", threads=64),
+    "head_vjp": Shape(groups="matrices", threads=128),
+    "mappings_vjp": Shape(groups="matrices", threads=64),
+    "combine_project": Shape(groups="parts", threads=64),
+    "head": Shape(groups="several"),
+    "mappings": Shape(groups="sums"),
+    "pre": Shape(groups="several"),
+    "project": Shape(groups="parts", threads=64),
+    "project_dphi": Shape(groups="strips", threads=128),
+    "project_dx": Shape(groups="strips", threads=128),
+    "gated_combine": Shape(groups="tile"),
+    "gated_combine_vjp": Shape(groups="token", elements=4),
+    "pre_scale": Shape(groups="tile"),
+    "pre_scale_vjp": Shape(groups="token"),
+    "residual_add_aggregate": Shape(groups="tile"),
+    "residual_add_aggregate_vjp": Shape(groups="token"),
+    "rms_norm": Shape(groups="token", keeps=1),
+    "rms_norm_vjp": Shape(groups="share", keeps=2),
+    "static_layer": Shape(groups="token", keeps=1),
+    "static_layer_vjp": Shape(groups="share", keeps=2),
+    "static_layer_vjp_wide": Shape(groups="share", elements=1, streams=True),
     "sum_rows": Shape(groups="rows", elements=1),
+    "weights_vjp": Shape(groups="token"),
 }
 """One line per kernel."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch needs: the grid in threads, and the elements per thread and access (W)."""
+    """What a launch needs: the grid in threads, and template arguments of the kernel.
+
+    Those are the elements per thread and access (W), the tokens that a threadgroup takes together
+    (TOKENS), the accesses that a thread keeps in registers (HELD), and whether there are more (REST).
+    """
 
     grid: tuple[int, int, int]
     threadgroup: tuple[int, int, int]
     elements: int
+    tokens: int = 1
+    held: int = 1
+    rest: bool = False
 
 
-def launch(kernel: str, T: int, n: int, C: int, dtype: str) -> Launch:
+def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "metal") -> Launch:
     """Choose the launch shape for T tokens (or rows) of n streams of C channels.
 
     The grid is a multiple of the threadgroup, which is a multiple of 32, in both dialects: no
@@ -88,18 +138,42 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str) -> Launch:
     shape = _shape(kernel)
     if shape.groups == "rows":
         return _rows(shape, T, C)
+    if shape.groups == "matrices":
+        return _matrices(shape, T, n)
+    if shape.groups == "parts":
+        return _parts(shape, T, C)
+    if shape.groups == "sums":
+        return _several(T, n, 1, shape.threads, 1)
+    if shape.groups == "strips":
+        return _strips(shape, T, n, C)
     elements = _elements(shape, n, C, dtype)
     accesses = -(-C // elements)
-    threads = _threads(shape, accesses)
+    threads = _threads(shape, accesses * n if shape.streams else accesses)
+    if shape.groups == "several":
+        return _several(T, n, accesses, threads, elements)
+    groups = _token_shares(shape, T, n * C) if shape.groups == "share" else T
+    if shape.keeps:
+        turns = -(-accesses // threads)
+        words = max(elements * ITEMSIZE[dtype] // 4, 1)  # narrow numbers are kept as they came
+        held = min(turns, KEPT_WORDS[dialect] // (shape.keeps * n * words))
+        return replace(_launch(groups, 1, threads, elements), held=held, rest=held < turns)
     tiles = -(-accesses // threads) if shape.groups == "tile" else 1
     if T * tiles > FILLED:
         tiles = -(-tiles // shape.turns)
-    return _launch(T, tiles, threads, elements)
+    return _launch(groups, tiles, threads, elements)
+
+
+def _token_shares(shape: Shape, T: int, numbers: int) -> int:
+    """Split the tokens evenly; the order of a sum depends on nothing but the sizes."""
+    times = 4 if shape.streams else min(max(SHARE_NUMBERS // numbers, 1), 4)
+    most = SHARES * times
+    return -(-T // max(-(-T // most), 1))
 
 
 def _elements(shape: Shape, n: int, C: int, dtype: str) -> int:
     """Return the largest power of two within all limits that divides C, hence every row."""
-    most = min(shape.elements, ACCESS_BYTES // ITEMSIZE[dtype], max(REGISTERS // n, 1))
+    held = REGISTERS // (n * max(shape.keeps, 1))
+    most = min(shape.elements, ACCESS_BYTES // ITEMSIZE[dtype], max(held, 1))
     return math.gcd(C, 1 << (most.bit_length() - 1))
 
 
@@ -107,10 +181,76 @@ def _threads(shape: Shape, needed: int) -> int:
     return min(shape.threads, -(-needed // SIMD) * SIMD)
 
 
+def _matrices(shape: Shape, T: int, n: int) -> Launch:
+    lanes = 1 << (n - 1).bit_length()
+    threads = _threads(shape, T * lanes)
+    return _launch(-(-T * lanes // threads), 1, threads, 1)
+
+
 def _rows(shape: Shape, rows: int, columns: int) -> Launch:
     """Choose how many shares of the rows are summed; it depends on nothing but the rows."""
     width = min(columns, shape.threads)
     return _launch(-(-rows // ROWS), -(-columns // width), shape.threads, 1)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How the sums over the channels of all streams are split.
+
+    Attributes
+    ----------
+    count
+        The parts.
+    blocks
+        The blocks of 32 channels in each: one, or the 8 of a span. A block's sum is a number of a
+        tree that is always the same, so either gives the same bits.
+    """
+
+    count: int
+    blocks: int
+
+    @property
+    def per_span(self) -> int:
+        """The parts in a span."""
+        return SPAN_BLOCKS // self.blocks
+
+
+def parts(T: int, C: int) -> Parts:
+    """Split the channels finely where there are few tokens, so that the GPU is busy."""
+    blocks = -(-C // BLOCK_CHANNELS)
+    spans = -(-blocks // SPAN_BLOCKS)
+    if -(-T // TILE_TOKENS) * spans >= BUSY:
+        return Parts(spans, SPAN_BLOCKS)
+    return Parts(blocks, 1)
+
+
+def shares(kernel: str, T: int, n: int, C: int) -> int:
+    """Return how many shares of the tokens a kernel sums by themselves."""
+    made = launch(kernel, T, n, C, "float32")
+    return made.grid[0] // made.threadgroup[0]
+
+
+def _parts(shape: Shape, T: int, C: int) -> Launch:
+    tiles = -(-T // TILE_TOKENS)
+    simdgroups = min(shape.threads // SIMD, tiles)
+    return _launch(-(-tiles // simdgroups), parts(T, C).count, simdgroups * SIMD, 8)
+
+
+def _strips(shape: Shape, T: int, n: int, C: int) -> Launch:
+    """Choose the shares of the tokens; they depend on nothing but the sizes."""
+    strips = n * -(-C // BLOCK_CHANNELS)
+    simdgroups = min(shape.threads // SIMD, strips)
+    shares = max(min(-(-T // 64), 8 * BUSY // strips), 1)
+    return _launch(shares, -(-strips // simdgroups), simdgroups * SIMD, 8)
+
+
+def _several(T: int, n: int, accesses: int, threads: int, elements: int) -> Launch:
+    """Choose the tokens of a threadgroup, and share one token's channels where there are few."""
+    tokens = 1
+    while tokens < 8 and T >= 2 * tokens * FILLED and 2 * tokens * (n + 1) ** 2 <= SHARED:
+        tokens *= 2
+    tiles = -(-accesses // threads) if T < FILLED else 1
+    return replace(_launch(-(-T // tokens), tiles, threads, elements), tokens=tokens)
 
 
 def _launch(groups: int, tiles: int, threads: int, elements: int) -> Launch:
@@ -154,7 +294,7 @@ _NEEDS: Mapping[str, tuple[Callable[[int], bool], str]] = {
     "elements": (_power_of_two, "1, 2, 4, 8 or 16"),
     "turns": (lambda value: value >= 1, "an integer of at least 1"),
 }
-assert set(_NEEDS) | {"groups"} == {field.name for field in fields(Shape)}
+assert set(_NEEDS) | {"groups", "keeps", "streams"} == {field.name for field in fields(Shape)}
 
 
 def _override(path: str, kernel: str, entry: Any) -> Shape:

@@ -17,7 +17,8 @@ import mlx.core as mx
 
 from mhc_backends._mlx import as_tuple
 from mhc_backends.kernels import header, ops, source
-from mhc_backends.kernels.launch import launch
+from mhc_backends.kernels.launch import launch, shares
+from mhc_backends.kernels.shorten import shorten
 
 __all__ = ["Kernels", "Ops", "Out", "Sizes", "tokens"]
 
@@ -87,19 +88,26 @@ class Kernels:
         """Launch a kernel and return its outputs; with no tokens, nothing is launched.
 
         Inputs are read as they lie in memory, row after row: MLX copies those that are strided.
-        ``constants`` are template arguments beside N and W; each value is compiled anew, so a
-        number that is no whole number, or that varies, is passed as an input.
+        ``constants`` are template arguments beside N and those of the launch; each value is
+        compiled anew, so a number that is no whole number, or that varies, is passed as an input.
         """
         shapes = [tuple(out.shape) for out in outputs.values()]
         dtypes = [out.dtype for out in outputs.values()]
         if sizes.T == 0:
             return [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
         arrays = list(inputs.values())
-        shape = launch(name, *sizes, _dtype(arrays[0].dtype))
-        words = {"N": sizes.n, "W": shape.elements, **constants}
-        text = source(name, self.dialect)
-        template = [(word, words[word]) for word in words if re.search(rf"\b{word}\b", text)]
-        kernel = self._kernel(name, tuple(inputs), tuple(outputs), arrays, dtypes)
+        shape = launch(name, *sizes, _dtype(arrays[0].dtype), self.dialect)
+        words = {
+            "N": sizes.n,
+            "W": shape.elements,
+            "TOKENS": shape.tokens,
+            "HELD": shape.held,
+            "REST": int(shape.rest),
+            **constants,
+        }
+        texts = shorten(header(self.dialect), source(name, self.dialect))
+        template = [(word, words[word]) for word in words if re.search(rf"\b{word}\b", texts[1])]
+        kernel = self._kernel(name, texts, tuple(inputs), tuple(outputs), arrays, dtypes)
         return list(
             kernel(
                 inputs=arrays,
@@ -114,6 +122,7 @@ class Kernels:
     def _kernel(
         self,
         name: str,
+        texts: tuple[str, str],
         inputs: tuple[str, ...],
         outputs: tuple[str, ...],
         arrays: Sequence[mx.array],
@@ -124,7 +133,6 @@ class Kernels:
         The text depends on the dtypes, and in Metal on which inputs are in constant memory. MLX
         releases that look for a compiled kernel by its name alone must not find another's.
         """
-        texts = source(name, self.dialect), header(self.dialect)
         words = [f"{_dtype(a.dtype)}{'c' if a.size < 8 else ''}" for a in arrays]
         full = "_".join(["mhc", name, *words, *map(_dtype, dtypes)])
         made = self._made.get((full, texts))
@@ -133,8 +141,8 @@ class Kernels:
                 name=full,
                 input_names=list(inputs),
                 output_names=list(outputs),
-                source=texts[0],
-                header=texts[1],
+                source=texts[1],
+                header=texts[0],
             )
         return made
 
@@ -151,22 +159,17 @@ class Kernels:
             How many axes the primal has without leading ones.
         """
         if like.ndim == last:
-            gradient = self._sum_rows(gradient.reshape(gradient.shape[0], like.size))
+            gradient = self.sum_rows(gradient.reshape(gradient.shape[0], like.size))
         return gradient.reshape(like.shape).astype(like.dtype)
 
-    def _sum_rows(self, a: mx.array) -> mx.array:
-        """Sum over the rows, a share at a time, in an order that is always the same."""
+    def sum_rows(self, a: mx.array) -> mx.array:
+        """Sum [R, K] to [1, K], some rows at a time, in an order that is always the same."""
         while a.shape[0] != 1:
             rows, columns = a.shape
             sizes = Sizes(rows, 1, columns)
-            shares = 1 if rows == 0 else _shares(sizes)
-            (a,) = self("sum_rows", {"a": a}, {"out": Out((shares, columns), mx.float32)}, sizes)
+            count = 1 if rows == 0 else shares("sum_rows", *sizes)
+            (a,) = self("sum_rows", {"a": a}, {"out": Out((count, columns), mx.float32)}, sizes)
         return a
-
-
-def _shares(sizes: Sizes) -> int:
-    shape = launch("sum_rows", *sizes, "float32")
-    return shape.grid[0] // shape.threadgroup[0]
 
 
 def _dtype(dtype: mx.Dtype) -> str:

@@ -8,10 +8,11 @@ import mlx.core as mx
 
 from mhc_backends._mlx import checkpoint, compile, from_host, grad, to_host
 from mhc_backends.kernels.mlx import Kernels, Ops
+from mhc_backends.mlx_cuda.launcher import cuda_kernel
 
 __all__ = ["checkpoint", "compile", "from_host", "grad", "to_host", "vjp"]
 
-_OPS = Ops(Kernels(mx.fast.cuda_kernel, "cuda"), mx.compile)
+_OPS = Ops(Kernels(cuda_kernel, "cuda"), mx.compile)
 vjp = _OPS.vjp
 
 

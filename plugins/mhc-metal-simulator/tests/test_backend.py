@@ -5,10 +5,8 @@ Guarded: each kind of slip that kernels are prone to, made in a copy of each ker
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,16 +16,26 @@ import mhc_metal_simulator as simulator
 
 mhc = pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels these are")
 
+import test_sinkhorn_kernels  # noqa: E402
+from kernel_checks import (  # noqa: E402
+    BACKEND,
+    BOUNDS,
+    RACE,
+    SPACE,
+    WRONG,
+    Fault,
+    agree,
+    assert_all_are_seeded,
+    cramped,
+    hold_by_the_kit,
+    seeded,
+)
 from mhc_backends import kernels  # noqa: E402
-from mhc_backends.kernels import launch as launches  # noqa: E402
-from mhc_backends.kernels import mlx as machinery  # noqa: E402
-from mhc_conformance import BackendConformance, Subject, check  # noqa: E402
+from mhc_conformance import BackendConformance  # noqa: E402
 
 from mhc_metal_simulator.backend import missing  # noqa: E402
 from mhc_metal_simulator.compiler import find_compiler  # noqa: E402
 from mhc_metal_simulator.launch import LaunchRecord  # noqa: E402
-
-BACKEND = "mlx-metal-simulator"
 
 
 class TestConformance(BackendConformance):
@@ -65,18 +73,6 @@ def test_under_vmap_it_raises_as_metal_does() -> None:
 # ---- sizes that need every loop more than once ---------------------------------------------------
 
 
-@contextlib.contextmanager
-def cramped() -> Iterator[None]:
-    """Give few and small threadgroups, so that each has many tokens, accesses and shares."""
-    small = {name: replace(shape, threads=32) for name, shape in launches.TABLE.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launches, "TABLE", small)
-        patch.setattr(launches, "MOST_GRID", 64)
-        patch.setattr(launches, "FILLED", 1)
-        patch.setattr(launches, "ROWS", 8)
-        yield
-
-
 SIZES = [(1, 1, 7), (1, 5, 1), (5, 4, 8), (7, 3, 37), (33, 2, 5), (5, 9, 37), (3, 4, 520)]
 ARRAYS = {"x": "tnc", "y": "tc", "h_pre": "tn", "h_post": "tn", "h_res": "tnn"}
 
@@ -93,16 +89,6 @@ def _draw(op: str, sizes: tuple[int, int, int], dtype: Any, shared: bool) -> lis
     return arrays
 
 
-def _agree(got: Any, want: Any, dtype: Any) -> None:
-    """Compare with what mlx-compiled gives, which the kit holds against the oracle."""
-    for one, other in zip(got, want, strict=True):
-        assert (one.dtype, one.shape) == (other.dtype, other.shape)
-        size = mx.max(mx.abs(other.astype(mx.float32))).item()
-        off = mx.max(mx.abs(one.astype(mx.float32) - other.astype(mx.float32))).item()
-        narrow = {mx.float32: 0.0, mx.float16: 2**-10, mx.bfloat16: 2**-7}
-        assert off <= (2e-6 + narrow[one.dtype]) * size, f"is off by {off / size:.2g}"
-
-
 def _run(op: str, sizes: tuple[int, int, int], dtype: Any, shared: bool) -> None:
     """Run an op and its vjp on the simulator, in two orders of the threads, and compare."""
     primals = _draw(op, sizes, dtype, shared)
@@ -110,9 +96,9 @@ def _run(op: str, sizes: tuple[int, int, int], dtype: Any, shared: bool) -> None
     want = public(*primals, backend="mlx-compiled")
     cotangent = mx.random.normal(want.shape, key=mx.random.key(2)).astype(want.dtype)
     with simulator.options(schedules=["forward", "reversed"]):
-        _agree([public(*primals, backend=BACKEND)], [want], dtype)
+        agree([public(*primals, backend=BACKEND)], [want])
         got = mhc.vjp(op, primals, cotangent, backend=BACKEND)
-    _agree(got, mhc.vjp(op, primals, cotangent, backend="mlx-compiled"), dtype)
+    agree(got, mhc.vjp(op, primals, cotangent, backend="mlx-compiled"))
 
 
 OPS = ("aggregate", "combine")
@@ -215,21 +201,6 @@ def test_traffic_is_ideal(call: Callable[[], Any], read: int, written: int) -> N
 # ---- seeded faults -------------------------------------------------------------------------------
 
 
-class Fault(NamedTuple):
-    """A slip in a copy of a kernel, or of what kernels share, and how it shows."""
-
-    kernel: str  # or "common"
-    what: str
-    right: str
-    wrong: str
-    shows: str
-    op: str = "combine"
-
-
-WRONG = "is off by"
-RACE = r"\(race\)|nothing was written before"
-BOUNDS = r"out of bounds|\(race\)"  # beyond a row is the next one, which another thread stores
-SPACE = "CompileError|address space"
 HALVED = "{{ {0} for (int k = 0; k < W; k++) {1}.at[k] = float(half({1}.at[k])); }}"
 ADD = "sum = add(sum, value(weights, i), load<W>(streams + i * C + c));"
 MIX = "sum = add(sum, value(res, i * N + j), xs[j]);"
@@ -293,31 +264,9 @@ FAULTS = (
 )
 
 
-@contextlib.contextmanager
-def _seeded(fault: Fault) -> Iterator[None]:
-    def slip(text: str) -> str:
-        assert fault.right in text, "the kernel has changed: seed the fault anew"
-        return text.replace(fault.right, fault.wrong)
-
-    def source(name: str, dialect: str) -> str:
-        text = kernels.source(name, dialect)
-        return slip(text) if name == fault.kernel else text
-
-    def header(dialect: str) -> str:
-        text = kernels.header(dialect)
-        return slip(text) if fault.kernel == "common" else text
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machinery, "source", source)
-        patch.setattr(machinery, "header", header)
-        yield
-
-
 def _try_everything(op: str) -> None:
     """Hold an op by the kit, in the dtype and the kinds that see most, then in small groups."""
-    for kind in ("forward", "gradient"):
-        record = check(Subject(BACKEND), op, "float32", kind)
-        assert record.passed, record.detail
+    hold_by_the_kit(op)
     with cramped():
         for sizes in SIZES:
             for shared in (False, True):
@@ -332,15 +281,10 @@ def test_nothing_is_caught_where_nothing_is_wrong(op: str) -> None:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kernel}: {fault.what}")
 def test_seeded_faults_are_caught(fault: Fault) -> None:
     errors = (AssertionError, simulator.SimulatorError)
-    with _seeded(fault), pytest.raises(errors, match=fault.shows):
+    with seeded(fault), pytest.raises(errors, match=fault.shows):
         _try_everything(fault.op)
 
 
 def test_every_kernel_has_its_faults_seeded() -> None:
-    seeded = {(fault.kernel, fault.what.split()[-1]) for fault in FAULTS}
-    for kernel in kernels.KERNELS:
-        for what in ("tail", "index", "sum"):
-            assert (kernel, what) in seeded
-        assert ("BARRIER;" not in kernels.source(kernel, "metal")) or any(
-            fault.kernel == kernel and "barrier" in fault.what for fault in FAULTS
-        )
+    faults = (*FAULTS, *test_sinkhorn_kernels.FAULTS)
+    assert_all_are_seeded(faults, kernels.KERNELS)

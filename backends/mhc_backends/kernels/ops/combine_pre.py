@@ -1,0 +1,58 @@
+"""combine_pre: kernels ``combine_project`` and ``pre``; back as pre's, then combine's vjp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from mhc_backends.kernels.mlx import Kernels, Out
+from mhc_backends.kernels.ops import _projection, combine
+from mhc_core.variants import Variant
+
+
+def forward(kernels: Kernels, *primals: mx.array, variant: Variant) -> tuple[mx.array, ...]:
+    """(x', h', H_pre', H_post', H_res'); h' uses h_pre where given, else H_pre'."""
+    return saving(kernels, *primals, variant=variant)[0]
+
+
+def saving(
+    kernels: Kernels,
+    x: mx.array,
+    y: mx.array,
+    h_post: mx.array,
+    h_res: mx.array,
+    phi: mx.array,
+    scale: mx.array,
+    bias: mx.array,
+    h_pre: mx.array | None = None,
+    *,
+    variant: Variant,
+) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
+    """Give the outputs and, for the vjp, x' and the projection of x'."""
+    x_new, sums = _projection.combine_project(kernels, x, y, h_post, h_res, phi)
+    made = _projection.pre(kernels, x_new, sums, scale, bias, h_pre, variant)
+    outputs = (x_new, made.h, made.h_pre, made.h_post, made.h_res)
+    return outputs, (x_new, made.u, made.r, made.h_pre)
+
+
+def vjp(
+    kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant
+) -> tuple[mx.array, ...]:
+    """The next pre's vjp gives the cotangent of x', combine's vjp takes it on."""
+    x, y, h_post, h_res, phi, scale, bias, *given = primals
+    if saved is None:
+        _, saved = saving(kernels, *primals, variant=variant)
+    x_new, u, r, h_pre = saved
+    g_x, g_h, g_pre, g_post, g_res = cotangents
+    dh_pre = _projection.weights_vjp(kernels, x_new, g_h)
+    through = g_pre if given else g_pre + dh_pre.reshape(g_pre.shape)
+    used = _projection.Cotangents(through, g_post, g_res, given[0] if given else h_pre, g_h, g_x)
+    # the cotangent of x' stays in float32 between the two vjps, as nothing rounds it there
+    between = Out(x.shape, mx.float32)
+    dx_new, dphi, dscale, dbias = _projection.back(
+        kernels, x_new, phi, scale, bias, _projection.Projected(u, r), used, variant, between
+    )
+    streams = combine.vjp(kernels, (x, y, h_post, h_res), (dx_new,))
+    shared = [kernels.sum_to(dh_pre, given[0], 1)] if given else []
+    return (*streams, dphi, dscale, dbias, *shared)

@@ -1,0 +1,104 @@
+"""gated_combine: kernels ``gated_combine`` and ``gated_combine_vjp``, or for many streams
+``combine_vjp_wide`` and ``pre_scale_vjp``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from mhc_backends.kernels.mlx import Kernels, Out, Sizes, tokens
+from mhc_backends.kernels.ops.pre_scale import scaled_back, slices
+
+MOST_IN_REGISTERS = 4  # streams whose n + n * n sums a thread can keep
+
+
+def forward(
+    kernels: Kernels, x: mx.array, y: mx.array, h_pre: mx.array, h_post: mx.array, h_res: mx.array
+) -> mx.array:
+    """H_post * (y + H_res (H_pre * x)) on the n slices of the last axis."""
+    sizes, inputs = _inputs(x, y, h_pre, h_post, h_res)
+    return kernels("gated_combine", inputs, {"out": Out.like(x)}, sizes)[0]
+
+
+def vjp(kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None) -> tuple[mx.array, ...]:
+    """With z = y + H_res (H_pre * x): dy = H_post * g, and the rest through z's two products."""
+    *_, h_pre, h_post, h_res = primals
+    back = _back if h_pre.shape[-1] <= MOST_IN_REGISTERS else _back_wide
+    dx, dy, dh_pre, dh_post, dh_res = back(kernels, *primals, *cotangents)
+    return (
+        dx,
+        dy,
+        kernels.sum_to(dh_pre, h_pre, 1),
+        kernels.sum_to(dh_post, h_post, 1),
+        kernels.sum_to(dh_res, h_res, 2),
+    )
+
+
+def _back(kernels: Kernels, *arrays: mx.array) -> list[mx.array]:
+    """Give dx, dy and each token's gradients of the mappings."""
+    x, y, *_, g = arrays
+    sizes, inputs = _inputs(*arrays[:-1])
+    inputs["g"] = slices(g, sizes.n)
+    outputs = {
+        "dx": Out.like(x),
+        "dy": Out.like(y),
+        "dh_pre": Out((sizes.T, sizes.n), mx.float32),
+        "dh_post": Out((sizes.T, sizes.n), mx.float32),
+        "dh_res": Out((sizes.T, sizes.n, sizes.n), mx.float32),
+    }
+    return kernels("gated_combine_vjp", inputs, outputs, sizes)
+
+
+def _back_wide(
+    kernels: Kernels,
+    x: mx.array,
+    y: mx.array,
+    h_pre: mx.array,
+    h_post: mx.array,
+    h_res: mx.array,
+    g: mx.array,
+) -> tuple[mx.array, ...]:
+    """The same of combine's kernel, for H = h_post H_res h_pre and no layer, and pre_scale's.
+
+    With G[i, j] = g_i . x_j and Y_i = g_i . y_i the sums over C; see gated_combine_vjp.h.
+    """
+    dy, Y = scaled_back(kernels, y, h_post, g)
+    pre, post, res = (a.astype(mx.float32) for a in (h_pre, h_post, h_res))
+    columns, rows = pre[..., None, :], post[..., :, None]
+    streams = slices(x, h_pre.shape[-1])
+    sizes = Sizes.of(streams)
+    inputs = {
+        "x": streams,
+        "y": mx.zeros((sizes.T, sizes.C), x.dtype),
+        "h_post": mx.zeros((1, sizes.n)),
+        "h_res": tokens(rows * res * columns, 2),
+        "g": slices(g, sizes.n),
+    }
+    outputs = {
+        "dx": Out.like(x),
+        "dy": Out((sizes.T, sizes.C), x.dtype),
+        "dh_post": Out((sizes.T, sizes.n), mx.float32),
+        "dh_res": Out((sizes.T, sizes.n, sizes.n), mx.float32),
+    }
+    dx, _, _, G = kernels("combine_vjp_wide", inputs, outputs, sizes)
+    columns, rows, res = tokens(columns, 2), tokens(rows, 2), tokens(res, 2)
+    dh_pre = (rows * res * G).sum(axis=1)
+    dh_post = Y + (res * columns * G).sum(axis=2)
+    return dx, dy, dh_pre, dh_post, rows * columns * G
+
+
+def _inputs(
+    x: mx.array, y: mx.array, h_pre: mx.array, h_post: mx.array, h_res: mx.array
+) -> tuple[Sizes, dict[str, mx.array]]:
+    n = h_pre.shape[-1]
+    streams = slices(x, n)
+    inputs = {
+        "x": streams,
+        "y": slices(y, n),
+        "h_pre": tokens(h_pre, 1),
+        "h_post": tokens(h_post, 1),
+        "h_res": tokens(h_res, 2),
+    }
+    return Sizes.of(streams), inputs

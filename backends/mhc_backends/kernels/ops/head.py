@@ -1,0 +1,73 @@
+"""head: kernels ``project`` and ``head``, and the way back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from mhc_backends.kernels.mlx import Kernels, Out, Sizes, tokens
+from mhc_backends.kernels.ops import _projection
+from mhc_core.variants import Variant
+
+
+def forward(
+    kernels: Kernels,
+    x: mx.array,
+    phi: mx.array,
+    scale: mx.array,
+    bias: mx.array,
+    *,
+    variant: Variant,
+) -> mx.array:
+    """h = sum_i w_i x_i with w = sigmoid(vec(x) @ phi.T r scale + bias) + pre_eps."""
+    return saving(kernels, x, phi, scale, bias, variant=variant)[0][0]
+
+
+def saving(
+    kernels: Kernels,
+    x: mx.array,
+    phi: mx.array,
+    scale: mx.array,
+    bias: mx.array,
+    *,
+    variant: Variant,
+) -> tuple[tuple[mx.array], tuple[mx.array, ...]]:
+    """Give h and, for the vjp, the projection and the weights."""
+    sizes, ahead = Sizes.of(x), x.shape[:-2]
+    sums = _projection.project(kernels, x, phi)
+    inputs = {
+        "x": tokens(x, 2),
+        "parts": sums.parts,
+        "scale": scale,
+        "bias": bias,
+        "settings": _projection.settings(variant),
+    }
+    outputs = {
+        "h": Out((*ahead, sizes.C), x.dtype),
+        **{name: Out((*ahead, sizes.n), mx.float32) for name in ("w", "u")},
+        "r": Out((*ahead, 1), mx.float32),
+    }
+    h, w, u, r = kernels("head", inputs, outputs, sizes, **sums.constants)
+    return (h,), (u, r, w)
+
+
+def vjp(
+    kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant
+) -> tuple[mx.array, ...]:
+    """The weighted sum's vjp, then the sigmoid's and the projection's."""
+    (x, phi, scale, bias), (g,) = primals, cotangents
+    if saved is None:
+        _, saved = saving(kernels, *primals, variant=variant)
+    u, r, w = saved
+    sizes = Sizes.of(x)
+    inputs = {
+        "u": tokens(u, 1),
+        "r": tokens(r, 1),
+        "scale": scale,
+        "bias": bias,
+        "g_w": _projection.weights_vjp(kernels, x, g),
+    }
+    local = _projection.local_vjp(kernels, "head_vjp", inputs, sizes, groups=1)
+    dx, dphi = _projection.back_projection(kernels, x, phi, local, Out.like(x), w, g)
+    return dx, dphi, *_projection.summed(kernels, local, scale, bias)

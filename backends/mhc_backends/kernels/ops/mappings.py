@@ -1,0 +1,71 @@
+"""mappings: kernels ``project`` and ``mappings``, and the way back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from mhc_backends.kernels.mlx import Kernels, Out, Sizes
+from mhc_backends.kernels.ops import _projection
+from mhc_core.variants import Variant
+
+
+def forward(
+    kernels: Kernels,
+    x: mx.array,
+    phi: mx.array,
+    scale: mx.array,
+    bias: mx.array,
+    *,
+    variant: Variant,
+) -> tuple[mx.array, ...]:
+    """(H_pre, H_post, H_res) of z = u r scale + bias."""
+    return saving(kernels, x, phi, scale, bias, variant=variant)[0]
+
+
+def saving(
+    kernels: Kernels,
+    x: mx.array,
+    phi: mx.array,
+    scale: mx.array,
+    bias: mx.array,
+    *,
+    variant: Variant,
+) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
+    """Give the outputs and, for the vjp, the projection."""
+    sizes, ahead = Sizes.of(x), x.shape[:-2]
+    sums = _projection.project(kernels, x, phi)
+    inputs = {
+        "parts": sums.parts,
+        "scale": scale,
+        "bias": bias,
+        "settings": _projection.settings(variant),
+    }
+    outputs = {
+        name: Out((*ahead, *last), mx.float32)
+        for name, last in _projection.mapped(sizes.n, phi.shape[0]).items()
+    }
+    made = kernels(
+        "mappings",
+        inputs,
+        outputs,
+        sizes,
+        CHANNELS=sizes.C,
+        **sums.constants,
+        **_projection.constants(variant),
+    )
+    return tuple(made[:3]), tuple(made[3:])
+
+
+def vjp(
+    kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant
+) -> tuple[mx.array, ...]:
+    """Through the activations, the division by the root mean square and the projection."""
+    x, phi, scale, bias = primals
+    if saved is None:
+        _, saved = saving(kernels, *primals, variant=variant)
+    given, projected = _projection.Cotangents(*cotangents), _projection.Projected(*saved)
+    return _projection.back(
+        kernels, x, phi, scale, bias, projected, given, variant, Out.like(x)
+    )

@@ -1,0 +1,55 @@
+"""pre: kernels ``project`` and ``pre``, and the way back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from mhc_backends.kernels.mlx import Kernels, Out
+from mhc_backends.kernels.ops import _projection
+from mhc_core.variants import Variant
+
+
+def forward(
+    kernels: Kernels,
+    x: mx.array,
+    phi: mx.array,
+    scale: mx.array,
+    bias: mx.array,
+    *,
+    variant: Variant,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """(aggregate(x, H_pre), H_post, H_res) with the mappings of x."""
+    return saving(kernels, x, phi, scale, bias, variant=variant)[0]
+
+
+def saving(
+    kernels: Kernels,
+    x: mx.array,
+    phi: mx.array,
+    scale: mx.array,
+    bias: mx.array,
+    *,
+    variant: Variant,
+) -> tuple[tuple[mx.array, mx.array, mx.array], tuple[mx.array, ...]]:
+    """Give the outputs and, for the vjp, the projection and H_pre."""
+    sums = _projection.project(kernels, x, phi)
+    made = _projection.pre(kernels, x, sums, scale, bias, None, variant)
+    return (made.h, made.h_post, made.h_res), (made.u, made.r, made.h_pre)
+
+
+def vjp(
+    kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant
+) -> tuple[mx.array, ...]:
+    """The aggregate's vjp, then the mappings' with the cotangent that it gives H_pre."""
+    (x, phi, scale, bias), (g_h, g_post, g_res) = primals, cotangents
+    if saved is None:
+        _, saved = saving(kernels, *primals, variant=variant)
+    u, r, h_pre = saved
+    given = _projection.Cotangents(
+        _projection.weights_vjp(kernels, x, g_h), g_post, g_res, h_pre, g_h
+    )
+    return _projection.back(
+        kernels, x, phi, scale, bias, _projection.Projected(u, r), given, variant, Out.like(x)
+    )

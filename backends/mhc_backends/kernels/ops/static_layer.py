@@ -1,0 +1,113 @@
+"""static_layer: kernels ``static_layer`` and ``static_layer_vjp``, or for many streams
+``aggregate``, ``rms_norm`` and their vjps, and ``static_layer_vjp_wide``.
+
+The mappings, which are the same for all tokens, are those of static_mappings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mhc_backends.kernels.launch import shares
+from mhc_backends.kernels.mlx import Kernels, Out, Sizes, tokens
+from mhc_backends.kernels.ops import rms_norm, static_mappings
+
+MOST_IN_REGISTERS = 4  # streams whose 2 n + n * n sums a thread can keep
+
+
+def forward(kernels: Kernels, *primals: mx.array, eps: float, iterations: int) -> mx.array:
+    """H_res x + H_post (outer) rms_norm(aggregate(x, H_pre))."""
+    return saving(kernels, *primals, eps=eps, iterations=iterations)[0]
+
+
+def saving(
+    kernels: Kernels, *primals: mx.array, eps: float, iterations: int
+) -> tuple[mx.array, tuple[mx.array, ...]]:
+    """Give the output and, for the vjp, the mappings."""
+    x, *raw, weight = primals
+    mapped = static_mappings.forward(kernels, *raw, iterations=iterations)
+    inputs = _inputs(x, mapped, weight, eps)
+    out = kernels("static_layer", inputs, {"out": Out.like(x)}, Sizes.of(x))[0]
+    return out, mapped
+
+
+def vjp(
+    kernels: Kernels,
+    primals: Sequence[mx.array],
+    cotangents: Any,
+    saved: Any = None,
+    *,
+    eps: float,
+    iterations: int,
+) -> tuple[mx.array, ...]:
+    """Through combine, the norm and the aggregate in one pass, then the static mappings."""
+    (x, *raw, weight), (g,) = primals, cotangents
+    mapped = saved or static_mappings.forward(kernels, *raw, iterations=iterations)
+    back = _back if x.shape[-2] <= MOST_IN_REGISTERS else _back_wide
+    dx, d_mapped, dweight = back(kernels, x, mapped, weight, g, eps)
+    d_raw = static_mappings.vjp(kernels, raw, d_mapped, iterations=iterations)
+    return dx, *d_raw, dweight.astype(weight.dtype)
+
+
+def _back(
+    kernels: Kernels, x: mx.array, mapped: Any, weight: mx.array, g: mx.array, eps: float
+) -> tuple[mx.array, list[mx.array], mx.array]:
+    sizes = Sizes.of(x)
+    n, C = sizes.n, sizes.C
+    sums = Out((shares("static_layer_vjp", *sizes), 2 * n + n * n + C), mx.float32)
+    inputs = {**_inputs(x, mapped, weight, eps), "g": tokens(g, 2)}
+    dx, parts = kernels("static_layer_vjp", inputs, {"dx": Out.like(x), "sums": sums}, sizes)
+    *d_mapped, dweight = _split(kernels.sum_rows(parts), n)
+    return dx, d_mapped, dweight
+
+
+def _back_wide(
+    kernels: Kernels, x: mx.array, mapped: Any, weight: mx.array, g: mx.array, eps: float
+) -> tuple[mx.array, list[mx.array], mx.array]:
+    sizes = Sizes.of(x)
+    n = sizes.n
+    h_pre, h_post, h_res = mapped
+    h = _collapsed(kernels, x, h_pre)
+    y = rms_norm.normalised(kernels, h, weight, eps)
+    dh, dweight = rms_norm.back(kernels, h, weight, _collapsed(kernels, g, h_post), eps)
+    inputs = {
+        "x": tokens(x, 2),
+        "g": tokens(g, 2),
+        "y": y,
+        "dh": dh,
+        "h_pre": h_pre,
+        "h_res": h_res,
+    }
+    sums = Out((shares("static_layer_vjp_wide", *sizes), 2 * n + n * n), mx.float32)
+    outputs = {"dx": Out.like(x), "sums": sums}
+    dx, parts = kernels("static_layer_vjp_wide", inputs, outputs, sizes)
+    *d_mapped, _ = _split(kernels.sum_rows(parts), n)
+    return dx, d_mapped, dweight.reshape(-1)
+
+
+def _collapsed(kernels: Kernels, x: mx.array, weights: mx.array) -> mx.array:
+    """Give sum_i weights_i x_i per token, not rounded to the dtype of the streams."""
+    sizes = Sizes.of(x)
+    inputs = {"x": tokens(x, 2), "h_pre": tokens(weights, 1)}
+    return kernels("aggregate", inputs, {"h": Out((sizes.T, sizes.C), mx.float32)}, sizes)[0]
+
+
+def _split(sums: mx.array, n: int) -> tuple[mx.array, ...]:
+    """Give dh_pre, dh_post, dH_res and what comes after them."""
+    dh_pre, dh_post, dh_res, rest = mx.split(sums.reshape(-1), [n, 2 * n, 2 * n + n * n])
+    return dh_pre, dh_post, dh_res.reshape(n, n), rest
+
+
+def _inputs(x: mx.array, mapped: Any, weight: mx.array, eps: float) -> dict[str, mx.array]:
+    h_pre, h_post, h_res = mapped
+    return {
+        "x": tokens(x, 2),
+        "h_pre": h_pre,
+        "h_post": h_post,
+        "h_res": h_res,
+        "weight": weight,
+        "eps": mx.array([eps], mx.float32),
+    }

@@ -1,0 +1,33 @@
+// pre: the last stage, from the sums over n C in parts[T, P, m + 1] (project.h) to the mappings, as in
+// mappings.h, and to h = sum_i h_pre_i x_i; with GIVEN, h has given_i in the place of h_pre_i.
+//
+// x[T, n, C], given[T or 1, n], scale[3], bias[m], settings[4] -> h[T, C], h_pre[T, n], h_post[T, n],
+// h_res[T, n, n], and for the vjp u[T, m] and r[T, 1]. A threadgroup takes TOKENS tokens, or a
+// stretch of their C; those of one token all add up its parts, and the first stores the mappings.
+
+const int64_t T = parts_shape[0];
+const int C = x_shape[2], M = N * N + 2 * N;
+threadgroup float sums[TOKENS * (M + 1)];
+threadgroup float spans[SPANS > 0 ? TOKENS * SPANS * (M + 1) : 1];
+
+//// fast where vectors<W>(x) && vectors<W>(h) ////
+for (int64_t first = int64_t(here.group_x) * TOKENS; first < T;
+     first += int64_t(here.groups_x) * TOKENS) {
+    sum_parts<TOKENS, M + 1, PER_SPAN, SPANS>(parts, parts_shape[1], first, T, sums, spans, here);
+    BARRIER;
+    activate<N, TOKENS>(sums, scale, bias, settings, float(N) * C, first, T, here.group_y == 0, u,
+                        r, h_pre, h_post, here);
+    BARRIER;
+    if (here.group_y == 0)
+        mix_matrices<N, TOKENS, ITERATIONS, LOG, FIRST_COLUMNS, TRANSPOSED>(sums, settings[3],
+                                                                            first, T, h_res, here);
+    for (int k = 0; k < TOKENS && first + k < T; k++) {
+        const int64_t token = first + k;
+        float weights[N];
+        UNROLL for (int i = 0; i < N; i++)
+            weights[i] = GIVEN ? float(given[row(given_shape[0], token) * N + i])
+                               : sums[k * (M + 1) + i];
+        collapse<N, W>(x + token * N * C, weights, h + token * C, C, here);
+    }
+    BARRIER;  // the next tokens use sums again
+}

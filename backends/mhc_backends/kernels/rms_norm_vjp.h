@@ -1,0 +1,68 @@
+// The vjp of rms_norm: dx = r (weight g - x r pulled), pulled = mean(x r weight g);
+// dweight = sum_T g x r.
+//
+// x, g[T, C], weight[C], eps[1] -> dx[T, C] and, a row for the share of the tokens that a
+// threadgroup takes, dweight[shares, C]. Registers are used as in rms_norm.
+
+const int64_t T = x_shape[0];
+const int C = x_shape[1];
+threadgroup float shared[2 * 2 * MOST_SIMDGROUPS];
+//// fast where vectors<W>(x) && vectors<W>(weight) && vectors<W>(g) && vectors<W>(dx) &&
+// vectors<W>(dweight) ////
+const int first = first_channel<W>(here), step = next_channel<W>(here);
+const int rest = REST ? first + HELD * step : C;
+const auto row_of_dweight = dweight + int64_t(here.group_x) * C;
+int turn = 0;  // tokens take turns with the halves of `shared`
+
+Floats<W> dweights[HELD];
+UNROLL for (int k = 0; k < HELD; k++) dweights[k] = zeros<W>();
+
+for (int64_t token = here.group_x; token < T; token += here.groups_x) {
+    const int64_t at = token * C;
+
+    // x . x and (x weight) . g
+    decltype(load_raw_streams<1, W>(x, C, 0)) xs[HELD];
+    decltype(load_raw_streams<1, W>(g, C, 0)) gs[HELD];
+    Floats<2> norm = zeros<2>();
+    UNROLL for (int k = 0; k < HELD; k++) {
+        const int c = first + k * step;
+        xs[k] = load_raw_streams<1, W>(x + at, C, c);
+        gs[k] = load_raw_streams<1, W>(g + at, C, c);
+    }
+    UNROLL for (int k = 0; k < HELD; k++) {
+        const int c = first + k * step;
+        const Floats<W> v = floats(xs[k]).at[0], dy = floats(gs[k]).at[0];
+        norm.at[0] = dot(norm.at[0], v, v);
+        if (c < C) norm.at[1] = dot(norm.at[1], product(v, load<W>(weight + c)), dy);
+    }
+    for (int c = rest; c < C; c += step) {
+        const Floats<W> again = load<W>(x + at + c);
+        norm.at[0] = dot(norm.at[0], again, again);
+        norm.at[1] = dot(norm.at[1], product(again, load<W>(weight + c)), load<W>(g + at + c));
+    }
+    norm = sums_for_all(norm, shared + turn * 2 * MOST_SIMDGROUPS, here);
+    turn = 1 - turn;
+    const float r = inverse_rms(norm.at[0], C, float(eps[0]));
+    const float pulled = r * norm.at[1] / float(C);
+
+    UNROLL for (int k = 0; k < HELD; k++) {
+        const int c = first + k * step;
+        if (c < C) {
+            const Floats<W> v = floats(xs[k]).at[0], dy = floats(gs[k]).at[0];
+            store(dx + at + c, rms_norm_back(v, load<W>(weight + c), dy, r, pulled));
+            dweights[k] = add(dweights[k], 1.0f, product(dy, times(r, v)));
+        }
+    }
+    for (int c = rest; c < C; c += step) {
+        const Floats<W> again = load<W>(x + at + c), dy = load<W>(g + at + c);
+        store(dx + at + c, rms_norm_back(again, load<W>(weight + c), dy, r, pulled));
+        // no register has an index: what earlier tokens gave is where this thread left it
+        Floats<W> sum = product(dy, times(r, again));
+        if (token != here.group_x) sum = add(sum, 1.0f, load<W>(row_of_dweight + c));
+        store(row_of_dweight + c, sum);
+    }
+}
+
+UNROLL for (int k = 0; k < HELD; k++) {
+    if (first + k * step < C) store(row_of_dweight + first + k * step, dweights[k]);
+}

@@ -1,0 +1,118 @@
+"""Only what a kernel uses of the common text, without comments.
+
+MLX hashes a kernel's text at every launch, 0.3 us for each KiB (its custom_kernel.cpp), so a kernel
+gets no more text than it needs: the definitions whose names it mentions, and so on from those.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+
+__all__ = ["shorten"]
+
+_NAMESPACE = re.compile(r"^namespace (\w+) \{\n(.*?)^\}  // namespace \1\n", re.MULTILINE | re.DOTALL)
+_DEFINES = re.compile(
+    r"""
+    ^(?:template\s*<[^\n]*>\s)?\s*
+    (?: \#define\s+(\w+)                      # a macro
+    | struct\s+(\w+)
+    | typedef\b[^;]*?\b(\w+);
+    | enum\s*\{([^}]*)\}                     # its words
+    | FUNCTION\b[^;{}()]*?\b(\w+)\( )       # a function, whatever it returns
+    """,
+    re.MULTILINE | re.VERBOSE,
+)
+_WORD = re.compile(r"[A-Za-z_]\w*")
+_CALL = re.compile(r"([A-Za-z_]\w*)\s*[(<]")
+
+
+@functools.cache
+def shorten(header: str, body: str) -> tuple[str, str]:
+    """Return the header's definitions that a body needs, and the body, both without comments."""
+    body = _compact(body)
+    parts: list[str] = []
+    needs = _uses(body)
+    for name, text in reversed(list(_sections(_compact(header)))):
+        if name and f"using namespace {name};" not in body:
+            continue
+        kept = _needed(text, needs)
+        needs |= _uses(kept)
+        parts.append(f"namespace {name} {{\n{kept}}}\n" if name else kept)
+    return "".join(reversed(parts)), body
+
+
+def _compact(text: str) -> str:
+    """Take out comments, but for those that close namespaces, indentation and empty lines."""
+    lines = (
+        (line if line.startswith("}  // namespace") else line.partition("//")[0]).strip()
+        for line in text.splitlines()
+    )
+    return "".join(f"{line}\n" for line in lines if line)
+
+
+def _sections(header: str) -> Iterator[tuple[str, str]]:
+    """Give a header's namespaces with their names, and what stands between them without one."""
+    end = 0
+    for found in _NAMESPACE.finditer(header):
+        yield "", header[end : found.start()]
+        yield found[1], found[2]
+        end = found.end()
+    yield "", header[end:]
+
+
+def _needed(text: str, needs: set[str]) -> str:
+    """Keep the definitions that are needed, directly or by others that are, in their order."""
+    definitions = _definitions(text)
+    names = [_names(definition) for definition in definitions]
+    kept = {k for k, own in enumerate(names) if not own}
+    words = needs.union(*(_uses(definitions[k]) for k in kept))
+    while more := {k for k, own in enumerate(names) if k not in kept and own & words}:
+        kept |= more
+        words.update(*(_uses(definitions[k]) for k in more))
+    return "".join(definitions[k] for k in sorted(kept))
+
+
+def _names(definition: str) -> set[str]:
+    """Give the names that a definition defines, those of functions with a bracket.
+
+    The first is all, and what is in it is its own; but a macro may make several functions.
+    """
+    names: set[str] = set()
+    for macro, struct, type_name, words, function in _DEFINES.findall(definition):
+        names.update(name for name in (macro, struct, type_name) if name)
+        names.update({f"{function}("} if function else ())
+        names.update(_WORD.findall(re.sub(r"=[^,]*", "", words)))
+        if not definition.startswith("#"):
+            break
+    return names
+
+
+def _uses(text: str) -> set[str]:
+    """Give the words of a text, and again with a bracket those that may be calls."""
+    return {*_WORD.findall(text), *(f"{name}(" for name in _CALL.findall(text))}
+
+
+def _definitions(text: str) -> list[str]:
+    """Split a text where neither a brace, a conditional nor a macro that ends again is open."""
+    definitions: list[str] = []
+    current: list[str] = []
+    braces = conditionals = 0
+    ends = set(re.findall(r"^#undef (\w+)", text, re.MULTILINE))
+    macro = ""
+    for line in text.splitlines(keepends=True):
+        current.append(line)
+        code = line.strip()
+        braces += code.count("{") - code.count("}")
+        conditionals += code.startswith("#if") - code.startswith("#endif")
+        if (found := re.match(r"#define (\w+)", code)) and found[1] in ends:
+            macro = found[1]
+        if macro and code == f"#undef {macro}":
+            macro = ""
+        directive = code.startswith("#") and not code.endswith("\\")
+        whole = code.endswith((";", "}")) or directive
+        if whole and not (braces or conditionals or macro):
+            definitions.append("".join(current))
+            current = []
+    return [*definitions, "".join(current)] if current else definitions

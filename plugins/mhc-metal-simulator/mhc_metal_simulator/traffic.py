@@ -1,0 +1,265 @@
+"""``python -m mhc_metal_simulator.traffic``: the bytes that each op of mlx-metal moves, as a table.
+
+The ops run through the public API on random arrays. Forwards and vjps are told apart as training
+sees them: a vjp finds what its forward saved, and its launches are those that ``mx.vjp`` adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mhc_core
+import mlx.core as mx
+from mhc_backends.kernels import KERNELS
+from mhc_conformance.cases import Case, Sizes, cases, data
+from mhc_conformance.subject import Subject, several
+from mhc_core import math
+
+from mhc_metal_simulator.backend import SPEC
+from mhc_metal_simulator.launch import LaunchRecord, record
+
+__all__ = ["BEGIN", "DEFAULTS", "END", "KIBIBYTE", "Launched", "Row", "Size", "measure", "table"]
+
+BEGIN = "<!-- the table begins: python -m mhc_metal_simulator.traffic --write docs/kernels.md -->"
+END = "<!-- the table ends -->"
+KIBIBYTE = 1024
+
+
+@dataclass(frozen=True)
+class Size:
+    """T tokens of n streams of C channels, and the dtype of the streams."""
+
+    T: int = 64
+    n: int = 4
+    C: int = 4096
+    dtype: str = "bfloat16"
+
+
+DEFAULTS = Size()
+
+# ---- what is counted -----------------------------------------------------------------------------
+
+PHI = frozenset({"phi", "dphi"})
+SUMS = frozenset({"parts", "terms", "sums", "dweight"})
+"""What one launch sums in part and another adds up."""
+
+SMALL = re.compile(
+    r"d?h_(pre|post|res)(_raw)?|[gd]_(pre|post|res)|given|d?w|g_w|d?u|r|pull"
+    r"|scale|bias|weight|settings|eps|epsilon"
+)
+"""Mappings and what belongs to them, a few numbers per token, and parameters without phi.
+
+All threads of a token read them, from the cache but for the first: each byte counts once. Of every
+other array, each access counts, whichever thread made it.
+"""
+
+UNREAD = {("contract", "x"), ("expand", "h")}
+"""What no vjp has to read: of a linear op, the array that is differentiated."""
+ONE_GRADIENT = {("residual_add_aggregate", "res")}
+"""Gradients that equal another one and are the same array."""
+
+
+def ideal(op: str, vjp: bool, primals: Sequence[Any], cotangents: Sequence[Any]) -> int:
+    """Return the bytes if every input were read once and every output written once.
+
+    A forward has the primals and gives arrays like the cotangents; a vjp has both and gives arrays
+    like the primals. ``primals`` and ``cotangents`` are NumPy arrays.
+    """
+    sizes = {
+        name: array.nbytes
+        for name, array in zip(math.load(op).OP.arrays, primals, strict=False)  # one is optional
+    }
+    outputs = sum(array.nbytes for array in cotangents)
+    if not vjp:
+        return sum(sizes.values()) + outputs
+    read = sum(size for name, size in sizes.items() if (op, name) not in UNREAD)
+    written = sum(size for name, size in sizes.items() if (op, name) not in ONE_GRADIENT)
+    return read + outputs + written
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What one launch, or several, loaded and stored, in bytes.
+
+    Attributes
+    ----------
+    read, written
+        Of streams, layers and matrices: every access.
+    phi, sums
+        Of phi and its gradient, and of partial sums, loaded and stored: every access.
+    small
+        Of mappings and other parameters, loaded and stored: each byte once.
+    ideal
+        Of a launch: each byte that it touches, once.
+    """
+
+    read: int
+    written: int
+    phi: int
+    sums: int
+    small: int
+    ideal: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.read + self.written + self.phi + self.sums + self.small
+
+    @classmethod
+    def of(cls, launch: LaunchRecord) -> Launched:
+        """Sort a launch's arrays into these kinds."""
+        counted = dict.fromkeys(("read", "written", "phi", "sums", "small"), 0)
+        adding_up = kernel_of(launch) == "sum_rows"
+        arrays = {k: one for k, one in launch.traffic.items() if one.role != "metadata"}
+        for name, one in arrays.items():
+            if SMALL.fullmatch(name):
+                counted["small"] += one.loaded_unique + one.stored_unique
+            elif adding_up or name in SUMS or name in PHI:
+                counted["phi" if name in PHI else "sums"] += one.loaded + one.stored
+            else:
+                counted["read"] += one.loaded
+                counted["written"] += one.stored
+        touched = sum(one.loaded_unique + one.stored_unique for one in arrays.values())
+        return cls(**counted, ideal=touched)
+
+    @classmethod
+    def together(cls, launches: Iterable[Launched], ideal: int) -> Launched:
+        """Add launches up, and hold them against the ideal of what they make together."""
+        made = list(launches)
+        names = ("read", "written", "phi", "sums", "small")
+        return cls(*(sum(getattr(one, name) for one in made) for name in names), ideal=ideal)
+
+
+@dataclass(frozen=True)
+class Row:
+    """An op's forward or vjp: its launches by kernel, in their order, and all of them together."""
+
+    op: str
+    vjp: bool
+    launches: tuple[tuple[str, Launched], ...]
+    together: Launched
+
+    @property
+    def name(self) -> str:
+        """The op, and whether this is its vjp."""
+        return f"{self.op} vjp" if self.vjp else self.op
+
+
+def kernel_of(launch: LaunchRecord) -> str:
+    """Return the name of a kernel without the dtypes that it was made for."""
+    return max((k for k in KERNELS if launch.kernel.startswith(f"mhc_{k}_")), key=len)
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def measure(size: Size = DEFAULTS, ops: Sequence[str] = ()) -> Iterator[Row]:
+    """Run ops, all of them if none is named, and give a row for each forward and each vjp."""
+    for op in ops or SPEC.ops:
+        yield from _rows(op, size)
+
+
+def _rows(op: str, size: Size) -> Iterator[Row]:
+    case, subject = _case(op, size), Subject(SPEC.name)
+    drawn = data(case, size.dtype, seed=0)
+    primals, cotangents = subject.take(drawn.primals), subject.take(drawn.cotangents)
+    public: Callable[..., Any] = getattr(mhc_core, op)
+
+    def function(*arrays: Any) -> list[Any]:
+        return list(several(public(*arrays, **case.options, backend=SPEC.name)))
+
+    with record() as forward:
+        function(*primals)
+    with record() as both:
+        mx.vjp(function, list(primals), list(cotangents))
+    for vjp, launches in ((False, forward), (True, both[len(forward) :])):
+        made = tuple((kernel_of(launch), Launched.of(launch)) for launch in launches)
+        least = ideal(op, vjp, drawn.primals, drawn.cotangents)
+        yield Row(op, vjp, made, Launched.together((one for _, one in made), least))
+
+
+def _case(op: str, size: Size) -> Case:
+    """Take the first of the kit's static choices, in these sizes."""
+    static = (("n", size.n),) if op == "expand" else next(cases(op)).static
+    sizes = Sizes((size.T,), size.n, size.C, "what is counted in the table")
+    return replace(next(cases(op)), label="traffic", sizes=sizes, static=static)
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+_HEAD = "op | kernel | read | written | phi | sums | small | total | ideal | ratio"
+
+
+def table(rows: Iterable[Row], size: Size) -> str:
+    """Lay rows out in Markdown, in KiB: a line per op, and where it has several, one per launch."""
+    lines = [f"T={size.T}, n={size.n}, C={size.C}, {size.dtype} streams; in KiB.", ""]
+    lines += [f"| {_HEAD} |", "|---|---|" + "--:|" * 8]
+    for row in rows:
+        lines += _lines(row)
+    return "\n".join(lines)
+
+
+def _lines(row: Row) -> Iterator[str]:
+    kernels = [kernel for kernel, _ in row.launches]
+    if len(kernels) < 2:
+        what = f"`{kernels[0]}`" if kernels else "none: MLX's own operations"
+        yield _line(f"**{row.name}**", what, row.together)
+        return
+    yield _line(f"**{row.name}**", f"{len(kernels)} launches", row.together)
+    for kernel, launched in row.launches:
+        yield _line("", f"`{kernel}`", launched)
+
+
+def _line(op: str, what: str, launched: Launched) -> str:
+    one = launched
+    amounts = (one.read, one.written, one.phi, one.sums, one.small, one.total, one.ideal)
+    ratio = f"{one.total / one.ideal:.3f}" if one.total else ""
+    return f"| {' | '.join((op, what, *map(_amount, amounts), ratio))} |"
+
+
+def _amount(size: int) -> str:
+    return f"{size / KIBIBYTE:,.1f}" if size else ""
+
+
+def rewritten(text: str, new: str) -> str:
+    """Put a table in the place of the one between the two marks."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"needs the lines {BEGIN!r} and {END!r}, between which the table goes")
+    return f"{before}{begin}\n\n{new}\n\n{end}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table, or write it into a file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mhc_metal_simulator.traffic", description=__doc__
+    )
+    parser.add_argument("--T", type=int, default=DEFAULTS.T, help="tokens")
+    parser.add_argument("--n", type=int, default=DEFAULTS.n, help="streams")
+    parser.add_argument("--C", type=int, default=DEFAULTS.C, help="channels")
+    dtypes = ("float32", "float16", "bfloat16")
+    parser.add_argument("--dtype", choices=dtypes, default=DEFAULTS.dtype, help="of the streams")
+    parser.add_argument(
+        "--op", choices=math.OPS, action="append", help="only this; may be repeated"
+    )
+    parser.add_argument(
+        "--write", type=Path, help="put the table into this file, between its marks"
+    )
+    given = parser.parse_args(arguments)
+    size = Size(given.T, given.n, given.C, given.dtype)
+    made = table(measure(size, given.op or ()), size)
+    if given.write is None:
+        print(made)
+    else:
+        text = given.write.read_text(encoding="utf-8")
+        given.write.write_text(rewritten(text, made), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What the tests of kernels share: small threadgroups, comparisons, and faults seeded in copies."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import mlx.core as mx
+import pytest
+
+pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels these are")
+
+from mhc_backends import kernels
+from mhc_backends.kernels import launch as launches
+from mhc_backends.kernels import mlx as machinery
+from mhc_conformance import Subject, check
+
+BACKEND = "mlx-metal-simulator"
+
+
+@contextlib.contextmanager
+def cramped() -> Iterator[None]:
+    """Give few and small threadgroups, so that each has many tokens, accesses and shares."""
+    small = {name: replace(shape, threads=32) for name, shape in launches.TABLE.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launches, "TABLE", small)
+        patch.setattr(launches, "MOST_GRID", 64)
+        patch.setattr(launches, "FILLED", 1)
+        patch.setattr(launches, "ROWS", 8)
+        patch.setattr(launches, "SHARES", 2)
+        yield
+
+
+def agree(got: Sequence[mx.array], want: Sequence[mx.array]) -> None:
+    """Compare with what mlx-compiled gives, which the kit holds against the oracle."""
+    for one, other in zip(got, want, strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        size = mx.max(mx.abs(other.astype(mx.float32))).item()
+        off = mx.max(mx.abs(one.astype(mx.float32) - other.astype(mx.float32))).item()
+        narrow = {mx.float32: 0.0, mx.float16: 2**-10, mx.bfloat16: 2**-7}
+        assert off <= (2e-6 + narrow[one.dtype]) * size, f"is off by {off / size:.2g}"
+
+
+def hold_by_the_kit(op: str) -> None:
+    """Run the kit in the dtype and the kinds that see most."""
+    for kind in ("forward", "gradient"):
+        record = check(Subject(BACKEND), op, "float32", kind)
+        assert record.passed, record.detail
+
+
+# ---- seeded faults -------------------------------------------------------------------------------
+
+
+class Fault(NamedTuple):
+    """A slip in a copy of a kernel, or of what kernels share, and how it shows."""
+
+    kernel: str  # or "common": all that kernels share
+    what: str
+    right: str
+    wrong: str
+    shows: str
+    op: str = "combine"
+
+
+WRONG = "is off by"
+RACE = r"\(race\)|nothing was written before"
+BOUNDS = r"out of bounds|\(race\)"  # beyond a row is the next one, which another thread stores
+SPACE = "CompileError|address space"
+
+
+@contextlib.contextmanager
+def seeded(fault: Fault) -> Iterator[None]:
+    """Let kernels have a fault."""
+
+    def slip(text: str) -> str:
+        assert fault.right in text, "the kernel has changed: seed the fault anew"
+        return text.replace(fault.right, fault.wrong)
+
+    def source(name: str, dialect: str) -> str:
+        text = kernels.source(name, dialect)
+        return slip(text) if name == fault.kernel else text
+
+    def header(dialect: str) -> str:
+        text = kernels.header(dialect)
+        return slip(text) if fault.kernel == "common" else text
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machinery, "source", source)
+        patch.setattr(machinery, "header", header)
+        yield
+
+
+def assert_all_are_seeded(faults: Sequence[Fault], names: Sequence[str]) -> None:
+    """Each kernel needs a wrong tail, index and sum, and a missing barrier if it has any."""
+    for kernel in names:
+        kinds = {fault.what.split()[-1] for fault in faults if fault.kernel == kernel}
+        assert kinds >= {"tail", "index", "sum"}, kernel
+        body = kernels.source(kernel, "metal")
+        assert "BARRIER;" not in body or "barrier" in " ".join(
+            fault.what for fault in faults if fault.kernel == kernel
+        ), kernel

@@ -1,0 +1,537 @@
+"""The kernels of the static forms and of the small ops: right, frugal, and guarded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mhc_metal_simulator as simulator
+
+mhc = pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels these are")
+
+from kernel_checks import (  # noqa: E402
+    BACKEND,
+    BOUNDS,
+    RACE,
+    SPACE,
+    WRONG,
+    Fault,
+    agree,
+    cramped,
+    seeded,
+)
+from mhc_backends.kernels import launch as launches  # noqa: E402
+
+from mhc_metal_simulator.launch import LaunchRecord  # noqa: E402
+
+Sizes = tuple[int, int, int]
+
+SIZES = [(1, 1, 7), (1, 5, 1), (5, 4, 8), (7, 3, 37), (33, 2, 5), (5, 9, 37), (3, 4, 520)]
+
+STATIC: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+    "contract": lambda n: [{"how": "sum"}, {"how": "mean"}],
+    "expand": lambda n: [{"n": n}],
+    "gated_combine": lambda n: [{}],
+    "pre_scale": lambda n: [{}],
+    "residual_add_aggregate": lambda n: [{}],
+    "rms_norm": lambda n: [{"eps": 0.5}],
+    "static_layer": lambda n: [{"eps": 0.5, "iterations": 5}],
+}
+"""The ops, with the static arguments to try for n streams."""
+
+
+def _draw(op: str, sizes: Sizes, dtype: Any = mx.float32, shared: bool = False) -> list[mx.array]:
+    """Draw arrays of the shapes that the op declares; mappings are float32."""
+    T, n, C = sizes
+    size = {"...": T, "n": n, "C": C, "D": n * C}
+    rng = np.random.default_rng(1)
+    arrays: list[mx.array] = []
+    for name, (first, *others) in mhc.math.load(op).OP.patterns.items():
+        words = others[0] if shared and others else first
+        host = rng.normal(size=[size[word] for word in words]).astype(np.float32)
+        arrays.append(mx.array(host).astype(mx.float32 if name.startswith("h_") else dtype))
+    return arrays
+
+
+def _outputs(op: str, primals: list[mx.array], backend: str, **static: Any) -> list[mx.array]:
+    made = getattr(mhc, op)(*primals, **static, backend=backend)
+    return [made] if isinstance(made, mx.array) else list(made)
+
+
+def _cotangents(outputs: list[mx.array]) -> list[mx.array]:
+    keys = mx.random.split(mx.random.key(2), len(outputs))
+    return [
+        mx.random.normal(out.shape, key=key).astype(out.dtype)
+        for out, key in zip(outputs, keys, strict=True)
+    ]
+
+
+def _wide(arrays: list[mx.array]) -> list[Any]:
+    return [np.array(array.astype(mx.float32)).astype(np.float64) for array in arrays]
+
+
+def _rounded(wide: Any, like: list[mx.array]) -> list[mx.array]:
+    arrays = wide if isinstance(wide, tuple) else (wide,)
+    pairs = zip(arrays, like, strict=True)
+    return [mx.array(array.astype(np.float32)).astype(one.dtype) for array, one in pairs]
+
+
+def _run(op: str, primals: list[mx.array], **static: Any) -> None:
+    """Run an op and its vjp on the simulator, in two orders of the threads, and compare.
+
+    With NumPy in float64: in float32 others' sums over many channels are less exact than these.
+    """
+    with simulator.options(schedules=["forward", "reversed"]):
+        outputs = _outputs(op, primals, BACKEND, **static)
+        given = _cotangents(outputs)
+        gradients = list(mhc.vjp(op, primals, given, **static, backend=BACKEND))
+    truth = getattr(mhc, op)(*_wide(primals), **static, backend="numpy")
+    agree(outputs, _rounded(truth, outputs))
+    assert [g.dtype for g in gradients] == [p.dtype for p in primals]
+    truth = mhc.vjp(op, _wide(primals), _wide(given), **static, backend="numpy")
+    agree(gradients, _rounded(truth, gradients))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("op", STATIC)
+def test_few_small_threadgroups(op: str, sizes: Sizes) -> None:
+    with cramped():
+        for static in STATIC[op](sizes[1]):
+            _run(op, _draw(op, sizes), **static)
+            _run(op, _draw(op, sizes, mx.bfloat16, shared=True), **static)
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes", "dtype"),
+    [
+        ("static_layer", (3, 4, 4100), "float32"),
+        ("static_layer", (3, 4, 8200), "float16"),
+        ("rms_norm", (3, 1, 16392), "float32"),
+        ("rms_norm", (3, 1, 32776), "float16"),
+    ],
+)
+def test_what_registers_do_not_hold_is_read_again(
+    op: str, sizes: Sizes, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launches, "SHARES", 1)
+    assert launches.launch(op, *sizes, dtype).rest
+    assert launches.launch(f"{op}_vjp", *sizes, dtype).rest
+    _run(op, _draw(op, sizes, getattr(mx, dtype)), **STATIC[op](sizes[1])[0])
+
+
+@pytest.mark.parametrize("op", sorted(set(STATIC) - {"contract", "expand"}))
+def test_where_vectors_may_begin_anywhere(op: str) -> None:
+    """The words for arrays that do not begin where a vector may are right for those that do."""
+    for kernel in (op, f"{op}_vjp"):
+        slow = Fault(kernel, "no fault", "whole = ", "whole = false && ", "")
+        with cramped(), seeded(slow):
+            _run(op, _draw(op, (3, 4, 520), mx.bfloat16), **STATIC[op](4)[0])
+
+
+def test_streams_of_two_dtypes() -> None:
+    x, res, h_pre = _draw("residual_add_aggregate", (3, 4, 24))
+    for dtypes in ((mx.float16, mx.float32), (mx.float32, mx.bfloat16)):
+        _run("residual_add_aggregate", [x.astype(dtypes[0]), res.astype(dtypes[1]), h_pre])
+
+
+def test_parameters_of_the_streams_dtype() -> None:
+    primals = [array.astype(mx.float16) for array in _draw("static_layer", (5, 4, 24))]
+    _run("static_layer", primals, eps=0.5, iterations=5)
+
+
+@pytest.mark.parametrize("op", STATIC)
+def test_a_token_does_not_depend_on_its_batch(op: str) -> None:
+    T = 600
+    primals = _draw(op, (T, 4, 1032), mx.bfloat16)
+    (static, *_) = STATIC[op](4)
+    alone = [array[:1] if array.shape[0] == T else array for array in primals]
+    many = _outputs(op, primals, BACKEND, **static)
+    given = _cotangents(many)
+    for of_many, of_one in zip(many, _outputs(op, alone, BACKEND, **static), strict=True):
+        assert mx.array_equal(of_many[:1], of_one)
+    gradients = mhc.vjp(op, primals, given, **static, backend=BACKEND)
+    ones = mhc.vjp(op, alone, [g[:1] for g in given], **static, backend=BACKEND)
+    for of_many, of_one in zip(gradients, ones, strict=True):
+        if of_many.shape[0] == T:  # what is not is a sum over the tokens
+            assert mx.array_equal(of_many[:1], of_one)
+    again = mhc.vjp(op, primals, given, **static, backend=BACKEND)
+    assert all(mx.array_equal(a, b) for a, b in zip(gradients, again, strict=True))
+
+
+# ---- launches and traffic ------------------------------------------------------------------------
+
+T, N, C = 64, 4, 4096
+STREAMS, LAYER = T * N * C * 2, T * C * 2  # bytes in bfloat16
+
+
+def _records(op: str, vjp: bool) -> list[LaunchRecord]:
+    primals = _draw(op, (T, N, C), mx.bfloat16)
+    (static, *_) = STATIC[op](N)
+    given = _cotangents(_outputs(op, primals, "mlx-compiled", **static))
+    with simulator.record() as records:
+        if vjp:
+            mhc.vjp(op, primals, given, **static, backend=BACKEND)
+        else:
+            _outputs(op, primals, BACKEND, **static)
+    return list(records)
+
+
+@pytest.mark.parametrize(
+    ("op", "vjp", "read", "written"),
+    [
+        ("contract", False, STREAMS, LAYER),
+        ("expand", True, STREAMS, LAYER),
+        ("gated_combine", False, 2 * STREAMS, STREAMS),
+        ("gated_combine", True, 3 * STREAMS, 2 * STREAMS),
+        ("pre_scale", False, STREAMS, STREAMS),
+        ("pre_scale", True, 2 * STREAMS, STREAMS),
+        ("residual_add_aggregate", False, 2 * STREAMS, STREAMS + LAYER),
+        ("residual_add_aggregate", True, 3 * STREAMS + LAYER, STREAMS),
+        ("rms_norm", False, LAYER, LAYER),
+        ("rms_norm", True, 2 * LAYER, LAYER),
+        ("static_layer", False, STREAMS, STREAMS),
+        ("static_layer", True, 2 * STREAMS, STREAMS),
+    ],
+    ids=lambda value: {True: "vjp", False: "forward"}.get(value, value),
+)
+def test_traffic_is_ideal(op: str, vjp: bool, read: int, written: int) -> None:
+    """Streams and layers, of which each access counts, are read once and written once.
+
+    What threads share, weights and mappings, counts once per byte.
+    """
+    made = f"mhc_{op}" if op not in ("contract", "expand") else "mhc_aggregate"
+    (launched,) = (
+        record
+        for record in _records(op, vjp)
+        if record.kernel.startswith((f"{made}_bfloat16", f"{made}_vjp_bfloat16"))
+    )
+    arrays = {
+        name: one
+        for name, one in launched.traffic.items()
+        if one.role != "metadata" and name not in ("sums", "dweight")
+    }
+    large = [one for one in arrays.values() if one.size >= LAYER]
+    assert sum(one.loaded for one in large) == read
+    assert sum(one.stored for one in large) == written
+    small = [one for one in arrays.values() if one.size < LAYER]
+    moved = read + written + sum(one.loaded_unique + one.stored for one in small)
+    assert moved <= 1.05 * sum(one.size for one in arrays.values())
+
+
+@pytest.mark.parametrize(("op", "sums"), [("static_layer", "sums"), ("rms_norm", "dweight")])
+def test_sums_of_shares_are_written_once(op: str, sums: str) -> None:
+    """A row per share, of which there are few however many the tokens."""
+    *_, launched = (r for r in _records(op, vjp=True) if r.kernel.startswith(f"mhc_{op}_vjp"))
+    traffic = launched.traffic[sums]
+    assert (traffic.loaded, traffic.stored) == (0, traffic.size)
+    for tokens, share in ((1, 1), (256, 1), (257, 2), (4096, 16)):
+        assert launches.shares(f"{op}_vjp", tokens, N, C) == math.ceil(tokens / share)
+    assert launches.shares(f"{op}_vjp", 4096, 4, 1024) == 512
+    assert launches.shares(f"{op}_vjp", 10**6, 1, 8) <= 1024
+
+
+# ---- seeded faults -------------------------------------------------------------------------------
+
+
+def _halved(statement: str, value: str) -> str:
+    """Let a statement end with a sum rounded to half precision."""
+    return f"{{ {statement} {value} = float(half({value})); }}"
+
+
+CHANNELS, TOO_FAR = "c < C; c += next_channel", "c <= C; c += next_channel"
+LOADED, UNSEEN = "float(h_res[k]);\nBARRIER;", "float(h_res[k]);"
+LAST, BEYOND = "if (c < C)", "if (c <= C)"
+NEXT_TOKEN, NO_BARRIER = "    BARRIER;  // the next", "    // the next"
+RES_ADDED = "sum = add(sum, value(res, i * N + j), gated[j]);"
+TILED = "tile + c < C ? float(x"
+MISPLACED = f"{WRONG}|{RACE}|misaligned"
+SHARED_SUMS = "    BARRIER;\n    Floats<COUNT> sums"
+
+FAULTS = (
+    Fault("static_layer", "barrier", LOADED, UNSEEN, RACE),
+    Fault("static_layer", "halves' barrier", "turn = 1 - turn;", "", RACE),
+    Fault("static_layer", "tail", "if (c < C) {", "if (c <= C) {", BOUNDS),
+    Fault(
+        "static_layer", "rest's tail", "c < C; c += step", "c <= C; c += step", f"{BOUNDS}|{WRONG}"
+    ),
+    Fault("static_layer", "rest", "first + HELD * step : C", "first : C", WRONG),
+    Fault(
+        "static_layer", "index", "res[k] = float(h_res[k])", "res[k] = float(h_res[k / N])", WRONG
+    ),
+    Fault(
+        "static_layer",
+        "half sum",
+        "squares.at[0] = dot(squares.at[0], h, h);",
+        _halved("squares.at[0] = dot(squares.at[0], h, h);", "squares.at[0]"),
+        WRONG,
+    ),
+    Fault("static_layer", "space", "= x + token", "= (const device float*)x + token", SPACE),
+    Fault("static_layer_vjp", "barrier", LOADED, UNSEEN, RACE),
+    Fault("static_layer_vjp", "halves' barrier", "turn = 1 - turn;", "", RACE),
+    Fault("static_layer_vjp", "tail", "if (c < C) {", "if (c <= C) {", BOUNDS),
+    Fault("static_layer_vjp", "share's tail", "if (token != here.group_x)", "if (token > 0)", RACE),
+    Fault("static_layer_vjp", "share", "own[k] = 0.0f", "own[k] = 1.0f", WRONG),
+    Fault("static_layer_vjp", "index", "(SUMS + C)", "(SUMS + C - 1)", MISPLACED),
+    Fault(
+        "static_layer_vjp",
+        "half sum",
+        "dweights[k] = add(dweights[k], 1.0f, dweight);",
+        "dweights[k] = add(dweights[k], 1.0f, dweight);"
+        "for (int e = 0; e < W; e++) dweights[k].at[e] = float(half(dweights[k].at[e]));",
+        WRONG,
+    ),
+    Fault(
+        "static_layer_vjp",
+        "space",
+        "float(h_pre[k])",
+        "float(((const device float*)h_pre)[k])",
+        SPACE,
+    ),
+    Fault("static_layer_vjp_wide", "first barrier", "        BARRIER;\n", "", RACE),
+    Fault("static_layer_vjp_wide", "last barrier", "        BARRIER;  //", "        //", RACE),
+    Fault("static_layer_vjp_wide", "tail", TILED, "tile + c <= C ? float(x", BOUNDS),
+    Fault("static_layer_vjp_wide", "index", "(column - 2) * STRIDE", "0 * STRIDE", WRONG),
+    Fault("static_layer_vjp_wide", "last streams", "if (i < N) own", "own", f"{BOUNDS}|{WRONG}"),
+    Fault("static_layer_vjp_wide", "half sum", "+= parts[r]", "+= float(half(parts[r]))", WRONG),
+    Fault(
+        "static_layer_vjp_wide",
+        "space",
+        "float(h_pre[k])",
+        "float(((const device float*)h_pre)[k])",
+        f"{SPACE}|nothing",
+    ),
+    Fault("rms_norm", "halves' barrier", "turn = 1 - turn;", "", RACE, "rms_norm"),
+    Fault("rms_norm", "tail", LAST, BEYOND, BOUNDS, "rms_norm"),
+    Fault("rms_norm", "index", "y + token * C", "y + token", MISPLACED, "rms_norm"),
+    Fault(
+        "rms_norm",
+        "half sum",
+        "squares.at[0] = dot(squares.at[0], v, v);",
+        _halved("squares.at[0] = dot(squares.at[0], v, v);", "squares.at[0]"),
+        WRONG,
+        "rms_norm",
+    ),
+    Fault(
+        "rms_norm",
+        "space",
+        "float(eps[0])",
+        "float(*(const device float*)eps)",
+        SPACE,
+        "rms_norm",
+    ),
+    Fault("rms_norm_vjp", "halves' barrier", "turn = 1 - turn;", "", RACE, "rms_norm"),
+    Fault("rms_norm_vjp", "tail", "if (c < C) {", "if (c <= C) {", BOUNDS, "rms_norm"),
+    Fault(
+        "rms_norm_vjp", "index", "dweight + int64_t(here.group_x) * C", "dweight", RACE, "rms_norm"
+    ),
+    Fault(
+        "rms_norm_vjp",
+        "half sum",
+        "norm.at[0] = dot(norm.at[0], v, v);",
+        _halved("norm.at[0] = dot(norm.at[0], v, v);", "norm.at[0]"),
+        WRONG,
+        "rms_norm",
+    ),
+    Fault(
+        "rms_norm_vjp",
+        "space",
+        "float(eps[0])",
+        "float(*(const device float*)eps)",
+        SPACE,
+        "rms_norm",
+    ),
+    Fault("pre_scale", "tail", CHANNELS, TOO_FAR, f"{BOUNDS}|{WRONG}", "pre_scale"),
+    Fault(
+        "pre_scale", "index", "value(weights, i)", "value(weights, N - 1 - i)", WRONG, "pre_scale"
+    ),
+    Fault(
+        "pre_scale",
+        "half sum",
+        "times(value(weights, i), xs.at[i])",
+        "times(float(half(value(weights, i))), xs.at[i])",
+        WRONG,
+        "pre_scale",
+    ),
+    Fault(
+        "pre_scale",
+        "space",
+        "hold<N>(h_pre",
+        "hold<N>((const device float*)h_pre",
+        SPACE,
+        "pre_scale",
+    ),
+    Fault("pre_scale_vjp", "barrier", NEXT_TOKEN, NO_BARRIER, RACE, "pre_scale"),
+    Fault("pre_scale_vjp", "tail", CHANNELS, TOO_FAR, f"{BOUNDS}|{WRONG}", "pre_scale"),
+    Fault(
+        "pre_scale_vjp", "index", "shared[i];", "shared[N - 1 - i];", f"{RACE}|{WRONG}", "pre_scale"
+    ),
+    Fault(
+        "pre_scale_vjp",
+        "half sum",
+        "dweights[i] = dot(dweights[i], floats(raw_x.at[i]), g_i);",
+        _halved("dweights[i] = dot(dweights[i], floats(raw_x.at[i]), g_i);", "dweights[i]"),
+        WRONG,
+        "pre_scale",
+    ),
+    Fault(
+        "pre_scale_vjp",
+        "space",
+        "hold<N>(h_pre",
+        "hold<N>((const device float*)h_pre",
+        SPACE,
+        "pre_scale",
+    ),
+    Fault("gated_combine", "tail", CHANNELS, TOO_FAR, f"{BOUNDS}|{WRONG}", "gated_combine"),
+    Fault("gated_combine", "index", "res, i * N + j", "res, j * N + i", WRONG, "gated_combine"),
+    Fault(
+        "gated_combine",
+        "half sum",
+        RES_ADDED,
+        f"{{ {RES_ADDED} for (int k = 0; k < W; k++) sum.at[k] = float(half(sum.at[k])); }}",
+        WRONG,
+        "gated_combine",
+    ),
+    Fault(
+        "gated_combine",
+        "space",
+        "N <= 4>(h_post",
+        "N <= 4>((const device float*)h_post",
+        SPACE,
+        "gated_combine",
+    ),
+    Fault("gated_combine_vjp", "barrier", "    BARRIER;\n", "", RACE, "gated_combine"),
+    Fault("gated_combine_vjp", "last barrier", NEXT_TOKEN, NO_BARRIER, RACE, "gated_combine"),
+    Fault("gated_combine_vjp", "tail", CHANNELS, TOO_FAR, f"{BOUNDS}|{WRONG}", "gated_combine"),
+    Fault(
+        "gated_combine_vjp",
+        "index",
+        "float(h[j * N + i])",
+        "float(h[i * N + j])",
+        WRONG,
+        "gated_combine",
+    ),
+    Fault(
+        "gated_combine_vjp",
+        "half sum",
+        "sums[i] = dot(sums[i], g_i, floats(raw_y.at[i]));",
+        _halved("sums[i] = dot(sums[i], g_i, floats(raw_y.at[i]));", "sums[i]"),
+        WRONG,
+        "gated_combine",
+    ),
+    Fault(
+        "gated_combine_vjp",
+        "space",
+        "const auto p = h_pre",
+        "const auto p = (const device float*)h_pre",
+        SPACE,
+        "gated_combine",
+    ),
+    Fault(
+        "residual_add_aggregate",
+        "tail",
+        CHANNELS,
+        TOO_FAR,
+        f"{BOUNDS}|{WRONG}",
+        "residual_add_aggregate",
+    ),
+    Fault(
+        "residual_add_aggregate",
+        "index",
+        "store(h + token * C",
+        "store(h + token",
+        MISPLACED,
+        "residual_add_aggregate",
+    ),
+    Fault(
+        "residual_add_aggregate",
+        "half sum",
+        "sum = add(sum, value(weights, i), total_i);",
+        "sum = add(sum, value(weights, i), total_i);"
+        "for (int k = 0; k < W; k++) sum.at[k] = float(half(sum.at[k]));",
+        WRONG,
+        "residual_add_aggregate",
+    ),
+    Fault(
+        "residual_add_aggregate",
+        "space",
+        "hold<N>(h_pre",
+        "hold<N>((const device float*)h_pre",
+        SPACE,
+        "residual_add_aggregate",
+    ),
+    Fault(
+        "residual_add_aggregate_vjp",
+        "barrier",
+        NEXT_TOKEN,
+        NO_BARRIER,
+        RACE,
+        "residual_add_aggregate",
+    ),
+    Fault(
+        "residual_add_aggregate_vjp",
+        "tail",
+        CHANNELS,
+        TOO_FAR,
+        f"{BOUNDS}|{WRONG}",
+        "residual_add_aggregate",
+    ),
+    Fault(
+        "residual_add_aggregate_vjp",
+        "index",
+        "g_h + token * C",
+        "g_h + token",
+        MISPLACED,
+        "residual_add_aggregate",
+    ),
+    Fault(
+        "residual_add_aggregate_vjp",
+        "half sum",
+        "dweights[i] = dot(dweights[i], total, dh);",
+        _halved("dweights[i] = dot(dweights[i], total, dh);", "dweights[i]"),
+        WRONG,
+        "residual_add_aggregate",
+    ),
+    Fault(
+        "residual_add_aggregate_vjp",
+        "space",
+        "hold<N>(h_pre",
+        "hold<N>((const device float*)h_pre",
+        SPACE,
+        "residual_add_aggregate",
+    ),
+    Fault(
+        "common", "barrier of sums for all", SHARED_SUMS, "    Floats<COUNT> sums", RACE, "rms_norm"
+    ),
+    Fault(
+        "common", "transposed mixing", "res[i * N + j], g.at[i]", "res[j * N + i], g.at[i]", WRONG
+    ),
+    Fault("common", "norm", "r * (dh.at[k] -", "r * (dh.at[k] +", WRONG, "rms_norm"),
+)
+
+
+def _try_everything(op: str) -> None:
+    """Run an op in small groups, in those first that see most, then in one of many threads."""
+    static = STATIC[op]
+    with cramped():
+        for sizes in reversed(SIZES):
+            for shared in (False, True):
+                _run(op, _draw(op, sizes, shared=shared), **static(sizes[1])[0])
+    _run(op, _draw(op, (3, 4, 1032)), **static(4)[0])
+
+
+@pytest.mark.parametrize("op", STATIC)
+def test_nothing_is_caught_where_nothing_is_wrong(op: str) -> None:
+    _try_everything(op)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kernel}: {fault.what}")
+def test_seeded_faults_are_caught(fault: Fault) -> None:
+    errors = (AssertionError, simulator.SimulatorError)
+    op = "static_layer" if fault.op == "combine" else fault.op
+    with seeded(fault), pytest.raises(errors, match=fault.shows):
+        _try_everything(op)

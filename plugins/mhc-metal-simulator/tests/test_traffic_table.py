@@ -1,0 +1,178 @@
+"""The table of docs/kernels.md: what it counts, that it is up to date, and the limits that hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import mhc_metal_simulator as simulator
+
+mhc = pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels these are")
+
+from kernel_checks import Fault, seeded  # noqa: E402
+
+from mhc_metal_simulator import traffic  # noqa: E402
+from mhc_metal_simulator.engine import Traffic  # noqa: E402
+from mhc_metal_simulator.traffic import DEFAULTS, Launched, Row, Size, measure  # noqa: E402
+
+T, N, C = DEFAULTS.T, DEFAULTS.n, DEFAULTS.C
+STREAMS, LAYER = T * N * C * 2, T * C * 2  # bytes in bfloat16
+PHI = (N * N + 2 * N) * N * C * 4
+DOCUMENT = Path(__file__).parents[3] / "docs" / "kernels.md"
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, Row]:
+    return {row.name: row for row in measure()}
+
+
+def test_the_table_of_the_docs_is_what_the_command_writes(rows: dict[str, Row]) -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    new = traffic.rewritten(text, traffic.table(rows.values(), DEFAULTS))
+    assert new == text, "python -m mhc_metal_simulator.traffic --write docs/kernels.md"
+
+
+# ---- the limits ----------------------------------------------------------------------------------
+
+
+def test_every_op_has_its_rows(rows: dict[str, Row]) -> None:
+    ops = mhc.backends()["mlx-metal-simulator"].spec.ops
+    assert [row.op for row in rows.values()] == [op for op in ops for _ in range(2)]
+    assert set(ops) == set(mhc.math.OPS)
+
+
+@pytest.mark.parametrize(
+    "name", ["aggregate", "combine", "combine vjp", "residual_add_aggregate", "static_layer"]
+)
+def test_each_input_is_read_once_and_each_output_written_once(
+    rows: dict[str, Row], name: str
+) -> None:
+    together = rows[name].together
+    assert together.ideal <= together.total <= 1.05 * together.ideal
+
+
+class Limit(NamedTuple):
+    """What an op with a projection may move: with every access, streams and layers."""
+
+    read: int
+    written: int
+    phi: int
+
+
+LIMITS = {
+    "mappings": Limit(STREAMS, 0, PHI),
+    "pre": Limit(2 * STREAMS, LAYER, PHI),
+    "combine_pre": Limit(2 * STREAMS + LAYER, STREAMS + LAYER, PHI),
+    "head": Limit(2 * STREAMS, LAYER, N * N * C * 4),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_streams_are_read_at_most_once_more(rows: dict[str, Row], name: str) -> None:
+    """And phi once for every 16 tokens, though it is all threads' accesses that are counted."""
+    together, limit = rows[name].together, LIMITS[name]
+    assert 0 < together.read <= limit.read
+    assert together.written == limit.written
+    assert limit.phi <= together.phi <= T // 16 * limit.phi
+
+
+DECODE = Size(T=1)
+
+
+@pytest.mark.parametrize(
+    ("op", "launches"), [("pre", 2), ("combine", 1), ("combine_pre", 2), ("aggregate", 1)]
+)
+def test_launches_of_one_token(op: str, launches: int) -> None:
+    forward, _ = measure(DECODE, [op])
+    assert 1 <= len(forward.launches) <= launches
+
+
+# ---- what is counted -----------------------------------------------------------------------------
+
+
+def _launch(kernel: str, **arrays: Traffic) -> simulator.LaunchRecord:
+    return simulator.LaunchRecord(kernel, (1, 1, 1), (1, 1, 1), 0, arrays, "")
+
+
+def test_arrays_are_sorted_by_what_they_are() -> None:
+    twice = Traffic("input", 10, 20, 0, 10, 0)
+    stored = Traffic("output", 40, 0, 40, 0, 40)
+    shape = Traffic("metadata", 12, 12, 0, 12, 0)
+    launch = _launch(
+        "mhc_combine_project_float32_float32",
+        x=twice,
+        x_shape=shape,
+        h_post=twice,
+        scale=twice,
+        phi=twice,
+        parts=stored,
+        out=stored,
+    )
+    assert traffic.kernel_of(launch) == "combine_project"
+    made = Launched.of(launch)
+    assert made == Launched(read=20, written=40, phi=20, sums=40, small=20, ideal=120)
+    assert made.total == 140
+    adding = Launched.of(_launch("mhc_sum_rows_float32", a=twice, out=stored))
+    assert (adding.read, adding.written, adding.sums) == (0, 0, 60)
+    unknown = Launched.of(_launch("mhc_combine_float32", something_new=twice))
+    assert (unknown.read, unknown.small) == (20, 0)
+    both = Launched.together([made, adding], ideal=7)
+    assert both == Launched(read=20, written=40, phi=20, sums=100, small=20, ideal=7)
+
+
+def test_the_ideal_follows_from_the_declaration() -> None:
+    x, layer = np.zeros((3, 4, 8), np.float32), np.zeros((3, 8), np.float32)
+    h_pre, streams = np.zeros((3, 4), np.float32), 3 * 4 * 8 * 4
+    one, few = streams // 4, 3 * 4 * 4
+    assert traffic.ideal("aggregate", False, (x, h_pre), (layer,)) == streams + few + one
+    assert traffic.ideal("aggregate", True, (x, h_pre), (layer,)) == 2 * (streams + few) + one
+    assert traffic.ideal("contract", True, (x,), (layer,)) == one + streams
+    assert traffic.ideal("expand", True, (layer,), (x,)) == streams + one
+    added = (x, x, h_pre), (x, layer)
+    assert traffic.ideal("residual_add_aggregate", False, *added) == 3 * streams + few + one
+    assert traffic.ideal("residual_add_aggregate", True, *added) == 4 * streams + 2 * few + one
+
+
+def test_a_kernel_that_reads_twice_is_seen() -> None:
+    wasteful = "value(res, i * N + j), load<W>(streams + j * C + c)"
+    with seeded(Fault("combine", "twice", "value(res, i * N + j), xs[j]", wasteful, "")):
+        forward, _ = measure(Size(T=3, C=64), ["combine"])
+    together = forward.together
+    assert together.read == (1 + N) * 3 * N * 64 * 2 + 3 * 64 * 2
+    assert together.total > 1.05 * together.ideal
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_the_command_prints_a_line_per_launch(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--T", "3", "--n", "2", "--C", "32", "--dtype", "float32"]
+    traffic.main([*sizes, "--op", "contract", "--op", "mappings"])
+    title, _, head, _, *lines = capsys.readouterr().out.splitlines()
+    assert title == "T=3, n=2, C=32, float32 streams; in KiB."
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert all(line.count("|") == head.count("|") for line in lines)
+    assert cells[0][:3] == ["**contract**", "`aggregate`", "0.8"]
+    assert cells[1][:2] == ["**contract vjp**", "none: MLX's own operations"]
+    assert cells[2][:2] == ["**mappings**", "2 launches"]
+    assert [line.split("`")[1] for line in lines[3:5]] == ["project", "mappings"]
+
+
+def test_the_command_writes_between_the_marks(tmp_path: Path) -> None:
+    file = tmp_path / "page.md"
+    file.write_text(f"before\n{traffic.BEGIN}\nold\n{traffic.END}\nafter\n")
+    command = ["--T", "1", "--C", "8", "--op", "contract", "--write", str(file)]
+    traffic.main(command)
+    first = file.read_text()
+    traffic.main(command)
+    assert file.read_text() == first
+    assert first.startswith(f"before\n{traffic.BEGIN}\n\nT=1, n=4, C=8, bfloat16")
+    assert first.endswith(f"|\n\n{traffic.END}\nafter\n")
+    assert "old" not in first
+    file.write_text("no marks")
+    with pytest.raises(ValueError, match="the table begins"):
+        traffic.main(command)
+    assert file.read_text() == "no marks"
