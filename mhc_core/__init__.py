@@ -24,6 +24,7 @@ from mhc_core._api import (
     static_mappings,
     vjp,
 )
+from mhc_core._gradients import no_grad
 from mhc_core._registry import Backend, backends, use_backend
 from mhc_core.errors import (
     BackendError,
@@ -55,6 +56,7 @@ __all__ = [
     "gated_combine",
     "head",
     "mappings",
+    "no_grad",
     "pre",
     "pre_scale",
     "residual_add_aggregate",

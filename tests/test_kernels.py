@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -405,6 +404,26 @@ def test_compiled_ops_launch_by_what_was_traced(mx: Any) -> None:
     assert [launched["kernel"] for launched in launcher.launches] == ["combine", "combine_vjp"]
     mx.eval(own.combine(*_inputs(mx, 5, 4, shared=False)))
     assert launcher.launches[-1]["grid"] == (5 * 32, 1, 1)
+
+
+def test_without_gradients_an_op_is_its_kernels_alone(mx: Any, tmp_path: Path) -> None:
+    from mhc_backends.kernels.mlx import Kernels, Ops
+
+    own = Ops(Kernels(Launcher(), "metal"), mx.compile)
+    arrays = _inputs(mx, 3, 4, shared=False)
+    with mhc_core.no_grad():
+        alone = own.combine(*arrays)
+    assert mx.array_equal(alone, own.combine(*arrays))
+
+    def graph(*outputs: Any) -> str:
+        path = tmp_path / "graph.dot"
+        mx.export_to_dot(str(path), *outputs)
+        return path.read_text()
+
+    assert "CustomTransforms" in graph(own.combine(*arrays))
+    with mhc_core.no_grad():
+        assert "CustomTransforms" not in graph(own.combine(*arrays))
+    assert "CustomTransforms" in graph(own.combine(*arrays))
 
 
 def test_no_tokens_launch_nothing(mx: Any) -> None:

@@ -19,6 +19,7 @@ from mhc_backends._mlx import as_tuple
 from mhc_backends.kernels import header, ops, source
 from mhc_backends.kernels.launch import launch, shares
 from mhc_backends.kernels.shorten import shorten
+from mhc_core import _gradients
 
 __all__ = ["Kernels", "Ops", "Out", "Sizes", "tokens"]
 
@@ -192,6 +193,7 @@ class Ops:
         self._kernels = kernels
         self._compiled: Compile = compiled or (lambda function: function)
         self._forward = functools.cache(self._make_forward)
+        self._inference = functools.cache(self._make_inference)
         self._vjp = functools.cache(self._make_vjp)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -199,7 +201,8 @@ class Ops:
             raise AttributeError(name)
 
         def op(*arrays: mx.array, **static: Any) -> Any:
-            outputs = self._forward(name, tuple(static.items()))(*arrays)
+            function = self._forward if _gradients.wanted() else self._inference
+            outputs = function(name, tuple(static.items()))(*arrays)
             count = ops.outputs(name)
             return outputs[0] if count == 1 else tuple(outputs[:count])
 
@@ -229,6 +232,11 @@ class Ops:
         differentiable = mx.custom_function(forward)
         differentiable.vjp(back)
         return self._compiled(differentiable)
+
+    def _make_inference(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+        """Give the same without a vjp: in MLX a custom function costs 2 us for each output."""
+        function = functools.partial(ops.load(op).forward, self._kernels, **dict(static))
+        return self._compiled(lambda *primals: as_tuple(function(*primals)))
 
     def _make_vjp(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
         function = functools.partial(ops.load(op).vjp, self._kernels, **dict(static))

@@ -1,4 +1,4 @@
-"""mlx-metal: kernels of our own for Apple GPUs; ops without a kernel are left to mlx-compiled."""
+"""mlx-metal: kernels of our own for Apple GPUs, through MLX."""
 
 from __future__ import annotations
 

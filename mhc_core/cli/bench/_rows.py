@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from mhc_core import no_grad
 from mhc_core.cli.bench._arrays import Sizes, draw, dtype_of, nbytes, shape_of
 
 if TYPE_CHECKING:
@@ -139,14 +140,16 @@ def _sublayer(ops: Ops, xp: Any, x: Array, phi: Array, scale: Array, bias: Array
 def _decode(ops: Ops, _: Any, x: Array, *rest: Array) -> Any:
     """Sublayers with F left out, each with a projection of its own."""
     y, h_post, h_res, scale, bias, *phis = rest
-    for phi in phis:
-        x, y, _, h_post, h_res = ops.combine_pre(x, y, h_post, h_res, phi, scale, bias)
+    with no_grad():
+        for phi in phis:
+            x, y, _, h_post, h_res = ops.combine_pre(x, y, h_post, h_res, phi, scale, bias)
     return x, y
 
 
 def _static_decode(ops: Ops, _: Any, x: Array, *parameters: Array) -> Any:
-    for k in range(0, len(parameters), 4):
-        x = ops.static_layer(x, *parameters[k : k + 4])
+    with no_grad():
+        for k in range(0, len(parameters), 4):
+            x = ops.static_layer(x, *parameters[k : k + 4])
     return x
 
 

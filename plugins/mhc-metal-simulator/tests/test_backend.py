@@ -63,6 +63,18 @@ def test_without_a_compiler_it_says_what_is_needed(monkeypatch: pytest.MonkeyPat
         find_compiler.cache_clear()
 
 
+def test_without_gradients_there_are_none() -> None:
+    x, h_pre = mx.random.normal((3, 4, 8)), mx.random.normal((3, 4))
+
+    def loss(x: mx.array) -> mx.array:
+        with mhc.no_grad():
+            return mhc.aggregate(x, h_pre, backend=BACKEND).sum()
+
+    assert mx.array_equal(loss(x), mhc.aggregate(x, h_pre, backend=BACKEND).sum())
+    with pytest.raises(ValueError, match="Not implemented for CustomKernel"):  # MLX's own error
+        mx.eval(mx.grad(loss)(x))
+
+
 def test_under_vmap_it_raises_as_metal_does() -> None:
     x, h_pre = mx.zeros((3, 2, 4, 8)), mx.zeros((3, 2, 4))
     mapped = mx.vmap(lambda *arrays: mhc.aggregate(*arrays, backend=BACKEND))
