@@ -168,6 +168,21 @@ def backends() -> dict[str, Backend]:
     return good | {name: backend for name, backend in bad.items() if name not in good}
 
 
+@contextlib.contextmanager
+def known(spec: BackendSpec) -> Generator[None]:
+    """Know one backend more for the length of a ``with`` block, such as the kit's wrong ones."""
+    specs = _discover().specs
+    if spec.name in specs:
+        raise ValueError(f"backend {spec.name!r} is already there, from {specs[spec.name].module}")
+    specs[spec.name] = spec
+    try:
+        yield
+    finally:
+        del specs[spec.name]
+        _discover().missing.pop(spec.name, None)
+        _SELECTED.clear()  # some of it may be of that backend
+
+
 # ------------------------------------------------------------------------------------ choice
 
 
@@ -359,9 +374,13 @@ def _is_a(array: Any, dotted: str) -> bool:
 
     By isinstance, which is the only test that JAX's tracers pass.
     """
+    return isinstance(array, _class(dotted))
+
+
+def _class(dotted: str) -> Any:
+    """Give the class of that name, or no class at all where its library is not imported."""
     owner, _, name = dotted.rpartition(".")
-    cls = getattr(sys.modules.get(owner), name, None)
-    return cls is not None and isinstance(array, cls)
+    return getattr(sys.modules.get(owner), name, ())
 
 
 def _full_name(array: Any) -> str:
@@ -422,8 +441,38 @@ def get_op(name: str) -> Op:
     return _OPS[name]
 
 
+_PREPARED: set[type] = set()
+
+
+def prepare(kind: type) -> None:
+    """Import the backend of an array type when the first array of that type comes.
+
+    A compiler that cannot trace dispatch, such as PyTorch's, has to be told to leave ``answer``
+    alone before it meets it, and only a module of the backend can tell it.
+    """
+    if kind in _PREPARED:
+        return
+    for spec in sorted(_discover().specs.values(), key=lambda spec: -spec.priority):
+        own = any(issubclass(kind, _class(type_name)) for type_name in spec.array_types)
+        if own and spec.automatic and not _missing(spec):
+            with contextlib.suppress(BackendUnavailableError):  # the call itself will say why
+                module(spec)
+            break
+    _PREPARED.add(kind)
+
+
+# PyTorch's compiler runs a function with this mark, once, instead of tracing it
+prepare._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def call(op: str, arrays: Sequence[Any], static: Mapping[str, Any], backend: str | None) -> Any:
     """Check a call of an op and have its backend answer it."""
+    prepare(type(arrays[0]))  # pyright: ignore[reportUnknownArgumentType]
+    return answer(op, arrays, static, backend)
+
+
+def answer(op: str, arrays: Sequence[Any], static: Mapping[str, Any], backend: str | None) -> Any:
+    """Do so, which is all that a compiler leaves alone."""
     checked = signature(get_op, op, arrays, static)
     return select(op, checked, backend, arrays)(*arrays, **checked.static)
 
@@ -436,6 +485,15 @@ def call_vjp(
     backend: str | None,
 ) -> tuple[Any, ...]:
     """Check a call of an op's vjp and have its backend answer it."""
+    if isinstance(primals, (tuple, list)) and primals:
+        prepare(type(primals[0]))  # pyright: ignore[reportUnknownArgumentType]
+    return answer_vjp(getattr(op, "__name__", op), primals, cotangents, static, backend)
+
+
+def answer_vjp(
+    op: Any, primals: Any, cotangents: Any, static: Mapping[str, Any], backend: str | None
+) -> tuple[Any, ...]:
+    """Do so, which is all that a compiler leaves alone."""
     name = _op_name(op)
     declared = get_op(name)
     primals = _primals(declared, primals)

@@ -64,7 +64,8 @@ class BackendSpec:
     missing
         Called once: ``None``, or the reason why the backend cannot run here.
     api_version
-        The :data:`API_VERSION` that it was written for.
+        The :data:`API_VERSION` that it was written for. A plugin of its own gives the number
+        itself: the default is that of whatever mhc-core is installed.
 
     Raises
     ------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy
 import pytest
 
 import mhc_core as mhc
+from mhc_core import _registry
 from mhc_core.backend import API_VERSION, BackendSpec
 from mhc_core.hookspecs import hookimpl
 
@@ -227,6 +229,42 @@ def test_an_ops_module_without_what_it_declares(
     }
     with pytest.raises(mhc.UnsupportedError, match=f"ops_of_mine has no function '{lacks}'"):
         calls[lacks]()
+
+
+def test_the_module_of_an_array_types_backend_is_imported_ahead_of_dispatch(
+    plugins: Plugins, fake: type[FakeArray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it can tell a compiler to leave dispatch alone; others' modules stay unimported."""
+    monkeypatch.setattr(_registry, "_PREPARED", set())
+    imported: list[str] = []
+
+    def importing(spec: BackendSpec) -> Any:
+        imported.append(spec.name)
+        return importlib.import_module(spec.module)
+
+    monkeypatch.setattr(_registry, "module", importing)
+    plugins.backend("absent", priority=4, missing=lambda: "no driver")
+    plugins.backend("shy", priority=3, automatic=False)
+    plugins.backend("best", priority=2)
+    plugins.backend("second", priority=1)
+    for _ in range(2):
+        _registry.prepare(fake)
+        _registry.prepare(int)
+    assert imported == ["best"]
+
+
+def test_one_backend_more_is_known_for_a_while(plugins: Plugins, fake: type[FakeArray]) -> None:
+    plugins.backend("mine")
+    spec = plugins.spec("guest", priority=9)
+    with _registry.known(spec):
+        assert mhc.sinkhorn(fake(2, 2)) == "guest"
+        with (
+            pytest.raises(ValueError, match="'mine' is already there"),
+            _registry.known(plugins.spec("mine")),
+        ):
+            pass
+    assert "guest" not in mhc.backends()
+    assert mhc.sinkhorn(fake(2, 2)) == "mine"
 
 
 # --- the hook that chooses --------------------------------------------------------------------

@@ -7,18 +7,31 @@ From pytest, two lines make the suite of a backend::
     class TestMine(BackendConformance):
         backend = "mine"
 
-From a shell, ``mhc conformance mine``.
+From a shell, ``mhc conformance mine``, with ``--report mine.html`` for a page to show.
+
+Each check is seen failing: :mod:`mhc_conformance.bugs` has every bug that shipped in this field,
+and ``mhc conformance --mutations`` shows which check fails for it.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from mhc_conformance.checks import CHECKS, Record, applies, check, grid
+from mhc_conformance.checks import CHECKS, Record, Skip, applies, check, grid, skips
 from mhc_conformance.subject import Subject
 
 if TYPE_CHECKING:
     from mhc_conformance.suite import BackendConformance
 
-__all__ = ["CHECKS", "BackendConformance", "Record", "Subject", "applies", "check", "grid"]
+__all__ = [
+    "CHECKS",
+    "BackendConformance",
+    "Record",
+    "Skip",
+    "Subject",
+    "applies",
+    "check",
+    "grid",
+    "skips",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -51,12 +51,13 @@ SIZES = (
     Sizes((), 1, 7, "no leading axes; one stream, whose H_res is 1"),
     Sizes((3,), 2, 1, "one channel"),
     Sizes((4,), 4, 4, "all sizes equal: a matrix normalised on the wrong axes still fits"),
-    Sizes((0,), 4, 8, "no tokens at all"),
     Sizes((1031,), 3, 5, "many tokens, an odd number: carry-over between rows"),
     Sizes((3,), 4, 1028, "many channels, with a tail"),
     Sizes((2,), 32, 6, "the most streams that kernels take"),
+    Sizes((1,), 64, 2, "two H_res of it take more than 32 KiB of threadgroup memory"),
 )
 SMALL = SIZES[0]
+EMPTY = Sizes((0,), 4, 8, "no tokens at all")  # beside the others: it shows nothing of a variant
 
 
 # --- inputs -----------------------------------------------------------------------------------
@@ -269,6 +270,12 @@ def _masked(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     return np.where(band, rng.normal(0, 1, shape), -np.inf)
 
 
+def _with_a_silent_token(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    streams = rng.normal(0, 1, shape)
+    streams[0] = 0
+    return streams
+
+
 def _identity_init(_: np.random.Generator, shape: tuple[int, ...]) -> Array:
     return np.broadcast_to(np.eye(shape[-1]) * 12 - 12, shape)
 
@@ -297,6 +304,11 @@ SPECIAL: Sequence[Case] = (
     Case(
         "static_layer", "large gradients", SMALL, STATICS["static_layer"][0][1], gradient_scale=3e3
     ),
+    # the root mean square of a token of zeros, as padding is, has a derivative of its own
+    *(
+        Case(op, "a token of zeros", SMALL, static, (("x", _with_a_silent_token),))
+        for op, static in (("mappings", V4), ("head", V4), ("rms_norm", (("eps", 1e-5),)))
+    ),
     # single-pass mHC: the mix comes from the sublayer before
     Case("combine_pre", "h_pre given", SMALL, V4, optional=True),
     Case("combine_pre", "h_pre given, shared", SMALL, V4, optional=True, shared=True),
@@ -304,7 +316,7 @@ SPECIAL: Sequence[Case] = (
     *(
         Case(op, "shared mappings", size, shared=True)
         for op in ("aggregate", "combine", "gated_combine", "pre_scale", "residual_add_aggregate")
-        for size in (SMALL, Sizes((0,), 4, 8, "no tokens"), Sizes((33,), 3, 5, "odd"))
+        for size in (SMALL, EMPTY, Sizes((33,), 3, 5, "odd"))
     ),
     # parameters in the streams' dtype
     *(
@@ -330,12 +342,11 @@ def cases(op: str, dtype: str = "float32", full: bool = False) -> Iterator[Case]
     count = max(len(SIZES), len(choices))
     if dtype != "float32" and not full:
         count = 2 if dtype == "bfloat16" else 1
-    for index in range(count):
-        sizes = SIZES[index % len(SIZES)]
-        label, static = choices[index % len(choices)]
-        if op == "expand":
-            static = (("n", sizes.n),)
-        yield Case(op, label, sizes, static)
+    pairs = [(SIZES[index % len(SIZES)], choices[index % len(choices)]) for index in range(count)]
+    if full or dtype == "float32":
+        pairs.append((EMPTY, choices[0]))
+    for sizes, (label, static) in pairs:
+        yield Case(op, label, sizes, (("n", sizes.n),) if op == "expand" else static)
     for case in SPECIAL:
         if case.op == op and (full or dtype == "float32" or case.narrow):
             yield case

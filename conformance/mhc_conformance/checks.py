@@ -8,18 +8,31 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mhc_conformance import oracle
-from mhc_conformance.cases import Case, cases, data, declaration, numpy_dtype
+from mhc_conformance.cases import SIZES, Case, cases, data, declaration, numpy_dtype
 from mhc_conformance.subject import Subject, several
 from mhc_conformance.tolerances import Kind, eps, tolerance
+from mhc_core.backend import DTYPES
+from mhc_core.math import OPS
 
-__all__ = ["CHECKS", "Record", "applies", "check"]
+__all__ = [
+    "CHECKS",
+    "Comparison",
+    "Record",
+    "Skip",
+    "applies",
+    "check",
+    "everything",
+    "grid",
+    "skips",
+]
 
 Array = NDArray[Any]
 
@@ -40,10 +53,22 @@ class Record:
     detail: str = ""  # of the worst comparison that failed
 
     def as_dict(self) -> dict[str, Any]:
-        """Give a dict for JSON; an error that is no number is null."""
+        """Give a dict for JSON, which has no NaN: an error that is no number is null."""
         record = asdict(self)
-        record["error"] = self.error if math.isfinite(self.error) else None
+        for name in ("error", "tolerance"):
+            record[name] = record[name] if math.isfinite(record[name]) else None
         return record
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A check that a backend declares not to hold, and why."""
+
+    backend: str
+    op: str
+    dtype: str
+    kind: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -137,21 +162,11 @@ class _Trial:
         return {"x_rounded": outputs[0]}
 
     def _expected(self, kind: Kind) -> list[_Expected]:
-        """Ask the oracle, and ask again how far it moves when its input moves by one rounding."""
+        """Ask the oracle, which answers once where the backend has no say in the question."""
         seam = self._seam()
-
-        def ask(primals: Sequence[Array], cotangents: Sequence[Array]) -> tuple[Array, ...]:
-            options = {**self.case.options, **seam}
-            if kind == "forward":
-                return oracle.forward(self.case.op, primals, **options)
-            return oracle.gradients(self.case.op, primals, cotangents, **options)
-
-        rounding = eps("float64" if self.dtype == "float64" else "float32")
-        rng = np.random.default_rng(self.seed)
-        moved = [
-            [_moved(rng, a, rounding) for a in both] for both in (self.primals, self.cotangents)
-        ]
-        values, others = ask(self.primals, self.cotangents), ask(*moved)
+        asked = (self.case, self.dtype, self.seed, kind)
+        values, others = _answers(*asked, **seam) if seam else _kept_answers(*asked)
+        rounding = _rounding(self.dtype)
         outputs = kind == "forward"
         declared = declaration(self.case.op)
         names = list(declared.outputs) if outputs else [f"d {name}" for name in declared.arrays]
@@ -193,6 +208,32 @@ class _Trial:
         return self.subject.transform("grad")(loss, argnums)(*self.subject.take(self.primals))
 
 
+def _answers(
+    case: Case, dtype: str, seed: int, kind: Kind, **seam: Any
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Ask the oracle, and ask again how far it moves when its input moves by one rounding."""
+    options = {**case.options, **seam}
+
+    def ask(primals: Sequence[Array], cotangents: Sequence[Array]) -> tuple[Array, ...]:
+        if kind == "forward":
+            return oracle.forward(case.op, primals, **options)
+        return oracle.gradients(case.op, primals, cotangents, **options)
+
+    drawn = data(case, dtype, seed)
+    rng = np.random.default_rng(seed)
+    moved = [[_moved(rng, array, _rounding(dtype)) for array in arrays] for arrays in drawn]
+    return ask(*drawn), ask(*moved)
+
+
+# of one op's cases: many checks, and many backends in turn, are held against the same answers
+_kept_answers = lru_cache(maxsize=128)(_answers)
+
+
+def _rounding(dtype: str) -> float:
+    """Return the rounding of the computation."""
+    return eps("float64" if dtype == "float64" else "float32")
+
+
 def _moved(rng: np.random.Generator, array: Array, rounding: float) -> Array:
     """Move every number by up to one rounding."""
     wide = array.astype(np.float64)
@@ -207,6 +248,7 @@ def _trials(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[_Trial
     smallest, largest = subject.spec.sizes
     for case in cases(op, dtype, subject.full):
         if smallest <= case.sizes.n <= (largest or case.sizes.n):
+            subject.trying = case.name
             yield _Trial(subject, case, dtype, seed)
 
 
@@ -323,6 +365,61 @@ def host(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Compariso
     yield from trial.gradients(gradients)
 
 
+def updated(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
+    """Inputs written over between two calls: the second sees the new values, the first's stay.
+
+    Where arrays cannot be written to, others of the same kind take their place.
+    """
+    trial = _simple(subject, op, dtype, seed)
+    before = replace(trial, seed=seed + 1)
+    given = (before.primals, before.cotangents)
+    own = [subject.take([np.array(array) for array in both]) for both in given]
+
+    def call(primals: Any, cotangents: Any) -> tuple[Any, tuple[Any, ...]]:
+        return trial.function(*primals), subject.vjp(op, primals, cotangents, trial.case.options)
+
+    outputs, gradients = call(*own)
+    first = (*several(outputs), *gradients)
+    kept = _bytes(subject, first)
+    after = (subject.take(trial.primals), subject.take(trial.cotangents))
+    outputs, gradients = call(
+        *(tuple(map(_overwritten, *both)) for both in zip(own, after, strict=True))
+    )
+    for comparison in (*trial.forward(outputs), *trial.gradients(gradients)):
+        yield replace(comparison, where=f"{comparison.where}, second values")
+    changed = "changed when the inputs were written over"
+    problem = "" if _bytes(subject, first) == kept else changed
+    yield Comparison(f"a result of {trial.case.name}", 0.0, 0.0, problem)
+    for index, result in enumerate(first):
+        problem = ""
+        try:
+            _overwritten(result, 0)
+        except ValueError as error:
+            problem = f"cannot be written to: {error}"
+        if _bytes(subject, first[index + 1 :]) != kept[index + 1 :]:
+            problem = "changed when another result was written over"
+        yield Comparison(f"a result of {trial.case.name}", 0.0, 0.0, problem)
+
+
+def _bytes(subject: Subject, arrays: Sequence[Any]) -> list[bytes]:
+    return [array.tobytes() for array in subject.give(arrays)]
+
+
+def _overwritten(array: Any, values: Any) -> Any:
+    try:
+        array[...] = values
+    except TypeError:  # JAX's arrays never change
+        return values
+    return array
+
+
+def properties(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
+    """What holds for any input, on inputs that hypothesis chooses."""
+    from mhc_conformance.properties import hold
+
+    return hold(subject, op, dtype, seed)
+
+
 Check = Callable[[Subject, str, str, int], Iterator[Comparison]]
 
 CHECKS: Mapping[str, Check] = {
@@ -335,6 +432,8 @@ CHECKS: Mapping[str, Check] = {
     "strided": strided,
     "repeated": repeated,
     "host": host,
+    "updated": updated,
+    "properties": properties,
 }
 ONE_DTYPE = "float32"  # of the checks that look at structure and not at rounding
 
@@ -342,7 +441,12 @@ ONE_DTYPE = "float32"  # of the checks that look at structure and not at roundin
 def dtypes_of(kind: str, dtypes: Sequence[str]) -> list[str]:
     """Give those of a backend's dtypes in which a check is made."""
     one = ONE_DTYPE if ONE_DTYPE in dtypes else dtypes[0]
-    made = {"forward": dtypes, "gradient": dtypes, "grad": (one, "bfloat16")}
+    made = {
+        "forward": dtypes,
+        "gradient": dtypes,
+        "grad": (one, "bfloat16"),
+        "properties": ("float64",) if "float64" in dtypes else (one,),  # the rounding is not it
+    }
     return [dtype for dtype in dtypes if dtype in made.get(kind, (one,))]
 
 
@@ -354,25 +458,53 @@ def applies(subject: Subject, op: str, dtype: str, kind: str) -> str | None:
         return f"{subject.name} has no {dtype}"
     if kind == "checkpoint" and subject.lacks("grad"):
         return subject.lacks("grad")
+    if kind == "properties":
+        from mhc_conformance.properties import lacks
+
+        return lacks(subject, op, dtype)
     return subject.lacks(kind)
+
+
+def everything(subject: Subject, *kinds: str) -> Iterator[tuple[str, str, str, str | None]]:
+    """Give every (op, dtype, kind) that there is, and the reason where it does not apply."""
+    declared = subject.spec.dtypes
+    others = [dtype for dtype in DTYPES if dtype not in declared]
+    for kind in kinds or CHECKS:
+        tried = dtypes_of(kind, declared) + (others if kind in ("forward", "gradient") else [])
+        for op in OPS:
+            for dtype in tried:
+                yield op, dtype, kind, applies(subject, op, dtype, kind)
 
 
 def grid(subject: Subject) -> Iterator[tuple[str, str, str]]:
     """Give every (op, dtype, kind) that the backend declares to hold."""
-    for kind in CHECKS:
-        for op in subject.spec.ops:
-            for dtype in dtypes_of(kind, subject.spec.dtypes):
-                if applies(subject, op, dtype, kind) is None:
-                    yield op, dtype, kind
+    for op, dtype, kind, reason in everything(subject):
+        if reason is None:
+            yield op, dtype, kind
+
+
+def skips(subject: Subject) -> Iterator[Skip]:
+    """Give every check that is left out, with the reason that the backend declares."""
+    for op, dtype, kind, reason in everything(subject):
+        if reason is not None:
+            yield Skip(subject.name, op, dtype, kind, reason)
+    for n in sorted({sizes.n for sizes in SIZES}):
+        reason = subject.spec.refuses(subject.spec.ops[0], (), n)
+        if reason is not None:
+            yield Skip(subject.name, "all", "all", f"n={n}", reason)
 
 
 def check(subject: Subject, op: str, dtype: str, kind: str, seed: int = 0) -> Record:
     """Run one check and keep the worst of its comparisons."""
+    subject.trying = op
     try:
         with subject.dtype_context(dtype):
             found = list(CHECKS[kind](subject, op, dtype, seed))
     except Exception as error:  # whatever a backend does, the report goes on
-        found = [Comparison(op, math.nan, math.nan, f"raised {type(error).__name__}: {error}")]
+        raised = f"raised {type(error).__name__}: {error}"
+        found = [Comparison(subject.trying, math.nan, math.nan, raised)]
+    if not found:
+        found = [Comparison(op, math.nan, math.nan, f"has no case with {subject.spec.sizes=}")]
     worst = max(found, key=lambda comparison: comparison.badness)
     return Record(
         backend=subject.name,

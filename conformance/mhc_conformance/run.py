@@ -9,8 +9,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mhc_conformance.bugs import present
 from mhc_conformance.chain import OPS, TOLERANCE, Chain, compare, run_chain
-from mhc_conformance.checks import Record, check, grid
+from mhc_conformance.checks import Record, Skip, check, grid, skips
 from mhc_conformance.subject import Subject
 
 __all__ = ["Plan", "Unit", "run"]
@@ -53,6 +54,11 @@ class Plan:
         pairs = ((self.ops, op), (self.dtypes, dtype), (self.kinds, kind))
         return all(not chosen or one in chosen for chosen, one in pairs)
 
+    def skips(self) -> list[Skip]:
+        """Give what is left out of it, with the reasons that the backends declare."""
+        found = [skip for name in self.backends for skip in skips(Subject(name))]
+        return [skip for skip in found if self._wants(skip.op, skip.dtype, skip.kind)]
+
     @property
     def size(self) -> int:
         """How many records there will be."""
@@ -86,10 +92,11 @@ def run(plan: Plan, jobs: int | None = None) -> Iterator[Record]:
 
 
 def _run_unit(unit: Unit, seed: int, full: bool) -> list[Record]:
-    if unit.op == "chain":
-        return _chain_records(unit.backend, seed)
-    subject = Subject(unit.backend, full)
-    return [check(subject, unit.op, dtype, kind, seed) for dtype, kind in unit.checks]
+    with present(unit.backend):
+        if unit.op == "chain":
+            return _chain_records(unit.backend, seed)
+        subject = Subject(unit.backend, full)
+        return [check(subject, unit.op, dtype, kind, seed) for dtype, kind in unit.checks]
 
 
 def _chain_records(backend: str, seed: int) -> list[Record]:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from mhc_conformance.checks import CHECKS, applies, check, dtypes_of
+from mhc_conformance.checks import CHECKS, applies, check, everything
 from mhc_conformance.subject import Subject
 
 __all__ = ["BackendConformance"]
@@ -21,22 +21,27 @@ class BackendConformance:
             backend = "mine"
 
     Each op is held against the float64 oracle in every dtype that the backend declares, forwards
-    and gradients. A capability that the spec leaves out is skipped with the spec's own reason; one
-    that it declares and does not have fails.
+    and gradients. A capability that the spec leaves out, be it an op, a dtype or a transform, is
+    skipped with the spec's own reason; one that it declares and does not have fails.
+
+    Attributes
+    ----------
+    backend
+        The name of the backend.
+    seed
+        Of all inputs; a failure's message says how to run it again with the same one.
     """
 
     backend: ClassVar[str]
     seed: ClassVar[int] = 0
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Make one test per op, dtype and check that the backend declares."""
+        """Make one test per op, dtype and check, those left out included: they are skipped."""
         if "dtype" not in metafunc.fixturenames:
             return
         kind = metafunc.function.__name__.removeprefix("test_")
-        spec = Subject(self.backend).spec
-        dtypes = dtypes_of(kind, spec.dtypes)
-        pairs = [(op, dtype) for op in spec.ops for dtype in dtypes]
-        metafunc.parametrize(("op", "dtype"), pairs)
+        found = [(op, dtype) for op, dtype, _, _ in everything(Subject(self.backend), kind)]
+        metafunc.parametrize(("op", "dtype"), found)
 
     def _hold(self, op: str, dtype: str, kind: str) -> None:
         subject = Subject(self.backend)

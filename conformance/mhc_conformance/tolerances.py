@@ -22,7 +22,7 @@ from typing import Literal, cast
 import ml_dtypes
 import numpy as np
 
-__all__ = ["Kind", "eps", "tolerance"]
+__all__ = ["DIFFERENCES", "Kind", "eps", "tolerance"]
 
 Kind = Literal["forward", "gradient"]
 
@@ -45,6 +45,9 @@ K: Mapping[str, tuple[float, float]] = {
     "static_layer": (4, 64),
     "static_mappings": (4, 8),
 }
+
+DIFFERENCES = 1e-8
+"""How far a gradient in float64 may be off differences of values, along a direction: measured."""
 
 
 def eps(dtype: str) -> float:

@@ -57,14 +57,28 @@ def _is(xp: Any, library: str) -> bool:
 
 
 def up(xp: Any, array: Array) -> Array:
-    """Take an array to the dtype of computation: float32, or float64 for float64."""
+    """Take an array to the dtype of computation: float32, or float64 for float64.
+
+    An array of that dtype is given as it is: nobody writes into what comes out of here.
+    """
     wide = str(array.dtype).endswith("float64")
-    return xp.astype(array, xp.float64 if wide else xp.float32)
+    return _as(xp, array, xp.float64 if wide else xp.float32)
 
 
 def cast(xp: Any, array: Array, like: Array) -> Array:
-    """Take a result to the dtype of ``like``."""
-    return xp.astype(array, like.dtype)
+    """Take a result to the dtype of ``like``; one that has it already is given as it is.
+
+    So a result must be new: where it may be a view of an array that somebody holds, copy it by
+    ``xp.astype``, which does so in libraries whose arrays can be written to.
+    """
+    return _as(xp, array, like.dtype)
+
+
+def _as(xp: Any, array: Array, dtype: Any) -> Array:
+    """Cast without a copy where nothing changes; NumPy and PyTorch would make one."""
+    # JAX makes none, and its astype takes away what is weak about the dtype of a filled array
+    same = array.dtype == dtype and not _is(xp, "jax")
+    return array if same else xp.astype(array, dtype)
 
 
 # ------------------------------------------------------------------------------ shapes and sums

@@ -29,4 +29,5 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None, *, how: str) -> tuple[
     xp = _xp.namespace(x)
     g = _xp.up(xp, g)
     each = g / x.shape[-2] if how == "mean" else g
-    return (_xp.cast(xp, xp.broadcast_to(each[..., None, :], x.shape), x),)
+    # not cast: it would leave a view of the cotangent
+    return (xp.astype(xp.broadcast_to(each[..., None, :], x.shape), x.dtype),)

@@ -19,7 +19,8 @@ OP = Op(
 def forward(h: Any, *, n: int) -> Any:
     """x_i = h."""
     xp = _xp.namespace(h)
-    return xp.broadcast_to(h[..., None, :], (*h.shape[:-1], n, h.shape[-1]))
+    streams = xp.broadcast_to(h[..., None, :], (*h.shape[:-1], n, h.shape[-1]))
+    return xp.astype(streams, h.dtype)  # a copy where arrays can be written to
 
 
 def vjp(primals: Any, cotangents: Any, saved: Any = None, *, n: int) -> tuple[Any]:

@@ -33,4 +33,5 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None) -> tuple[Any, Any, Any
     total = _xp.up(xp, x) + _xp.up(xp, res)
     d_total, dh_pre = aggregate.back(xp, total, _xp.up(xp, h_pre), _xp.up(xp, g_h))
     d_total = d_total + _xp.up(xp, g_x)
-    return _xp.cast(xp, d_total, x), _xp.cast(xp, d_total, res), _xp.sum_to(xp, dh_pre, h_pre)
+    dres = xp.astype(d_total, res.dtype)  # not cast: it must not be the array that dx is
+    return _xp.cast(xp, d_total, x), dres, _xp.sum_to(xp, dh_pre, h_pre)

@@ -38,6 +38,7 @@ def missing() -> str | None:
 SPEC = BackendSpec(
     name="mlx-metal-simulator",
     module=__name__,
+    api_version=1,
     array_types=METAL.array_types,
     ops=METAL.ops,
     dtypes=METAL.dtypes,

@@ -20,6 +20,7 @@ SPEC = BackendSpec(
     ops=math.OPS,
     dtypes=DTYPES,
     missing=_missing,
+    api_version=1,
 )
 
 

@@ -21,7 +21,7 @@ import torch.utils.checkpoint
 from mhc_core import _registry, math
 from mhc_torch import _function
 
-for _dispatch in (_registry.call, _registry.call_vjp):
+for _dispatch in (_registry.answer, _registry.answer_vjp):
     torch.compiler.allow_in_graph(_dispatch)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ from calls import (
     CALLS,
     KNOPP,
     PROJECTION,
+    RES,
     STREAMS,
     VARIANT,
     C,
@@ -100,6 +103,41 @@ def test_tokens_may_vary_in_number() -> None:
         assert_close(compiled(x, *parameters), mhc.pre(x, *parameters, VARIANT))
     assert counter.frame_count == 2  # one for 3 tokens, one for any number
     assert not counters["graph_break"]
+
+
+def test_streams_may_vary_in_number() -> None:
+    compiled, counter = traced(lambda logits: mhc.sinkhorn(logits))
+    for n in (4, 3, 2, 5):
+        logits = torch.randn(6, n, n)
+        assert_close(compiled(logits), mhc.sinkhorn(logits))
+    assert counter.frame_count == 4
+
+
+def test_vjp_takes_the_op_itself_in_compiled_code() -> None:
+    x = torch.randn(RES)
+    compiled, _ = traced(lambda x: mhc.vjp(mhc.sinkhorn, (x,), x))
+    assert_close(compiled(x), mhc.vjp("sinkhorn", (x,), x))
+
+
+COLD = """
+import torch, mhc_core as mhc
+x = torch.zeros(2, 2)
+f = torch.compile({function}, fullgraph=True, backend="aot_eager")
+assert torch.equal(f(x), x + {value})
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "value"),
+    [
+        ("mhc.sinkhorn", 0.5),
+        ("lambda x: mhc.sinkhorn(x, backend='torch')", 0.5),
+        ("lambda x: mhc.vjp('sinkhorn', (x,), x)[0]", 0.0),
+    ],
+)
+def test_the_first_call_of_a_process_may_be_compiled(function: str, value: float) -> None:
+    code = COLD.format(function=function, value=value)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_whole_model_is_one_graph() -> None:
