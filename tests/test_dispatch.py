@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import mhc_core as mhc
+from mhc_backends.jax.ops import dtype_context
 from mhc_core import _registry
 
 if TYPE_CHECKING:
@@ -412,7 +413,7 @@ def test_float64_of_mlx_itself_is_refused() -> None:
 
 
 def test_float64_in_jax_where_it_has_it() -> None:
-    with jax.enable_x64(True):
+    with dtype_context("float64"):
         result = mhc.sinkhorn(np.eye(2), backend="jax")
         assert result.dtype == np.float64
         assert mhc.sinkhorn(result).dtype == np.float64

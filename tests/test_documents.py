@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import mhc_core
+from mhc_backends.kernels.launch import VARIABLE, launch
 from mhc_core.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +51,25 @@ def test_backend_table() -> None:
         if backend.spec is not None and backend.spec.module.startswith("mhc_backends.")
     ]
     assert sorted(rows) == sorted(declared)
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/kernels.md"])
+def test_no_page_says_more_of_metal_than_was_seen(file: str) -> None:
+    text = " ".join((ROOT / file).read_text().split())
+    assert "verified by simulation, not yet run on Apple GPUs" in text
+    assert "docs/kernels.md" in README
+
+
+def test_the_tuning_file_of_the_docs_is_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (text,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs/kernels.md").read_text(), re.DOTALL)
+    (tmp_path / "tuning.json").write_text(text)
+    sizes = (1, 4, 4096, "bfloat16")
+    before = launch("combine", *sizes)
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "tuning.json"))
+    assert launch("combine", *sizes) != before
+    assert launch("combine", *sizes).threadgroup == (128, 1, 1)
 
 
 def test_every_environment_variable_is_in_the_table() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mhc_backends.jax.ops import dtype_context
 from mhc_conformance.cases import SMALL, Case, cases, data
 from mhc_core import math
 from mhc_core.math import _xp, sinkhorn_knopp
@@ -71,7 +72,7 @@ def _off_by(got: Any, want: Any) -> float:
 def test_vjps_equal_autodiff_of_the_forwards(case: Case) -> None:
     primals, cotangents = data(case, "float64", 0)
     by_hand = math.load(case.op).vjp(primals, cotangents, **case.options)
-    with jax.enable_x64(True):
+    with dtype_context("float64"):
         own = tuple(jnp.asarray(primal) for primal in primals)
         function = jax.grad(_loss(case, cotangents), argnums=range(len(own)))
         by_jax = jax.jit(function, compiler_options=QUICKLY)(*own)

@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 import mhc_core as mhc
+from mhc_backends.jax.ops import dtype_context
 from mhc_backends.mlx_compiled import _vmap
 from mhc_conformance import Subject, oracle
 from mhc_conformance.cases import Case, Sizes, cases, data
@@ -351,7 +352,7 @@ def test_grad_of_grad_in_jax(name: str) -> None:
         first = jax.grad(loss, argnums)(*arrays)
         return sum((d * g).sum() for d, g in zip(direction, first, strict=True))
 
-    with jax.enable_x64(True):
+    with dtype_context("float64"):
         got = jax.jit(jax.grad(along, argnums))(*map(jnp.asarray, primals))
         for one, other in zip(got, want, strict=True):
             assert np.abs(np.asarray(one) - other).max() < 1e-6 * np.abs(other).max()

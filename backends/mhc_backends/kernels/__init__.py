@@ -2,9 +2,8 @@
 
 ``<kernel>.h`` is the body of a kernel; ``dialect_metal.h`` and ``dialect_cuda.h`` define the words
 that it is written in, and ``common.h`` and ``common_<part>.h``, written in them too, what several
-bodies use. MLX makes the
-function around a body: its arguments from the names of the inputs and outputs, ``x_shape`` and the
-like where the body says so, and its template arguments.
+bodies use. MLX makes the function around a body: its arguments from the names of the inputs and
+outputs, ``x_shape`` and the like where the body says so, and its template arguments.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import functools
 import re
 from importlib.resources import files
 
-__all__ = ["DIALECTS", "KERNELS", "header", "source"]
+__all__ = ["DIALECTS", "KERNELS", "bounds", "header", "source"]
 
 DIALECTS = ("metal", "cuda")
 _FIRST_LINES = "//// the first lines of every kernel ////\n"
@@ -28,7 +27,14 @@ KERNELS = tuple(
 )
 """The names of all kernels: one body file each."""
 
-_COMMON = ("", "_streams", "_static", "_sinkhorn", "_project", "_mappings")  # later ones use earlier
+_COMMON = (
+    "",
+    "_streams",
+    "_static",
+    "_sinkhorn",
+    "_project",
+    "_mappings",
+)  # later ones use earlier
 
 
 _TWICE = (
@@ -41,9 +47,9 @@ _FAST = re.compile(r"^//// fast where (.*?) ////\n", re.MULTILINE | re.DOTALL)
 def header(dialect: str) -> str:
     """Return what comes before the kernel's function: the dialect's words and the common parts.
 
-    They come twice, in namespaces ``anywhere`` and ``aligned``. A load that may have to take scalars is
-    a branch, and what follows a branch waits for it; so a body that names what must hold for vectors
-    everywhere, ``//// fast where ... ////``, is compiled with the words of either.
+    They come twice, in namespaces ``anywhere`` and ``aligned``. A load that may have to take
+    scalars is a branch, and what follows a branch waits for it; so a body that names what must hold
+    for vectors everywhere, ``//// fast where ... ////``, is compiled with the words of either.
     """
     once, _, twice = _dialect(dialect)[0].partition(_TWICE)
     words = "\n".join([twice, *(_read(f"common{part}.h") for part in _COMMON)])
@@ -70,6 +76,15 @@ def source(name: str, dialect: str) -> str:
         f"if (whole) {{\nusing namespace aligned;\n{work}}} else {{\n"
         f"using namespace anywhere;\n{work}}}\n"
     )
+
+
+def bounds(threads: int, groups: int) -> str:
+    """Return what ends a CUDA header to limit registers, so that so many threadgroups fit at once.
+
+    MLX writes the kernel's first line, so it is the word in it that takes the bounds.
+    """
+    words = f"__attribute__((global)) __launch_bounds__({threads}, {groups})"
+    return f"#undef __global__\n#define __global__ {words}\n"
 
 
 def _dialect(dialect: str) -> tuple[str, str]:

@@ -1,87 +1,78 @@
 // combine_project: combine, x'_i = sum_j H_res[i, j] x_j + h_post_i y (eq. 3), and of its result, as
-// rounded to the streams' type, what `project` gives, in the same order.
+// rounded to the streams' type, what `project` gives.
 //
 // x[T, n, C], y[T, C], h_post[T or 1, n], h_res[T or 1, n, n], phi[m, n C] -> out[T, n, C],
-// parts[T, P, m + 1]. Groups and simdgroups share the work as in project.h.
+// parts[T, P, m + 1]. Threadgroups and simdgroups share the work as in project.h, by single leaves.
 
 const int64_t T = x_shape[0];
 const int C = x_shape[2], M = phi_shape[0];
 const int64_t K = int64_t(N) * C;
-const bool EXACT = sizeof(x[0]) == 2;
-const int KEPT = N <= 4 ? N : 1;  // streams that a lane holds; others are read again
-const bool AHEAD = EXACT && N <= 4;  // a block is loaded while the one before is multiplied
+const bool KEPT = N <= 4;  // the streams are in registers; others are read again
+const int FACTORS = TILES * RIGHT_QUADS * SIMD;  // of a leaf
+threadgroup uint4 factors[2 * FACTORS];
 
 //// fast where C % BLOCK_CHANNELS == 0 && vectors<8>(x) && vectors<8>(y) && vectors<8>(out) &&
-// vectors<4>(phi) ////
-const int lane = here.id % SIMD, channel = 4 * tile_pair(lane);
-const int simdgroups = here.threads / SIMD;
-const int begin = here.group_y * (BLOCKS * BLOCK_CHANNELS);
-const int end = begin + BLOCKS * BLOCK_CHANNELS < C ? begin + BLOCKS * BLOCK_CHANNELS : C;
+// vectors<4>(phi) && vectors<N>(h_res) ////
+typedef decltype(load_raw<8>(x)) Row;
+typedef decltype(factor_for(Row(), RightNumbers())) Factor;
+const int lane = here.id % SIMD, simdgroup = here.id / SIMD, channel = 4 * tile_pair(lane);
+const int P = (C + PART_CHANNELS - 1) / PART_CHANNELS;
+const int tokens = here.threads / SIMD * TILE_TOKENS;  // of a threadgroup
+int side = 0;                                          // of `factors`
 
-for (int64_t tile = int64_t(here.group_x) * simdgroups + here.id / SIMD; tile * TILE_TOKENS < T;
-     tile += int64_t(here.groups_x) * simdgroups) {
-    const int64_t upper = tile * TILE_TOKENS + tile_row(lane), lower = upper + 8;
-    const int64_t tokens[2] = {upper < T ? upper : T - 1, lower < T ? lower : T - 1};
-    const auto upper_row = x + tokens[0] * K + channel, lower_row = x + tokens[1] * K + channel;
-    const auto upper_y = y + tokens[0] * C + channel, lower_y = y + tokens[1] * C + channel;
-    const auto upper_post = h_post + row(h_post_shape[0], tokens[0]) * N;
-    const auto lower_post = h_post + row(h_post_shape[0], tokens[1]) * N;
-    const auto upper_res = h_res + row(h_res_shape[0], tokens[0]) * N * N;
-    const auto lower_res = h_res + row(h_res_shape[0], tokens[1]) * N * N;
+for (int64_t item = here.group_x; item < (T + tokens - 1) / tokens * P; item += here.groups_x) {
+    const int part = int(item % P), begin = part * PART_CHANNELS;
+    const int end = begin + PART_CHANNELS < C ? begin + PART_CHANNELS : C;
+    const int steps = (end - begin + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS * N;
+    const int64_t first = item / P * tokens + simdgroup * TILE_TOKENS + tile_row(lane);
+    int64_t own[2];  // this lane's tokens
+    UNROLL for (int r = 0; r < 2; r++) own[r] = first + 8 * r < T ? first + 8 * r : T - 1;
 
     for (int column = 0; column < M; column += TILES * TILE_COLUMNS) {
         Sums<TILES> sums = no_sums<TILES>();
-        const int rest = C - begin - channel;
-        auto ahead = load_rows<KEPT>(upper_row + begin, lower_row + begin, C, rest);
-        auto layer_ahead = load_rows<1>(upper_y + begin, lower_y + begin, C, rest);
+        RightNumbers ahead =
+            load_phi_of<N, 1, TILES>(phi, K, M, C, column, begin, 0, simdgroup, lane);
         for (int c = begin; c < end; c += BLOCK_CHANNELS) {
-            const int next = c + BLOCK_CHANNELS, left = next < end ? C - next - channel : 0;
-            if (!AHEAD) {
-                ahead = load_rows<KEPT>(upper_row + c, lower_row + c, C, C - c - channel);
-                layer_ahead = load_rows<1>(upper_y + c, lower_y + c, C, C - c - channel);
-            }
-            const auto streams = ahead;
-            const auto layer = layer_ahead;
-            if (AHEAD) {
-                ahead = load_rows<KEPT>(upper_row + next, lower_row + next, C, left);
-                layer_ahead = load_rows<1>(upper_y + next, lower_y + next, C, left);
+            const int rest = C - c - channel;
+            RawStreams<KEPT ? N : 1, Row> streams[2];
+            Row layer[2];
+            UNROLL for (int r = 0; r < 2; r++) {
+                streams[r] = load_streams_within<KEPT ? N : 1>(x + own[r] * K + c + channel, C, rest);
+                layer[r] = load_raw_within<8>(y + own[r] * C + c + channel, rest);
             }
 
-            Sums<TILES> block = no_sums<TILES>();
-            UNROLL_FEW(1) for (int i = 0; i < N; i++) {
-                const Rows y_rows = rows(layer.upper[0], layer.lower[0]);
-                Rows mixed;
-                mixed.upper = times(float(upper_post[i]), y_rows.upper);
-                mixed.lower = times(float(lower_post[i]), y_rows.lower);
-                UNROLL_SMALL for (int j = 0; j < N; j++) {
-                    Rows stream = rows(streams.upper[N == KEPT ? j : 0],
-                                       streams.lower[N == KEPT ? j : 0]);
-                    if (N > KEPT) {
-                        const int64_t at = int64_t(j) * C + c;
-                        const auto other =
-                            load_rows<1>(upper_row + at, lower_row + at, C, C - c - channel);
-                        stream = rows(other.upper[0], other.lower[0]);
-                    }
-                    mixed.upper = add(mixed.upper, float(upper_res[i * N + j]), stream.upper);
-                    mixed.lower = add(mixed.lower, float(lower_res[i * N + j]), stream.lower);
+            UNROLL_SMALL for (int i = 0; i < N; i++) {
+                // This side was last read before the last barrier.
+                const int step = (c - begin) / BLOCK_CHANNELS * N + i;
+                const auto shared = &factors[side * FACTORS];
+                side = 1 - side;
+                put_phi<N, 1, TILES>(shared, Row(), ahead, phi, K, M, C, column, begin, step, here);
+                BARRIER;
+                if (step + 1 < steps)
+                    ahead = load_phi_of<N, 1, TILES>(phi, K, M, C, column, begin, step + 1,
+                                                     simdgroup, lane);
+
+                Row mixed[2];
+                UNROLL for (int r = 0; r < 2; r++) {
+                    const float post = float(h_post[row(h_post_shape[0], own[r]) * N + i]);
+                    const auto res =
+                        hold<N, KEPT>(h_res + (row(h_res_shape[0], own[r]) * N + i) * N);
+                    mixed[r] = packed(out, mix<N, KEPT>(times(post, floats(layer[r])), res,
+                                                        streams[r], x + own[r] * K + c + channel,
+                                                        C, rest));
+                    if (column == 0 && first + 8 * r < T)
+                        store_raw_within(out + own[r] * K + int64_t(i) * C + c + channel, mixed[r],
+                                         rest);
                 }
-                mixed.upper = rounded(out, mixed.upper);
-                mixed.lower = rounded(out, mixed.lower);
-                const int64_t at = int64_t(i) * C + c;
-                if (column == 0) {
-                    const int64_t to = at + channel;
-                    if (upper < T)
-                        store_within(out + upper * K + to, mixed.upper, C - c - channel);
-                    if (lower < T)
-                        store_within(out + lower * K + to, mixed.lower, C - c - channel);
+                const Rows<Row> rows = {mixed[0], mixed[1]};
+                sums.squares = plus(sums.squares, leaf_squares(rows));
+                UNROLL for (int k = 0; k < TILES; k++) {
+                    const Factor factor = take<Factor>(shared + k * RIGHT_QUADS * SIMD, lane);
+                    sums.products[k] = plus(sums.products[k], leaf_products(rows, factor));
                 }
-                block = project<EXACT>(block, mixed, phi + column * K + at, K, C - c, M - column,
-                                       lane);
             }
-            sums = plus(sums, block);
         }
-        const int64_t P = here.groups_y, part = here.group_y;
-        store_sums(parts + (upper * P + part) * (M + 1), parts + (lower * P + part) * (M + 1),
-                   upper < T, lower < T, sums, column, M, lane);
+        store_sums(parts + (first * P + part) * (M + 1), parts + ((first + 8) * P + part) * (M + 1),
+                   first < T, first + 8 < T, sums, column, M, lane);
     }
 }

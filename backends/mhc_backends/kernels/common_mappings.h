@@ -1,8 +1,6 @@
 // From the parts that `project` gives to the mappings: what the kernels that end them share.
-//
-// Template arguments: TOKENS, the tokens of a threadgroup; PER_SPAN, the parts in a span of the
-// channels; SPANS, how many spans are summed by threads of their own, 0 where each number has one
-// thread. Neither changes the order: within a span the parts one by one, then the spans one by one.
+
+enum { PARTS_AT_ONCE = 8 };  // that a thread has under way
 
 // 1 / (1 + exp(-z)), exact far below zero and without overflow
 FUNCTION float sigmoid(float z) {
@@ -10,40 +8,21 @@ FUNCTION float sigmoid(float z) {
     return (z < 0.0f ? small : 1.0f) / (1.0f + small);
 }
 
-// The sum of the parts begin, begin + 1, ... below end; `stride` numbers are from one to the next.
-template <int PER_SPAN, typename P>
-FUNCTION float span_sum(P from, int begin, int end, int stride) {
-    float sum = 0.0f;
-    if (begin + PER_SPAN <= end) {
-        UNROLL for (int k = 0; k < PER_SPAN; k++) sum += from[(begin + k) * stride];
-    } else {
-        for (int part = begin; part < end; part++) sum += from[part * stride];
-    }
-    return sum;
-}
-
-// sums[k * NUMBERS + number]: the parts[T, count, NUMBERS] of TOKENS tokens from `first` on, added
-// up. `spans` needs SPANS numbers for each of these. All threads must come here, and a BARRIER must
-// follow.
-template <int TOKENS, int NUMBERS, int PER_SPAN, int SPANS, typename P, typename S>
-FUNCTION void sum_parts(P parts, int count, int64_t first, int64_t T, S sums, S spans, Place here) {
+// sums[k * NUMBERS + number]: the parts[T, count, NUMBERS] of TOKENS tokens from `first` on, added up
+// one by one. All threads must come here, and a BARRIER must follow.
+template <int TOKENS, int NUMBERS, typename P, typename S>
+FUNCTION void sum_parts(P parts, int count, int64_t first, int64_t T, S sums, Place here) {
     const int tokens = T - first < TOKENS ? int(T - first) : TOKENS;
-    if (SPANS > 0) {
-        for (int item = here.id; item < tokens * SPANS * NUMBERS; item += here.threads) {
-            const int k = item / (SPANS * NUMBERS), span = item / NUMBERS % SPANS;
-            const auto from = parts + (first + k) * count * NUMBERS + item % NUMBERS;
-            spans[item] = span_sum<PER_SPAN>(from, span * PER_SPAN, count, NUMBERS);
-        }
-        BARRIER;
-    }
     for (int item = here.id; item < tokens * NUMBERS; item += here.threads) {
-        const int k = item / NUMBERS, number = item % NUMBERS;
-        const auto from = parts + (first + k) * count * NUMBERS + number;
+        const auto from = parts + (first + item / NUMBERS) * count * NUMBERS + item % NUMBERS;
         float sum = 0.0f;
-        for (int span = 0; span * PER_SPAN < count; span++) {
-            sum += SPANS > 0 ? spans[(k * SPANS + span) * NUMBERS + number]
-                             : span_sum<PER_SPAN>(from, span * PER_SPAN, count, NUMBERS);
+        int part = 0;
+        for (; part + PARTS_AT_ONCE <= count; part += PARTS_AT_ONCE) {
+            Floats<PARTS_AT_ONCE> some;
+            UNROLL for (int k = 0; k < PARTS_AT_ONCE; k++) some.at[k] = from[(part + k) * NUMBERS];
+            UNROLL for (int k = 0; k < PARTS_AT_ONCE; k++) sum += some.at[k];
         }
+        for (; part < count; part++) sum += from[part * NUMBERS];
         sums[item] = sum;
     }
 }

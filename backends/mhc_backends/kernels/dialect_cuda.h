@@ -41,6 +41,8 @@ struct Place {
 };
 
 enum { SIMD = 32, MOST_SIMDGROUPS = 32 };
+// Of uint4: most that a lane's share of a factor takes (products of matrices).
+enum { LEFT_QUADS = 2, RIGHT_QUADS = 4 };
 
 //// twice: where vectors begin anywhere, and where all begin at their own multiples ////
 
@@ -190,11 +192,35 @@ FUNCTION Floats<W> floats(Raw<T, W> raw) {
 }
 
 // v as it would be in memory of p's type.
+FUNCTION unsigned pair(float first, float second, __half) {
+    const __half2 both = __floats2half2_rn(first, second);
+    return bits(both.x) | bits(both.y) << 16;
+}
+FUNCTION unsigned pair(float first, float second, __nv_bfloat16) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
+    return bits(both.x) | bits(both.y) << 16;
+}
+FUNCTION unsigned pair(float first, float, float) { return bits(first); }
 template <int W, typename T>
-FUNCTION Floats<W> rounded(const T*, Floats<W> v) {
-    UNROLL for (int k = 0; k < W; k++)
-        v.at[k] = static_cast<float>(static_cast<T>(v.at[k]));
-    return v;
+FUNCTION Raw<T, W> packed(const T*, Floats<W> v) {
+    enum { PER_WORD = Raw<T, W>::PER_WORD };
+    Raw<T, W> out;
+    UNROLL for (int k = 0; k < W; k += PER_WORD)
+        out.word[k / PER_WORD] = pair(v.at[k], v.at[k + PER_WORD - 1], static_cast<T>(0.0f));
+    return out;
+}
+// store_raw(p, v): v's numbers from p on.
+template <int W, typename T>
+FUNCTION void store_raw(T* p, Raw<T, W> v) {
+    typedef Access<T, W> A;
+    enum { PER_WORD = A::PER_WORD };
+    if (takes_vectors<T, W>(p)) {
+        UNROLL for (int k = 0; k < W; k += A::ELEMENTS)
+            store_words(reinterpret_cast<typename A::type*>(p + k), v.word + k / PER_WORD);
+    } else {
+        UNROLL for (int k = 0; k < W; k++)
+            p[k] = static_cast<T>(number(v.word[k / PER_WORD], k % PER_WORD, static_cast<T>(0.0f)));
+    }
 }
 
 // ---- products of matrices ------------------------------------------------------------------------
@@ -213,93 +239,175 @@ FUNCTION float row_sum(float v) {
 FUNCTION int right_row(int lane, int e) { return tile_pair(lane) + e; }
 FUNCTION int right_column(int lane, int) { return tile_row(lane); }
 
+// Factors are in words, so that they can be in threadgroup memory.
+struct Left {
+    uint4 quad[LEFT_QUADS];
+};
+struct Right {
+    uint4 quad;
+};
+
 #if __CUDA_ARCH__ >= 800
 
-// The tensor cores multiply numbers of 11 significant bits. So a float is the sum of two of them,
-// to float32's own rounding; the product of the two lower ones is below it and left out.
-struct Split {
-    unsigned upper, lower;
-};
+// The tensor cores multiply numbers of 11 significant bits (TF32). So a float is the sum of two of
+// them, to float32's own rounding; the product of the two lower ones is below it and left out.
 FUNCTION unsigned tensor_float(float v) {
     unsigned out;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(out) : "f"(v));
     return out;
 }
-FUNCTION Split split(float v) {
-    Split out;
-    out.upper = tensor_float(v);
-    out.lower = tensor_float(v - __uint_as_float(out.upper));
-    return out;
-}
-FUNCTION Split whole(float v) {
-    Split out;
-    out.upper = __float_as_uint(v), out.lower = 0;
-    return out;
+FUNCTION unsigned tensor_rest(float v, unsigned upper) {
+    return tensor_float(v - __uint_as_float(upper));
 }
 
-struct Left {
-    Split at[4];  // the upper row's two numbers, then the lower row's
-};
-struct Right {
-    Split at[2];
-};
-FUNCTION Right right(float first, float second) {
-    Right out;
-    out.at[0] = split(first), out.at[1] = split(second);
+// The upper row's two numbers, then the lower row's.
+FUNCTION Left left(float upper, float upper_next, float lower, float lower_next) {
+    Left out;
+    out.quad[0] = make_uint4(tensor_float(upper), tensor_float(upper_next), tensor_float(lower),
+                             tensor_float(lower_next));
+    out.quad[1] = make_uint4(
+        tensor_rest(upper, out.quad[0].x), tensor_rest(upper_next, out.quad[0].y),
+        tensor_rest(lower, out.quad[0].z), tensor_rest(lower_next, out.quad[0].w));
     return out;
 }
-// EXACT: the numbers have no more than 11 significant bits, as those of narrow types.
-template <bool EXACT>
-FUNCTION Left left(float upper, float upper_next, float lower, float lower_next) {
-    const float all[4] = {upper, upper_next, lower, lower_next};
-    Left out;
-    UNROLL for (int k = 0; k < 4; k++) out.at[k] = EXACT ? whole(all[k]) : split(all[k]);
+FUNCTION Right right(float first, float second) {
+    Right out;
+    out.quad.x = tensor_float(first), out.quad.y = tensor_float(second);
+    out.quad.z = tensor_rest(first, out.quad.x), out.quad.w = tensor_rest(second, out.quad.y);
     return out;
 }
 
 // The tensor cores count down the rows first.
-FUNCTION Floats<4> tensor_multiply(Floats<4> sum, unsigned a0, unsigned a1, unsigned a2,
-                                   unsigned a3, unsigned b0, unsigned b1) {
+FUNCTION Floats<4> tensor_multiply(Floats<4> sum, uint4 a, unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sum.at[0]), "+f"(sum.at[1]), "+f"(sum.at[2]), "+f"(sum.at[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        : "r"(a.x), "r"(a.z), "r"(a.y), "r"(a.w), "r"(b0), "r"(b1));
     return sum;
 }
 
 // sum + a b, in full float32
-template <bool EXACT>
 FUNCTION Floats<4> multiply(Floats<4> sum, Left a, Right b) {
-    const Split *l = a.at, *r = b.at;
-    sum = tensor_multiply(sum, l[0].upper, l[2].upper, l[1].upper, l[3].upper, r[0].lower,
-                          r[1].lower);
-    if (!EXACT)
-        sum = tensor_multiply(sum, l[0].lower, l[2].lower, l[1].lower, l[3].lower, r[0].upper,
-                              r[1].upper);
-    return tensor_multiply(sum, l[0].upper, l[2].upper, l[1].upper, l[3].upper, r[0].upper,
-                           r[1].upper);
+    sum = tensor_multiply(sum, a.quad[0], b.quad.z, b.quad.w);
+    sum = tensor_multiply(sum, a.quad[1], b.quad.x, b.quad.y);
+    return tensor_multiply(sum, a.quad[0], b.quad.x, b.quad.y);
+}
+// The same where a's numbers have no more than 11 significant bits.
+FUNCTION Floats<4> multiply_narrow(Floats<4> sum, float upper, float upper_next, float lower,
+                                   float lower_next, Right b) {
+    const uint4 a = make_uint4(bits(upper), bits(upper_next), bits(lower), bits(lower_next));
+    sum = tensor_multiply(sum, a, b.quad.z, b.quad.w);
+    return tensor_multiply(sum, a, b.quad.x, b.quad.y);
 }
 
 #else  // before there were tensor cores for floats
 
-typedef Floats<4> Left;
-typedef Floats<2> Right;
-FUNCTION Right right(float first, float second) { return {{first, second}}; }
-template <bool EXACT>
 FUNCTION Left left(float upper, float upper_next, float lower, float lower_next) {
-    return {{upper, upper_next, lower, lower_next}};
+    Left out;
+    out.quad[0] = make_uint4(bits(upper), bits(upper_next), bits(lower), bits(lower_next));
+    out.quad[1] = make_uint4(0, 0, 0, 0);
+    return out;
 }
-template <bool EXACT>
-FUNCTION Floats<4> multiply(Floats<4> sum, Left a, Right b) {
+FUNCTION Right right(float first, float second) {
+    Right out;
+    out.quad = make_uint4(bits(first), bits(second), 0, 0);
+    return out;
+}
+FUNCTION Floats<4> multiply_narrow(Floats<4> sum, float upper, float upper_next, float lower,
+                                   float lower_next, Right b) {
     const int lane = threadIdx.x % 32, pair = tile_pair(lane);
     UNROLL for (int k = 0; k < 8; k++) {
-        const float upper = __shfl_sync(0xffffffffu, a.at[k % 2], lane / 4 * 4 + k / 2);
-        const float lower = __shfl_sync(0xffffffffu, a.at[2 + k % 2], lane / 4 * 4 + k / 2);
+        const float above = simd_from(k % 2 ? upper_next : upper, lane / 4 * 4 + k / 2);
+        const float below = simd_from(k % 2 ? lower_next : lower, lane / 4 * 4 + k / 2);
         UNROLL for (int e = 0; e < 2; e++) {
-            const float other = __shfl_sync(0xffffffffu, b.at[k % 2], (pair + e) * 4 + k / 2);
-            sum.at[e] = fma(upper, other, sum.at[e]);
-            sum.at[2 + e] = fma(lower, other, sum.at[2 + e]);
+            const float other =
+                simd_from(__uint_as_float(word(b.quad, k % 2)), (pair + e) * 4 + k / 2);
+            sum.at[e] = fma(above, other, sum.at[e]);
+            sum.at[2 + e] = fma(below, other, sum.at[2 + e]);
         }
+    }
+    return sum;
+}
+FUNCTION Floats<4> multiply(Floats<4> sum, Left a, Right b) {
+    return multiply_narrow(sum, __uint_as_float(a.quad[0].x), __uint_as_float(a.quad[0].y),
+                           __uint_as_float(a.quad[0].z), __uint_as_float(a.quad[0].w), b);
+}
+
+#endif
+
+// The right factor [32, 8] of a left one of T's numbers. A product over 32 is four over 8, and as
+// the order in a sum is free, product t of them takes the numbers t, 4 + t, ..., 28 + t: a lane's
+// are side by side.
+template <typename T>
+struct RightFactor {
+    enum { QUADS = 4 };
+    uint4 quad[QUADS];
+};
+// Of numbers first[t] in row 4 right_row(lane, 0) + t and column right_column(lane, 0), and
+// second[t] likewise for 1; the last argument only names the type.
+template <typename T>
+FUNCTION RightFactor<T> right_factor(Floats<4> first, Floats<4> second, T) {
+    RightFactor<T> out;
+    UNROLL for (int t = 0; t < 4; t++) out.quad[t] = right(first.at[t], second.at[t]).quad;
+    return out;
+}
+// sum + a b, in full float32, where a lane has 8 of 32 numbers of its two rows of a, those from
+// 4 tile_pair on.
+template <typename T>
+FUNCTION Floats<4> multiply(Floats<4> sum, Raw<T, 8> upper, Raw<T, 8> lower, RightFactor<T> b) {
+    const Floats<8> u = floats(upper), l = floats(lower);
+    UNROLL for (int t = 0; t < 4; t++) {
+        Right factor;
+        factor.quad = b.quad[t];
+        if (sizeof(T) == 2)
+            sum = multiply_narrow(sum, u.at[t], u.at[4 + t], l.at[t], l.at[4 + t], factor);
+        else
+            sum = multiply(sum, left(u.at[t], u.at[4 + t], l.at[t], l.at[4 + t]), factor);
+    }
+    return sum;
+}
+
+#if __CUDA_ARCH__ >= 800
+
+// Numbers of 8 significant bits are multiplied twice as fast, 16 at a time: a float is the sum of
+// three of them.
+template <>
+struct RightFactor<__nv_bfloat16> {
+    enum { QUADS = 3 };
+    uint4 quad[QUADS];
+};
+FUNCTION RightFactor<__nv_bfloat16> right_factor(Floats<4> first, Floats<4> second, __nv_bfloat16 t) {
+    RightFactor<__nv_bfloat16> out;
+    UNROLL for (int part = 0; part < 3; part++) {
+        unsigned words[4];
+        UNROLL for (int k = 0; k < 4; k++) {
+            Floats<4> v = k < 2 ? first : second;
+            words[k] = pair(v.at[k % 2 * 2], v.at[k % 2 * 2 + 1], t);
+        }
+        out.quad[part] = make_uint4(words[0], words[1], words[2], words[3]);
+        UNROLL for (int k = 0; k < 4; k++) {
+            first.at[k] -= number(words[k / 2], k % 2, t);
+            second.at[k] -= number(words[2 + k / 2], k % 2, t);
+        }
+    }
+    return out;
+}
+FUNCTION Floats<4> tensor_multiply(Floats<4> sum, unsigned upper, unsigned upper_next,
+                                   unsigned lower, unsigned lower_next, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum.at[0]), "+f"(sum.at[1]), "+f"(sum.at[2]), "+f"(sum.at[3])
+        : "r"(upper), "r"(lower), "r"(upper_next), "r"(lower_next), "r"(b0), "r"(b1));
+    return sum;
+}
+// The smallest products come first: a tensor core does not round a sum but cuts it off.
+FUNCTION Floats<4> multiply(Floats<4> sum, Raw<__nv_bfloat16, 8> upper, Raw<__nv_bfloat16, 8> lower,
+                            RightFactor<__nv_bfloat16> b) {
+    const unsigned *u = upper.word, *l = lower.word;
+    UNROLL for (int part = 2; part >= 0; part--) {
+        const uint4 v = b.quad[part];
+        sum = tensor_multiply(sum, u[0], u[1], l[0], l[1], v.x, v.y);
+        sum = tensor_multiply(sum, u[2], u[3], l[2], l[3], v.z, v.w);
     }
     return sum;
 }

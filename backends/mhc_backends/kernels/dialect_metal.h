@@ -35,6 +35,8 @@ struct Place {
 };
 
 enum { SIMD = 32, MOST_SIMDGROUPS = 32 };
+// Of uint4: most that a lane's share of a factor takes (products of matrices).
+enum { LEFT_QUADS = 1, RIGHT_QUADS = 2 };
 
 //// twice: where vectors begin anywhere, and where all begin at their own multiples ////
 
@@ -198,9 +200,29 @@ FUNCTION Floats<W> floats(Raw<T, W> raw) {
 
 // v as it would be in memory of p's type.
 template <int W, typename T>
-FUNCTION Floats<W> rounded(const device T*, Floats<W> v) {
-    UNROLL for (int k = 0; k < W; k++) v.at[k] = float(T(v.at[k]));
-    return v;
+FUNCTION Raw<T, W> packed(const device T*, Floats<W> v) {
+    enum { PER_WORD = Raw<T, W>::PER_WORD };
+    Raw<T, W> out;
+    UNROLL for (int k = 0; k < W; k += PER_WORD)
+        out.word[k / PER_WORD] = pack(v.at + k, T(0.0f));
+    return out;
+}
+// store_raw(p, v): v's numbers from p on.
+template <int W, typename T>
+FUNCTION void store_raw(device T* p, Raw<T, W> v) {
+    typedef Access<T, W> A;
+    enum { PER_WORD = A::PER_WORD };
+    if (takes_vectors<T, W>(p)) {
+        UNROLL for (int k = 0; k < W; k += A::ELEMENTS) {
+            typename A::type words;
+            UNROLL for (int e = 0; e < A::WORDS; e++)
+                set_word(words, e, v.word[k / PER_WORD + e]);
+            *(device typename A::type*)(p + k) = words;
+        }
+    } else {
+        UNROLL for (int k = 0; k < W; k++)
+            p[k] = T(number(v.word[k / PER_WORD], k % PER_WORD, T(0.0f)));
+    }
 }
 
 // ---- products of matrices ------------------------------------------------------------------------
@@ -220,31 +242,67 @@ FUNCTION float row_sum(float v) {
 FUNCTION int right_row(int lane, int) { return tile_row(lane); }
 FUNCTION int right_column(int lane, int e) { return tile_pair(lane) + e; }
 
-typedef Floats<4> Left;   // the upper row's two numbers, then the lower row's
-typedef Floats<2> Right;
-FUNCTION Right right(float first, float second) {
-    Right out;
-    out.at[0] = first, out.at[1] = second;
-    return out;
-}
-// EXACT: the numbers have no more than 11 significant bits, as those of narrow types.
-template <bool EXACT>
+// Factors are in words, so that they can be in threadgroup memory.
+struct Left {
+    uint4 quad[LEFT_QUADS];
+};
+struct Right {
+    float2 pair;
+};
+
+// The upper row's two numbers, then the lower row's.
 FUNCTION Left left(float upper, float upper_next, float lower, float lower_next) {
     Left out;
-    out.at[0] = upper, out.at[1] = upper_next, out.at[2] = lower, out.at[3] = lower_next;
+    out.quad[0] = as_type<uint4>(float4(upper, upper_next, lower, lower_next));
+    return out;
+}
+FUNCTION Right right(float first, float second) {
+    Right out;
+    out.pair = float2(first, second);
     return out;
 }
 
-// sum + a b, in full float32
-template <bool EXACT>
+// sum + a b
 FUNCTION Floats<4> multiply(Floats<4> sum, Left a, Right b) {
-    simdgroup_float8x8 factor, other, both;
-    other.thread_elements() = float2(b.at[0], b.at[1]);
-    UNROLL for (int k = 0; k < 4; k += 2) {
-        factor.thread_elements() = float2(a.at[k], a.at[k + 1]);
-        both.thread_elements() = float2(sum.at[k], sum.at[k + 1]);
-        simdgroup_multiply_accumulate(both, factor, other, both);
-        sum.at[k] = both.thread_elements()[0], sum.at[k + 1] = both.thread_elements()[1];
+    const float4 rows = as_type<float4>(a.quad[0]);
+    simdgroup_float8x8 upper, lower, other, above, below;
+    upper.thread_elements() = rows.xy, lower.thread_elements() = rows.zw;
+    other.thread_elements() = b.pair;
+    above.thread_elements() = float2(sum.at[0], sum.at[1]);
+    below.thread_elements() = float2(sum.at[2], sum.at[3]);
+    simdgroup_multiply_accumulate(above, upper, other, above);
+    simdgroup_multiply_accumulate(below, lower, other, below);
+    sum.at[0] = above.thread_elements()[0], sum.at[1] = above.thread_elements()[1];
+    sum.at[2] = below.thread_elements()[0], sum.at[3] = below.thread_elements()[1];
+    return sum;
+}
+
+// The right factor [32, 8] of a left one of T's numbers. A product over 32 is four over 8, and as
+// the order in a sum is free, product t of them takes the numbers t, 4 + t, ..., 28 + t: a lane's
+// are side by side.
+template <typename T>
+struct RightFactor {
+    enum { QUADS = 2 };
+    uint4 quad[QUADS];
+};
+// Of numbers first[t] in row 4 right_row(lane, 0) + t and column right_column(lane, 0), and
+// second[t] likewise for 1; the last argument only names the type.
+template <typename T>
+FUNCTION RightFactor<T> right_factor(Floats<4> first, Floats<4> second, T) {
+    RightFactor<T> out;
+    const thread float *f = first.at, *s = second.at;
+    out.quad[0] = as_type<uint4>(float4(f[0], s[0], f[1], s[1]));
+    out.quad[1] = as_type<uint4>(float4(f[2], s[2], f[3], s[3]));
+    return out;
+}
+// sum + a b, where a lane has 8 of 32 numbers of its two rows of a, those from 4 tile_pair on.
+template <typename T>
+FUNCTION Floats<4> multiply(Floats<4> sum, Raw<T, 8> upper, Raw<T, 8> lower, RightFactor<T> b) {
+    const Floats<8> u = floats(upper), l = floats(lower);
+    UNROLL for (int t = 0; t < 4; t++) {
+        const float4 two = as_type<float4>(b.quad[t / 2]);
+        const Right factor = t % 2 ? right(two.z, two.w) : right(two.x, two.y);
+        sum = multiply(sum, left(u.at[t], u.at[4 + t], l.at[t], l.at[4 + t]), factor);
     }
     return sum;
 }

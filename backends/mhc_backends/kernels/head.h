@@ -7,12 +7,11 @@
 const int64_t T = parts_shape[0];
 const int C = x_shape[2];
 threadgroup float sums[TOKENS * (N + 1)];
-threadgroup float spans[SPANS > 0 ? TOKENS * SPANS * (N + 1) : 1];
 
 //// fast where vectors<W>(x) && vectors<W>(h) ////
 for (int64_t first = int64_t(here.group_x) * TOKENS; first < T;
      first += int64_t(here.groups_x) * TOKENS) {
-    sum_parts<TOKENS, N + 1, PER_SPAN, SPANS>(parts, parts_shape[1], first, T, sums, spans, here);
+    sum_parts<TOKENS, N + 1>(parts, parts_shape[1], first, T, sums, here);
     BARRIER;
     for (int k = 0; k < TOKENS && first + k < T; k++) {
         const int64_t token = first + k;

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["TABLE", "VARIABLE", "Launch", "Parts", "Shape", "launch", "parts", "shares"]
+__all__ = ["TABLE", "VARIABLE", "Launch", "Shape", "few", "launch", "parts", "shares"]
 
 VARIABLE = "MHC_METAL_TUNING"
 
@@ -34,9 +34,13 @@ ROWS = 256  # that a threadgroup sums at least, where there are more
 SHARES = 256  # of large tokens, at most, each with its sums over them
 SHARE_NUMBERS = 8192  # of a large token; smaller ones have up to four times as many shares
 KEPT_WORDS = {"metal": 64, "cuda": 128}  # of 32 bits, that a thread keeps between two uses
-TILE_TOKENS, BLOCK_CHANNELS, SPAN_BLOCKS = 16, 32, 8  # as common_project.h has them
+TILE_TOKENS, BLOCK_CHANNELS, PART_CHANNELS = 16, 32, 256  # as common_project.h has them
+COLUMNS_AT_ONCE = 64  # of phi, whose sums a simdgroup keeps in registers
+HEIGHT = 2  # tiles of tokens that a simdgroup of `project` multiplies with the same phi
 BUSY = 512  # simdgroups from which on a GPU is busy with products
 SHARED = 2048  # floats of threadgroup memory for the sums of some tokens
+SHARE_TOKENS = 128  # that a strip's simdgroup takes at least, where there are more
+LEAF_NUMBERS = 8192  # floats of threadgroup memory for the sums over some channels
 
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -48,11 +52,19 @@ class Shape:
     Attributes
     ----------
     groups
-        What a threadgroup takes: a ``"tile"`` of a token's channels, whole tokens (``"token"``:
-        sums over C end in it), ``"matrices"`` [n, n] of as many tokens as its lanes hold, n lanes
-        rounded up to a power of two for each, a share of ``"rows"`` to be summed, a part of the
-        products with phi (``"parts"``: 16 tokens for each simdgroup), ``"several"`` tokens
-        whose parts are added up, or a ``"share"`` of the tokens, whose sums it gives.
+        What a threadgroup takes:
+
+        - ``"tile"``: a stretch of a token's channels
+        - ``"token"``: whole tokens, as sums over C end in it
+        - ``"share"``: a share of the tokens, whose sums it gives
+        - ``"rows"``: a share of the rows to be summed
+        - ``"matrices"``: [n, n] of as many tokens as its lanes hold, n lanes rounded up to a power
+          of two for each
+        - ``"parts"``: a part of the channels, for tiles of 16 tokens in each simdgroup
+        - ``"leaves"``: the same for one tile, with the part's channels shared by the simdgroups
+        - ``"several"``: some tokens, whose parts it adds up; ``"sums"``: without their channels
+        - ``"strips"``: strips of 32 channels of a stream, one in each simdgroup, for a share of the
+          tokens
     threads
         The most threads of a threadgroup; fewer where there is less to do.
     elements
@@ -65,48 +77,65 @@ class Shape:
         uses of them.
     streams
         Whether the streams are spread over the threads, beside the channels.
+    resident
+        In CUDA, the threadgroups for which a multiprocessor must have registers, so that each waits
+        while another computes; 0 leaves it to the compiler.
     """
 
-    groups: Literal["tile", "token", "matrices", "rows", "parts", "several", "share"]
+    groups: Literal[
+        "tile",
+        "token",
+        "share",
+        "rows",
+        "matrices",
+        "parts",
+        "leaves",
+        "several",
+        "sums",
+        "strips",
+    ]
     threads: int = 256
     elements: int = 8
     turns: int = 2
     keeps: int = 0
     streams: bool = False
+    resident: int = 0
 
 
 TABLE: Mapping[str, Shape] = {
     "aggregate": Shape(groups="tile"),
     "aggregate_vjp": Shape(groups="token"),
     "combine": Shape(groups="tile"),
+    "combine_project": Shape(groups="parts", resident=2),
+    "combine_project_few": Shape(groups="leaves", threads=512),
     "combine_vjp": Shape(groups="token", elements=4),
     "combine_vjp_wide": Shape(groups="token", elements=1, streams=True),
-    "sinkhorn": Shape(groups="matrices", threads=128),
-    "sinkhorn_knopp": Shape(groups="matrices", threads=128),
-    "sinkhorn_knopp_vjp": Shape(groups="matrices", threads=64),
-    "sinkhorn_vjp": Shape(groups="matrices", threads=64),
-    "static_mappings": Shape(groups="matrices", threads=128),
-    "static_mappings_vjp": Shape(groups="matrices", threads=64),
-    "head_vjp": Shape(groups="matrices", threads=128),
-    "mappings_vjp": Shape(groups="matrices", threads=64),
-    "combine_project": Shape(groups="parts", threads=64),
-    "head": Shape(groups="several"),
-    "mappings": Shape(groups="sums"),
-    "pre": Shape(groups="several"),
-    "project": Shape(groups="parts", threads=64),
-    "project_dphi": Shape(groups="strips", threads=128),
-    "project_dx": Shape(groups="strips", threads=128),
     "gated_combine": Shape(groups="tile"),
     "gated_combine_vjp": Shape(groups="token", elements=4),
+    "head": Shape(groups="several"),
+    "head_vjp": Shape(groups="matrices", threads=128),
+    "mappings": Shape(groups="sums"),
+    "mappings_vjp": Shape(groups="matrices", threads=64),
+    "pre": Shape(groups="several"),
     "pre_scale": Shape(groups="tile"),
     "pre_scale_vjp": Shape(groups="token"),
+    "project": Shape(groups="parts", resident=2),
+    "project_dphi": Shape(groups="strips", resident=2),
+    "project_dx": Shape(groups="strips", turns=4, resident=2),
+    "project_few": Shape(groups="leaves", threads=512),
     "residual_add_aggregate": Shape(groups="tile"),
     "residual_add_aggregate_vjp": Shape(groups="token"),
     "rms_norm": Shape(groups="token", keeps=1),
     "rms_norm_vjp": Shape(groups="share", keeps=2),
+    "sinkhorn": Shape(groups="matrices", threads=128),
+    "sinkhorn_knopp": Shape(groups="matrices", threads=128),
+    "sinkhorn_knopp_vjp": Shape(groups="matrices", threads=64),
+    "sinkhorn_vjp": Shape(groups="matrices", threads=64),
     "static_layer": Shape(groups="token", keeps=1),
     "static_layer_vjp": Shape(groups="share", keeps=2),
     "static_layer_vjp_wide": Shape(groups="share", elements=1, streams=True),
+    "static_mappings": Shape(groups="matrices", threads=128),
+    "static_mappings_vjp": Shape(groups="matrices", threads=64),
     "sum_rows": Shape(groups="rows", elements=1),
     "weights_vjp": Shape(groups="token"),
 }
@@ -118,7 +147,9 @@ class Launch:
     """What a launch needs: the grid in threads, and template arguments of the kernel.
 
     Those are the elements per thread and access (W), the tokens that a threadgroup takes together
-    (TOKENS), the accesses that a thread keeps in registers (HELD), and whether there are more (REST).
+    (TOKENS), the accesses that a thread keeps in registers (HELD), and whether there are more
+    (REST).
+    ``resident`` is as in :class:`Shape`.
     """
 
     grid: tuple[int, int, int]
@@ -127,6 +158,7 @@ class Launch:
     tokens: int = 1
     held: int = 1
     rest: bool = False
+    resident: int = 0
 
 
 def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "metal") -> Launch:
@@ -141,7 +173,9 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
     if shape.groups == "matrices":
         return _matrices(shape, T, n)
     if shape.groups == "parts":
-        return _parts(shape, T, C)
+        return _parts(shape, T, C, HEIGHT if kernel == "project" else 1)
+    if shape.groups == "leaves":
+        return _leaves(shape, T, n, C)
     if shape.groups == "sums":
         return _several(T, n, 1, shape.threads, 1)
     if shape.groups == "strips":
@@ -193,61 +227,57 @@ def _rows(shape: Shape, rows: int, columns: int) -> Launch:
     return _launch(-(-rows // ROWS), -(-columns // width), shape.threads, 1)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """How the sums over the channels of all streams are split.
-
-    Attributes
-    ----------
-    count
-        The parts.
-    blocks
-        The blocks of 32 channels in each: one, or the 8 of a span. A block's sum is a number of a
-        tree that is always the same, so either gives the same bits.
-    """
-
-    count: int
-    blocks: int
-
-    @property
-    def per_span(self) -> int:
-        """The parts in a span."""
-        return SPAN_BLOCKS // self.blocks
+def parts(C: int) -> int:
+    """Return in how many parts the sums over the channels of all streams are made."""
+    return -(-C // PART_CHANNELS)
 
 
-def parts(T: int, C: int) -> Parts:
-    """Split the channels finely where there are few tokens, so that the GPU is busy."""
-    blocks = -(-C // BLOCK_CHANNELS)
-    spans = -(-blocks // SPAN_BLOCKS)
-    if -(-T // TILE_TOKENS) * spans >= BUSY:
-        return Parts(spans, SPAN_BLOCKS)
-    return Parts(blocks, 1)
+def few(T: int, C: int) -> bool:
+    """Whether simdgroups share a part's channels, as tokens are few; the sums stay the same."""
+    return -(-T // (HEIGHT * TILE_TOKENS)) * parts(C) < BUSY
 
 
 def shares(kernel: str, T: int, n: int, C: int) -> int:
     """Return how many shares of the tokens a kernel sums by themselves."""
     made = launch(kernel, T, n, C, "float32")
-    return made.grid[0] // made.threadgroup[0]
+    groups = made.grid[0] // made.threadgroup[0]
+    shape = _shape(kernel)
+    return groups // _strip_groups(shape, n, C) if shape.groups == "strips" else groups
 
 
-def _parts(shape: Shape, T: int, C: int) -> Launch:
-    tiles = -(-T // TILE_TOKENS)
-    simdgroups = min(shape.threads // SIMD, tiles)
-    return _launch(-(-tiles // simdgroups), parts(T, C).count, simdgroups * SIMD, 8)
+def _parts(shape: Shape, T: int, C: int, height: int) -> Launch:
+    tiles = -(-T // (height * TILE_TOKENS))
+    simdgroups = shape.threads // SIMD
+    while simdgroups > 1 and -(-tiles // simdgroups) * parts(C) < FILLED:
+        simdgroups //= 2
+    groups = -(-tiles // simdgroups) * parts(C)
+    return replace(_launch(groups, 1, simdgroups * SIMD, 1), resident=shape.resident)
+
+
+def _leaves(shape: Shape, T: int, n: int, C: int) -> Launch:
+    width = 8 * -(-min(n * n + 2 * n, COLUMNS_AT_ONCE) // 8) + 4
+    leaves = LEAF_NUMBERS // (TILE_TOKENS * width) - 1  # whose sums have room, beside their total
+    threads = min(shape.threads, leaves * SIMD)
+    return _launch(-(-T // TILE_TOKENS) * parts(C), 1, threads, 1)
 
 
 def _strips(shape: Shape, T: int, n: int, C: int) -> Launch:
     """Choose the shares of the tokens; they depend on nothing but the sizes."""
-    strips = n * -(-C // BLOCK_CHANNELS)
-    simdgroups = min(shape.threads // SIMD, strips)
-    shares = max(min(-(-T // 64), 8 * BUSY // strips), 1)
-    return _launch(shares, -(-strips // simdgroups), simdgroups * SIMD, 8)
+    groups = _strip_groups(shape, n, C)
+    shares = max(min(-(-T // SHARE_TOKENS), shape.turns * FILLED // groups), 1)
+    return replace(_launch(groups * shares, 1, shape.threads, 1), resident=shape.resident)
+
+
+def _strip_groups(shape: Shape, n: int, C: int) -> int:
+    """Count the threadgroups of a share; strips come in pairs, so that whole lines are read."""
+    strips = 2 * n * -(-C // (2 * BLOCK_CHANNELS))
+    return -(-strips // (shape.threads // SIMD))
 
 
 def _several(T: int, n: int, accesses: int, threads: int, elements: int) -> Launch:
     """Choose the tokens of a threadgroup, and share one token's channels where there are few."""
     tokens = 1
-    while tokens < 8 and T >= 2 * tokens * FILLED and 2 * tokens * (n + 1) ** 2 <= SHARED:
+    while tokens < 8 and 2 * tokens * FILLED <= T and 2 * tokens * (n + 1) ** 2 <= SHARED:
         tokens *= 2
     tiles = -(-accesses // threads) if T < FILLED else 1
     return replace(_launch(-(-T // tokens), tiles, threads, elements), tokens=tokens)
@@ -293,6 +323,7 @@ _NEEDS: Mapping[str, tuple[Callable[[int], bool], str]] = {
     "threads": (_thread_count, f"a multiple of {SIMD} up to {MOST_THREADS}"),
     "elements": (_power_of_two, "1, 2, 4, 8 or 16"),
     "turns": (lambda value: value >= 1, "an integer of at least 1"),
+    "resident": (lambda value: 0 <= value <= 16, "an integer from 0 to 16"),
 }
 assert set(_NEEDS) | {"groups", "keeps", "streams"} == {field.name for field in fields(Shape)}
 

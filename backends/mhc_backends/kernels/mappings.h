@@ -8,11 +8,10 @@
 const int64_t T = parts_shape[0];
 const int M = N * N + 2 * N;
 threadgroup float sums[TOKENS * (M + 1)];
-threadgroup float spans[SPANS > 0 ? TOKENS * SPANS * (M + 1) : 1];
 
 for (int64_t first = int64_t(here.group_x) * TOKENS; first < T;
      first += int64_t(here.groups_x) * TOKENS) {
-    sum_parts<TOKENS, M + 1, PER_SPAN, SPANS>(parts, parts_shape[1], first, T, sums, spans, here);
+    sum_parts<TOKENS, M + 1>(parts, parts_shape[1], first, T, sums, here);
     BARRIER;
     activate<N, TOKENS>(sums, scale, bias, settings, float(N) * CHANNELS, first, T, true, u, r,
                         h_pre, h_post, here);

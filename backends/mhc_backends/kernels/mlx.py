@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mhc_backends._mlx import as_tuple
-from mhc_backends.kernels import header, ops, source
+from mhc_backends.kernels import bounds, header, ops, source
 from mhc_backends.kernels.launch import launch, shares
 from mhc_backends.kernels.shorten import shorten
 from mhc_core import _gradients
@@ -107,6 +107,8 @@ class Kernels:
             **constants,
         }
         texts = shorten(header(self.dialect), source(name, self.dialect))
+        if self.dialect == "cuda" and shape.resident:
+            texts = texts[0] + bounds(shape.threadgroup[0], shape.resident), texts[1]
         template = [(word, words[word]) for word in words if re.search(rf"\b{word}\b", texts[1])]
         kernel = self._kernel(name, texts, tuple(inputs), tuple(outputs), arrays, dtypes)
         return list(

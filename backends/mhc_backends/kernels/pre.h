@@ -8,12 +8,13 @@
 const int64_t T = parts_shape[0];
 const int C = x_shape[2], M = N * N + 2 * N;
 threadgroup float sums[TOKENS * (M + 1)];
-threadgroup float spans[SPANS > 0 ? TOKENS * SPANS * (M + 1) : 1];
 
 //// fast where vectors<W>(x) && vectors<W>(h) ////
-for (int64_t first = int64_t(here.group_x) * TOKENS; first < T;
-     first += int64_t(here.groups_x) * TOKENS) {
-    sum_parts<TOKENS, M + 1, PER_SPAN, SPANS>(parts, parts_shape[1], first, T, sums, spans, here);
+// from the last tokens back to the first: the last ones may still be in the cache
+const int64_t turns = (T + TOKENS - 1) / TOKENS;
+for (int64_t turn = here.group_x; turn < turns; turn += here.groups_x) {
+    const int64_t first = (turns - 1 - turn) * TOKENS;
+    sum_parts<TOKENS, M + 1>(parts, parts_shape[1], first, T, sums, here);
     BARRIER;
     activate<N, TOKENS>(sums, scale, bias, settings, float(N) * C, first, T, here.group_y == 0, u,
                         r, h_pre, h_post, here);

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 
 __all__ = ["shorten"]
 
-_NAMESPACE = re.compile(r"^namespace (\w+) \{\n(.*?)^\}  // namespace \1\n", re.MULTILINE | re.DOTALL)
+_NAMESPACE = re.compile(
+    r"^namespace (\w+) \{\n(.*?)^\}  // namespace \1\n", re.MULTILINE | re.DOTALL
+)
 _DEFINES = re.compile(
     r"""
     ^(?:template\s*<[^\n]*>\s)?\s*

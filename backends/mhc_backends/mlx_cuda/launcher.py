@@ -42,7 +42,8 @@ def cuda_kernel(
 
 def _included(text: str) -> str:
     """Write a text to a file named by its content, and include that; where none can be written,
-    the text itself will do."""
+    the text itself will do.
+    """
     folder = _folder()
     if folder is None:
         return text

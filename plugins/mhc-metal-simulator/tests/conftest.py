@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -15,9 +16,12 @@ import mhc_metal_simulator as simulator
 
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # all workers of a run share what they compile
+        base = base.parent
+    folder = base / "cache"
+    folder.mkdir(mode=0o700, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        folder.chmod(0o700)
         patch.setenv("MHC_SIMULATOR_CACHE", str(folder))
         yield
 

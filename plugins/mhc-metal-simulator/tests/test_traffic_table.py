@@ -66,7 +66,8 @@ LIMITS = {
     "mappings": Limit(STREAMS, 0, PHI),
     "pre": Limit(2 * STREAMS, LAYER, PHI),
     "combine_pre": Limit(2 * STREAMS + LAYER, STREAMS + LAYER, PHI),
-    "head": Limit(2 * STREAMS, LAYER, N * N * C * 4),
+    # four columns of phi in a tile of eight: where there is none, the last one is read again
+    "head": Limit(2 * STREAMS, LAYER, 2 * N * N * C * 4),
 }
 
 
@@ -136,12 +137,12 @@ def test_the_ideal_follows_from_the_declaration() -> None:
     assert traffic.ideal("residual_add_aggregate", True, *added) == 4 * streams + 2 * few + one
 
 
-def test_a_kernel_that_reads_twice_is_seen() -> None:
+def test_a_kernel_that_reads_again_for_every_stream_is_seen() -> None:
     wasteful = "value(res, i * N + j), load<W>(streams + j * C + c)"
-    with seeded(Fault("combine", "twice", "value(res, i * N + j), xs[j]", wasteful, "")):
+    with seeded(Fault("combine", "again", "value(res, i * N + j), xs[j]", wasteful, "")):
         forward, _ = measure(Size(T=3, C=64), ["combine"])
     together = forward.together
-    assert together.read == (1 + N) * 3 * N * 64 * 2 + 3 * 64 * 2
+    assert together.read == N * 3 * N * 64 * 2 + 3 * 64 * 2
     assert together.total > 1.05 * together.ideal
 
 
@@ -150,15 +151,16 @@ def test_a_kernel_that_reads_twice_is_seen() -> None:
 
 def test_the_command_prints_a_line_per_launch(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--T", "3", "--n", "2", "--C", "32", "--dtype", "float32"]
-    traffic.main([*sizes, "--op", "contract", "--op", "mappings"])
+    traffic.main([*sizes, "--op", "contract", "--op", "rms_norm"])
     title, _, head, _, *lines = capsys.readouterr().out.splitlines()
     assert title == "T=3, n=2, C=32, float32 streams; in KiB."
     cells = [line.strip("| ").split(" | ") for line in lines]
     assert all(line.count("|") == head.count("|") for line in lines)
     assert cells[0][:3] == ["**contract**", "`aggregate`", "0.8"]
     assert cells[1][:2] == ["**contract vjp**", "none: MLX's own operations"]
-    assert cells[2][:2] == ["**mappings**", "2 launches"]
-    assert [line.split("`")[1] for line in lines[3:5]] == ["project", "mappings"]
+    assert cells[2][:2] == ["**rms_norm**", "`rms_norm`"]
+    assert cells[3][:2] == ["**rms_norm vjp**", "2 launches"]
+    assert [line.split("`")[1] for line in lines[4:]] == ["rms_norm_vjp", "sum_rows"]
 
 
 def test_the_command_writes_between_the_marks(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -10,10 +10,24 @@ from mhc_backends.kernels import launch
 from mhc_backends.kernels.mlx import Kernels, Out, Sizes, tokens
 from mhc_core.variants import Variant
 
-__all__ = ["Projected", "back", "constants", "mappings_back", "project", "settings"]
+__all__ = [
+    "Cotangents",
+    "Projected",
+    "back",
+    "back_projection",
+    "combine_project",
+    "constants",
+    "local_vjp",
+    "mapped",
+    "pre",
+    "project",
+    "settings",
+    "summed",
+    "weights_vjp",
+]
 
-COLUMNS_AT_ONCE = 64  # of phi, whose sums a simdgroup keeps in registers
-DPHI_TILES = 4  # of 8 columns, likewise on the way back
+DPHI_TILES = 4  # of 8 columns, whose sums a simdgroup keeps in registers
+AT_ONCE = 2  # blocks of channels or of tokens that are under way together, of narrow numbers
 
 
 class Projected(NamedTuple):
@@ -39,19 +53,18 @@ def constants(variant: Variant) -> dict[str, int]:
     }
 
 
-class Sums(NamedTuple):
-    """The sums over all channels, in parts, and the constants with which they are read."""
-
-    parts: mx.array
-    constants: dict[str, int]
-
-
-def project(kernels: Kernels, x: mx.array, phi: mx.array) -> Sums:
-    """Launch ``project``."""
-    out, constants = _parts(Sizes.of(x), phi)
-    inputs = {"x": tokens(x, 2), "phi": phi}
-    (parts,) = kernels("project", inputs, {"parts": out}, Sizes.of(x), **constants)
-    return Sums(parts, _reading(Sizes.of(x), phi))
+def project(kernels: Kernels, x: mx.array, phi: mx.array) -> mx.array:
+    """Give the sums over all channels, in parts."""
+    sizes, columns = Sizes.of(x), _columns(phi)
+    inputs, out = {"x": tokens(x, 2), "phi": phi}, _parts(sizes, phi)
+    chosen = {
+        "AT_ONCE": AT_ONCE if x.dtype != mx.float32 and columns <= 4 else 1,
+        "TILES": columns,
+        "LEAF_NUMBERS": launch.LEAF_NUMBERS,
+        "HEIGHT": launch.HEIGHT,
+    }
+    name = "project_few" if launch.few(sizes.T, sizes.C) else "project"
+    return kernels(name, inputs, {"parts": out}, sizes, **chosen)[0]
 
 
 def combine_project(
@@ -61,10 +74,9 @@ def combine_project(
     h_post: mx.array,
     h_res: mx.array,
     phi: mx.array,
-) -> tuple[mx.array, Sums]:
-    """Launch ``combine_project``: give x', and its sums."""
+) -> tuple[mx.array, mx.array]:
+    """Give x', and its sums over all channels, in parts."""
     sizes = Sizes.of(x)
-    out, constants = _parts(sizes, phi)
     inputs = {
         "x": tokens(x, 2),
         "y": tokens(y, 1),
@@ -72,24 +84,19 @@ def combine_project(
         "h_res": tokens(h_res, 2),
         "phi": phi,
     }
-    outputs = {"out": Out.like(x), "parts": out}
-    x_new, parts = kernels("combine_project", inputs, outputs, sizes, **constants)
-    return x_new, Sums(parts, _reading(sizes, phi))
+    outputs = {"out": Out.like(x), "parts": _parts(sizes, phi)}
+    chosen = {"TILES": _columns(phi), "LEAF_NUMBERS": launch.LEAF_NUMBERS, "AT_ONCE": 1}
+    name = "combine_project_few" if launch.few(sizes.T, sizes.C) else "combine_project"
+    x_new, parts = kernels(name, inputs, outputs, sizes, **chosen)
+    return x_new, parts
 
 
-def _parts(sizes: Sizes, phi: mx.array) -> tuple[Out, dict[str, int]]:
-    split = launch.parts(sizes.T, sizes.C)
-    tiles = -(-min(phi.shape[0], COLUMNS_AT_ONCE) // 8)
-    out = Out((sizes.T, split.count, phi.shape[0] + 1), mx.float32)
-    return out, {"BLOCKS": split.blocks, "TILES": tiles}
+def _parts(sizes: Sizes, phi: mx.array) -> Out:
+    return Out((sizes.T, launch.parts(sizes.C), phi.shape[0] + 1), mx.float32)
 
 
-def _reading(sizes: Sizes, phi: mx.array) -> dict[str, int]:
-    split = launch.parts(sizes.T, sizes.C)
-    spans = -(-split.count // split.per_span)
-    fits = split.per_span > 1 and spans * (phi.shape[0] + 1) <= launch.SHARED
-    return {"PER_SPAN": split.per_span, "SPANS": spans if fits else 0}
-
+def _columns(phi: mx.array) -> int:
+    return -(-min(phi.shape[0], launch.COLUMNS_AT_ONCE) // 8)
 
 
 # ---- the last stage ------------------------------------------------------------------------------
@@ -114,7 +121,7 @@ class Pre(NamedTuple):
 def pre(
     kernels: Kernels,
     x: mx.array,
-    sums: Sums,
+    parts: mx.array,
     scale: mx.array,
     bias: mx.array,
     given: mx.array | None,
@@ -124,7 +131,7 @@ def pre(
     sizes, ahead = Sizes.of(x), x.shape[:-2]
     inputs = {
         "x": tokens(x, 2),
-        "parts": sums.parts,
+        "parts": parts,
         "given": tokens(scale if given is None else given, 1),
         "scale": scale,
         "bias": bias,
@@ -137,7 +144,7 @@ def pre(
             for name, last in mapped(sizes.n, bias.size).items()
         },
     }
-    chosen = {"GIVEN": given is not None, **sums.constants, **constants(variant)}
+    chosen = {"GIVEN": given is not None, **constants(variant)}
     return Pre(*kernels("pre", inputs, outputs, sizes, **chosen))
 
 
@@ -155,8 +162,8 @@ def weights_vjp(kernels: Kernels, x: mx.array, dh: mx.array) -> mx.array:
 class Local(NamedTuple):
     """What the part of a vjp that knows one token gives.
 
-    du is the cotangent of u and ``pull`` what the root mean square takes from x; ``terms`` are to be
-    summed over the tokens, first dbias, then dscale.
+    du is the cotangent of u and ``pull`` what the root mean square takes from x; ``terms`` are to
+    be summed over the tokens, first dbias, then dscale.
     """
 
     du: mx.array
@@ -219,7 +226,9 @@ def back_projection(
     partial = Out((shares, *phi.shape), mx.float32)
     tiles = min(-(-phi.shape[0] // 8), DPHI_TILES)
     inputs = {"x": flat, "du": local.du}
-    (dphi,) = kernels("project_dphi", inputs, {"dphi": partial}, sizes, TILES=tiles)
+    (dphi,) = kernels(
+        "project_dphi", inputs, {"dphi": partial}, sizes, TILES=tiles, AT_ONCE=AT_ONCE
+    )
     return dx, kernels.sum_to(dphi, phi, 2)
 
 
@@ -256,8 +265,6 @@ def back(
         "g_res": tokens(given.h_res, 2),
         "settings": settings(variant),
     }
-    local = local_vjp(
-        kernels, "mappings_vjp", inputs, Sizes.of(x), groups=3, **constants(variant)
-    )
+    local = local_vjp(kernels, "mappings_vjp", inputs, Sizes.of(x), groups=3, **constants(variant))
     dx, dphi = back_projection(kernels, x, phi, local, out, given.w, given.h, given.x)
     return dx, dphi, *summed(kernels, local, scale, bias)

@@ -30,8 +30,8 @@ def saving(
     variant: Variant,
 ) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
     """Give the outputs and, for the vjp, x' and the projection of x'."""
-    x_new, sums = _projection.combine_project(kernels, x, y, h_post, h_res, phi)
-    made = _projection.pre(kernels, x_new, sums, scale, bias, h_pre, variant)
+    x_new, parts = _projection.combine_project(kernels, x, y, h_post, h_res, phi)
+    made = _projection.pre(kernels, x_new, parts, scale, bias, h_pre, variant)
     outputs = (x_new, made.h, made.h_pre, made.h_post, made.h_res)
     return outputs, (x_new, made.u, made.r, made.h_pre)
 

@@ -35,10 +35,10 @@ def saving(
 ) -> tuple[tuple[mx.array], tuple[mx.array, ...]]:
     """Give h and, for the vjp, the projection and the weights."""
     sizes, ahead = Sizes.of(x), x.shape[:-2]
-    sums = _projection.project(kernels, x, phi)
+    parts = _projection.project(kernels, x, phi)
     inputs = {
         "x": tokens(x, 2),
-        "parts": sums.parts,
+        "parts": parts,
         "scale": scale,
         "bias": bias,
         "settings": _projection.settings(variant),
@@ -48,7 +48,7 @@ def saving(
         **{name: Out((*ahead, sizes.n), mx.float32) for name in ("w", "u")},
         "r": Out((*ahead, 1), mx.float32),
     }
-    h, w, u, r = kernels("head", inputs, outputs, sizes, **sums.constants)
+    h, w, u, r = kernels("head", inputs, outputs, sizes)
     return (h,), (u, r, w)
 
 

@@ -35,9 +35,9 @@ def saving(
 ) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
     """Give the outputs and, for the vjp, the projection."""
     sizes, ahead = Sizes.of(x), x.shape[:-2]
-    sums = _projection.project(kernels, x, phi)
+    parts = _projection.project(kernels, x, phi)
     inputs = {
-        "parts": sums.parts,
+        "parts": parts,
         "scale": scale,
         "bias": bias,
         "settings": _projection.settings(variant),
@@ -52,7 +52,6 @@ def saving(
         outputs,
         sizes,
         CHANNELS=sizes.C,
-        **sums.constants,
         **_projection.constants(variant),
     )
     return tuple(made[:3]), tuple(made[3:])
@@ -66,6 +65,4 @@ def vjp(
     if saved is None:
         _, saved = saving(kernels, *primals, variant=variant)
     given, projected = _projection.Cotangents(*cotangents), _projection.Projected(*saved)
-    return _projection.back(
-        kernels, x, phi, scale, bias, projected, given, variant, Out.like(x)
-    )
+    return _projection.back(kernels, x, phi, scale, bias, projected, given, variant, Out.like(x))

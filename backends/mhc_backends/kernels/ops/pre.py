@@ -34,8 +34,8 @@ def saving(
     variant: Variant,
 ) -> tuple[tuple[mx.array, mx.array, mx.array], tuple[mx.array, ...]]:
     """Give the outputs and, for the vjp, the projection and H_pre."""
-    sums = _projection.project(kernels, x, phi)
-    made = _projection.pre(kernels, x, sums, scale, bias, None, variant)
+    parts = _projection.project(kernels, x, phi)
+    made = _projection.pre(kernels, x, parts, scale, bias, None, variant)
     return (made.h, made.h_post, made.h_res), (made.u, made.r, made.h_pre)
 
 

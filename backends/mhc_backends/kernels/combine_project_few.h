@@ -1,0 +1,68 @@
+// combine_project_few: what `combine_project` gives, to the bit, where tokens are few.
+//
+// x[T, n, C], y[T, C], h_post[T or 1, n], h_res[T or 1, n, n], phi[m, n C] -> out[T, n, C],
+// parts[T, P, m + 1]. Threadgroups and simdgroups share the work as in project_few.h.
+
+const int64_t T = x_shape[0];
+const int C = x_shape[2], M = phi_shape[0];
+const int64_t K = int64_t(N) * C;
+threadgroup float numbers[LEAF_NUMBERS];
+
+//// fast where C % BLOCK_CHANNELS == 0 && vectors<8>(x) && vectors<8>(y) && vectors<8>(out) &&
+// vectors<4>(phi) && vectors<N>(h_res) ////
+typedef decltype(load_raw<8>(x)) Row;
+const int lane = here.id % SIMD, simdgroup = here.id / SIMD, channel = 4 * tile_pair(lane);
+const int simdgroups = here.threads / SIMD;
+const int P = (C + PART_CHANNELS - 1) / PART_CHANNELS;
+const int LEAF = TILE_TOKENS * Width<TILES>::NUMBERS;
+const auto totals = &numbers[0], leaves = &numbers[LEAF];
+
+for (int64_t item = here.group_x; item < (T + TILE_TOKENS - 1) / TILE_TOKENS * P;
+     item += here.groups_x) {
+    const int part = int(item % P), begin = part * PART_CHANNELS;
+    const int end = begin + PART_CHANNELS < C ? begin + PART_CHANNELS : C;
+    const int count = (end - begin + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS * N;
+    const int64_t first = item / P * TILE_TOKENS;
+    const int tokens = T - first < TILE_TOKENS ? int(T - first) : TILE_TOKENS;
+
+    for (int column = 0; column < M; column += TILES * TILE_COLUMNS) {
+        for (int done = 0; done < count; done += simdgroups) {
+            if (done + simdgroup < count) {
+                const int step = done + simdgroup, i = step % N;
+                const int c = begin + step / N * BLOCK_CHANNELS, rest = C - c - channel;
+                RightNumbers right[TILES];
+                UNROLL for (int k = 0; k < TILES; k++)
+                    right[k] = load_phi_of<N, 1, TILES>(phi, K, M, C, column, begin, step, k, lane);
+                Row mixed[2];
+                UNROLL for (int r = 0; r < 2; r++) {
+                    const int own = tile_row(lane) + 8 * r;
+                    const int64_t token = own < tokens ? first + own : T - 1;
+                    const float post = float(h_post[row(h_post_shape[0], token) * N + i]);
+                    const auto res =
+                        hold<N, (N <= 4)>(h_res + (row(h_res_shape[0], token) * N + i) * N);
+                    const auto from = x + token * K + c + channel;
+                    const Floats<8> layer =
+                        floats(load_raw_within<8>(y + token * C + c + channel, rest));
+                    mixed[r] = packed(out, mix<N, false>(times(post, layer), res,
+                                                         RawStreams<1, Row>(), from, C, rest));
+                    if (column == 0 && own < tokens)
+                        store_raw_within(out + token * K + int64_t(i) * C + c + channel, mixed[r],
+                                         rest);
+                }
+                const Rows<Row> rows = {mixed[0], mixed[1]};
+                const auto leaf = leaves + simdgroup * LEAF;
+                UNROLL for (int k = 0; k < TILES; k++)
+                    put_products<TILES>(leaf, leaf_products(rows, factor_for(Row(), right[k])), k,
+                                        tokens, lane);
+                put_squares<TILES>(leaf, leaf_squares(rows), tokens, lane);
+            }
+            BARRIER;
+            const int made = count - done < simdgroups ? count - done : simdgroups;
+            add_leaves<TILES>(totals, leaves, made, tokens, done == 0, here);
+            BARRIER;  // the leaves, and with the last ones the totals, are whole
+        }
+        store_totals<TILES>(totals, parts + (first * P + part) * (M + 1), int64_t(P) * (M + 1),
+                            column, M, tokens, here);
+        BARRIER;  // the totals are used again
+    }
+}

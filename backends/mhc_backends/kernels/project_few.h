@@ -1,0 +1,55 @@
+// project_few: what `project` gives, to the bit, where tokens are few.
+//
+// x[T, n, C], phi[m, n C] -> parts[T, P, m + 1]. A threadgroup takes a part and 16 tokens. Each of its
+// simdgroups multiplies a leaf, and then their sums are added in the order of the tree.
+
+const int64_t T = x_shape[0];
+const int C = x_shape[2], M = phi_shape[0];
+const int64_t K = int64_t(N) * C;
+threadgroup float numbers[LEAF_NUMBERS];
+
+//// fast where C % BLOCK_CHANNELS == 0 && vectors<8>(x) && vectors<4>(phi) ////
+typedef decltype(load_raw<8>(x)) Row;
+const int lane = here.id % SIMD, simdgroup = here.id / SIMD, channel = 4 * tile_pair(lane);
+const int simdgroups = here.threads / SIMD;
+const int P = (C + PART_CHANNELS - 1) / PART_CHANNELS, STRETCH = AT_ONCE * BLOCK_CHANNELS;
+const int LEAF = TILE_TOKENS * Width<TILES>::NUMBERS;
+const auto totals = &numbers[0], leaves = &numbers[LEAF];
+
+for (int64_t item = here.group_x; item < (T + TILE_TOKENS - 1) / TILE_TOKENS * P;
+     item += here.groups_x) {
+    const int part = int(item % P), begin = part * PART_CHANNELS;
+    const int end = begin + PART_CHANNELS < C ? begin + PART_CHANNELS : C;
+    const int count = (end - begin + STRETCH - 1) / STRETCH * AT_ONCE * N;
+    const int64_t first = item / P * TILE_TOKENS, upper = first + tile_row(lane), lower = upper + 8;
+    const int tokens = T - first < TILE_TOKENS ? int(T - first) : TILE_TOKENS;
+
+    for (int column = 0; column < M; column += TILES * TILE_COLUMNS) {
+        for (int done = 0; done < count; done += simdgroups) {
+            if (done + simdgroup < count) {
+                const int step = (done + simdgroup) / AT_ONCE, b = (done + simdgroup) % AT_ONCE;
+                const int c = begin + step / N * STRETCH + b * BLOCK_CHANNELS;
+                const int64_t at = step % N * int64_t(C) + c + channel;
+                const auto rows = load_rows(x + (upper < T ? upper : T - 1) * K + at,
+                                            x + (lower < T ? lower : T - 1) * K + at,
+                                            C - c - channel);
+                RightNumbers right[TILES];
+                UNROLL for (int k = 0; k < TILES; k++)
+                    right[k] = load_phi_of<N, AT_ONCE, TILES>(phi, K, M, C, column, begin, step,
+                                                              b * TILES + k, lane);
+                const auto leaf = leaves + simdgroup * LEAF;
+                UNROLL for (int k = 0; k < TILES; k++)
+                    put_products<TILES>(leaf, leaf_products(rows, factor_for(Row(), right[k])), k,
+                                        tokens, lane);
+                put_squares<TILES>(leaf, leaf_squares(rows), tokens, lane);
+            }
+            BARRIER;
+            const int made = count - done < simdgroups ? count - done : simdgroups;
+            add_leaves<TILES>(totals, leaves, made, tokens, done == 0, here);
+            BARRIER;  // the leaves, and with the last ones the totals, are whole
+        }
+        store_totals<TILES>(totals, parts + (first * P + part) * (M + 1), int64_t(P) * (M + 1),
+                            column, M, tokens, here);
+        BARRIER;  // the totals are used again
+    }
+}

@@ -1,0 +1,207 @@
+"""The workflow is one that GitHub takes, and every command in it exists with its options."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from importlib.metadata import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+import mhc_core
+from mhc_core.cli import app
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / ".github" / "workflows").iterdir())
+ACTION = re.compile(r"[\w-]+/[\w-]+@v\d+\.\d+\.\d+")
+USAGE_ERROR = typer.BadParameter.__mro__[1]  # the base of what command lines get wrong
+
+
+class Strict(yaml.SafeLoader):
+    """Refuses a key that is there twice; the last one would win."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        assert len(keys) == len(set(map(str, keys))), f"twice: {keys}"
+        return super().construct_mapping(node, deep)
+
+
+def load(file: Path) -> dict[str, Any]:
+    found = yaml.load(file.read_text(encoding="utf-8"), Strict)
+    found["on"] = found.pop(True)  # what YAML 1.1 makes of the word
+    return found
+
+
+WORKFLOWS = {file.name: load(file) for file in FILES}
+JOBS = {f"{f}: {name}": job for f, flow in WORKFLOWS.items() for name, job in flow["jobs"].items()}
+STEPS = [step for job in JOBS.values() for step in job["steps"]]
+METAL = WORKFLOWS["checks.yml"]["jobs"]["metal"]
+
+
+# ---- what GitHub needs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_it_runs_on_pushes_and_pull_requests_and_may_only_read(name: str) -> None:
+    flow = WORKFLOWS[name]
+    assert set(flow) == {"name", "on", "permissions", "jobs"}
+    assert set(flow["on"]) == {"push", "pull_request"}
+    assert flow["permissions"] == {"contents": "read"}
+    assert "secrets" not in (ROOT / ".github" / "workflows" / name).read_text()
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_jobs(name: str) -> None:
+    job = JOBS[name]
+    assert set(job) == {"name", "runs-on", "timeout-minutes", "strategy", "steps"}
+    assert re.fullmatch(r"(ubuntu|macos)-\d+(\.\d+)?", job["runs-on"])
+    assert 0 < job["timeout-minutes"] <= 60
+    assert job["strategy"]["matrix"] == {"python": ["3.10", "3.12"]}  # as text: 3.10 is 3.1
+    used = set(re.findall(r"\$\{\{ (.*?) \}\}", str(job)))
+    assert used <= {"matrix.python", "!cancelled()"}
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.get("name") or step["uses"])
+def test_steps(step: dict[str, Any]) -> None:
+    assert len({"uses", "run"} & set(step)) == 1
+    assert set(step) <= {"name", "uses", "run", "with", "if"}  # none may fail unnoticed
+    assert ("with" in step) <= ("uses" in step)
+    assert "uses" not in step or ACTION.fullmatch(step["uses"])
+
+
+def test_metal_is_tried_before_anything_is_measured_and_reports_are_kept() -> None:
+    assert int(METAL["runs-on"].removeprefix("macos-")) >= 14  # the first on Apple silicon
+    runs = [step["run"] for step in METAL["steps"] if "run" in step]
+    words = [" ".join(shlex.split(run)[:2]) for run in runs]
+    assert words[1:] == ["mhc info", "python .ci/require_metal.py", "mhc conformance", "mhc bench"]
+    assert {"mlx-metal", "mlx-compiled"} <= set(shlex.split(runs[3]))
+    written = [
+        file for run in runs[3:] for option, file in pairs(shlex.split(run)) if option == "--report"
+    ]
+    *_, upload = METAL["steps"]
+    assert upload["with"]["path"].split() == written
+    assert upload["with"]["if-no-files-found"] == "error"
+
+
+def pairs(words: list[str]) -> list[tuple[str, str]]:
+    return list(itertools.pairwise(words))
+
+
+def test_no_step_is_left_out_but_none_is_skipped() -> None:
+    conditions = [step["if"] for step in STEPS if "if" in step]
+    assert conditions == ["${{ !cancelled() }}"]  # reports are kept of what failed, too
+
+
+# ---- every command exists ------------------------------------------------------------------------
+
+
+def require(command: str) -> None:
+    """Raise unless a command line, word for word, is one that can run."""
+    program, *words = shlex.split(command)
+    checks = {"mhc": mhc, "pip": pip, "pytest": files, "bash": files, "python": files}
+    assert program in checks, f"{program} is unknown; teach this test how to check it"
+    checks[program](words)
+
+
+def mhc(words: list[str]) -> None:
+    """Parse them as the command would, and look up the backends that they name."""
+    group: Any = typer.main.get_command(app)
+    command = group.commands[words[0]]
+    parsed = command.make_context(words[0], words[1:]).params
+    named = [*(parsed.get("backends") or ()), *(parsed.get("backend") or ())]
+    assert set(named) <= set(mhc_core.backends()), named
+
+
+def pip(words: list[str]) -> None:
+    assert words[:2] == ["install", "-e"], "only this project is installed by hand"
+    found = re.fullmatch(r"\.\[([\w,-]+)\]", words[2])
+    assert found, words[2]
+    assert len(words) == 3
+    assert set(found[1].split(",")) <= set(metadata("mhc-core").get_all("Provides-Extra") or ())
+
+
+def files(words: list[str]) -> None:
+    assert words, "needs a file"
+    for word in words:
+        assert (ROOT / word).exists(), f"there is no {word}"
+
+
+@pytest.mark.parametrize("command", [step["run"] for step in STEPS if "run" in step])
+def test_every_command_can_run(command: str) -> None:
+    assert len(command.splitlines()) == 1
+    assert not set("|&;<>$`") & set(command), "a step is one command, so that none fails unseen"
+    require(command)
+
+
+DOCS = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "command", "".join(re.findall(r"```bash\n(.*?)```", DOCS, re.S)).splitlines()
+)
+def test_every_command_about_kernels_can_run(command: str) -> None:
+    if "mlx-metal-simulator" in command and "mlx-metal-simulator" not in mhc_core.backends():
+        command = command.replace("mlx-metal-simulator", "mlx-metal", 1)
+    require(command)
+
+
+def test_the_docs_ask_of_a_mac_what_the_workflow_runs() -> None:
+    runs = [step["run"] for step in METAL["steps"] if "run" in step]
+    assert set(runs[3:]) <= set(DOCS.splitlines())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "mhc conform",
+        "mhc conformance mlx-metl",
+        "mhc conformance --repot out.html",
+        "mhc bench --backend mlx-mettal",
+        "mhc bench --dtype float8",
+        "mhc info --T none",
+        'pip install -e ".[mxl]"',
+        "pip install mlx",
+        "bash .ci/runn",
+        "pytest tests/test_nothing.py",
+        "python .ci/require_mettle.py",
+        "make check",
+    ],
+)
+def test_a_command_that_does_not_exist_is_seen(command: str) -> None:
+    with pytest.raises((AssertionError, KeyError, USAGE_ERROR)):
+        require(command)
+
+
+# ---- no Metal, no success ------------------------------------------------------------------------
+
+REQUIRE = ROOT / ".ci" / "require_metal.py"
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="it may have a Metal GPU")
+def test_without_metal_it_stops_and_says_why() -> None:
+    done = subprocess.run([sys.executable, REQUIRE], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "mlx-metal cannot run here: Metal kernels need macOS" in done.stderr
+
+
+def test_a_device_that_leaves_zeros_is_found_out() -> None:
+    import mlx.core as mx
+
+    wrong = runpy.run_path(str(REQUIRE))["wrong"]
+
+    def launcher(factor: float) -> Any:
+        def kernel(*, inputs: Any, **_: Any) -> Any:
+            return [factor * inputs[0]]
+
+        return lambda **_: kernel
+
+    assert wrong(mx, launcher(2.0)) is None
+    assert "doubles 1, 2, 3 gives [0.0, 0.0, 0.0]" in wrong(mx, launcher(0.0))
