@@ -1,4 +1,4 @@
-"""mlx-cuda: the kernels of mlx-metal on MLX's CUDA build, for NVIDIA GPUs."""
+"""mlx-cuda: the kernels of mlx-metal on MLX's CUDA build, for NVIDIA GPUs; taken by name alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPEC = BackendSpec(
     ops=OPS,
     dtypes=_mlx.NO_FLOAT64,
     sizes=(1, 32),
-    priority=10,
+    automatic=False,  # until the conformance suite has passed on a GPU with every kernel as it is
     without={"vmap": NO_VMAP},
     missing=missing,
 )

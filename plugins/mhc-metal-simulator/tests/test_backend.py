@@ -16,7 +16,9 @@ import mhc_metal_simulator as simulator
 
 mhc = pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels these are")
 
+import test_projection_kernels  # noqa: E402
 import test_sinkhorn_kernels  # noqa: E402
+import test_static_kernels  # noqa: E402
 from kernel_checks import (  # noqa: E402
     BACKEND,
     BOUNDS,
@@ -299,5 +301,6 @@ def test_seeded_faults_are_caught(fault: Fault) -> None:
 
 
 def test_every_kernel_has_its_faults_seeded() -> None:
-    faults = (*FAULTS, *test_sinkhorn_kernels.FAULTS)
+    others = (test_projection_kernels, test_sinkhorn_kernels, test_static_kernels)
+    faults = (*FAULTS, *(fault for other in others for fault in other.FAULTS))
     assert_all_are_seeded(faults, kernels.KERNELS)

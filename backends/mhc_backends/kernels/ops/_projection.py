@@ -86,7 +86,9 @@ def combine_project(
     }
     outputs = {"out": Out.like(x), "parts": _parts(sizes, phi)}
     chosen = {"TILES": _columns(phi), "LEAF_NUMBERS": launch.LEAF_NUMBERS, "AT_ONCE": 1}
-    name = "combine_project_few" if launch.few(sizes.T, sizes.C) else "combine_project"
+    # every simdgroup of the former reads all streams, so it is for a tile of tokens alone
+    few = sizes.T <= launch.TILE_TOKENS and launch.few(sizes.T, sizes.C)
+    name = "combine_project_few" if few else "combine_project"
     x_new, parts = kernels(name, inputs, outputs, sizes, **chosen)
     return x_new, parts
 
