@@ -1,0 +1,632 @@
+"""The kernels of the ops with a projection, for many tokens and for few: right, and guarded.
+
+What they move, and how many launches a token takes, is in test_traffic_table.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mhc_metal_simulator as simulator
+
+mhc = pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels these are")
+
+from kernel_checks import (  # noqa: E402
+    BACKEND,
+    BOUNDS,
+    RACE,
+    SPACE,
+    WRONG,
+    Fault,
+    agree,
+    cramped,
+    seeded,
+)
+from mhc_backends.kernels import launch as launches  # noqa: E402
+from mhc_backends.kernels.mlx import Kernels, Out  # noqa: E402
+from mhc_backends.kernels.ops import _projection, head, mappings  # noqa: E402
+
+from mhc_metal_simulator import traffic  # noqa: E402
+
+KERNELS = Kernels(simulator.metal_kernel, "metal")
+MANY, FEW = 0, 2**30  # as launch.BUSY: all sizes count as many tokens, or as few
+
+
+@contextlib.contextmanager
+def small(busy: int, threads: int = 64) -> Iterator[None]:
+    """Give one threadgroup of few simdgroups all the work, in the kernels for many or for few."""
+    with cramped(), pytest.MonkeyPatch.context() as patch:
+        shapes = {name: replace(shape, threads=threads) for name, shape in launches.TABLE.items()}
+        patch.setattr(launches, "TABLE", shapes)
+        patch.setattr(launches, "MOST_GRID", threads)
+        patch.setattr(launches, "BUSY", busy)
+        patch.setattr(launches, "_strips", _all_strips)
+        yield
+
+
+_strips = launches._strips
+
+
+def _all_strips(*arguments: Any) -> launches.Launch:
+    """Give strips a threadgroup each at least, as their kernels need."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launches, "MOST_GRID", 2**31 - 1)
+        return _strips(*arguments)
+
+
+# ---- the ops -------------------------------------------------------------------------------------
+
+
+class Size(NamedTuple):
+    """T tokens of n streams of C channels of a dtype."""
+
+    T: int
+    n: int
+    C: int
+    dtype: str = "float32"
+
+
+OPS = ("pre", "mappings", "head", "combine_pre", "combine_pre with h_pre", "shared mappings")
+OPS_IN_SHORT = ("pre", "mappings", "head", "shared mappings")  # which have all kernels
+SIZES = [  # tails of tokens, channels and columns, and the way for arrays that are all aligned
+    Size(5, 4, 37),
+    Size(19, 4, 296, "bfloat16"),
+    Size(70, 4, 37, "bfloat16"),
+    Size(19, 4, 320, "bfloat16"),
+    Size(19, 1, 37),
+    Size(70, 3, 296),
+    Size(5, 9, 37),
+]
+
+
+def _public(name: str) -> str:
+    return "combine_pre" if name == "shared mappings" else name.split()[0]
+
+
+def _draw(name: str, size: Size) -> list[mx.array]:
+    """Draw an op's arrays; x' is exact in every dtype, so that no rounding of it is arbitrary."""
+    T, n, C, dtype = size
+    rng, m = np.random.default_rng(n), n if name == "head" else n * n + 2 * n
+
+    def steps(most: int, *shape: int) -> mx.array:
+        return mx.array(rng.integers(-most, most + 1, shape).astype(np.float32))
+
+    def normal(*shape: int) -> mx.array:
+        return mx.array(rng.normal(size=shape).astype(np.float32))
+
+    streams = steps(2, T, n, C).astype(getattr(mx, dtype))
+    phi = normal(m, n * C) / (2 * n * C) ** 0.5
+    parameters = [phi, normal(1 if name == "head" else 3), normal(m)]
+    if _public(name) != "combine_pre":
+        return [streams, *parameters]
+    ahead = () if name == "shared mappings" else (T,)
+    layer = steps(2, T, C).astype(streams.dtype)
+    mapped = [steps(2, *ahead, n) / 2, steps(2, *ahead, n, n) / 2]
+    given = [] if name == "combine_pre" else [normal(*ahead, n)]
+    return [streams, layer, *mapped, *parameters, *given]
+
+
+def _outputs(name: str, primals: Sequence[Any], variant: Any, backend: str) -> list[Any]:
+    arrays, given = primals[:7], primals[7:]
+    made = getattr(mhc, _public(name))(*arrays, variant, *given, backend=backend)
+    return list(made) if isinstance(made, tuple | list) else [made]
+
+
+def _vjp(name: str, primals: Sequence[Any], given: Any, variant: Any, backend: str) -> list[Any]:
+    cotangents = given[0] if name == "head" else tuple(given)
+    return list(
+        mhc.vjp(_public(name), tuple(primals), cotangents, variant=variant, backend=backend)
+    )
+
+
+def _cotangents(outputs: Sequence[mx.array]) -> list[mx.array]:
+    # dscale is one sum of many terms: with this key none is small beside them
+    keys = mx.random.split(mx.random.key(5), len(outputs))
+    return [
+        mx.random.normal(out.shape, key=key).astype(out.dtype)
+        for out, key in zip(outputs, keys, strict=True)
+    ]
+
+
+def _wide(array: mx.array) -> Any:
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def _close(got: Sequence[mx.array], truth: Sequence[Any]) -> None:
+    """Compare with what NumPy gives in float64, rounded as the kernels round."""
+    rounded = [
+        mx.array(np.asarray(wide).astype(np.float32)).astype(one.dtype)
+        for one, wide in zip(got, truth, strict=True)
+    ]
+    agree(got, rounded)
+
+
+def _run(name: str, size: Size, variant: Any) -> None:
+    """Run an op and its vjp on the simulator, in two orders of the threads, and compare."""
+    primals = _draw(name, size)
+    with simulator.options(schedules=["forward", "reversed"]):
+        outputs = _outputs(name, primals, variant, BACKEND)
+        given = _cotangents(outputs)
+        gradients = _vjp(name, primals, given, variant, BACKEND)
+    wide = [_wide(array) for array in primals]
+    _close(outputs, _outputs(name, wide, variant, "numpy"))
+    assert [g.dtype for g in gradients] == [p.dtype for p in primals]
+    _close(gradients, _vjp(name, wide, [_wide(g) for g in given], variant, "numpy"))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "-".join(map(str, size)))
+def test_few_small_threadgroups(size: Size) -> None:
+    """The kernels for many tokens; those for few give the same bits."""
+    variant = mhc.DEEPSEEK_V4 if size.n in (3, 4) else mhc.PAPER
+    with small(MANY):
+        for name in OPS if size.n == 4 else OPS_IN_SHORT:
+            _run(name, size, variant)
+
+
+@pytest.mark.parametrize("name", ["pre", "mappings", "head", "combine_pre"])
+def test_a_token_does_not_depend_on_its_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor on whether the kernels for few tokens or for many make it."""
+    T, variant = 600, mhc.PAPER
+    monkeypatch.setattr(launches, "BUSY", 16)
+    assert launches.few(1, 296)
+    assert not launches.few(T, 296)
+    primals = _draw(name, Size(T, 4, 296, "bfloat16"))
+    alone = [array[:1] if array.shape[0] == T else array for array in primals]
+    many = _outputs(name, primals, variant, BACKEND)
+    given = _cotangents(many)
+    gradients = _vjp(name, primals, given, variant, BACKEND)
+    ones = _outputs(name, alone, variant, BACKEND)
+    ones += _vjp(name, alone, [g[:1] for g in given], variant, BACKEND)
+    for of_many, of_one in zip([*many, *gradients], ones, strict=True):
+        if of_many.shape[0] == T:  # what is not is a sum over the tokens
+            assert mx.array_equal(of_many[:1], of_one)
+    again = _vjp(name, primals, given, variant, BACKEND)
+    assert all(mx.array_equal(a, b) for a, b in zip(gradients, again, strict=True))
+
+
+@pytest.mark.parametrize("busy", [MANY, FEW])
+@pytest.mark.parametrize("name", ["pre", "combine_pre"])
+def test_threads_change_nothing(name: str, busy: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "BUSY", busy)
+    primals = _draw(name, Size(70 if busy == MANY else 13, 4, 296, "bfloat16"))
+    before = _outputs(name, primals, mhc.PAPER, BACKEND)
+    for threads in (32, 96, 1024):
+        with small(busy, threads):
+            after = _outputs(name, primals, mhc.PAPER, BACKEND)
+        assert all(mx.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+# ---- one kernel at a time ------------------------------------------------------------------------
+
+TINY = Size(2, 1, 3)  # of which MLX passes all but phi in constant memory
+VARIANT = replace(mhc.PAPER, sinkhorn_iterations=3)
+
+
+def _launched(busy: int, make: Callable[[], Any]) -> Any:
+    """Run kernels whose name says whether tokens are few."""
+    with small(busy), simulator.record() as records:
+        made = make()
+    kernels = [traffic.kernel_of(record) for record in records]
+    assert [name.endswith("_few") for name in kernels] == [busy == FEW]
+    return made
+
+
+def _sums(parts: mx.array, x: mx.array, phi: mx.array) -> None:
+    """Hold parts against x . phi and x . x over their own channels."""
+    products: list[Any] = []
+    squares: list[Any] = []
+    wide, across = _wide(x), _wide(phi).reshape(phi.shape[0], *x.shape[1:])
+    for begin in range(0, x.shape[2], launches.PART_CHANNELS):
+        own = slice(begin, begin + launches.PART_CHANNELS)
+        products.append(np.einsum("tnc,mnc->tm", wide[..., own], across[..., own]))
+        squares.append((wide[..., own] ** 2).sum(axis=(1, 2)))
+    _close([parts[..., :-1], parts[..., -1]], [np.stack(products, 1), np.stack(squares, 1)])
+
+
+def _equal_bits(few: mx.array, many: mx.array) -> None:
+    assert mx.array_equal(few, many), "the kernel for few tokens gives other bits"
+
+
+def _normal(shape: Sequence[int], dtype: Any = mx.float32, seed: int = 3) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+
+def _project(size: Size, busy: int) -> None:
+    x, phi, *_ = _draw("pre", size)
+    x = _normal(x.shape, x.dtype)
+    parts = _launched(busy, lambda: _projection.project(KERNELS, x, phi))
+    _sums(parts, x, phi)
+    if busy == FEW:
+        _equal_bits(parts, _launched(MANY, lambda: _projection.project(KERNELS, x, phi)))
+
+
+def _combine_project(size: Size, busy: int) -> None:
+    for name in ("combine_pre", "shared mappings"):
+        _combined([_normal(array.shape, array.dtype) for array in _draw(name, size)[:5]], busy)
+
+
+def _combined(arrays: Sequence[mx.array], busy: int) -> None:
+    x, y, h_post, h_res, phi = arrays
+    made, parts = _launched(busy, lambda: _projection.combine_project(KERNELS, *arrays))
+    mixed = np.einsum("...ij,...jc->...ic", _wide(h_res), _wide(x))
+    _close([made], [mixed + _wide(h_post)[..., None] * _wide(y)[:, None]])
+    _sums(parts, made, phi)
+    if busy == FEW:
+        many = _launched(MANY, lambda: _projection.combine_project(KERNELS, *arrays))
+        _equal_bits(made, many[0])
+        _equal_bits(parts, many[1])
+
+
+def _weights_vjp(size: Size, busy: int) -> None:
+    T, n, C, dtype = size
+    x, dh = _normal((T, n, C), getattr(mx, dtype)), _normal((T, C), getattr(mx, dtype), 4)
+    with small(busy):
+        dw = _projection.weights_vjp(KERNELS, x, dh)
+    _close([dw], [np.einsum("tnc,tc->tn", _wide(x), _wide(dh))])
+
+
+def _back(size: Size, busy: int) -> None:
+    """project_dx and project_dphi."""
+    T, n, C, _ = size
+    x, phi, *_ = _draw("pre", size)
+    x, dh = _normal(x.shape, x.dtype), _normal((T, C), x.dtype, 4)
+    du, pull, w = (
+        _normal((T, phi.shape[0]), seed=5),
+        _normal((T, 1), seed=6),
+        _normal((T, n), seed=7),
+    )
+    g = _normal(x.shape, x.dtype, 8)
+    local = _projection.Local(du, pull, du)
+    out = Out(x.shape, mx.float32)
+    with small(busy):
+        dx, dphi = _projection.back_projection(KERNELS, x, phi, local, out, w, dh, g)
+    flat, wide = _wide(x).reshape(T, n * C), _wide(du)
+    through = (wide @ _wide(phi) - _wide(pull) * flat).reshape(x.shape)
+    _close(
+        [dx, dphi],
+        [through + _wide(w)[..., None] * _wide(dh)[:, None] + _wide(g), wide.T @ flat],
+    )
+
+
+def _end(size: Size, busy: int) -> None:
+    """pre, of parts that others might have made: more of them than a thread adds at a time."""
+    T, n, C, _ = size
+    x, phi, scale, bias = _draw("pre", size)
+    x, given = _normal(x.shape, x.dtype), _normal((T, n), seed=4)
+    wide, columns = _wide(x), phi.shape[0]
+    u = wide.reshape(T, n * C) @ _wide(phi).T
+    numbers = np.concatenate([u, (wide**2).sum(axis=(1, 2))[:, None]], axis=1)
+    shares = np.random.default_rng(1).uniform(size=(1, 11, 1))
+    parts = mx.array((numbers[:, None] * shares / shares.sum()).astype(np.float32))
+    arrays = [wide, *(_wide(array) for array in (phi, scale, bias))]
+    h, h_post, h_res = mhc.pre(*arrays, VARIANT, backend="numpy")
+    h_pre, *_ = mhc.mappings(*arrays, VARIANT, backend="numpy")
+    r = 1 / np.sqrt(numbers[:, columns:] / (n * C) + VARIANT.norm_eps)
+    with small(busy):
+        made = _projection.pre(KERNELS, x, parts, scale, bias, None, VARIANT)
+        _close(made, [h, h_pre, h_post, h_res, u, r])
+        other = _projection.pre(KERNELS, x, parts, scale, bias, given, VARIANT)
+        _close(other, [np.einsum("tn,tnc->tc", _wide(given), wide), h_pre, h_post, h_res, u, r])
+
+
+def _mappings(size: Size, busy: int) -> None:
+    primals = _draw("mappings", size)
+    with small(busy):
+        outputs, saved = mappings.saving(KERNELS, *primals, variant=VARIANT)
+    arrays = [_wide(array) for array in primals]
+    truth = mhc.mappings(*arrays, VARIANT, backend="numpy")
+    _close([*outputs, *saved], [*truth, *_projected(arrays)])
+
+
+def _head(size: Size, busy: int) -> None:
+    primals = _draw("head", size)
+    with small(busy):
+        (h,), (u, r, w) = head.saving(KERNELS, *primals, variant=VARIANT)
+    arrays = [_wide(array) for array in primals]
+    products, inverse = _projected(arrays)
+    weights = 1 / (1 + np.exp(-(products * inverse * arrays[2] + arrays[3]))) + VARIANT.pre_eps
+    truth = mhc.head(*arrays, VARIANT, backend="numpy")
+    _close([h, u, r, w], [truth, products, inverse, weights])
+
+
+def _projected(arrays: Sequence[Any]) -> tuple[Any, Any]:
+    flat = arrays[0].reshape(arrays[0].shape[0], -1)
+    mean = (flat**2).mean(axis=1, keepdims=True)
+    return flat @ arrays[1].T, 1 / np.sqrt(mean + VARIANT.norm_eps)
+
+
+CHECKS: dict[str, tuple[Callable[[Size, int], None], int, Sequence[Size]]] = {
+    "project": (_project, MANY, [Size(37, 3, 37), TINY, Size(37, 4, 296, "bfloat16")]),
+    "project_few": (_project, FEW, [Size(37, 3, 37), TINY, Size(70, 4, 296, "bfloat16")]),
+    "combine_project": (_combine_project, MANY, [Size(37, 3, 37), TINY]),
+    "combine_project_few": (  # at most 16 tokens; others take combine_project
+        _combine_project,
+        FEW,
+        [Size(13, 3, 37), TINY, Size(13, 9, 37), Size(13, 4, 296, "bfloat16")],
+    ),
+    "weights_vjp": (_weights_vjp, MANY, [Size(5, 3, 37), TINY]),
+    "back": (_back, MANY, [Size(70, 3, 37), TINY]),
+    "back, narrow": (_back, MANY, [Size(70, 3, 37, "bfloat16")]),
+    "pre": (_end, MANY, [Size(13, 3, 37)]),
+    "mappings": (_mappings, FEW, [Size(13, 3, 37)]),
+    "head": (_head, FEW, [Size(13, 3, 37)]),
+}
+"""Of each, the sizes, those first that see most."""
+
+
+def _try(name: str, space: bool = False) -> None:
+    check, busy, sizes = CHECKS[name]
+    for size in (TINY, *sizes) if space and TINY in sizes else sizes:
+        check(size, busy)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_each_kernel_by_itself(name: str) -> None:
+    with simulator.options(schedules=["forward", "reversed"]):
+        _try(name)
+
+
+# ---- seeded faults -------------------------------------------------------------------------------
+
+
+def _halved(value: str, name: str, count: int) -> str:
+    return f"{value} for (int e = 0; e < {count}; e++) {name}.at[e] = float(half({name}.at[e]));"
+
+
+def _device(name: str) -> str:
+    return f"((const device float*){name})"
+
+
+def _many(kernel: str, *faults: tuple[str, str, str, str], op: str = "") -> list[Fault]:
+    return [Fault(kernel, *fault, op or kernel) for fault in faults]
+
+
+NO_SPACE = f"{SPACE}|no matching function"
+ANYWHERE = f"{BOUNDS}|{WRONG}|nothing was written before"
+BITS = "other bits"
+LEAF = "put_squares<TILES>(leaf, leaf_squares(rows), tokens, lane);"
+HALF_LEAF = (
+    "Floats<2> squares = leaf_squares(rows); "
+    + _halved("", "squares", 2)
+    + "put_squares<TILES>(leaf, squares, tokens, lane);"
+)
+FEW_BARRIERS = [
+    (
+        "barrier of the leaves",
+        "BARRIER;\n            const int made",
+        "const int made",
+        RACE,
+    ),
+    ("barrier of the totals", "BARRIER;  // the leaves", "// the leaves", RACE),
+]
+SUMMED = "parts_shape[1], first, T, sums, here);"
+
+
+def _half_sums(numbers: str) -> str:
+    """Round the sums, each in the thread that made it."""
+    return (
+        f"{SUMMED} for (int k = here.id; k < int(T - first < TOKENS ? T - first : TOKENS) *"
+        f" ({numbers} + 1); k += here.threads) sums[k] = float(half(sums[k]));"
+    )
+
+
+NEXT = ("barrier of the next tokens", "BARRIER;  // the next tokens", "// the next tokens", RACE)
+
+FAULTS = (
+    *_many(
+        "project",
+        ("barrier", "BARRIER;\n            if (step", "if (step", RACE),
+        ("sides' barrier", "side = 1 - side;", "", RACE),
+        ("tail", "upper < T ? upper : T - 1", "upper", BOUNDS),
+        ("stores' tail", "upper < T, lower < T, sums", "upper <= T, lower < T, sums", ANYWHERE),
+        ("channels' tail", "BLOCK_CHANNELS - channel)", "BLOCK_CHANNELS - channel + 1)", ANYWHERE),
+        ("index", "at = step % N *", "at = (N - 1 - step % N) *", WRONG),
+        (
+            "half sum",
+            "leaf_squares(rows[b][tile]));",
+            "leaf_squares(rows[b][tile])), sums[tile].squares.at[0] ="
+            " float(half(sums[tile].squares.at[0]));",
+            WRONG,
+        ),
+        ("space", "above = x +", f"above = {_device('x')} +", NO_SPACE),
+    ),
+    *_many(
+        "project_few",
+        *FEW_BARRIERS,
+        ("tail", "upper < T ? upper : T - 1", "upper", BOUNDS),
+        ("tokens' tail", "T - first < TILE_TOKENS ? int(T - first) :", "", ANYWHERE),
+        ("index", "at = step % N *", "at = (N - 1 - step % N) *", WRONG),
+        ("half sum", LEAF, HALF_LEAF, WRONG),
+        ("space", "load_rows(x +", f"load_rows({_device('x')} +", NO_SPACE),
+    ),
+    *_many(
+        "combine_project",
+        ("barrier", "BARRIER;\n                if (step", "if (step", RACE),
+        ("sides' barrier", "side = 1 - side;", "", RACE),
+        ("tail", "first + 8 * r < T ? first + 8 * r : T - 1", "first + 8 * r", BOUNDS),
+        ("stores' tail", "first < T, first + 8 < T", "first <= T, first + 8 < T", ANYWHERE),
+        ("index", "own[r]) * N + i]", "own[r]) * N]", WRONG),
+        (
+            "half sum",
+            "sums.squares = plus(sums.squares, leaf_squares(rows));",
+            _halved("sums.squares = plus(sums.squares, leaf_squares(rows));", "sums.squares", 2),
+            WRONG,
+        ),
+        ("space", "float(h_post[", f"float({_device('h_post')}[", NO_SPACE),
+    ),
+    *_many(
+        "combine_project_few",
+        *FEW_BARRIERS,
+        ("tail", "own < tokens ? first + own : T - 1", "first + own", BOUNDS),
+        ("stores' tail", "&& own < tokens)", "&& own <= tokens)", ANYWHERE),
+        ("index", "token) * N + i]", "token) * N]", WRONG),
+        ("half sum", LEAF, HALF_LEAF, WRONG),
+        ("space", "float(h_post[", f"float({_device('h_post')}[", NO_SPACE),
+    ),
+    *_many(
+        "project_dx",
+        ("barrier of the stage before", "BARRIER;  // the stage", "// the stage", RACE),
+        ("barrier", "        }\n        BARRIER;\n", "        }\n", RACE),
+        ("tail", "first < T ? first : T - 1", "first", BOUNDS),
+        ("stores' tail", "if (first + 8 * r < T)", "if (first + 8 * r <= T)", ANYWHERE),
+        ("index", "tokens[r]) * N + i]", "tokens[r]) * N]", WRONG),
+        (
+            "half sum",
+            "sum = add(sum, -pulls[r], floats(xs[r]));",
+            _halved("sum = add(sum, -pulls[r], floats(xs[r]));", "sum", 8),
+            WRONG,
+        ),
+        ("space", "= pull[", f"= {_device('pull')}[", NO_SPACE),
+        op="back",
+    ),
+    *_many(
+        "project_dphi",
+        ("barrier", "BARRIER;\n        if", "if", RACE),
+        ("sides' barrier", "side = 1 - side;", "", RACE),
+        ("tail", "token < end ? token : end - 1", "token", BOUNDS),
+        ("columns' tail", "if (to < M)", "if (to <= M)", ANYWHERE),
+        ("index", "at[2 * (k % 2) + e]", "at[2 * e + k % 2]", WRONG),
+        (
+            "half sum",
+            "sums[k] = plus(sums[k], multiply(zeros<4>(), rows[0], rows[1], factor));",
+            _halved(
+                "sums[k] = plus(sums[k], multiply(zeros<4>(), rows[0], rows[1], factor));",
+                "sums[k]",
+                4,
+            ),
+            WRONG,
+        ),
+        ("space", "load_du(du,", f"load_du({_device('du')},", NO_SPACE),
+        op="back",
+    ),
+    *_many(
+        "weights_vjp",
+        ("barrier", "BARRIER;  // the next", "// the next", RACE),
+        ("tail", "c < C; c +=", "c <= C; c +=", ANYWHERE),
+        ("index", "(token * N + i) * C", "token * N * C", WRONG),
+        (
+            "half sum",
+            "dot(sums[i], load<W>(x + (token * N + i) * C + c), layer);",
+            "float(half(dot(sums[i], load<W>(x + (token * N + i) * C + c), layer)));",
+            WRONG,
+        ),
+        ("space", "load<W>(dh +", f"load<W>({_device('dh')} +", NO_SPACE),
+    ),
+    *_many(
+        "pre",
+        ("barrier of the sums", f"{SUMMED}\n    BARRIER;", SUMMED, RACE),
+        (
+            "barrier of what is mapped",
+            "BARRIER;\n    if (here.group_y",
+            "if (here.group_y",
+            RACE,
+        ),
+        NEXT,
+        ("tail", "k < TOKENS && first + k < T;", "k < TOKENS;", ANYWHERE),
+        ("index", "x + token * N * C", "x + token * C", WRONG),
+        ("index given", "token) * N + i]", "token) * N]", WRONG),
+        ("half sum", SUMMED, _half_sums("M"), WRONG),
+        ("space", "(sums, settings[3]", f"(sums, {_device('settings')}[3]", NO_SPACE),
+    ),
+    *_many(
+        "head",
+        ("barrier of the sums", f"{SUMMED}\n    BARRIER;", SUMMED, RACE),
+        NEXT,
+        ("tail", "k < TOKENS && first + k < T;", "k < TOKENS;", ANYWHERE),
+        ("index", "u[token * N + i] =", "u[token * N + N - 1 - i] =", WRONG),
+        ("half sum", SUMMED, _half_sums("N"), WRONG),
+        ("space", "settings[0]", f"{_device('settings')}[0]", NO_SPACE),
+    ),
+    *_many(
+        "mappings",
+        ("barrier of the sums", f"{SUMMED}\n    BARRIER;", SUMMED, RACE),
+        ("barrier of what is mapped", "BARRIER;\n    mix_matrices", "mix_matrices", RACE),
+        NEXT,
+        ("tail", "CHANNELS, first, T,", "CHANNELS, first, T + 1,", ANYWHERE),
+        ("index", "parts_shape[1], first", "parts_shape[0], first", ANYWHERE),
+        ("half sum", SUMMED, _half_sums("M"), WRONG),
+        ("space", "(sums, settings[3]", f"(sums, {_device('settings')}[3]", NO_SPACE),
+    ),
+    # what they share: the products
+    *_many(
+        "common",
+        ("rows' tail", "if (k < rest) out.word", "if (k <= rest) out.word", ANYWHERE),
+        ("phi's tail", "if (k < rest) out.at", "if (k <= rest) out.at", BOUNDS),
+        ("phi's last columns", "(row < M ? row : M - 1) * K", "row * K", BOUNDS),
+        ("columns beyond phi", "if (at < M && has_upper)", "if (at <= M && has_upper)", ANYWHERE),
+        ("squares of four lanes", "return v + simd_xor(v, 8);", "return v;", WRONG),
+        op="project",
+    ),
+    *_many(
+        "common",
+        ("half sum of the leaves", "totals[at] = sum;", "totals[at] = float(half(sum));", WRONG),
+        (
+            "the order of the leaves",
+            "sum += leaves[leaf *",
+            "sum += leaves[(count - 1 - leaf) *",
+            BITS,
+        ),
+        ("columns of the totals", "k < PRODUCTS && column + k < M", "k < PRODUCTS", ANYWHERE),
+        op="project_few",
+    ),
+    *_many(
+        "common",
+        ("streams mixed", "sum = add(sum, value(res, j),", "sum = add(sum, value(res, 0),", WRONG),
+        op="combine_project",
+    ),
+    *_many(
+        "common",
+        ("rows beyond phi", "row < M ? rest - channel : 0", "rest - channel", BOUNDS),
+        ("columns beyond du", "at < M && token < T ?", "token < T ?", BOUNDS),
+        ("tokens beyond du", "at < M && token < end ?", "at < M ?", BOUNDS),
+        ("a strip's channels", "* 2 + unit % 2) *", "* 2) *", ANYWHERE),
+        op="back",
+    ),
+    *_many(
+        "common",
+        ("halves of words", ">> (channel % 2 * 16)", ">> (0)", WRONG),
+        op="back, narrow",
+    ),
+    # what they share: the last stage
+    *_many(
+        "common",
+        ("the last part", "for (; part < count;", "for (; part + 1 < count;", WRONG),
+        (
+            "half sum of the parts",
+            "sums[item] = sum;",
+            "sums[item] = float(half(sum));",
+            WRONG,
+        ),
+        ("the last tokens", "T - first < TOKENS ? int(T - first) : TOKENS", "TOKENS", ANYWHERE),
+        ("groups of columns", "column < 2 * N ? 1 : 2", "column <= 2 * N ? 1 : 2", ANYWHERE),
+        ("a token's logits", "= sums[k * NUMBERS + at]", "= sums[at]", WRONG),
+        (
+            "the collapse's tail",
+            "c < C; c += next_channel<W>(here)",
+            "c <= C; c += next_channel<W>(here)",
+            ANYWHERE,
+        ),
+        (
+            "half sum of the streams",
+            "load<W>(streams + int64_t(i) * C + c));",
+            "times(float(half(1.0f / 3)) * 3, load<W>(streams + int64_t(i) * C + c)));",
+            WRONG,
+        ),
+        ("the sigmoid below zero", "exp(z < 0.0f ? z : -z)", "exp(-z)", WRONG),
+        op="pre",
+    ),
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kernel}: {fault.what}")
+def test_seeded_faults_are_caught(fault: Fault) -> None:
+    errors = (AssertionError, simulator.SimulatorError)
+    with seeded(fault), pytest.raises(errors, match=fault.shows):
+        _try(fault.op, space=fault.shows == NO_SPACE)
