@@ -286,8 +286,10 @@ FUNCTION Floats<4> tensor_multiply(Floats<4> sum, uint4 a, unsigned b0, unsigned
     return sum;
 }
 
-// sum + a b, in full float32
+// sum + a b, in full float32. A tensor core's instruction is one of all lanes together, and the loads
+// and stores before it may have parted them.
 FUNCTION Floats<4> multiply(Floats<4> sum, Left a, Right b) {
+    __syncwarp();
     sum = tensor_multiply(sum, a.quad[0], b.quad.z, b.quad.w);
     sum = tensor_multiply(sum, a.quad[1], b.quad.x, b.quad.y);
     return tensor_multiply(sum, a.quad[0], b.quad.x, b.quad.y);
@@ -296,6 +298,7 @@ FUNCTION Floats<4> multiply(Floats<4> sum, Left a, Right b) {
 FUNCTION Floats<4> multiply_narrow(Floats<4> sum, float upper, float upper_next, float lower,
                                    float lower_next, Right b) {
     const uint4 a = make_uint4(bits(upper), bits(upper_next), bits(lower), bits(lower_next));
+    __syncwarp();
     sum = tensor_multiply(sum, a, b.quad.z, b.quad.w);
     return tensor_multiply(sum, a, b.quad.x, b.quad.y);
 }
@@ -404,6 +407,7 @@ FUNCTION Floats<4> tensor_multiply(Floats<4> sum, unsigned upper, unsigned upper
 FUNCTION Floats<4> multiply(Floats<4> sum, Raw<__nv_bfloat16, 8> upper, Raw<__nv_bfloat16, 8> lower,
                             RightFactor<__nv_bfloat16> b) {
     const unsigned *u = upper.word, *l = lower.word;
+    __syncwarp();
     UNROLL for (int part = 2; part >= 0; part--) {
         const uint4 v = b.quad[part];
         sum = tensor_multiply(sum, u[0], u[1], l[0], l[1], v.x, v.y);
