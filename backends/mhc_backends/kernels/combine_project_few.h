@@ -63,6 +63,5 @@ for (int64_t item = here.group_x; item < (T + TILE_TOKENS - 1) / TILE_TOKENS * P
         }
         store_totals<TILES>(totals, parts + (first * P + part) * (M + 1), int64_t(P) * (M + 1),
                             column, M, tokens, here);
-        BARRIER;  // the totals are used again
     }
 }

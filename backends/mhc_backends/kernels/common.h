@@ -78,6 +78,11 @@ FUNCTION float value(Held<COUNT, KEEP, P> held, int k) {
     return KEEP ? held.kept.at[KEEP ? k : 0] : float(held.from[k]);
 }
 
+// 1 / sqrt(mean(x^2) + eps), over `count` numbers whose squares' sum is given
+FUNCTION float inverse_rms(float squares, float count, float eps) {
+    return 1.0f / sqrt(squares / count + eps);
+}
+
 // ---- sums over a threadgroup -------------------------------------------------------------------
 
 // Sums COUNT numbers of each thread, in an order that depends on nothing but the number of threads.

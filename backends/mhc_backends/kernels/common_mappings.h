@@ -27,11 +27,6 @@ FUNCTION void sum_parts(P parts, int count, int64_t first, int64_t T, S sums, Pl
     }
 }
 
-// 1 / sqrt(mean(x^2) + eps), over `count` numbers whose squares' sum is given
-FUNCTION float inverse_rms(float squares, float count, float eps) {
-    return 1.0f / sqrt(squares / count + eps);
-}
-
 // From the sums of TOKENS tokens, M = n n + 2 n products and the squares of each, to u (the
 // products), r (1 / rms), h_pre and h_post, which are stored where `stores` says so. What follows
 // reads h_pre and the logits of H_res where the products were, in `sums`: a BARRIER must come first.

@@ -47,11 +47,6 @@ FUNCTION int within(int i) {
 
 // ---- the RMS norm ------------------------------------------------------------------------------
 
-// 1 / sqrt(mean(h^2) + eps), of the sum of the squares.
-FUNCTION float inverse_rms(float squares, int C, float eps) {
-    return 1.0f / sqrt(squares / float(C) + eps);
-}
-
 // dh = r (weight dy - h r pulled), with pulled = mean(h r weight dy)
 template <int W>
 FUNCTION Floats<W> rms_norm_back(

@@ -42,7 +42,7 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     }
     squares = sums_for_all(squares, shared + turn * MOST_SIMDGROUPS, here);
     turn = 1 - turn;
-    const float r = inverse_rms(squares.at[0], C, float(eps[0]));
+    const float r = inverse_rms(squares.at[0], float(C), float(eps[0]));
 
     UNROLL for (int k = 0; k < HELD; k++) {
         const int c = first + k * step;

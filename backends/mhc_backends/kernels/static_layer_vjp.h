@@ -60,7 +60,7 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     }
     norm = sums_for_all(norm, norms + turn * 2 * MOST_SIMDGROUPS, here);
     turn = 1 - turn;
-    const float r = inverse_rms(norm.at[0], C, float(eps[0]));
+    const float r = inverse_rms(norm.at[0], float(C), float(eps[0]));
     const float pulled = r * norm.at[1] / float(C);
 
     UNROLL for (int k = 0; k < HELD; k++) {

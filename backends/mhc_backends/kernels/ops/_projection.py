@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mhc_backends.kernels import launch
 from mhc_backends.kernels.mlx import Kernels, Out, Sizes, tokens
+from mhc_backends.kernels.ops import combine
 from mhc_core.variants import Variant
 
 __all__ = [
@@ -77,13 +78,7 @@ def combine_project(
 ) -> tuple[mx.array, mx.array]:
     """Give x', and its sums over all channels, in parts."""
     sizes = Sizes.of(x)
-    inputs = {
-        "x": tokens(x, 2),
-        "y": tokens(y, 1),
-        "h_post": tokens(h_post, 1),
-        "h_res": tokens(h_res, 2),
-        "phi": phi,
-    }
+    inputs = {**combine.inputs(x, y, h_post, h_res), "phi": phi}
     outputs = {"out": Out.like(x), "parts": _parts(sizes, phi)}
     chosen = {"TILES": _columns(phi), "LEAF_NUMBERS": launch.LEAF_NUMBERS, "AT_ONCE": 1}
     # every simdgroup of the former reads all streams, so it is for a tile of tokens alone

@@ -15,8 +15,8 @@ def forward(
     kernels: Kernels, x: mx.array, y: mx.array, h_post: mx.array, h_res: mx.array
 ) -> mx.array:
     """x'_i = sum_j H_res[i, j] x_j + h_post_i y."""
-    inputs = _inputs(x, y, h_post, h_res)
-    return kernels("combine", inputs, {"out": Out.like(x)}, Sizes.of(x))[0]
+    given = inputs(x, y, h_post, h_res)
+    return kernels("combine", given, {"out": Out.like(x)}, Sizes.of(x))[0]
 
 
 def vjp(
@@ -32,12 +32,13 @@ def vjp(
         "dh_res": Out((sizes.T, sizes.n, sizes.n), mx.float32),
     }
     name = "combine_vjp" if sizes.n <= MOST_IN_REGISTERS else "combine_vjp_wide"
-    inputs = {**_inputs(x, y, h_post, h_res), "g": tokens(g, 2)}
-    dx, dy, dh_post, dh_res = kernels(name, inputs, outputs, sizes)
+    given = {**inputs(x, y, h_post, h_res), "g": tokens(g, 2)}
+    dx, dy, dh_post, dh_res = kernels(name, given, outputs, sizes)
     return dx, dy, kernels.sum_to(dh_post, h_post, 1), kernels.sum_to(dh_res, h_res, 2)
 
 
-def _inputs(x: mx.array, y: mx.array, h_post: mx.array, h_res: mx.array) -> dict[str, mx.array]:
+def inputs(x: mx.array, y: mx.array, h_post: mx.array, h_res: mx.array) -> dict[str, mx.array]:
+    """Give what the kernels take, all tokens in one axis."""
     return {
         "x": tokens(x, 2),
         "y": tokens(y, 1),

@@ -11,17 +11,9 @@ from mhc_backends.kernels.ops import _projection
 from mhc_core.variants import Variant
 
 
-def forward(
-    kernels: Kernels,
-    x: mx.array,
-    phi: mx.array,
-    scale: mx.array,
-    bias: mx.array,
-    *,
-    variant: Variant,
-) -> mx.array:
+def forward(kernels: Kernels, *primals: mx.array, variant: Variant) -> mx.array:
     """h = sum_i w_i x_i with w = sigmoid(vec(x) @ phi.T r scale + bias) + pre_eps."""
-    return saving(kernels, x, phi, scale, bias, variant=variant)[0][0]
+    return saving(kernels, *primals, variant=variant)[0][0]
 
 
 def saving(

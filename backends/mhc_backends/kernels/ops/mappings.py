@@ -11,17 +11,9 @@ from mhc_backends.kernels.ops import _projection
 from mhc_core.variants import Variant
 
 
-def forward(
-    kernels: Kernels,
-    x: mx.array,
-    phi: mx.array,
-    scale: mx.array,
-    bias: mx.array,
-    *,
-    variant: Variant,
-) -> tuple[mx.array, ...]:
+def forward(kernels: Kernels, *primals: mx.array, variant: Variant) -> tuple[mx.array, ...]:
     """(H_pre, H_post, H_res) of z = u r scale + bias."""
-    return saving(kernels, x, phi, scale, bias, variant=variant)[0]
+    return saving(kernels, *primals, variant=variant)[0]
 
 
 def saving(

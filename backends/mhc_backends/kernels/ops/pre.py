@@ -12,16 +12,10 @@ from mhc_core.variants import Variant
 
 
 def forward(
-    kernels: Kernels,
-    x: mx.array,
-    phi: mx.array,
-    scale: mx.array,
-    bias: mx.array,
-    *,
-    variant: Variant,
+    kernels: Kernels, *primals: mx.array, variant: Variant
 ) -> tuple[mx.array, mx.array, mx.array]:
     """(aggregate(x, H_pre), H_post, H_res) with the mappings of x."""
-    return saving(kernels, x, phi, scale, bias, variant=variant)[0]
+    return saving(kernels, *primals, variant=variant)[0]
 
 
 def saving(
