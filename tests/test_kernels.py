@@ -70,6 +70,17 @@ def test_bodies_are_neutral(name: str) -> None:
     assert not re.search(r"\bint\b[^;\n]*\btoken\b *=", code)  # tokens are counted in 64 bits
 
 
+@pytest.mark.parametrize("dialect", kernels.DIALECTS)
+def test_no_name_is_a_word_of_metal(dialect: str) -> None:
+    """Clang, which compiles for the simulator, knows these as names of types at most."""
+    words = "half|bfloat|uint|ushort|uchar|ulong|kernel|vertex|fragment|device|constant|thread"
+    text = kernels.header(dialect) + "".join(
+        kernels.source(name, dialect) for name in kernels.KERNELS
+    )
+    text = re.sub(r"//[^\n]*", "", text)
+    assert not re.search(rf"(\.|->)\s*({words})\b|\b({words})\s*(\[|=[^=])", text)
+
+
 def test_unknown_names() -> None:
     with pytest.raises(ValueError, match="known are aggregate"):
         kernels.source("combined", "metal")
@@ -100,6 +111,9 @@ class Launched(NamedTuple):
     def cuda(self, function: str) -> str:
         """Write the function as MLX does around a body."""
         body = kernels.source(self.kernel, "cuda")
+        names = {name for name, _ in (*self.inputs, *self.outputs)}
+        numbers = {"settings": (1e-6, 1e-6, 2.0, 1e-6)} if "settings" in body else {}
+        body = kernels.declarations(self.kernel, names, numbers) + body
         parameters: list[str] = []
         for array, dtype in self.inputs:
             parameters.append(f"const {_CUDA[dtype]}* {array}")
@@ -175,6 +189,8 @@ def _launched(monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
                 primals = tuple(map(from_host, data(case, dtype, seed=0).primals))
                 outputs = as_tuple(getattr(own, op)(*primals, **case.options))
                 own.vjp(op, primals, outputs, **case.options)
+                with mhc_core.no_grad():
+                    getattr(own, op)(*primals, **case.options)
     return sorted(recorder.launched, key=str)
 
 
@@ -456,3 +472,22 @@ def test_each_generated_text_has_a_name_of_its_own(mx: Any) -> None:
         "mhc_aggregate_float32_float32_float32",
         "mhc_aggregate_float16_float32_float16",
     ]
+
+
+# ---- where they run ------------------------------------------------------------------------------
+
+
+def test_kernels_are_for_those_who_compute_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlx.core as mx
+
+    from mhc_backends import mlx_cuda
+
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
+    assert "finds no NVIDIA GPU" in str(mlx_cuda.missing())
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    before = mx.default_device()
+    try:
+        mx.set_default_device(mx.cpu)
+        assert "MLX's default device is the CPU" in str(mlx_cuda.missing())
+    finally:
+        mx.set_default_device(before)

@@ -477,3 +477,29 @@ def test_mlx_traces_an_own_compiled_function_once() -> None:
     for scale in (1, 2, 3):
         mx.eval(compiled(mx.array(X) * scale, mx.array(X[0, :, :2])))
     assert len(traces) == 1
+
+
+def test_mlx_keeps_little_more_under_a_plain_grad_than_in_a_compiled_step() -> None:
+    """What is evaluated while mx.grad traces would keep all that it was made of."""
+    T, n, C = 128, 4, 256
+    m = n * n + 2 * n
+    arrays = [
+        mx.random.normal(s, key=mx.random.key(1)) for s in ((T, n, C), (m, n * C), (3,), (m,))
+    ]
+
+    def loss(x: mx.array, phi: mx.array, scale: mx.array, bias: mx.array) -> mx.array:
+        for _ in range(8):
+            h, h_post, h_res = mhc.pre(x, phi / 32, scale, bias, VARIANT, backend="mlx-compiled")
+            x = mhc.combine(x, mx.tanh(h), h_post, h_res, backend="mlx-compiled")
+        return x.sum()
+
+    def peak(step: Function) -> int:
+        mx.eval(step(*arrays))
+        mx.synchronize()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(step(*arrays))
+        return mx.get_peak_memory() - before
+
+    step = mx.grad(loss, argnums=(0, 1, 2, 3))
+    assert peak(step) < 3 * peak(mx.compile(step))

@@ -30,6 +30,15 @@ def missing() -> str | None:
     return None
 
 
+def not_the_default() -> str | None:
+    """Say that MLX computes on the CPU, where it runs no kernels of ours, or None."""
+    import mlx.core as mx
+
+    if mx.default_device() == mx.Device(mx.cpu):
+        return "MLX's default device is the CPU: mx.set_default_device(mx.gpu) before the first op"
+    return None
+
+
 def as_tuple(arrays: Any) -> tuple[Any, ...]:
     """Give one array or several as a tuple: MLX unpacks tuples of one on their way."""
     if isinstance(arrays, (tuple, list)):

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import functools
 import re
+import struct
+from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 
-__all__ = ["DIALECTS", "KERNELS", "bounds", "header", "source"]
+__all__ = ["DIALECTS", "KERNELS", "bounds", "declarations", "header", "source"]
 
 DIALECTS = ("metal", "cuda")
 _FIRST_LINES = "//// the first lines of every kernel ////\n"
@@ -40,6 +42,7 @@ _COMMON = (
 _TWICE = (
     "//// twice: where vectors begin anywhere, and where all begin at their own multiples ////\n"
 )
+_WITHOUT = re.compile(r"^//// may be without (.*) ////\n", re.MULTILINE)
 _FAST = re.compile(r"^//// fast where (.*?) ////\n", re.MULTILINE | re.DOTALL)
 
 
@@ -76,6 +79,24 @@ def source(name: str, dialect: str) -> str:
         f"if (whole) {{\nusing namespace aligned;\n{work}}} else {{\n"
         f"using namespace anywhere;\n{work}}}\n"
     )
+
+
+def declarations(name: str, names: Collection[str], numbers: Mapping[str, Sequence[float]]) -> str:
+    """Return what comes before a body that gets these inputs and outputs.
+
+    That is arrays of float32 numbers, and empty arrays in the places of what it may be without and
+    is: it names them, in what its constants leave out.
+    """
+    body = _read(f"{name}.h")
+    found = _WITHOUT.search(body)
+    missing = [word for word in (found[1].split(", ") if found else ()) if word not in names]
+    lines = [f"float {word}[1] = {{}};\n" for word in missing]
+    lines += [f"const int {w}_shape[1] = {{}};\n" for w in missing if f"{w}_shape" in body]
+    for word, values in numbers.items():
+        exact = (struct.unpack("f", struct.pack("f", value))[0] for value in values)
+        listed = ", ".join(f"{value!r}f" for value in exact)
+        lines.append(f"const float {word}[{len(values)}] = {{{listed}}};\n")
+    return "".join(lines)
 
 
 def bounds(threads: int, groups: int) -> str:

@@ -28,11 +28,12 @@ for (int64_t item = here.group_x; item < (T + TILE_TOKENS - 1) / TILE_TOKENS * P
     for (int column = 0; column < M; column += TILES * TILE_COLUMNS) {
         for (int done = 0; done < count; done += simdgroups) {
             if (done + simdgroup < count) {
-                const int step = done + simdgroup, i = step % N;
-                const int c = begin + step / N * BLOCK_CHANNELS, rest = C - c - channel;
+                const int leaf_number = done + simdgroup, i = leaf_stream<N, 1>(leaf_number);
+                const int c = begin + leaf_channel<N, 1>(leaf_number), rest = C - c - channel;
                 RightNumbers right[TILES];
                 UNROLL for (int k = 0; k < TILES; k++)
-                    right[k] = load_phi_of<N, 1, TILES>(phi, K, M, C, column, begin, step, k, lane);
+                    right[k] = load_leaf_phi<N, 1>(phi, K, M, C, column + k * TILE_COLUMNS,
+                                                   begin, leaf_number, lane);
                 Row mixed[2];
                 UNROLL for (int r = 0; r < 2; r++) {
                     const int own = tile_row(lane) + 8 * r;
@@ -51,6 +52,7 @@ for (int64_t item = here.group_x; item < (T + TILE_TOKENS - 1) / TILE_TOKENS * P
                 }
                 const Rows<Row> rows = {mixed[0], mixed[1]};
                 const auto leaf = leaves + simdgroup * LEAF;
+                TOGETHER;
                 UNROLL for (int k = 0; k < TILES; k++)
                     put_products<TILES>(leaf, leaf_products(rows, factor_for(Row(), right[k])), k,
                                         tokens, lane);

@@ -30,10 +30,11 @@ FUNCTION void sum_parts(P parts, int count, int64_t first, int64_t T, S sums, Pl
 // From the sums of TOKENS tokens, M = n n + 2 n products and the squares of each, to u (the
 // products), r (1 / rms), h_pre and h_post, which are stored where `stores` says so. What follows
 // reads h_pre and the logits of H_res where the products were, in `sums`: a BARRIER must come first.
-// `settings` are norm_eps, pre_eps, post_scale and sinkhorn's eps.
-template <int N, int TOKENS, typename S, typename A, typename B, typename C, typename P>
+// `settings` are the variant's norm_eps, pre_eps, post_scale and sinkhorn's eps.
+template <int N, int TOKENS, bool SAVES, typename S, typename A, typename B, typename C, typename P,
+          typename Q>
 FUNCTION void activate(S sums, A scale, B bias, C settings, float count, int64_t first, int64_t T,
-                       bool stores, P u, P r, P h_pre, P h_post, Place here) {
+                       bool stores, Q u, Q r, P h_pre, P h_post, Place here) {
     const int M = N * N + 2 * N;
     const int tokens = T - first < TOKENS ? int(T - first) : TOKENS;
     for (int item = here.id; item < tokens * M; item += here.threads) {
@@ -47,8 +48,8 @@ FUNCTION void activate(S sums, A scale, B bias, C settings, float count, int64_t
                              : group == 1 ? settings[2] * sigmoid(z)
                                           : z;
         if (stores) {
-            u[token * M + column] = product;
-            if (column == 0) r[token] = inverse;
+            if (SAVES) u[token * M + column] = product;
+            if (SAVES && column == 0) r[token] = inverse;
             if (group == 0) h_pre[token * N + column] = mapped;
             if (group == 1) h_post[token * N + column - N] = mapped;
         }

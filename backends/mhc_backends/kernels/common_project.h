@@ -6,8 +6,7 @@
 // parts are added one by one by the kernels that end them (common_mappings.h).
 
 enum {
-    TILE_TOKENS = 16,     // that a simdgroup multiplies at a time
-    TILE_COLUMNS = 8,     // of phi, likewise
+    TILE_TOKENS = 16,     // that a simdgroup multiplies at a time, with TILE_COLUMNS of phi
     BLOCK_CHANNELS = 32,  // of a leaf
     PART_CHANNELS = 256
 };
@@ -66,60 +65,66 @@ FUNCTION F take(S shared, int lane) {
     return factor;
 }
 
-// A lane's numbers of a right factor, before they are split.
-struct RightNumbers {
-    Floats<4> first, second;
-};
-// Of 8 columns of phi[M, K] from `column` on and 32 channels from `at` on, `rest` of them in a row;
-// columns beyond phi are not stored, so they may be any.
+// Of TILE_COLUMNS columns of phi[M, K] from `column` on and 32 channels from `at` on, `rest` of them in
+// a row; columns beyond phi are not stored, so they may be any.
 template <typename P>
 FUNCTION RightNumbers load_phi(P phi, int64_t K, int M, int column, int64_t at, int rest,
                                int lane) {
-    Floats<4> both[2];
-    UNROLL for (int e = 0; e < 2; e++) {
+    RightNumbers out;
+    UNROLL for (int e = 0; e < RUNS; e++) {
         const int row = column + right_column(lane, e), channel = 4 * right_row(lane, e);
-        both[e] = load_within<4>(phi + (row < M ? row : M - 1) * K + at + channel, rest - channel);
+        out.run[e] =
+            load_within<4>(phi + (row < M ? row : M - 1) * K + at + channel, rest - channel);
     }
-    return {both[0], both[1]};
+    return out;
 }
 // The factor of rows like one that is given, which only names their type.
 template <typename T>
 FUNCTION RightFactor<T> factor_for(Raw<T, 8>, RightNumbers numbers) {
-    return right_factor(numbers.first, numbers.second, T(0.0f));
+    return right_factor(numbers, T(0.0f));
 }
 
-// A step multiplies a stretch of one stream: AT_ONCE * TILES factors, in threadgroup memory.
-template <int N, int AT_ONCE, int TILES, typename P>
-FUNCTION RightNumbers load_phi_of(P phi, int64_t K, int M, int C, int column, int begin, int step,
-                                  int slot, int lane) {
-    const int c = begin + (step / N * AT_ONCE + slot / TILES) * BLOCK_CHANNELS;
-    return load_phi(phi, K, M, column + slot % TILES * TILE_COLUMNS, step % N * int64_t(C) + c,
-                    C - c, lane);
+// Where leaf number `leaf` of a part is, and phi's numbers for it: of a tile's columns from `column` on.
+template <int N, int AT_ONCE>
+FUNCTION int leaf_stream(int leaf) {
+    return leaf / AT_ONCE % N;
 }
-// Puts them there; this simdgroup's first one has been loaded ahead.
-template <int N, int AT_ONCE, int TILES, typename R, typename S, typename P>
+template <int N, int AT_ONCE>
+FUNCTION int leaf_channel(int leaf) {
+    return (leaf / (N * AT_ONCE) * AT_ONCE + leaf % AT_ONCE) * BLOCK_CHANNELS;
+}
+template <int N, int AT_ONCE, typename P>
+FUNCTION RightNumbers load_leaf_phi(P phi, int64_t K, int M, int C, int column, int begin, int leaf,
+                                    int lane) {
+    const int c = begin + leaf_channel<N, AT_ONCE>(leaf);
+    return load_phi(phi, K, M, column, leaf_stream<N, AT_ONCE>(leaf) * int64_t(C) + c, C - c, lane);
+}
+// Puts the factors of COUNT leaves, from `leaf` on, into threadgroup memory: TILES for each. This
+// simdgroup's first one has been loaded ahead.
+template <int N, int AT_ONCE, int COUNT, int TILES, typename R, typename S, typename P>
 FUNCTION void put_phi(S shared, R like, RightNumbers ahead, P phi, int64_t K, int M, int C,
-                      int column, int begin, int step, Place here) {
+                      int column, int begin, int leaf, Place here) {
     const int lane = here.id % SIMD, simdgroup = here.id / SIMD;
-    for (int slot = simdgroup; slot < AT_ONCE * TILES; slot += here.threads / SIMD) {
+    for (int slot = simdgroup; slot < COUNT * TILES; slot += here.threads / SIMD) {
         if (slot != simdgroup)
-            ahead = load_phi_of<N, AT_ONCE, TILES>(phi, K, M, C, column, begin, step, slot, lane);
+            ahead = load_leaf_phi<N, AT_ONCE>(phi, K, M, C, column + slot % TILES * TILE_COLUMNS,
+                                              begin, leaf + slot / TILES, lane);
         put(shared + slot * RIGHT_QUADS * SIMD, factor_for(like, ahead), lane);
     }
 }
 
-// Of 8 columns of du[T, M] and 32 tokens, those below `end`.
+// Of TILE_COLUMNS columns of du[T, M] and 32 tokens, those below `end`.
 template <typename P>
 FUNCTION RightNumbers load_du(P du, int M, int column, int64_t first, int64_t end, int lane) {
-    Floats<4> both[2];
-    UNROLL for (int e = 0; e < 2; e++) {
+    RightNumbers out;
+    UNROLL for (int e = 0; e < RUNS; e++) {
         const int at = column + right_column(lane, e);
         UNROLL for (int t = 0; t < 4; t++) {
             const int64_t token = first + 4 * right_row(lane, e) + t;
-            both[e].at[t] = at < M && token < end ? float(du[token * M + at]) : 0.0f;
+            out.run[e].at[t] = at < M && token < end ? float(du[token * M + at]) : 0.0f;
         }
     }
-    return {both[0], both[1]};
+    return out;
 }
 
 // ---- sums over the channels ----------------------------------------------------------------------
@@ -135,16 +140,59 @@ FUNCTION auto load_rows(P upper, P lower, int rest) {
     return Rows<decltype(load_raw<8>(upper))>{above, below};
 }
 
-// Of 16 tokens: for TILES * 8 columns of phi, and of the squares of this lane's numbers.
+FUNCTION Product no_product() {
+    Product out;
+    UNROLL for (int h = 0; h < 2; h++) out.in_half[h] = zeros<PLACES>();
+    return out;
+}
+FUNCTION Product plus(Product a, Product b) {
+    UNROLL for (int h = 0; h < 2; h++) a.in_half[h] = plus(a.in_half[h], b.in_half[h]);
+    return a;
+}
+
+// Where this lane's tokens of HEIGHT tiles begin, `channel` included; there is one at least.
+template <int HEIGHT>
+struct Starts {
+    int64_t upper[HEIGHT], lower[HEIGHT];
+};
+template <int HEIGHT>
+FUNCTION Starts<HEIGHT> starts_of(int64_t first, int64_t T, int64_t K, int channel, int lane) {
+    Starts<HEIGHT> out;
+    UNROLL for (int tile = 0; tile < HEIGHT; tile++) {
+        const int64_t upper = first + tile * TILE_TOKENS + tile_row(lane), lower = upper + 8;
+        out.upper[tile] = (upper < T ? upper : T - 1) * K + channel;
+        out.lower[tile] = (lower < T ? lower : T - 1) * K + channel;
+    }
+    return out;
+}
+// Their channels in a stretch that begins `at` farther on; `rest` of them are in a row.
+template <typename R, int AT_ONCE, int HEIGHT>
+struct Stretch {
+    Rows<R> rows[AT_ONCE][HEIGHT];
+};
+template <int AT_ONCE, int HEIGHT, typename P>
+FUNCTION auto load_stretch(P x, Starts<HEIGHT> starts, int64_t at, int rest) {
+    Stretch<decltype(load_raw<8>(x)), AT_ONCE, HEIGHT> out;
+    UNROLL for (int tile = 0; tile < HEIGHT; tile++) {
+        UNROLL for (int b = 0; b < AT_ONCE; b++) {
+            const int64_t more = at + b * BLOCK_CHANNELS;
+            out.rows[b][tile] = load_rows(x + starts.upper[tile] + more,
+                                          x + starts.lower[tile] + more, rest - b * BLOCK_CHANNELS);
+        }
+    }
+    return out;
+}
+
+// Of 16 tokens: for TILES tiles of phi's columns, and of the squares of this lane's numbers.
 template <int TILES>
 struct Sums {
-    Floats<4> products[TILES];
+    Product products[TILES];
     Floats<2> squares;
 };
 template <int TILES>
 FUNCTION Sums<TILES> no_sums() {
     Sums<TILES> out;
-    UNROLL for (int tile = 0; tile < TILES; tile++) out.products[tile] = zeros<4>();
+    UNROLL for (int tile = 0; tile < TILES; tile++) out.products[tile] = no_product();
     out.squares = zeros<2>();
     return out;
 }
@@ -158,26 +206,28 @@ FUNCTION Floats<2> leaf_squares(Rows<R> rows) {
 }
 // A long sum is taken in leaves, as tensor cores do not round what they add.
 template <typename R, typename F>
-FUNCTION Floats<4> leaf_products(Rows<R> rows, F factor) {
-    return multiply(zeros<4>(), rows.upper, rows.lower, factor);
+FUNCTION Product leaf_products(Rows<R> rows, F factor) {
+    return multiply(rows.upper, rows.lower, factor);
 }
 
-// Stores a tile's sums: of TILES * 8 columns from `column` on, and once the squares, in the last one
-// of M + 1. `upper` and `lower` are where the two tokens' numbers go.
+// Stores the sums of the tokens from `first` on in parts[T, P, M + 1]: of TILES tiles of columns from
+// `column` on, and once the squares, in the last place.
 template <int TILES, typename P>
-FUNCTION void store_sums(P upper, P lower, bool has_upper, bool has_lower, Sums<TILES> sums,
+FUNCTION void store_sums(P parts, int64_t first, int64_t T, int count, int part, Sums<TILES> sums,
                          int column, int M, int lane) {
-    UNROLL for (int tile = 0; tile < TILES; tile++) {
-        UNROLL for (int e = 0; e < 2; e++) {
-            const int at = column + tile * TILE_COLUMNS + tile_pair(lane) + e;
-            if (at < M && has_upper) upper[at] = sums.products[tile].at[e];
-            if (at < M && has_lower) lower[at] = sums.products[tile].at[2 + e];
+    UNROLL for (int h = 0; h < 2; h++) {
+        UNROLL for (int j = 0; j < PLACES; j++) {
+            const int64_t token = first + 8 * h + sum_row(lane, j);
+            const int64_t own = (token * count + part) * (M + 1);
+            UNROLL for (int tile = 0; tile < TILES; tile++) {
+                const int at = column + tile * TILE_COLUMNS + sum_column(lane, j);
+                if (at < M && token < T) parts[own + at] = sums.products[tile].in_half[h].at[j];
+            }
         }
-    }
-    const float square = row_sum(sums.squares.at[0]), other = row_sum(sums.squares.at[1]);
-    if (column == 0 && tile_pair(lane) == 0) {
-        if (has_upper) upper[M] = square;
-        if (has_lower) lower[M] = other;
+        const int64_t token = first + 8 * h + tile_row(lane);
+        const float squares = row_sum(sums.squares.at[h]);
+        if (column == 0 && tile_pair(lane) == 0 && token < T)
+            parts[(token * count + part) * (M + 1) + M] = squares;
     }
 }
 
@@ -219,13 +269,17 @@ struct Width {
     enum { NUMBERS = TILES * TILE_COLUMNS + 4 };
 };
 
-// Puts a tile's numbers of one leaf, or of COUNT columns of them, where `tokens` of them belong.
+// Puts a tile's numbers of one leaf, where `tokens` of them belong.
 template <int TILES, typename S>
-FUNCTION void put_products(S leaf, Floats<4> product, int tile, int tokens, int lane) {
-    const int row = tile_row(lane), at = tile * TILE_COLUMNS + tile_pair(lane);
-    UNROLL for (int k = 0; k < 4; k++)
-        if (row + k / 2 * 8 < tokens)
-            leaf[(row + k / 2 * 8) * Width<TILES>::NUMBERS + at + k % 2] = product.at[k];
+FUNCTION void put_products(S leaf, Product product, int tile, int tokens, int lane) {
+    UNROLL for (int h = 0; h < 2; h++) {
+        UNROLL for (int j = 0; j < PLACES; j++) {
+            const int token = 8 * h + sum_row(lane, j);
+            if (token < tokens)
+                leaf[token * Width<TILES>::NUMBERS + tile * TILE_COLUMNS + sum_column(lane, j)] =
+                    product.in_half[h].at[j];
+        }
+    }
 }
 template <int TILES, typename S>
 FUNCTION void put_squares(S leaf, Floats<2> squares, int tokens, int lane) {

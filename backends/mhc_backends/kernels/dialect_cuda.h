@@ -6,6 +6,9 @@
 
 #define FUNCTION __device__ __forceinline__
 #define BARRIER __syncthreads()
+// Must come before products of matrices, whose instructions are of all lanes together: the loads and
+// stores before may have parted them.
+#define TOGETHER __syncwarp()
 #define UNROLL _Pragma("unroll")
 #define PRAGMA(text) _Pragma(#text)
 #define UNROLL_FEW(COUNT) PRAGMA(unroll (COUNT <= 4 ? COUNT : 1))
@@ -41,8 +44,9 @@ struct Place {
 };
 
 enum { SIMD = 32, MOST_SIMDGROUPS = 32 };
-// Of uint4: most that a lane's share of a factor takes (products of matrices).
-enum { LEFT_QUADS = 2, RIGHT_QUADS = 4 };
+// Products of matrices: the columns of a left factor, and of uint4 the most that a lane's share of a
+// factor takes.
+enum { DEPTH = 8, LEFT_QUADS = 2, RIGHT_QUADS = 8 };
 
 //// twice: where vectors begin anywhere, and where all begin at their own multiples ////
 
@@ -224,7 +228,7 @@ FUNCTION void store_raw(T* p, Raw<T, W> v) {
 }
 
 // ---- products of matrices ------------------------------------------------------------------------
-// A simdgroup multiplies [16, 8] by [8, 8]. Of the left factor a lane holds rows tile_row and
+// A simdgroup multiplies [16, DEPTH] by [DEPTH, 8]. Of the left factor a lane holds rows tile_row and
 // tile_row + 8 in columns tile_pair and tile_pair + 1, of the sum the same places, and of the right
 // factor two numbers: number e is in row right_row and column right_column. (The tensor cores call
 // the columns of the left factor, and the rows of the right one, by other numbers, which is one.)
@@ -236,8 +240,8 @@ FUNCTION float row_sum(float v) {
     v += simd_xor(v, 1);
     return v + simd_xor(v, 2);
 }
-FUNCTION int right_row(int lane, int e) { return tile_pair(lane) + e; }
-FUNCTION int right_column(int lane, int) { return tile_row(lane); }
+FUNCTION int right_row(int lane, int e) { return tile_pair(lane) + e % 2; }
+FUNCTION int right_column(int lane, int e) { return tile_row(lane) + e / 2 * 8; }
 
 // Factors are in words, so that they can be in threadgroup memory.
 struct Left {
@@ -259,15 +263,44 @@ FUNCTION unsigned tensor_float(float v) {
 FUNCTION unsigned tensor_rest(float v, unsigned upper) {
     return tensor_float(v - __uint_as_float(upper));
 }
+FUNCTION Floats<4> tensor_multiply(Floats<4> sum, uint4 a, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum.at[0]), "+f"(sum.at[1]), "+f"(sum.at[2]), "+f"(sum.at[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+    return sum;
+}
+
+#else  // before there were tensor cores for floats
+
+FUNCTION unsigned tensor_float(float v) { return bits(v); }
+FUNCTION unsigned tensor_rest(float, unsigned) { return 0; }
+FUNCTION Floats<4> tensor_multiply(Floats<4> sum, uint4 a, unsigned b0, unsigned b1) {
+    const int lane = threadIdx.x % SIMD;
+    UNROLL for (int k = 0; k < 8; k++) {
+        const int from = lane / 4 * 4 + k % 4;
+        const float upper = simd_from(__uint_as_float(k < 4 ? a.x : a.z), from);
+        const float lower = simd_from(__uint_as_float(k < 4 ? a.y : a.w), from);
+        UNROLL for (int e = 0; e < 2; e++) {
+            const int other = (tile_pair(lane) + e) * 4 + k % 4;
+            const float b = simd_from(__uint_as_float(k < 4 ? b0 : b1), other);
+            sum.at[e] = fma(upper, b, sum.at[e]);
+            sum.at[2 + e] = fma(lower, b, sum.at[2 + e]);
+        }
+    }
+    return sum;
+}
+
+#endif
 
 // The upper row's two numbers, then the lower row's.
 FUNCTION Left left(float upper, float upper_next, float lower, float lower_next) {
     Left out;
-    out.quad[0] = make_uint4(tensor_float(upper), tensor_float(upper_next), tensor_float(lower),
+    out.quad[0] = make_uint4(tensor_float(upper), tensor_float(lower), tensor_float(upper_next),
                              tensor_float(lower_next));
     out.quad[1] = make_uint4(
-        tensor_rest(upper, out.quad[0].x), tensor_rest(upper_next, out.quad[0].y),
-        tensor_rest(lower, out.quad[0].z), tensor_rest(lower_next, out.quad[0].w));
+        tensor_rest(upper, out.quad[0].x), tensor_rest(lower, out.quad[0].y),
+        tensor_rest(upper_next, out.quad[0].z), tensor_rest(lower_next, out.quad[0].w));
     return out;
 }
 FUNCTION Right right(float first, float second) {
@@ -277,95 +310,59 @@ FUNCTION Right right(float first, float second) {
     return out;
 }
 
-// The tensor cores count down the rows first.
-FUNCTION Floats<4> tensor_multiply(Floats<4> sum, uint4 a, unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sum.at[0]), "+f"(sum.at[1]), "+f"(sum.at[2]), "+f"(sum.at[3])
-        : "r"(a.x), "r"(a.z), "r"(a.y), "r"(a.w), "r"(b0), "r"(b1));
-    return sum;
-}
-
-// sum + a b, in full float32. A tensor core's instruction is one of all lanes together, and the loads
-// and stores before it may have parted them.
+// sum + a b, in full float32, and the smallest products first: a tensor core does not round a sum but
+// cuts it off.
 FUNCTION Floats<4> multiply(Floats<4> sum, Left a, Right b) {
-    __syncwarp();
     sum = tensor_multiply(sum, a.quad[0], b.quad.z, b.quad.w);
     sum = tensor_multiply(sum, a.quad[1], b.quad.x, b.quad.y);
     return tensor_multiply(sum, a.quad[0], b.quad.x, b.quad.y);
 }
-// The same where a's numbers have no more than 11 significant bits.
-FUNCTION Floats<4> multiply_narrow(Floats<4> sum, float upper, float upper_next, float lower,
-                                   float lower_next, Right b) {
-    const uint4 a = make_uint4(bits(upper), bits(upper_next), bits(lower), bits(lower_next));
-    __syncwarp();
-    sum = tensor_multiply(sum, a, b.quad.z, b.quad.w);
-    return tensor_multiply(sum, a, b.quad.x, b.quad.y);
-}
 
-#else  // before there were tensor cores for floats
+// The longer product, of 16 rows of 32 numbers of T, is [16, 32] by [32, TILE_COLUMNS]. A lane holds 8
+// numbers of each of its two rows, those from 4 tile_pair on, as they are in memory; and of the right
+// factor RUNS runs of 4 numbers, run e in rows 4 right_row(lane, e) to 4 right_row(lane, e) + 3 and
+// column right_column(lane, e). Of the sum it gets PLACES numbers in each half of the rows: number j
+// of half h is in row 8 h + sum_row(lane, j) and column sum_column(lane, j).
+//
+// The tensor cores take the right factor as their left one, transposed: so a row's numbers are in
+// the registers in which they came.
+enum { TILE_COLUMNS = 16, RUNS = 4, PLACES = 4 };
+FUNCTION int sum_row(int lane, int j) { return tile_pair(lane) + j % 2; }
+FUNCTION int sum_column(int lane, int j) { return tile_row(lane) + j / 2 * 8; }
 
-FUNCTION Left left(float upper, float upper_next, float lower, float lower_next) {
-    Left out;
-    out.quad[0] = make_uint4(bits(upper), bits(upper_next), bits(lower), bits(lower_next));
-    out.quad[1] = make_uint4(0, 0, 0, 0);
-    return out;
-}
-FUNCTION Right right(float first, float second) {
-    Right out;
-    out.quad = make_uint4(bits(first), bits(second), 0, 0);
-    return out;
-}
-FUNCTION Floats<4> multiply_narrow(Floats<4> sum, float upper, float upper_next, float lower,
-                                   float lower_next, Right b) {
-    const int lane = threadIdx.x % 32, pair = tile_pair(lane);
-    UNROLL for (int k = 0; k < 8; k++) {
-        const float above = simd_from(k % 2 ? upper_next : upper, lane / 4 * 4 + k / 2);
-        const float below = simd_from(k % 2 ? lower_next : lower, lane / 4 * 4 + k / 2);
-        UNROLL for (int e = 0; e < 2; e++) {
-            const float other =
-                simd_from(__uint_as_float(word(b.quad, k % 2)), (pair + e) * 4 + k / 2);
-            sum.at[e] = fma(above, other, sum.at[e]);
-            sum.at[2 + e] = fma(below, other, sum.at[2 + e]);
-        }
-    }
-    return sum;
-}
-FUNCTION Floats<4> multiply(Floats<4> sum, Left a, Right b) {
-    return multiply_narrow(sum, __uint_as_float(a.quad[0].x), __uint_as_float(a.quad[0].y),
-                           __uint_as_float(a.quad[0].z), __uint_as_float(a.quad[0].w), b);
-}
+struct RightNumbers {
+    Floats<4> run[RUNS];
+};
+struct Product {
+    Floats<PLACES> in_half[2];
+};
 
-#endif
-
-// The right factor [32, 8] of a left one of T's numbers. A product over 32 is four over 8, and as
-// the order in a sum is free, product t of them takes the numbers t, 4 + t, ..., 28 + t: a lane's
-// are side by side.
+// Product t of four takes the numbers t and 4 + t of every run of 8: any order will do.
 template <typename T>
 struct RightFactor {
-    enum { QUADS = 4 };
+    enum { QUADS = 8 };
     uint4 quad[QUADS];
 };
-// Of numbers first[t] in row 4 right_row(lane, 0) + t and column right_column(lane, 0), and
-// second[t] likewise for 1; the last argument only names the type.
+// The last argument only names the type.
 template <typename T>
-FUNCTION RightFactor<T> right_factor(Floats<4> first, Floats<4> second, T) {
+FUNCTION RightFactor<T> right_factor(RightNumbers numbers, T) {
     RightFactor<T> out;
-    UNROLL for (int t = 0; t < 4; t++) out.quad[t] = right(first.at[t], second.at[t]).quad;
+    UNROLL for (int t = 0; t < 4; t++) {
+        const Left whole = left(numbers.run[0].at[t], numbers.run[1].at[t], numbers.run[2].at[t],
+                                numbers.run[3].at[t]);
+        out.quad[t] = whole.quad[0], out.quad[4 + t] = whole.quad[1];
+    }
     return out;
 }
-// sum + a b, in full float32, where a lane has 8 of 32 numbers of its two rows of a, those from
-// 4 tile_pair on.
+// sum + row . b; numbers of a narrow type have no more than 11 significant bits.
 template <typename T>
-FUNCTION Floats<4> multiply(Floats<4> sum, Raw<T, 8> upper, Raw<T, 8> lower, RightFactor<T> b) {
-    const Floats<8> u = floats(upper), l = floats(lower);
+FUNCTION Floats<4> multiply_half(Floats<4> sum, Raw<T, 8> row, RightFactor<T> b) {
+    const Floats<8> v = floats(row);
     UNROLL for (int t = 0; t < 4; t++) {
-        Right factor;
-        factor.quad = b.quad[t];
-        if (sizeof(T) == 2)
-            sum = multiply_narrow(sum, u.at[t], u.at[4 + t], l.at[t], l.at[4 + t], factor);
-        else
-            sum = multiply(sum, left(u.at[t], u.at[4 + t], l.at[t], l.at[4 + t]), factor);
+        const Right a = right(v.at[t], v.at[4 + t]);
+        sum = tensor_multiply(sum, b.quad[4 + t], a.quad.x, a.quad.y);
+        if (sizeof(T) == 4) sum = tensor_multiply(sum, b.quad[t], a.quad.z, a.quad.w);
+        sum = tensor_multiply(sum, b.quad[t], a.quad.x, a.quad.y);
     }
     return sum;
 }
@@ -376,47 +373,45 @@ FUNCTION Floats<4> multiply(Floats<4> sum, Raw<T, 8> upper, Raw<T, 8> lower, Rig
 // three of them.
 template <>
 struct RightFactor<__nv_bfloat16> {
-    enum { QUADS = 3 };
+    enum { QUADS = 6 };
     uint4 quad[QUADS];
 };
-FUNCTION RightFactor<__nv_bfloat16> right_factor(Floats<4> first, Floats<4> second, __nv_bfloat16 t) {
+FUNCTION RightFactor<__nv_bfloat16> right_factor(RightNumbers numbers, __nv_bfloat16 t) {
     RightFactor<__nv_bfloat16> out;
     UNROLL for (int part = 0; part < 3; part++) {
-        unsigned words[4];
-        UNROLL for (int k = 0; k < 4; k++) {
-            Floats<4> v = k < 2 ? first : second;
-            words[k] = pair(v.at[k % 2 * 2], v.at[k % 2 * 2 + 1], t);
+        unsigned words[RUNS][2];
+        UNROLL for (int e = 0; e < RUNS; e++) {
+            float* v = numbers.run[e].at;
+            UNROLL for (int k = 0; k < 2; k++) words[e][k] = pair(v[2 * k], v[2 * k + 1], t);
+            UNROLL for (int k = 0; k < 4; k++) v[k] -= number(words[e][k / 2], k % 2, t);
         }
-        out.quad[part] = make_uint4(words[0], words[1], words[2], words[3]);
-        UNROLL for (int k = 0; k < 4; k++) {
-            first.at[k] -= number(words[k / 2], k % 2, t);
-            second.at[k] -= number(words[2 + k / 2], k % 2, t);
-        }
+        UNROLL for (int e = 0; e < 2; e++)
+            out.quad[2 * part + e] =
+                make_uint4(words[e][0], words[2 + e][0], words[e][1], words[2 + e][1]);
     }
     return out;
 }
-FUNCTION Floats<4> tensor_multiply(Floats<4> sum, unsigned upper, unsigned upper_next,
-                                   unsigned lower, unsigned lower_next, unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sum.at[0]), "+f"(sum.at[1]), "+f"(sum.at[2]), "+f"(sum.at[3])
-        : "r"(upper), "r"(lower), "r"(upper_next), "r"(lower_next), "r"(b0), "r"(b1));
-    return sum;
-}
-// The smallest products come first: a tensor core does not round a sum but cuts it off.
-FUNCTION Floats<4> multiply(Floats<4> sum, Raw<__nv_bfloat16, 8> upper, Raw<__nv_bfloat16, 8> lower,
-                            RightFactor<__nv_bfloat16> b) {
-    const unsigned *u = upper.word, *l = lower.word;
-    __syncwarp();
-    UNROLL for (int part = 2; part >= 0; part--) {
-        const uint4 v = b.quad[part];
-        sum = tensor_multiply(sum, u[0], u[1], l[0], l[1], v.x, v.y);
-        sum = tensor_multiply(sum, u[2], u[3], l[2], l[3], v.z, v.w);
+FUNCTION Floats<4> multiply_half(Floats<4> sum, Raw<__nv_bfloat16, 8> row,
+                                 RightFactor<__nv_bfloat16> b) {
+    UNROLL for (int k = 5; k >= 0; k--) {
+        const uint4 a = b.quad[k];
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(sum.at[0]), "+f"(sum.at[1]), "+f"(sum.at[2]), "+f"(sum.at[3])
+            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(row.word[k % 2 * 2]),
+              "r"(row.word[k % 2 * 2 + 1]));
     }
     return sum;
 }
 
 #endif
+
+// a b, in full float32
+template <typename T>
+FUNCTION Product multiply(Raw<T, 8> upper, Raw<T, 8> lower, RightFactor<T> b) {
+    const Floats<PLACES> none = {};
+    return {multiply_half(none, upper, b), multiply_half(none, lower, b)};
+}
 
 //// the first lines of every kernel ////
 const Place here = {blockIdx.x, blockIdx.y, gridDim.x, gridDim.y, threadIdx.x, blockDim.x};

@@ -11,6 +11,9 @@ using namespace metal;
 
 #define FUNCTION inline
 #define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup)
+// Must come before products of matrices, whose instructions are of all lanes together: the loads and
+// stores before may have parted them.
+#define TOGETHER simdgroup_barrier(mem_flags::mem_none)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define PRAGMA(text) _Pragma(#text)
 #define UNROLL_FEW(COUNT) PRAGMA(clang loop unroll_count(COUNT <= 4 ? COUNT : 1))
@@ -35,8 +38,9 @@ struct Place {
 };
 
 enum { SIMD = 32, MOST_SIMDGROUPS = 32 };
-// Of uint4: most that a lane's share of a factor takes (products of matrices).
-enum { LEFT_QUADS = 1, RIGHT_QUADS = 2 };
+// Products of matrices: the columns of a left factor, and of uint4 the most that a lane's share of a
+// factor takes.
+enum { DEPTH = 8, LEFT_QUADS = 1, RIGHT_QUADS = 2 };
 
 //// twice: where vectors begin anywhere, and where all begin at their own multiples ////
 
@@ -226,7 +230,7 @@ FUNCTION void store_raw(device T* p, Raw<T, W> v) {
 }
 
 // ---- products of matrices ------------------------------------------------------------------------
-// A simdgroup multiplies [16, 8] by [8, 8]. Of the left factor a lane holds rows tile_row and
+// A simdgroup multiplies [16, DEPTH] by [DEPTH, 8]. Of the left factor a lane holds rows tile_row and
 // tile_row + 8 in columns tile_pair and tile_pair + 1, of the sum the same places, and of the right
 // factor two numbers: number e is in row right_row and column right_column. These are the places
 // that simdgroup_matrix's thread_elements has, on which MLX's own kernels build as well
@@ -277,34 +281,53 @@ FUNCTION Floats<4> multiply(Floats<4> sum, Left a, Right b) {
     return sum;
 }
 
-// The right factor [32, 8] of a left one of T's numbers. A product over 32 is four over 8, and as
-// the order in a sum is free, product t of them takes the numbers t, 4 + t, ..., 28 + t: a lane's
-// are side by side.
+// The longer product, of 16 rows of 32 numbers of T, is [16, 32] by [32, TILE_COLUMNS]. A lane holds 8
+// numbers of each of its two rows, those from 4 tile_pair on, as they are in memory; and of the right
+// factor RUNS runs of 4 numbers, run e in rows 4 right_row(lane, e) to 4 right_row(lane, e) + 3 and
+// column right_column(lane, e). Of the sum it gets PLACES numbers in each half of the rows: number j
+// of half h is in row 8 h + sum_row(lane, j) and column sum_column(lane, j).
+enum { TILE_COLUMNS = 8, RUNS = 2, PLACES = 2 };
+FUNCTION int sum_row(int lane, int) { return tile_row(lane); }
+FUNCTION int sum_column(int lane, int j) { return tile_pair(lane) + j; }
+
+struct RightNumbers {
+    Floats<4> run[RUNS];
+};
+struct Product {
+    Floats<PLACES> in_half[2];
+};
+
+// Product t of four takes the numbers t and 4 + t of every run of 8: any order will do.
 template <typename T>
 struct RightFactor {
     enum { QUADS = 2 };
     uint4 quad[QUADS];
 };
-// Of numbers first[t] in row 4 right_row(lane, 0) + t and column right_column(lane, 0), and
-// second[t] likewise for 1; the last argument only names the type.
+// The last argument only names the type.
 template <typename T>
-FUNCTION RightFactor<T> right_factor(Floats<4> first, Floats<4> second, T) {
+FUNCTION RightFactor<T> right_factor(RightNumbers numbers, T) {
     RightFactor<T> out;
-    const thread float *f = first.at, *s = second.at;
+    const thread float *f = numbers.run[0].at, *s = numbers.run[1].at;
     out.quad[0] = as_type<uint4>(float4(f[0], s[0], f[1], s[1]));
     out.quad[1] = as_type<uint4>(float4(f[2], s[2], f[3], s[3]));
     return out;
 }
-// sum + a b, where a lane has 8 of 32 numbers of its two rows of a, those from 4 tile_pair on.
+// a b
 template <typename T>
-FUNCTION Floats<4> multiply(Floats<4> sum, Raw<T, 8> upper, Raw<T, 8> lower, RightFactor<T> b) {
+FUNCTION Product multiply(Raw<T, 8> upper, Raw<T, 8> lower, RightFactor<T> b) {
     const Floats<8> u = floats(upper), l = floats(lower);
+    Floats<4> sum = {};
     UNROLL for (int t = 0; t < 4; t++) {
         const float4 two = as_type<float4>(b.quad[t / 2]);
         const Right factor = t % 2 ? right(two.z, two.w) : right(two.x, two.y);
         sum = multiply(sum, left(u.at[t], u.at[4 + t], l.at[t], l.at[4 + t]), factor);
     }
-    return sum;
+    Product out;
+    UNROLL for (int j = 0; j < PLACES; j++) {
+        out.in_half[0].at[j] = sum.at[j];
+        out.in_half[1].at[j] = sum.at[PLACES + j];
+    }
+    return out;
 }
 
 //// the first lines of every kernel ////

@@ -1,9 +1,10 @@
 // head: the last stage, from the sums over n C in parts[T, P, n + 1] (project.h) to
 // h = sum_i w_i x_i with w = sigmoid(u r scale + bias) + pre_eps.
 //
-// x[T, n, C], scale[1], bias[n], settings[4] -> h[T, C], and for the vjp w[T, n], u[T, n] and
+// x[T, n, C], scale[1], bias[n] -> h[T, C], and for the vjp, where SAVES says so, w[T, n], u[T, n] and
 // r[T, 1]. A threadgroup takes TOKENS tokens, or a stretch of their C, as in pre.h.
 
+//// may be without w, u, r ////
 const int64_t T = parts_shape[0];
 const int C = x_shape[2];
 threadgroup float sums[TOKENS * (N + 1)];
@@ -21,7 +22,7 @@ for (int64_t first = int64_t(here.group_x) * TOKENS; first < T;
             weights[i] = sigmoid(sums[k * (N + 1) + i] * inverse * float(scale[0]) + float(bias[i])) + settings[1];
         collapse<N, W>(x + token * N * C, weights, h + token * C, C, here);
 
-        for (int i = here.id; i < N && here.group_y == 0; i += here.threads) {
+        for (int i = here.id; i < N && SAVES && here.group_y == 0; i += here.threads) {
             const float product = sums[k * (N + 1) + i];
             u[token * N + i] = product;
             w[token * N + i] = sigmoid(product * inverse * float(scale[0]) + float(bias[i])) + settings[1];

@@ -20,7 +20,17 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["TABLE", "VARIABLE", "Launch", "Shape", "few", "launch", "parts", "shares"]
+__all__ = [
+    "TABLE",
+    "VARIABLE",
+    "Launch",
+    "Shape",
+    "few",
+    "launch",
+    "occupancy",
+    "parts",
+    "shares",
+]
 
 VARIABLE = "MHC_METAL_TUNING"
 
@@ -35,12 +45,13 @@ SHARES = 256  # of large tokens, at most, each with its sums over them
 SHARE_NUMBERS = 8192  # of a large token; smaller ones have up to four times as many shares
 KEPT_WORDS = {"metal": 64, "cuda": 128}  # of 32 bits, that a thread keeps between two uses
 TILE_TOKENS, BLOCK_CHANNELS, PART_CHANNELS = 16, 32, 256  # as common_project.h has them
+TILE_COLUMNS = {"metal": 8, "cuda": 16}  # as the dialects have them
 COLUMNS_AT_ONCE = 64  # of phi, whose sums a simdgroup keeps in registers
 HEIGHT = 2  # tiles of tokens that a simdgroup of `project` multiplies with the same phi
 BUSY = 512  # simdgroups from which on a GPU is busy with products
 SHARED = 2048  # floats of threadgroup memory for the sums of some tokens
 SHARE_TOKENS = 128  # that a strip's simdgroup takes at least, where there are more
-LEAF_NUMBERS = 8192  # floats of threadgroup memory for the sums over some channels
+LEAF_NUMBERS = {"metal": 8192, "cuda": 10240}  # floats of threadgroup memory for some leaves' sums
 
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -79,7 +90,7 @@ class Shape:
         Whether the streams are spread over the threads, beside the channels.
     resident
         In CUDA, the threadgroups for which a multiprocessor must have registers, so that each waits
-        while another computes; 0 leaves it to the compiler.
+        while another computes.
     """
 
     groups: Literal[
@@ -99,14 +110,14 @@ class Shape:
     turns: int = 2
     keeps: int = 0
     streams: bool = False
-    resident: int = 0
+    resident: int = 1
 
 
 TABLE: Mapping[str, Shape] = {
     "aggregate": Shape(groups="tile"),
     "aggregate_vjp": Shape(groups="token"),
     "combine": Shape(groups="tile"),
-    "combine_project": Shape(groups="parts", resident=2),
+    "combine_project": Shape(groups="parts"),
     "combine_project_few": Shape(groups="leaves", threads=512),
     "combine_vjp": Shape(groups="token", elements=4),
     "combine_vjp_wide": Shape(groups="token", elements=1, streams=True),
@@ -119,7 +130,7 @@ TABLE: Mapping[str, Shape] = {
     "pre": Shape(groups="several"),
     "pre_scale": Shape(groups="tile"),
     "pre_scale_vjp": Shape(groups="token"),
-    "project": Shape(groups="parts", resident=2),
+    "project": Shape(groups="parts"),
     "project_dphi": Shape(groups="strips", resident=2),
     "project_dx": Shape(groups="strips", turns=4, resident=2),
     "project_few": Shape(groups="leaves", threads=512),
@@ -149,7 +160,6 @@ class Launch:
     Those are the elements per thread and access (W), the tokens that a threadgroup takes together
     (TOKENS), the accesses that a thread keeps in registers (HELD), and whether there are more
     (REST).
-    ``resident`` is as in :class:`Shape`.
     """
 
     grid: tuple[int, int, int]
@@ -158,7 +168,6 @@ class Launch:
     tokens: int = 1
     held: int = 1
     rest: bool = False
-    resident: int = 0
 
 
 def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "metal") -> Launch:
@@ -175,7 +184,7 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
     if shape.groups == "parts":
         return _parts(shape, T, C, HEIGHT if kernel == "project" else 1)
     if shape.groups == "leaves":
-        return _leaves(shape, T, n, C)
+        return _leaves(shape, T, n, C, dialect)
     if shape.groups == "sums":
         return _several(T, n, 1, shape.threads, 1)
     if shape.groups == "strips":
@@ -195,6 +204,12 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
     if T * tiles > FILLED:
         tiles = -(-tiles // shape.turns)
     return _launch(groups, tiles, threads, elements)
+
+
+def occupancy(kernel: str) -> tuple[int, int]:
+    """Return the most threads of a kernel's threadgroup, and how many of those must fit at once."""
+    shape = _shape(kernel)
+    return shape.threads, shape.resident
 
 
 def _token_shares(shape: Shape, T: int, numbers: int) -> int:
@@ -250,13 +265,14 @@ def _parts(shape: Shape, T: int, C: int, height: int) -> Launch:
     simdgroups = shape.threads // SIMD
     while simdgroups > 1 and -(-tiles // simdgroups) * parts(C) < FILLED:
         simdgroups //= 2
-    groups = -(-tiles // simdgroups) * parts(C)
-    return replace(_launch(groups, 1, simdgroups * SIMD, 1), resident=shape.resident)
+    return _launch(-(-tiles // simdgroups) * parts(C), 1, simdgroups * SIMD, 1)
 
 
-def _leaves(shape: Shape, T: int, n: int, C: int) -> Launch:
-    width = 8 * -(-min(n * n + 2 * n, COLUMNS_AT_ONCE) // 8) + 4
-    leaves = LEAF_NUMBERS // (TILE_TOKENS * width) - 1  # whose sums have room, beside their total
+def _leaves(shape: Shape, T: int, n: int, C: int, dialect: str) -> Launch:
+    tile = TILE_COLUMNS[dialect]
+    width = tile * -(-min(n * n + 2 * n, COLUMNS_AT_ONCE) // tile) + 4
+    # whose sums have room, beside their total
+    leaves = LEAF_NUMBERS[dialect] // (TILE_TOKENS * width) - 1
     threads = min(shape.threads, leaves * SIMD)
     return _launch(-(-T // TILE_TOKENS) * parts(C), 1, threads, 1)
 
@@ -265,7 +281,7 @@ def _strips(shape: Shape, T: int, n: int, C: int) -> Launch:
     """Choose the shares of the tokens; they depend on nothing but the sizes."""
     groups = _strip_groups(shape, n, C)
     shares = max(min(-(-T // SHARE_TOKENS), shape.turns * FILLED // groups), 1)
-    return replace(_launch(groups * shares, 1, shape.threads, 1), resident=shape.resident)
+    return _launch(groups * shares, 1, shape.threads, 1)
 
 
 def _strip_groups(shape: Shape, n: int, C: int) -> int:
@@ -323,7 +339,7 @@ _NEEDS: Mapping[str, tuple[Callable[[int], bool], str]] = {
     "threads": (_thread_count, f"a multiple of {SIMD} up to {MOST_THREADS}"),
     "elements": (_power_of_two, "1, 2, 4, 8 or 16"),
     "turns": (lambda value: value >= 1, "an integer of at least 1"),
-    "resident": (lambda value: 0 <= value <= 16, "an integer from 0 to 16"),
+    "resident": (lambda value: 1 <= value <= 16, "an integer from 1 to 16"),
 }
 assert set(_NEEDS) | {"groups", "keeps", "streams"} == {field.name for field in fields(Shape)}
 

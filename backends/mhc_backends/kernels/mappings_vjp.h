@@ -3,8 +3,7 @@
 // du = dz scale r, and the root mean square brings dx -= pull x with
 // pull = sum_m(dz scale u) r^3 / K and K = n C.
 //
-// u[T, m], r[T, 1], scale[3], bias[m], g_pre, g_post[T, n], g_res[T, n, n],
-// settings[4] = (norm_eps, pre_eps, post_scale, sinkhorn's eps) -> du[T, m], pull[T, 1],
+// u[T, m], r[T, 1], scale[3], bias[m], g_pre, g_post[T, n], g_res[T, n, n] -> du[T, m], pull[T, 1],
 // terms[T, m + 3]: dz, whose sum over the tokens is dbias, and the sums of dz u r over each group,
 // whose sums are dscale. LOG, ITERATIONS, FIRST_COLUMNS and TRANSPOSED (of the columns of res) are
 // the variant's. A simdgroup takes as many tokens as its lanes hold: lane b has column b of pre and
@@ -15,7 +14,7 @@ const int M = N * N + 2 * N;
 threadgroup float kept[DIVISORS * KEEPERS];
 const auto own = own_divisors(&kept[0], here);
 const int b = line<N>(here);
-const float post_scale = float(settings[2]), eps = float(settings[3]);
+const float post_scale = settings[2], eps = settings[3];
 
 for (int64_t tokens = first_tokens<N, KEEPERS>(T, here); tokens < T;
      tokens += next_tokens<N, KEEPERS>(here)) {

@@ -1,7 +1,7 @@
 // project_dphi: phi's gradient, dphi = du^T x, in shares of the tokens, which sum_rows adds up.
 //
 // x[T, n, C], du[T, m] -> dphi[S, m, n C]. A threadgroup takes a share and a strip of the channels; a
-// simdgroup takes 32 channels of one stream, and TILES * 8 columns at a time. The left factor is x
+// simdgroup takes 32 channels of one stream, and TILES tiles of columns at a time. The left factor is x
 // transposed, of which a lane holds 4 channels of 8 tokens. The simdgroups share du, of which 64
 // tokens go into threadgroup memory while those before are multiplied.
 
@@ -28,8 +28,8 @@ const int64_t end = begin + share < T ? begin + share : T;
 int side = 0;  // of `factors`
 
 for (int column = 0; column < M; column += TILES * TILE_COLUMNS) {
-    Floats<4> sums[2 * TILES];
-    UNROLL for (int k = 0; k < 2 * TILES; k++) sums[k] = zeros<4>();
+    Product sums[2][TILES];  // of channels 0 and 1 of four, and of 2 and 3
+    UNROLL for (int k = 0; k < 2 * TILES; k++) sums[k / TILES][k % TILES] = no_product();
     RightNumbers ahead = {};
     if (simdgroup < SLOTS)
         ahead = load_du(du, M, column + simdgroup % TILES * TILE_COLUMNS,
@@ -59,26 +59,27 @@ for (int column = 0; column < M; column += TILES * TILE_COLUMNS) {
             ahead = load_du(du, M, column + simdgroup % TILES * TILE_COLUMNS,
                             first + AT_ONCE * SIMD + simdgroup / TILES * SIMD, end, lane);
 
+        TOGETHER;
         UNROLL for (int b = 0; b < AT_ONCE; b++) {
             Row rows[4];
             UNROLL for (int k = 0; k < 4; k++) rows[k] = transposed(tokens[b], k);
             UNROLL for (int k = 0; k < TILES; k++) {
                 const Factor factor =
                     take<Factor>(shared + (b * TILES + k) * RIGHT_QUADS * SIMD, lane);
-                sums[k] = plus(sums[k], multiply(zeros<4>(), rows[0], rows[1], factor));
-                sums[TILES + k] =
-                    plus(sums[TILES + k], multiply(zeros<4>(), rows[2], rows[3], factor));
+                UNROLL for (int s = 0; s < 2; s++)
+                    sums[s][k] = plus(sums[s][k], multiply(rows[2 * s], rows[2 * s + 1], factor));
             }
         }
     }
 
     UNROLL for (int tile = 0; tile < TILES; tile++) {
-        UNROLL for (int e = 0; e < 2; e++) {
-            const int to = column + tile * TILE_COLUMNS + tile_pair(lane) + e;
+        UNROLL for (int j = 0; j < PLACES; j++) {
+            const int to = column + tile * TILE_COLUMNS + sum_column(lane, j);
+            const int channel = c + 4 * sum_row(lane, j);
             Floats<4> out;
-            UNROLL for (int k = 0; k < 4; k++)
-                out.at[k] = sums[k / 2 * TILES + tile].at[2 * (k % 2) + e];
-            if (to < M) store_within(dphi + (own * M + to) * K + at, out, rest);
+            UNROLL for (int k = 0; k < 4; k++) out.at[k] = sums[k / 2][tile].in_half[k % 2].at[j];
+            if (to < M)
+                store_within(dphi + (own * M + to) * K + int64_t(i) * C + channel, out, C - channel);
         }
     }
 }

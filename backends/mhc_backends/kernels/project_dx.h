@@ -9,7 +9,7 @@
 const int64_t T = x_shape[0];
 const int C = x_shape[2];
 const int64_t K = int64_t(N) * C;
-const int M = COLUMNS, DEPTHS = (M + 7) / 8, STAGE = 4;  // tiles of tokens at a time
+const int M = COLUMNS, DEPTHS = (M + DEPTH - 1) / DEPTH, STAGE = 4;  // tiles of tokens at a time
 const bool KEPT = DEPTHS <= 4;
 threadgroup uint4 factors[KEPT ? STAGE * DEPTHS * LEFT_QUADS * SIMD : 1];
 
@@ -28,14 +28,14 @@ const int64_t end = begin + share < tiles ? begin + share : tiles;
 
 AcrossFactors<KEPT ? DEPTHS : 1> kept;
 UNROLL for (int depth = 0; depth < (KEPT ? DEPTHS : 0); depth++)
-    kept.at[depth] = across(phi, K, M, depth * TILE_COLUMNS, at, C - c, lane);
+    kept.at[depth] = across(phi, K, M, depth * DEPTH, at, C - c, lane);
 
 for (int64_t stage = begin; stage < end; stage += STAGE) {
     if (KEPT) {
         BARRIER;  // the stage before is done
         for (int slot = simdgroup; slot < STAGE * DEPTHS; slot += simdgroups) {
             const int64_t upper = (stage + slot / DEPTHS) * TILE_TOKENS + tile_row(lane);
-            const Left a = load_left(du, M, slot % DEPTHS * TILE_COLUMNS, upper, T, lane);
+            const Left a = load_left(du, M, slot % DEPTHS * DEPTH, upper, T, lane);
             UNROLL for (int k = 0; k < LEFT_QUADS; k++)
                 factors[slot * FACTOR + k * SIMD + lane] = a.quad[k];
         }
@@ -66,12 +66,14 @@ for (int64_t stage = begin; stage < end; stage += STAGE) {
                 const auto shared = &factors[int(tile - stage) * DEPTHS * FACTOR + depth * FACTOR];
                 Left a;
                 UNROLL for (int k = 0; k < LEFT_QUADS; k++) a.quad[k] = shared[k * SIMD + lane];
+                TOGETHER;
                 UNROLL for (int t = 0; t < 4; t++)
                     products[t] = multiply(products[t], a, kept.at[KEPT ? depth : 0].at[t]);
             } else {  // long sums in pieces: tensor cores do not round what they add
-                const int column = depth * TILE_COLUMNS;
+                const int column = depth * DEPTH;
                 const Left a = load_left(du, M, column, first, T, lane);
                 const AcrossFactor b = across(phi, K, M, column, at, C - c, lane);
+                TOGETHER;
                 UNROLL for (int t = 0; t < 4; t++)
                     products[t] = plus(products[t], multiply(zeros<4>(), a, b.at[t]));
             }

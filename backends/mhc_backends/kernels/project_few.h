@@ -27,17 +27,17 @@ for (int64_t item = here.group_x; item < (T + TILE_TOKENS - 1) / TILE_TOKENS * P
     for (int column = 0; column < M; column += TILES * TILE_COLUMNS) {
         for (int done = 0; done < count; done += simdgroups) {
             if (done + simdgroup < count) {
-                const int step = (done + simdgroup) / AT_ONCE, b = (done + simdgroup) % AT_ONCE;
-                const int c = begin + step / N * STRETCH + b * BLOCK_CHANNELS;
-                const int64_t at = step % N * int64_t(C) + c + channel;
+                const int own = done + simdgroup, c = begin + leaf_channel<N, AT_ONCE>(own);
+                const int64_t at = leaf_stream<N, AT_ONCE>(own) * int64_t(C) + c + channel;
                 const auto rows = load_rows(x + (upper < T ? upper : T - 1) * K + at,
                                             x + (lower < T ? lower : T - 1) * K + at,
                                             C - c - channel);
                 RightNumbers right[TILES];
                 UNROLL for (int k = 0; k < TILES; k++)
-                    right[k] = load_phi_of<N, AT_ONCE, TILES>(phi, K, M, C, column, begin, step,
-                                                              b * TILES + k, lane);
+                    right[k] = load_leaf_phi<N, AT_ONCE>(
+                        phi, K, M, C, column + k * TILE_COLUMNS, begin, own, lane);
                 const auto leaf = leaves + simdgroup * LEAF;
+                TOGETHER;
                 UNROLL for (int k = 0; k < TILES; k++)
                     put_products<TILES>(leaf, leaf_products(rows, factor_for(Row(), right[k])), k,
                                         tokens, lane);

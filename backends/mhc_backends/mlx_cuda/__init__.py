@@ -1,4 +1,4 @@
-"""mlx-cuda: the kernels of mlx-metal on MLX's CUDA build, for NVIDIA GPUs; taken by name alone."""
+"""mlx-cuda: the kernels of mlx-metal on MLX's CUDA build, for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def missing() -> str | None:
         return reason
     mx: Any = import_module("mlx.core")
     if mx.cuda.is_available():
-        return None
+        return _mlx.not_the_default()
     return "MLX finds no NVIDIA GPU (mx.cuda.is_available()): pip install 'mhc-core[cuda]' on one"
 
 
@@ -29,7 +29,7 @@ SPEC = BackendSpec(
     ops=OPS,
     dtypes=_mlx.NO_FLOAT64,
     sizes=(1, 32),
-    automatic=False,  # until the conformance suite has passed on a GPU with every kernel as it is
+    priority=10,
     without={"vmap": NO_VMAP},
     missing=missing,
 )

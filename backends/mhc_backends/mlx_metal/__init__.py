@@ -27,7 +27,9 @@ def missing() -> str | None:
     if reason := _mlx.missing():
         return reason
     mx: Any = import_module("mlx.core")
-    return None if mx.metal.is_available() else "MLX finds no Metal GPU (mx.metal.is_available())"
+    if mx.metal.is_available():
+        return _mlx.not_the_default()
+    return "MLX finds no Metal GPU (mx.metal.is_available())"
 
 
 SPEC = BackendSpec(

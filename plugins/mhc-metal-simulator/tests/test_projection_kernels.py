@@ -311,9 +311,10 @@ def _end(size: Size, busy: int) -> None:
     r = 1 / np.sqrt(numbers[:, columns:] / (n * C) + VARIANT.norm_eps)
     with small(busy):
         made = _projection.pre(KERNELS, x, parts, scale, bias, None, VARIANT)
-        _close(made, [h, h_pre, h_post, h_res, u, r])
+        _close([*made[:4], *made.saved], [h, h_pre, h_post, h_res, u, r])
         other = _projection.pre(KERNELS, x, parts, scale, bias, given, VARIANT)
-        _close(other, [np.einsum("tn,tnc->tc", _wide(given), wide), h_pre, h_post, h_res, u, r])
+        mixed = np.einsum("tn,tnc->tc", _wide(given), wide)
+        _close([*other[:4], *other.saved], [mixed, h_pre, h_post, h_res, u, r])
 
 
 def _mappings(size: Size, busy: int) -> None:
@@ -328,7 +329,7 @@ def _mappings(size: Size, busy: int) -> None:
 def _head(size: Size, busy: int) -> None:
     primals = _draw("head", size)
     with small(busy):
-        (h,), (u, r, w) = head.saving(KERNELS, *primals, variant=VARIANT)
+        (h,), (u, w, r) = head.saving(KERNELS, *primals, variant=VARIANT)
     arrays = [_wide(array) for array in primals]
     products, inverse = _projected(arrays)
     weights = 1 / (1 + np.exp(-(products * inverse * arrays[2] + arrays[3]))) + VARIANT.pre_eps
@@ -422,36 +423,34 @@ NEXT = ("barrier of the next tokens", "BARRIER;  // the next tokens", "// the ne
 FAULTS = (
     *_many(
         "project",
-        ("barrier", "BARRIER;\n            if (step", "if (step", RACE),
+        ("barrier", "BARRIER;\n            const auto stretch", "const auto stretch", RACE),
         ("sides' barrier", "side = 1 - side;", "", RACE),
-        ("tail", "upper < T ? upper : T - 1", "upper", BOUNDS),
-        ("stores' tail", "upper < T, lower < T, sums", "upper <= T, lower < T, sums", ANYWHERE),
-        ("channels' tail", "BLOCK_CHANNELS - channel)", "BLOCK_CHANNELS - channel + 1)", ANYWHERE),
-        ("index", "at = step % N *", "at = (N - 1 - step % N) *", WRONG),
+        ("tail", "C - begin - c - channel", "C - begin - c - channel + 1", ANYWHERE),
+        ("index", "(step + 1) % N *", "(N - 1 - (step + 1) % N) *", WRONG),
         (
             "half sum",
-            "leaf_squares(rows[b][tile]));",
-            "leaf_squares(rows[b][tile])), sums[tile].squares.at[0] ="
+            "leaf_squares(stretch.rows[b][tile]));",
+            "leaf_squares(stretch.rows[b][tile])), sums[tile].squares.at[0] ="
             " float(half(sums[tile].squares.at[0]));",
             WRONG,
         ),
-        ("space", "above = x +", f"above = {_device('x')} +", NO_SPACE),
+        ("space", "(x, starts, 0", f"({_device('x')}, starts, 0", NO_SPACE),
     ),
     *_many(
         "project_few",
         *FEW_BARRIERS,
         ("tail", "upper < T ? upper : T - 1", "upper", BOUNDS),
         ("tokens' tail", "T - first < TILE_TOKENS ? int(T - first) :", "", ANYWHERE),
-        ("index", "at = step % N *", "at = (N - 1 - step % N) *", WRONG),
+        ("index", "AT_ONCE>(own) * int64_t", "AT_ONCE>(own + 1) * int64_t", WRONG),
         ("half sum", LEAF, HALF_LEAF, WRONG),
         ("space", "load_rows(x +", f"load_rows({_device('x')} +", NO_SPACE),
     ),
     *_many(
         "combine_project",
-        ("barrier", "BARRIER;\n                if (step", "if (step", RACE),
-        ("sides' barrier", "side = 1 - side;", "", RACE),
-        ("tail", "first + 8 * r < T ? first + 8 * r : T - 1", "first + 8 * r", BOUNDS),
-        ("stores' tail", "first < T, first + 8 < T", "first <= T, first + 8 < T", ANYWHERE),
+        ("barrier", "leaf, here);\n                BARRIER;", "leaf, here);", RACE),
+        ("barrier of the phi before", "BARRIER;  // the phi", "// the phi", RACE),
+        ("tail", "token < T ? token : T - 1", "token", BOUNDS),
+        ("stores' tail", "stores[r] = token < T", "stores[r] = token <= T", ANYWHERE),
         ("index", "own[r]) * N + i]", "own[r]) * N]", WRONG),
         (
             "half sum",
@@ -492,15 +491,17 @@ FAULTS = (
         ("sides' barrier", "side = 1 - side;", "", RACE),
         ("tail", "token < end ? token : end - 1", "token", BOUNDS),
         ("columns' tail", "if (to < M)", "if (to <= M)", ANYWHERE),
-        ("index", "at[2 * (k % 2) + e]", "at[2 * e + k % 2]", WRONG),
+        ("index", "sums[k / 2][tile].in_half[k % 2]", "sums[k % 2][tile].in_half[k / 2]", WRONG),
         (
             "half sum",
-            "sums[k] = plus(sums[k], multiply(zeros<4>(), rows[0], rows[1], factor));",
-            _halved(
-                "sums[k] = plus(sums[k], multiply(zeros<4>(), rows[0], rows[1], factor));",
-                "sums[k]",
-                4,
-            ),
+            "sums[s][k] = plus(sums[s][k], multiply(rows[2 * s], rows[2 * s + 1], factor));",
+            "{"
+            + _halved(
+                "sums[s][k] = plus(sums[s][k], multiply(rows[2 * s], rows[2 * s + 1], factor));",
+                "sums[s][k].in_half[0]",
+                2,
+            )
+            + "}",
             WRONG,
         ),
         ("space", "load_du(du,", f"load_du({_device('du')},", NO_SPACE),
@@ -533,7 +534,7 @@ FAULTS = (
         ("index", "x + token * N * C", "x + token * C", WRONG),
         ("index given", "token) * N + i]", "token) * N]", WRONG),
         ("half sum", SUMMED, _half_sums("M"), WRONG),
-        ("space", "(sums, settings[3]", f"(sums, {_device('settings')}[3]", NO_SPACE),
+        ("space", "(sums, scale,", f"(sums, {_device('scale')},", NO_SPACE),
     ),
     *_many(
         "head",
@@ -542,7 +543,7 @@ FAULTS = (
         ("tail", "k < TOKENS && first + k < T;", "k < TOKENS;", ANYWHERE),
         ("index", "u[token * N + i] =", "u[token * N + N - 1 - i] =", WRONG),
         ("half sum", SUMMED, _half_sums("N"), WRONG),
-        ("space", "settings[0]", f"{_device('settings')}[0]", NO_SPACE),
+        ("space", "float(scale[0])", f"float({_device('scale')}[0])", NO_SPACE),
     ),
     *_many(
         "mappings",
@@ -552,7 +553,7 @@ FAULTS = (
         ("tail", "CHANNELS, first, T,", "CHANNELS, first, T + 1,", ANYWHERE),
         ("index", "parts_shape[1], first", "parts_shape[0], first", ANYWHERE),
         ("half sum", SUMMED, _half_sums("M"), WRONG),
-        ("space", "(sums, settings[3]", f"(sums, {_device('settings')}[3]", NO_SPACE),
+        ("space", "(sums, scale,", f"(sums, {_device('scale')},", NO_SPACE),
     ),
     # what they share: the products
     *_many(
@@ -560,7 +561,14 @@ FAULTS = (
         ("rows' tail", "if (k < rest) out.word", "if (k <= rest) out.word", ANYWHERE),
         ("phi's tail", "if (k < rest) out.at", "if (k <= rest) out.at", BOUNDS),
         ("phi's last columns", "(row < M ? row : M - 1) * K", "row * K", BOUNDS),
-        ("columns beyond phi", "if (at < M && has_upper)", "if (at <= M && has_upper)", ANYWHERE),
+        ("rows beyond x", "(upper < T ? upper : T - 1) * K", "upper * K", BOUNDS),
+        (
+            "columns beyond phi",
+            "at < M && token < T) parts",
+            "at <= M && token < T) parts",
+            ANYWHERE,
+        ),
+        ("sums beyond", "at < M && token < T) parts", "at < M && token <= T) parts", ANYWHERE),
         ("squares of four lanes", "return v + simd_xor(v, 8);", "return v;", WRONG),
         op="project",
     ),

@@ -218,14 +218,14 @@ def _mappings_vjp(T: int, n: int, variant: Any, dtype: Any = mx.float32) -> None
     for name in ("scale", "bias"):
         inputs[name] = inputs[name].astype(dtype)
     v = variant
-    numbers = [v.norm_eps, v.pre_eps, v.post_scale, v.sinkhorn_eps]
     outputs = {"du": (T, m), "pull": (T, 1), "terms": (T, m + 3)}
     with simulator.options(schedules=["forward", "reversed"]):
         du, pull, terms = KERNELS(
             "mappings_vjp",
-            {**inputs, "settings": mx.array(numbers, mx.float32)},
+            inputs,
             {name: Out(shape, mx.float32) for name, shape in outputs.items()},
             Sizes(T, n, C),
+            {"settings": (v.norm_eps, v.pre_eps, v.post_scale, v.sinkhorn_eps)},
             K=n * C,
             ITERATIONS=v.sinkhorn_iterations,
             LOG=v.sinkhorn_eps == 0,

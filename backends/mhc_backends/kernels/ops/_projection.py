@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -27,8 +28,8 @@ __all__ = [
     "weights_vjp",
 ]
 
-DPHI_TILES = 4  # of 8 columns, whose sums a simdgroup keeps in registers
-AT_ONCE = 2  # blocks of channels or of tokens that are under way together, of narrow numbers
+DPHI_COLUMNS = 32  # whose sums a simdgroup keeps in registers
+WIDE = 32  # columns, from which on their factors fill threadgroup memory
 
 
 class Projected(NamedTuple):
@@ -38,10 +39,10 @@ class Projected(NamedTuple):
     r: mx.array
 
 
-def settings(variant: Variant) -> mx.array:
-    """Give the variant's numbers that kernels read."""
+def settings(variant: Variant) -> dict[str, Sequence[float]]:
+    """Give the variant's numbers, which are written into the text of its kernels."""
     v = variant
-    return mx.array([v.norm_eps, v.pre_eps, v.post_scale, v.sinkhorn_eps], mx.float32)
+    return {"settings": (v.norm_eps, v.pre_eps, v.post_scale, v.sinkhorn_eps)}
 
 
 def constants(variant: Variant) -> dict[str, int]:
@@ -56,12 +57,12 @@ def constants(variant: Variant) -> dict[str, int]:
 
 def project(kernels: Kernels, x: mx.array, phi: mx.array) -> mx.array:
     """Give the sums over all channels, in parts."""
-    sizes, columns = Sizes.of(x), _columns(phi)
+    sizes = Sizes.of(x)
     inputs, out = {"x": tokens(x, 2), "phi": phi}, _parts(sizes, phi)
     chosen = {
-        "AT_ONCE": AT_ONCE if x.dtype != mx.float32 and columns <= 4 else 1,
-        "TILES": columns,
-        "LEAF_NUMBERS": launch.LEAF_NUMBERS,
+        "AT_ONCE": 1 if phi.shape[0] > WIDE else _at_once(x),
+        "TILES": _tiles(kernels, phi, launch.COLUMNS_AT_ONCE),
+        "LEAF_NUMBERS": launch.LEAF_NUMBERS[kernels.dialect],
         "HEIGHT": launch.HEIGHT,
     }
     name = "project_few" if launch.few(sizes.T, sizes.C) else "project"
@@ -80,7 +81,11 @@ def combine_project(
     sizes = Sizes.of(x)
     inputs = {**combine.inputs(x, y, h_post, h_res), "phi": phi}
     outputs = {"out": Out.like(x), "parts": _parts(sizes, phi)}
-    chosen = {"TILES": _columns(phi), "LEAF_NUMBERS": launch.LEAF_NUMBERS, "AT_ONCE": 1}
+    chosen = {
+        "AT_ONCE": 1,
+        "TILES": _tiles(kernels, phi, launch.COLUMNS_AT_ONCE),
+        "LEAF_NUMBERS": launch.LEAF_NUMBERS[kernels.dialect],
+    }
     # every simdgroup of the former reads all streams, so it is for a tile of tokens alone
     few = sizes.T <= launch.TILE_TOKENS and launch.few(sizes.T, sizes.C)
     name = "combine_project_few" if few else "combine_project"
@@ -92,27 +97,34 @@ def _parts(sizes: Sizes, phi: mx.array) -> Out:
     return Out((sizes.T, launch.parts(sizes.C), phi.shape[0] + 1), mx.float32)
 
 
-def _columns(phi: mx.array) -> int:
-    return -(-min(phi.shape[0], launch.COLUMNS_AT_ONCE) // 8)
+def _at_once(x: mx.array) -> int:
+    """Count the blocks of channels or of tokens that are under way together."""
+    return 1 if x.dtype == mx.float32 else 2
+
+
+def _tiles(kernels: Kernels, phi: mx.array, most: int) -> int:
+    return -(-min(phi.shape[0], most) // launch.TILE_COLUMNS[kernels.dialect])
 
 
 # ---- the last stage ------------------------------------------------------------------------------
 
 
-def mapped(n: int, columns: int) -> dict[str, tuple[int, ...]]:
-    """Give, per token, the mappings and what their vjp needs."""
-    return {"h_pre": (n,), "h_post": (n,), "h_res": (n, n), "u": (columns,), "r": (1,)}
+def mapped(ahead: Sequence[int], n: int, columns: int, saves: bool) -> dict[str, Out]:
+    """Ask for the mappings of all tokens, and with ``saves`` for what their vjp needs."""
+    wanted = {"h_pre": (n,), "h_post": (n,), "h_res": (n, n)}
+    if saves:
+        wanted |= {"u": (columns,), "r": (1,)}
+    return {name: Out((*ahead, *last), mx.float32) for name, last in wanted.items()}
 
 
 class Pre(NamedTuple):
-    """What the kernel ``pre`` gives."""
+    """What the kernel ``pre`` gives; saved are u and r, where they were asked for."""
 
     h: mx.array
     h_pre: mx.array
     h_post: mx.array
     h_res: mx.array
-    u: mx.array
-    r: mx.array
+    saved: tuple[mx.array, ...]
 
 
 def pre(
@@ -123,26 +135,19 @@ def pre(
     bias: mx.array,
     given: mx.array | None,
     variant: Variant,
+    saves: bool = True,
 ) -> Pre:
     """Launch ``pre`` on the sums of x; h is weighted by ``given``, or else by H_pre."""
     sizes, ahead = Sizes.of(x), x.shape[:-2]
-    inputs = {
-        "x": tokens(x, 2),
-        "parts": parts,
-        "given": tokens(scale if given is None else given, 1),
-        "scale": scale,
-        "bias": bias,
-        "settings": settings(variant),
-    }
-    outputs = {
-        "h": Out((*ahead, sizes.C), x.dtype),
-        **{
-            name: Out((*ahead, *last), mx.float32)
-            for name, last in mapped(sizes.n, bias.size).items()
-        },
-    }
-    chosen = {"GIVEN": given is not None, **constants(variant)}
-    return Pre(*kernels("pre", inputs, outputs, sizes, **chosen))
+    inputs = {"x": tokens(x, 2), "parts": parts, "scale": scale, "bias": bias}
+    if given is not None:
+        inputs["given"] = tokens(given, 1)
+    outputs = {"h": Out((*ahead, sizes.C), x.dtype), **mapped(ahead, sizes.n, bias.size, saves)}
+    chosen = {"GIVEN": given is not None, "SAVES": saves, **constants(variant)}
+    h, h_pre, h_post, h_res, *saved = kernels(
+        "pre", inputs, outputs, sizes, settings(variant), **chosen
+    )
+    return Pre(h, h_pre, h_post, h_res, tuple(saved))
 
 
 # ---- the way back --------------------------------------------------------------------------------
@@ -174,6 +179,8 @@ def local_vjp(
     inputs: dict[str, mx.array],
     sizes: Sizes,
     groups: int,
+    numbers: Mapping[str, Sequence[float]] | None = None,
+    /,
     **constants: int,
 ) -> Local:
     """Launch ``mappings_vjp`` or ``head_vjp``."""
@@ -183,7 +190,8 @@ def local_vjp(
         "pull": Out((sizes.T, 1), mx.float32),
         "terms": Out((sizes.T, columns + groups), mx.float32),
     }
-    return Local(*kernels(name, inputs, outputs, sizes, K=sizes.n * sizes.C, **constants))
+    constants["K"] = sizes.n * sizes.C
+    return Local(*kernels(name, inputs, outputs, sizes, numbers, **constants))
 
 
 def summed(
@@ -221,10 +229,10 @@ def back_projection(
 
     shares = launch.shares("project_dphi", *sizes)
     partial = Out((shares, *phi.shape), mx.float32)
-    tiles = min(-(-phi.shape[0] // 8), DPHI_TILES)
+    tiles = _tiles(kernels, phi, DPHI_COLUMNS)
     inputs = {"x": flat, "du": local.du}
     (dphi,) = kernels(
-        "project_dphi", inputs, {"dphi": partial}, sizes, TILES=tiles, AT_ONCE=AT_ONCE
+        "project_dphi", inputs, {"dphi": partial}, sizes, TILES=tiles, AT_ONCE=_at_once(x)
     )
     return dx, kernels.sum_to(dphi, phi, 2)
 
@@ -260,8 +268,8 @@ def back(
         "g_pre": tokens(given.h_pre, 1),
         "g_post": tokens(given.h_post, 1),
         "g_res": tokens(given.h_res, 2),
-        "settings": settings(variant),
     }
-    local = local_vjp(kernels, "mappings_vjp", inputs, Sizes.of(x), groups=3, **constants(variant))
+    own, chosen = settings(variant), constants(variant)
+    local = local_vjp(kernels, "mappings_vjp", inputs, Sizes.of(x), 3, own, **chosen)
     dx, dphi = back_projection(kernels, x, phi, local, out, given.w, given.h, given.x)
     return dx, dphi, *summed(kernels, local, scale, bias)

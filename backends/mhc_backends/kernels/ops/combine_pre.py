@@ -13,7 +13,7 @@ from mhc_core.variants import Variant
 
 def forward(kernels: Kernels, *primals: mx.array, variant: Variant) -> tuple[mx.array, ...]:
     """(x', h', H_pre', H_post', H_res'); h' uses h_pre where given, else H_pre'."""
-    return saving(kernels, *primals, variant=variant)[0]
+    return saving(kernels, *primals, variant=variant, saves=False)[0]
 
 
 def saving(
@@ -28,12 +28,13 @@ def saving(
     h_pre: mx.array | None = None,
     *,
     variant: Variant,
+    saves: bool = True,
 ) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
     """Give the outputs and, for the vjp, x' and the projection of x'."""
     x_new, parts = _projection.combine_project(kernels, x, y, h_post, h_res, phi)
-    made = _projection.pre(kernels, x_new, parts, scale, bias, h_pre, variant)
+    made = _projection.pre(kernels, x_new, parts, scale, bias, h_pre, variant, saves)
     outputs = (x_new, made.h, made.h_pre, made.h_post, made.h_res)
-    return outputs, (x_new, made.u, made.r, made.h_pre)
+    return outputs, (x_new, *made.saved, made.h_pre)
 
 
 def vjp(

@@ -13,7 +13,7 @@ from mhc_core.variants import Variant
 
 def forward(kernels: Kernels, *primals: mx.array, variant: Variant) -> mx.array:
     """h = sum_i w_i x_i with w = sigmoid(vec(x) @ phi.T r scale + bias) + pre_eps."""
-    return saving(kernels, *primals, variant=variant)[0][0]
+    return saving(kernels, *primals, variant=variant, saves=False)[0][0]
 
 
 def saving(
@@ -24,24 +24,18 @@ def saving(
     bias: mx.array,
     *,
     variant: Variant,
+    saves: bool = True,
 ) -> tuple[tuple[mx.array], tuple[mx.array, ...]]:
     """Give h and, for the vjp, the projection and the weights."""
     sizes, ahead = Sizes.of(x), x.shape[:-2]
     parts = _projection.project(kernels, x, phi)
-    inputs = {
-        "x": tokens(x, 2),
-        "parts": parts,
-        "scale": scale,
-        "bias": bias,
-        "settings": _projection.settings(variant),
-    }
-    outputs = {
-        "h": Out((*ahead, sizes.C), x.dtype),
-        **{name: Out((*ahead, sizes.n), mx.float32) for name in ("w", "u")},
-        "r": Out((*ahead, 1), mx.float32),
-    }
-    h, w, u, r = kernels("head", inputs, outputs, sizes)
-    return (h,), (u, r, w)
+    inputs = {"x": tokens(x, 2), "parts": parts, "scale": scale, "bias": bias}
+    outputs = {"h": Out((*ahead, sizes.C), x.dtype)}
+    if saves:
+        outputs |= {name: Out((*ahead, sizes.n), mx.float32) for name in ("u", "w")}
+        outputs["r"] = Out((*ahead, 1), mx.float32)
+    h, *saved = kernels("head", inputs, outputs, sizes, _projection.settings(variant), SAVES=saves)
+    return (h,), tuple(saved)
 
 
 def vjp(
@@ -51,7 +45,7 @@ def vjp(
     (x, phi, scale, bias), (g,) = primals, cotangents
     if saved is None:
         _, saved = saving(kernels, *primals, variant=variant)
-    u, r, w = saved
+    u, w, r = saved
     sizes = Sizes.of(x)
     inputs = {
         "u": tokens(u, 1),
@@ -60,6 +54,6 @@ def vjp(
         "bias": bias,
         "g_w": _projection.weights_vjp(kernels, x, g),
     }
-    local = _projection.local_vjp(kernels, "head_vjp", inputs, sizes, groups=1)
+    local = _projection.local_vjp(kernels, "head_vjp", inputs, sizes, 1)
     dx, dphi = _projection.back_projection(kernels, x, phi, local, Out.like(x), w, g)
     return dx, dphi, *_projection.summed(kernels, local, scale, bias)

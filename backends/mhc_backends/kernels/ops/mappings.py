@@ -13,7 +13,7 @@ from mhc_core.variants import Variant
 
 def forward(kernels: Kernels, *primals: mx.array, variant: Variant) -> tuple[mx.array, ...]:
     """(H_pre, H_post, H_res) of z = u r scale + bias."""
-    return saving(kernels, *primals, variant=variant)[0]
+    return saving(kernels, *primals, variant=variant, saves=False)[0]
 
 
 def saving(
@@ -24,28 +24,15 @@ def saving(
     bias: mx.array,
     *,
     variant: Variant,
+    saves: bool = True,
 ) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
     """Give the outputs and, for the vjp, the projection."""
     sizes, ahead = Sizes.of(x), x.shape[:-2]
     parts = _projection.project(kernels, x, phi)
-    inputs = {
-        "parts": parts,
-        "scale": scale,
-        "bias": bias,
-        "settings": _projection.settings(variant),
-    }
-    outputs = {
-        name: Out((*ahead, *last), mx.float32)
-        for name, last in _projection.mapped(sizes.n, phi.shape[0]).items()
-    }
-    made = kernels(
-        "mappings",
-        inputs,
-        outputs,
-        sizes,
-        CHANNELS=sizes.C,
-        **_projection.constants(variant),
-    )
+    inputs = {"parts": parts, "scale": scale, "bias": bias}
+    outputs = _projection.mapped(ahead, sizes.n, bias.size, saves)
+    chosen = {"CHANNELS": sizes.C, "SAVES": saves, **_projection.constants(variant)}
+    made = kernels("mappings", inputs, outputs, sizes, _projection.settings(variant), **chosen)
     return tuple(made[:3]), tuple(made[3:])
 
 

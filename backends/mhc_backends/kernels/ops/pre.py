@@ -15,7 +15,7 @@ def forward(
     kernels: Kernels, *primals: mx.array, variant: Variant
 ) -> tuple[mx.array, mx.array, mx.array]:
     """(aggregate(x, H_pre), H_post, H_res) with the mappings of x."""
-    return saving(kernels, *primals, variant=variant)[0]
+    return saving(kernels, *primals, variant=variant, saves=False)[0]
 
 
 def saving(
@@ -26,11 +26,12 @@ def saving(
     bias: mx.array,
     *,
     variant: Variant,
+    saves: bool = True,
 ) -> tuple[tuple[mx.array, mx.array, mx.array], tuple[mx.array, ...]]:
     """Give the outputs and, for the vjp, the projection and H_pre."""
     parts = _projection.project(kernels, x, phi)
-    made = _projection.pre(kernels, x, parts, scale, bias, None, variant)
-    return (made.h, made.h_post, made.h_res), (made.u, made.r, made.h_pre)
+    made = _projection.pre(kernels, x, parts, scale, bias, None, variant, saves)
+    return (made.h, made.h_post, made.h_res), (*made.saved, made.h_pre)
 
 
 def vjp(
