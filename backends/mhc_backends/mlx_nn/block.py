@@ -1,0 +1,83 @@
+"""One sublayer of a network together with its connection to the streams."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx import nn
+
+from mhc_backends.mlx_nn.hyper import HyperConnection
+from mhc_core.variants import PAPER, Variant
+
+__all__ = ["HyperConnectedBlock"]
+
+
+class HyperConnectedBlock(nn.Module):
+    """A layer on n streams: ``x' = H_res x + H_post (outer) layer(norm(H_pre x))``.
+
+    Parameters
+    ----------
+    layer
+        F: a module that takes ``[..., dims]`` and whatever else it is called with, and returns an
+        array of ``[..., dims]``.
+    dims, n, variant
+        As for :class:`HyperConnection`.
+    norm
+        A module on ``[..., dims]`` that stands before the layer, such as ``nn.RMSNorm(dims)``.
+
+    Attributes
+    ----------
+    connection
+        The :class:`HyperConnection`.
+    layer, norm
+        As given; without a norm it is the identity.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments of the wrong kind or size, naming them.
+
+    Notes
+    -----
+    Eq. (3) of arXiv:2512.24880. ``layer`` and ``norm`` must be modules, not functions: what a
+    function captures would get no gradient where :class:`HyperConnectedStack` runs it again.
+
+    Examples
+    --------
+    >>> import mlx.core as mx, mlx.nn as nn
+    >>> from mhc_core.mlx import HyperConnectedBlock
+    >>> block = HyperConnectedBlock(nn.Linear(8, 8), 8, norm=nn.RMSNorm(8))
+    >>> block(mx.ones((2, 4, 8))).shape
+    (2, 4, 8)
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        dims: int,
+        n: int = 4,
+        variant: Variant = PAPER,
+        norm: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        _check_module("layer", layer)
+        self.connection = HyperConnection(dims, n, variant)
+        self.layer = layer
+        self.norm = nn.Identity() if norm is None else norm
+        _check_module("norm", self.norm)
+
+    def transform(self, h: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        """Give ``layer(norm(h), *args, **kwargs)``, the layer without its connection."""
+        return cast("mx.array", self.layer(self.norm(h), *args, **kwargs))
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        """Take the streams ``[..., n, dims]`` through; the rest goes to the layer."""
+        return self.connection(x, self.transform, *args, **kwargs)
+
+
+def _check_module(name: str, value: Any) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(
+            f"HyperConnectedBlock: {name} is a {type(value).__name__}; needs a mlx.nn.Module"
+        )

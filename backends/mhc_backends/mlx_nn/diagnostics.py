@@ -1,0 +1,17 @@
+"""What mhc-mlx prints for a report."""
+
+from __future__ import annotations
+
+__all__ = ["diagnostics"]
+
+
+def diagnostics() -> None:
+    """Print versions, devices, backends, plugins, kernel launches and settings: ``mhc info``.
+
+    Notes
+    -----
+    ``diagnostics`` of mhc-mlx 0.6.3.
+    """
+    from mhc_core.cli.info import info
+
+    info()

@@ -1,0 +1,260 @@
+"""The dynamic connection of the paper and of DeepSeek-V4, as ``mlx.nn`` modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx import nn
+
+import mhc_core as mhc
+from mhc_core import _checks
+from mhc_core.variants import PAPER, Variant, check_variant
+
+__all__ = ["HyperConnection", "HyperHead"]
+
+Names = tuple[str, str, str]  # of phi, scale and bias, in the order of the ops
+Arrays = tuple[mx.array, mx.array, mx.array]
+
+ALPHA = 0.01  # the scales at the start: how much of a mapping depends on the token
+SPREAD = 0.1  # the standard deviation at the start of what alpha multiplies
+LEANING = 0.5  # how far H_pre and H_post differ between the streams at the start, of their mean
+MIXING = 0.01  # how much of a stream H_res takes from the others at the start
+
+
+class Projection(nn.Module):
+    """What both modules have: three float32 parameters that read the streams.
+
+    The names go with the layout of the numbers: ``fn``, ``base``, ``scale`` where the variant's
+    H_res is stored transposed, as DeepSeek-V4's checkpoints name and store them; otherwise
+    ``phi``, ``bias``, ``alpha``, the paper's. So weights of one layout never load as the other.
+    """
+
+    def __init__(self, dims: int, n: int, variant: Variant, groups: int, bias: mx.array) -> None:
+        super().__init__()
+        deviation = SPREAD / math.sqrt(n * dims)
+        self.dims, self.n, self.variant = dims, n, variant
+        phi, scale, base = self.names
+        self[phi] = deviation * mx.random.normal((bias.size, n * dims))
+        self[scale] = mx.full((groups,), ALPHA)
+        self[base] = bias
+
+    @property
+    def names(self) -> Names:
+        """The parameters' names, in the order phi, scale, bias."""
+        return ("fn", "scale", "base") if self.variant.res_transposed else ("phi", "alpha", "bias")
+
+    @property
+    def projection(self) -> Arrays:
+        """The parameters phi, scale and bias, as the ops take them."""
+        phi, scale, bias = self.names
+        own = cast("dict[str, mx.array]", self)
+        return own[phi], own[scale], own[bias]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Keep every parameter in float32, whatever the rest of a model is cast to."""
+        if isinstance(value, mx.array) and value.dtype != mx.float32:
+            if not mx.issubdtype(value.dtype, mx.floating):
+                raise TypeError(
+                    f"{type(self).__name__}: {name} has dtype {value.dtype}; needs a floating one"
+                )
+            value = _as_float32(value, cast("mx.array | None", self.get(name)))
+        super().__setitem__(name, value)
+
+    def _extra_repr(self) -> str:
+        return f"dims={self.dims}, n={self.n}"
+
+
+def _as_float32(value: mx.array, present: mx.array | None) -> mx.array:
+    """Widen ``value``; where it is but the present one rounded, take that rounding back.
+
+    The gradient is that of widening, so that casting the parameters inside a loss works.
+    """
+    wide = value.astype(mx.float32)
+    if present is None or present.shape != value.shape:
+        return wide
+    try:
+        rounded = mx.array_equal(present.astype(value.dtype), value).item()
+    except (RuntimeError, ValueError):  # mx.compile traces: there are no values to look at
+        return wide
+    return wide + mx.stop_gradient(present - wide) if rounded else wide
+
+
+class HyperConnection(Projection):
+    """Connect a layer F to n streams by mappings that come from the streams themselves.
+
+    ::
+
+        H_pre, H_post, H_res = mappings(x);  h = sum_i H_pre_i x_i
+        x'_i = sum_j H_res[i, j] x_j + H_post_i F(h)
+
+    Parameters
+    ----------
+    dims
+        C, the channels of a stream.
+    n
+        The streams.
+    variant
+        The constants and the layout of the parameters: :data:`mhc_core.PAPER`, or
+        :data:`mhc_core.DEEPSEEK_V4` or ``DEEPSEEK_V41`` for released checkpoints.
+
+    Attributes
+    ----------
+    phi, alpha, bias
+        ``[n * n + 2 n, n * dims]``, ``[3]`` and ``[n * n + 2 n]``. With the DeepSeek variants they
+        are named ``fn``, ``scale`` and ``base``, as in released checkpoints. They are float32 and
+        stay it: a value of another float dtype is widened, and where it is only the present value
+        rounded, as ``set_dtype`` makes it, nothing changes. ``nn.quantize`` leaves them alone.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments of the wrong kind or size, naming them.
+
+    Notes
+    -----
+    **Start.** A network of these connections between :func:`mhc_core.expand` and
+    ``contract(x, "mean")`` or :class:`HyperHead` starts as the plain residual ``x + F(x)``, to
+    some 1e-3 of F: with c_k = cos(pi k (i + 1/2) / n), alpha is 0.01 and the bias gives
+
+    - H_pre_i = (1 + c_1 / 2) / n, whose sum is 1;
+    - H_post_i = 1 + c_2 / 2, whose mean is 1, and also its mean weighted by H_pre;
+    - H_res = 0.99 on the diagonal, the rest alike.
+
+    H_pre reads of such streams what a plain network has, whatever that H_res mixes. pre_eps and
+    post_scale are accounted for; ``sinkhorn_eps`` makes the lines of H_res sum to 1 within about
+    ``n * sinkhorn_eps``. phi is normal with variance ``0.01 / (n * dims)``, so that it moves the
+    logits by 1e-3. With n = 1 H_pre is 0.999, since no sigmoid reaches 1.
+
+    **Gradients.** Were all streams alike at the start, H_res would have no gradient: what becomes
+    of equal streams does not depend on it. H_post makes them differ, and H_pre, which leans in
+    another way, makes the difference matter. For n = 2 the two leanings cannot both be had; there
+    phi alone makes a difference, and the first gradients of H_res are a hundred times smaller. The
+    first connection after ``expand`` sees equal streams all the same: where columns are normalised
+    first (PAPER, DeepSeek), its H_res has no effect, and no gradient. With rows first (LIGER) that
+    is so of the last one before the mean.
+
+    Eqs. (3), (7-9) and (14-19) of arXiv:2512.24880.
+
+    Examples
+    --------
+    >>> import mlx.core as mx
+    >>> from mhc_core.mlx import HyperConnection
+    >>> connection = HyperConnection(dims=8)
+    >>> connection(mx.ones((2, 4, 8)), mx.tanh).shape
+    (2, 4, 8)
+    """
+
+    def __init__(self, dims: int, n: int = 4, variant: Variant = PAPER) -> None:
+        dims, n, variant = _checked("HyperConnection", dims, n, variant)
+        super().__init__(dims, n, variant, 3, _residual_bias(n, variant))
+
+    def mappings(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Give H_pre, H_post and H_res of the streams x: :func:`mhc_core.mappings`."""
+        return mhc.mappings(x, *self.projection, self.variant)
+
+    def pre(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Give h, the layer's input, H_post and H_res: :func:`mhc_core.pre`."""
+        return mhc.pre(x, *self.projection, self.variant)
+
+    def combine(self, x: mx.array, y: mx.array, h_post: mx.array, h_res: mx.array) -> mx.array:
+        """Give the streams after a layer that returned y: :func:`mhc_core.combine`."""
+        return mhc.combine(x, y, h_post, h_res)
+
+    def combine_pre(
+        self,
+        x: mx.array,
+        y: mx.array,
+        h_post: mx.array,
+        h_res: mx.array,
+        h_pre: mx.array | None = None,
+    ) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
+        """End the sublayer before and begin this one, in one pass: :func:`mhc_core.combine_pre`.
+
+        x, H_post and H_res are those of the connection before, y is what its layer returned; the
+        new mappings are this connection's.
+
+        Returns
+        -------
+        x, h, h_pre, h_post, h_res
+            The streams, this layer's input (by the given h_pre, if any) and the mappings.
+        """
+        return mhc.combine_pre(x, y, h_post, h_res, *self.projection, self.variant, h_pre)
+
+    def __call__(
+        self, x: mx.array, layer: Callable[..., mx.array], *args: Any, **kwargs: Any
+    ) -> mx.array:
+        """Take the streams ``[..., n, dims]`` through ``layer(h, *args, **kwargs)``."""
+        h, h_post, h_res = self.pre(x)
+        return self.combine(x, layer(h, *args, **kwargs), h_post, h_res)
+
+
+class HyperHead(Projection):
+    """Collapse the streams before the output, by weights that come from the streams themselves.
+
+    ``h = sum_i w_i x_i`` with ``w = sigmoid((vec(x) @ phi.T) r scale + bias) + pre_eps``.
+
+    Parameters
+    ----------
+    dims, n, variant
+        As for :class:`HyperConnection`.
+
+    Attributes
+    ----------
+    phi, alpha, bias
+        ``[n, n * dims]``, ``[1]`` and ``[n]``, named and kept as those of
+        :class:`HyperConnection`. The weights start as its H_pre.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments of the wrong kind or size, naming them.
+
+    Notes
+    -----
+    DeepSeek-V4's ``hc_head``.
+    """
+
+    def __init__(self, dims: int, n: int = 4, variant: Variant = PAPER) -> None:
+        dims, n, variant = _checked("HyperHead", dims, n, variant)
+        super().__init__(dims, n, variant, 1, mx.array(_pre_bias(n, variant)))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Give ``[..., dims]`` of the streams ``[..., n, dims]``: :func:`mhc_core.head`."""
+        return mhc.head(x, *self.projection, self.variant)
+
+
+def _checked(owner: str, dims: Any, n: Any, variant: Any) -> tuple[int, int, Variant]:
+    return (
+        _checks.positive_int(owner, "dims", dims),
+        _checks.positive_int(owner, "n", n),
+        check_variant(owner, "variant", variant),
+    )
+
+
+# ---- the start ----------------------------------------------------------------------------------
+
+
+def _residual_bias(n: int, variant: Variant) -> mx.array:
+    """Give the bias of a plain residual; what it does is in HyperConnection's notes."""
+    post = [_logit(h / variant.post_scale) if variant.post_scale else 0.0 for h in _leaning(n, 2)]
+    diagonal = _logit(1 - MIXING) + math.log(max(n - 1, 1))  # of a softmax over n, the rest 0
+    res = [diagonal if i == j else 0.0 for i in range(n) for j in range(n)]
+    return mx.array([*_pre_bias(n, variant), *post, *res])
+
+
+def _pre_bias(n: int, variant: Variant) -> list[float]:
+    return [_logit(h / n - variant.pre_eps) for h in _leaning(n, 1)]
+
+
+def _leaning(n: int, waves: int) -> list[float]:
+    """Give n numbers of mean 1; those of 1 and of 2 waves lean in orthogonal ways."""
+    lean = LEANING if waves < n else 0.0
+    return [1 + lean * math.cos(math.pi * waves * (i + 0.5) / n) for i in range(n)]
+
+
+def _logit(p: float) -> float:
+    p = min(max(p, 1e-3), 1 - 1e-3)
+    return math.log(p / (1 - p))

@@ -1,0 +1,117 @@
+"""DeepSeek-V4.1 of mlx-lm: what stands in for its classes.
+
+Each class is a subclass of the library's, without parameters of its own.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import mlx.core as mx
+
+from mhc_backends.mlx_nn.models.family import Family, Layers, Swap
+from mhc_backends.mlx_nn.models.gradients import choosing, rebound, straight_through
+from mhc_backends.mlx_nn.models.sublayers import Projection, check, deepseek, enter
+from mhc_core import mappings
+
+__all__ = ["FAMILY"]
+
+v41: Any = import_module("mlx_lm.models.deepseek_v41")
+
+
+class Connection(v41.HyperConnection):
+    """A hyper-connection on the uniform ops."""
+
+    @property
+    def projection(self) -> Projection:
+        """What the ops take."""
+        variant = deepseek(self.norm_eps, self.hc_eps, self.iters)
+        return Projection(self.fn, self.scale, self.base, variant)
+
+    def __call__(self, streams: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Give H_pre, H_post, and H_res transposed."""
+        h_pre, h_post, h_res = mappings(streams, *self.projection)
+        return h_pre, h_post, h_res.swapaxes(-1, -2)
+
+
+class Layer(v41.DecoderLayer):
+    """A layer in the single-pass order: each sublayer reads by the H_pre of the one before."""
+
+    passes_on = True
+
+    def __call__(self, streams: Any, pre_mix: mx.array, **state: Any) -> tuple[Any, mx.array]:
+        """Give the streams, or what makes them, and the H_pre by which they are read."""
+        attention = enter(streams, self.attn_hc.projection, pre_mix)
+        y = self.self_attn(self.input_layernorm(attention.h), **state)
+        experts = enter(attention.left(y), self.ffn_hc.projection, attention.h_pre)
+        left = experts.left(self.mlp(self.post_attention_layernorm(experts.h)))
+        return left if self.passes_on else left.written(), experts.h_pre
+
+
+class LastLayer(Layer):
+    """A layer that writes the streams."""
+
+    passes_on = False
+
+
+class Attention(v41.Attention):
+    """Attention with gradients through the rounding of keys and values."""
+
+    __call__ = rebound(
+        v41.Attention.__call__, _fake_quant_fp8=straight_through(v41._fake_quant_fp8)
+    )
+    _compress = rebound(
+        v41.Attention._compress, _fake_quant_fp4=straight_through(v41._fake_quant_fp4)
+    )
+
+
+class Indexer(v41.Indexer):
+    """An indexer whose choice is a constant."""
+
+    __call__ = rebound(v41.Indexer.__call__, mx=choosing)
+
+
+class Router(v41.Router):
+    """A router whose choice of experts is a constant; their weights are not."""
+
+    __call__ = rebound(v41.Router.__call__, mx=choosing)
+
+
+def _check(path: str, connection: Any) -> None:
+    check(path, connection, connection.hc, "fn", "scale", "base")
+
+
+def _layers(model: Any) -> list[Any]:
+    return model.layers
+
+
+FAMILY = Family(
+    layers=Layers(
+        kind=v41.DecoderLayer,
+        passing=Layer,
+        writing=LastLayer,
+        of=_layers,
+        why="its streams are written and read again in one pass, by combine_pre",
+    ),
+    connections={
+        v41.HyperConnection: Swap(Connection, "on mhc-core's ops", _check),
+    },
+    trainable={
+        v41.Attention: Swap(
+            Attention, "gradients pass straight through the rounding of its keys and values"
+        ),
+        v41.Indexer: Swap(Indexer, "the entries that it chooses are constants of the gradient"),
+        v41.Router: Swap(
+            Router,
+            "the experts that it chooses are constants of the gradient; their weights are not",
+        ),
+    },
+    untrained={
+        v41.Indexer: "it only chooses, so the gradients of all its parameters are zero",
+        v41.Router: "e_score_correction_bias only chooses, so its gradient is zero",
+    },
+    left={
+        v41.TextModel: "it reads the streams after the last layer by its own formula, once",
+    },
+)

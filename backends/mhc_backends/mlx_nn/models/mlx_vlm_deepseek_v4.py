@@ -1,0 +1,157 @@
+"""DeepSeek-V4 of mlx-vlm: what stands in for its classes.
+
+Each class is a subclass of the library's, without parameters of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, cast
+
+import mlx.core as mx
+
+from mhc_backends.mlx_nn.models.family import Family, Layers, Swap
+from mhc_backends.mlx_nn.models.gradients import rebound
+from mhc_backends.mlx_nn.models.sublayers import Projection, check, deepseek, enter
+from mhc_core import head
+
+__all__ = ["FAMILY"]
+
+v4: Any = import_module("mlx_vlm.models.deepseek_v4.language")
+
+
+class Connection(v4.HyperConnection):
+    """A hyper-connection on the uniform ops, without a loop over the tokens of a block."""
+
+    @property
+    def projection(self) -> Projection:
+        """What the ops take."""
+        variant = deepseek(self.norm_eps, self.hc_eps, self.sinkhorn_iters)
+        return Projection(self.fn, self.scale, self.base, variant)
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Give the sublayer's input, H_post, and H_res transposed."""
+        entered = enter(x, self.projection)
+        return entered.h, entered.h_post, entered.h_res.swapaxes(-1, -2)
+
+
+class Head(v4.HyperHead):
+    """The collapse before the output, without a loop over the tokens of a block."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Give the hidden state ``[..., C]``."""
+        variant = deepseek(self.norm_eps, self.hc_eps)
+        return head(x, self.fn, self.scale, self.base, variant)
+
+
+class Block(v4.DeepseekV4Block):
+    """A layer: attention, then experts."""
+
+    passes_on = True
+
+    def __call__(
+        self,
+        h: Any,
+        mask: mx.array | None,
+        cache: Any,
+        input_ids: mx.array,
+        *args: Any,
+        **state: Any,
+    ) -> Any:
+        """Give the streams, or what makes them."""
+        attention = enter(h, self.attn_hc.projection)
+        y = self.attn(self.attn_norm(attention.h), mask, cache, *args, **state)
+        experts = enter(attention.left(y), self.ffn_hc.projection)
+        left = experts.left(self.ffn(self.ffn_norm(experts.h), input_ids))
+        return left if self.passes_on else left.written()
+
+
+class LastBlock(Block):
+    """A layer that writes the streams."""
+
+    passes_on = False
+
+
+class Indexer(v4.Indexer):
+    """An indexer whose choice is a constant."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array | None:
+        """Give the chosen entries, as the library does."""
+        chosen = cast("mx.array | None", super().__call__(*args, **kwargs))
+        return None if chosen is None else mx.stop_gradient(chosen)
+
+
+def _constant_choice(select: Callable[..., Any], logits_at: int) -> Callable[..., Any]:
+    """Make a compiled choice of experts a constant; their weights keep their gradient.
+
+    It comes from the library's function for given experts, which adds nothing to the weights.
+    """
+
+    def selected(*args: Any) -> tuple[mx.array, mx.array]:
+        constants = [mx.stop_gradient(a) if isinstance(a, mx.array) else a for a in args]
+        chosen, weights = select(*constants)
+        table = chosen.reshape(-1, chosen.shape[-1])
+        rows = mx.arange(table.shape[0]).reshape(chosen.shape[:-1])
+        _, same = v4._hash_expert_select(rows, args[logits_at], table, *args[-3:])
+        return chosen, weights + (same - mx.stop_gradient(same))
+
+    return selected
+
+
+class Gate(v4.MoEGate):
+    """A router whose choice of experts is a constant; their weights are not."""
+
+    @property
+    def tid2eid(self) -> mx.array:
+        """The table of experts by token, a constant."""
+        return mx.stop_gradient(cast("mx.array", self["tid2eid"]))
+
+    __call__ = rebound(
+        v4.MoEGate.__call__,
+        _vision_expert_select=_constant_choice(v4._vision_expert_select, 0),
+        _vision_hash_expert_select=_constant_choice(v4._vision_hash_expert_select, 1),
+    )
+
+
+def _check(path: str, connection: Any) -> None:
+    check(path, connection, connection.hc_mult, "fn", "scale", "base")
+
+
+def _layers(model: Any) -> list[Any]:
+    return model.layers
+
+
+FAMILY = Family(
+    layers=Layers(
+        kind=v4.DeepseekV4Block,
+        passing=Block,
+        writing=LastBlock,
+        of=_layers,
+        why="its streams are written and read again in one pass, by combine_pre",
+    ),
+    connections={
+        v4.HyperConnection: Swap(
+            Connection,
+            "on mhc-core's ops, without a loop over the tokens of a short block",
+            _check,
+        ),
+        v4.HyperHead: Swap(
+            Head, "on mhc-core's head, without a loop over the tokens of a short block"
+        ),
+    },
+    trainable={
+        v4.Indexer: Swap(Indexer, "the entries that it chooses are constants of the gradient"),
+        v4.MoEGate: Swap(
+            Gate,
+            "the experts that it chooses are constants of the gradient, their weights are not; "
+            "tid2eid, a table of integers, is frozen",
+            freeze=("tid2eid",),
+        ),
+    },
+    untrained={
+        v4.Indexer: "it only chooses, so the gradients of all its parameters are zero",
+        v4.MoEGate: "e_score_correction_bias and bias_vl only choose, so their gradients are zero",
+    },
+    left={},
+)

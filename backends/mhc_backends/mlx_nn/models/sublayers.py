@@ -1,0 +1,104 @@
+"""What stands between two sublayers of a DeepSeek model: one pass over the streams."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+import mhc_core as mhc
+
+__all__ = ["Entered", "Pending", "Projection", "check", "deepseek", "enter"]
+
+
+class Pending(NamedTuple):
+    """Streams that the last sublayer's output is not written to yet: the arguments of combine.
+
+    A layer hands this to the next instead of the streams, so that writing them and reading them
+    again is one pass. It is a tuple of arrays, so it goes through ``mx.compile`` and
+    ``mx.checkpoint``.
+    """
+
+    x: mx.array
+    y: mx.array
+    h_post: mx.array
+    h_res: mx.array
+
+    def written(self) -> mx.array:
+        """Give the streams ``[..., n, C]``."""
+        return mhc.combine(*self)
+
+    def mean(self, axis: int) -> mx.array:
+        """Give the streams' mean, which mlx-vlm's drafters take after any layer."""
+        return self.written().mean(axis=axis)
+
+    def __getattr__(self, name: str) -> Any:
+        """Raise: whoever asks takes this for streams. No AttributeError, which hasattr hides."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuntimeError(
+            "a layer left its streams to the next one to write, and none of ours followed: call "
+            "accelerate(model) again after layers are removed, replaced or pipelined"
+        )
+
+
+class Projection(NamedTuple):
+    """What reads the streams: the parameters as the ops take them, and the variant."""
+
+    phi: mx.array
+    scale: mx.array
+    bias: mx.array
+    variant: mhc.Variant
+
+
+class Entered(NamedTuple):
+    """A sublayer's input h, and all that belongs to what follows it."""
+
+    x: mx.array
+    h: mx.array
+    h_pre: Any  # an array, or None where no sublayer after it reads by it
+    h_post: mx.array
+    h_res: mx.array
+
+    def left(self, y: mx.array) -> Pending:
+        """Leave the sublayer, whose output is y."""
+        return Pending(self.x, y, self.h_post, self.h_res)
+
+
+def enter(streams: Any, projection: Projection, h_pre: mx.array | None = None) -> Entered:
+    """Begin a sublayer, with streams or what is pending.
+
+    With ``h_pre``, which the sublayer before gave, in the single-pass order of V4.1.
+    """
+    if isinstance(streams, Pending):
+        return Entered(*mhc.combine_pre(*streams, *projection, h_pre))
+    if h_pre is None:
+        h, h_post, h_res = mhc.pre(streams, *projection)
+        return Entered(streams, h, None, h_post, h_res)
+    mappings = mhc.mappings(streams, *projection)
+    return Entered(streams, mhc.aggregate(streams, h_pre), *mappings)
+
+
+@functools.cache
+def deepseek(norm_eps: float, hc_eps: float, iterations: int = 20) -> mhc.Variant:
+    """Give the variant of a DeepSeek model with these constants in its configuration."""
+    return replace(
+        mhc.DEEPSEEK_V4,
+        norm_eps=norm_eps,
+        pre_eps=hc_eps,
+        sinkhorn_eps=hc_eps,
+        sinkhorn_iterations=iterations,
+    )
+
+
+def check(path: str, module: Any, n: int, fn: str, scale: str, base: str) -> None:
+    """Raise unless a module's parameters of these names fit n streams."""
+    rows, columns = n * n + 2 * n, module[fn].shape[-1]
+    for name, shape in ((fn, (rows, columns - columns % n)), (scale, (3,)), (base, (rows,))):
+        if module[name].shape != shape:
+            raise ValueError(
+                f"accelerate: {path}.{name} has shape {module[name].shape}; needs {shape} for "
+                f"{n} streams"
+            )

@@ -1,0 +1,121 @@
+"""mhc-mlx's wrapper, which puts a static connection around any module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+import mhc_core as mhc
+from mhc_backends.mlx_nn._static import residual_start
+from mhc_backends.mlx_nn.layer import MHCLayer
+from mhc_core import _checks
+
+__all__ = ["MHCRewire"]
+
+
+class MHCRewire(nn.Module):
+    """Put a static connection around a module F, on the n slices of one hidden state.
+
+    ::
+
+        x' = H_post * (F(H_pre * x) + H_res (H_pre * x))
+
+    where ``*`` scales each slice. H_pre, H_post and H_res are the mappings of an :class:`MHCLayer`.
+
+    Parameters
+    ----------
+    inner
+        F, which keeps the last axis: a Linear, a QuantizedLinear, a convolution, a block.
+    dims
+        The size of the last axis, a multiple of n.
+    n
+        The slices.
+    init
+        ``"residual"`` starts at ``x' = F(x) + x``, to 1e-3. ``"mhc-mlx"`` starts as mhc-mlx does:
+        there H_pre and H_post are 6e-6 and 1.2e-5, so that 1e-10 of the signal is left.
+    **mhc_kwargs
+        For the :class:`MHCLayer`. ``identity_init=False`` starts at zeros, whatever ``init`` says.
+
+    Attributes
+    ----------
+    inner
+        The module.
+    mhc
+        The :class:`MHCLayer`. Its ``rms_weight`` is not used; it is there since mhc-mlx saves it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of the wrong kind or size, naming it.
+
+    Notes
+    -----
+    ``MHCRewire`` of mhc-mlx 0.6.3. Unlike there, the result has x's dtype, so that a model of
+    half precision stays one, and in evaluation mode the mappings are computed once.
+
+    Examples
+    --------
+    >>> import mlx.core as mx
+    >>> from mlx import nn
+    >>> from mhc_core.mlx import MHCRewire
+    >>> MHCRewire(nn.Linear(64, 64), dims=64, n=4)(mx.ones((2, 7, 64))).shape
+    (2, 7, 64)
+    """
+
+    def __init__(
+        self, inner: nn.Module, dims: int, n: int = 32, *, init: str = "residual", **mhc_kwargs: Any
+    ) -> None:
+        super().__init__()
+        _checks.one_of("residual", "mhc-mlx")("MHCRewire", "init", init)
+        self.dims = _checks.positive_int("MHCRewire", "dims", dims)
+        self.n = _checks.positive_int("MHCRewire", "n", n)
+        if dims % n:
+            raise ValueError(f"MHCRewire: dims is {dims}; needs a multiple of n={n}")
+        self.inner: Any = inner
+        self.mhc = MHCLayer(n=n, C=dims // n, **mhc_kwargs)
+        if init == "residual" and self.mhc.identity_init:
+            start = residual_start(n)
+            self.mhc.H_pre_raw, self.mhc.H_post_raw, self.mhc.H_res_raw = start
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        """Apply the connection around F.
+
+        Parameters
+        ----------
+        x
+            ``[..., dims]``.
+        *args, **kwargs
+            Given to F after ``H_pre * x``, such as a mask or a cache.
+
+        Returns
+        -------
+        array
+            ``[..., dims]`` in x's dtype.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Where F does not return one array of x's shape.
+        """
+        if x.shape[-1] != self.dims:
+            raise ValueError(f"MHCRewire: x has shape {x.shape}; needs [..., dims={self.dims}]")
+        H_pre, H_post, H_res = self.mhc.mappings()
+        backend = self.mhc.backend
+        y = self.inner(mhc.pre_scale(x, H_pre, backend=backend), *args, **kwargs)
+        self._check(x, y)
+        return mhc.gated_combine(x, y, H_pre, H_post, H_res, backend=backend)
+
+    def _check(self, x: mx.array, y: Any) -> None:
+        name = type(self.inner).__name__
+        if not isinstance(y, mx.array):
+            kind = type(y).__name__
+            raise TypeError(f"MHCRewire: the inner {name} returned a {kind}; needs one array")
+        if y.shape != x.shape:
+            raise ValueError(
+                f"MHCRewire: the inner {name} returned shape {y.shape}; needs {x.shape}, x's"
+            )
+
+    def _extra_repr(self) -> str:
+        return f"dims={self.dims}, n={self.n}"

@@ -1,0 +1,29 @@
+"""What this distribution cannot stand beside: the two whose import names it takes."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+__all__ = ["refuse"]
+
+ORIGINALS = ("mhc-mlx", "mlx-mhc")
+
+
+def refuse() -> None:
+    """Raise ImportError where an original is installed, since files of both share folders."""
+    there = {name: number for name in ORIGINALS if (number := _version(name))}
+    if there:
+        found = " and ".join(f"{name} {number}" for name, number in there.items())
+        raise ImportError(
+            f"mhc-drop-in stands in for mhc-mlx and mlx-mhc, but {found} is installed beside it, "
+            f"under the same import names. Remove it, and repair what it overwrote: pip uninstall "
+            f"{' '.join(there)}; pip install --force-reinstall --no-deps mhc-drop-in. To keep it, "
+            "pip uninstall mhc-drop-in, and reinstall it instead."
+        )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,5 @@
+"""The patcher."""
+
+from mhc_core.mlx import AutoPatcher
+
+__all__ = ["AutoPatcher"]

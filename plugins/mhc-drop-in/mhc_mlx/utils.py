@@ -1,0 +1,5 @@
+"""The fused residual addition."""
+
+from mhc_core.mlx import residual_add_agg
+
+__all__ = ["residual_add_agg"]

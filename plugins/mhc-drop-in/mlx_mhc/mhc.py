@@ -1,0 +1,40 @@
+"""The connection, with the private names of mlx-mhc that its tests and examples use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from mhc_core import mlx as modules
+
+__all__ = ["ManifoldHyperConnection"]
+
+
+class ManifoldHyperConnection(modules.ManifoldHyperConnection):
+    """:class:`mhc_core.mlx.ManifoldHyperConnection`; use that one in new code."""
+
+    def _project_h_pre(self) -> mx.array:
+        return self._pre()
+
+    def _project_h_post(self) -> mx.array:
+        return self._post()
+
+    def _project_h_res(self) -> mx.array:
+        return self._res()
+
+    @property
+    def _cached_h_pre(self) -> mx.array | None:
+        return self._cached("h_pre")
+
+    @property
+    def _cached_h_post(self) -> mx.array | None:
+        return self._cached("h_post")
+
+    @property
+    def _cached_h_res(self) -> mx.array | None:
+        return self._cached("h_res")
+
+    def _cached(self, name: str) -> mx.array | None:
+        kept: dict[str, Any] = {} if self.training else vars(self).get("_kept", {})
+        return kept[name][1] if name in kept else None

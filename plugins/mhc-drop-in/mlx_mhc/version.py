@@ -1,0 +1,3 @@
+"""Whose names these are."""
+
+__version__ = "0.4.1"

@@ -1,0 +1,242 @@
+"""Small models of the real packages, with random weights, behind one face."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map_with_path
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "head_dim": 32,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "o_groups": 2,
+    "o_lora_rank": 32,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 32,
+    "index_topk": 2,
+}
+V41 = {
+    **COMMON,
+    "index_topk": 4,
+    "compress_ratios": [0, 2, 2, 1, 1],
+    "kv_source_layer_ids": [1, 3],
+    "index_source_layer_ids": [1, 3, 4],
+    "candidate_source_layer_id": 3,
+    "candidate_topk_blocks": 3,
+    "candidate_block_size": 2,
+}
+V4 = {
+    **COMMON,
+    "intermediate_size": 32,
+    "compress_ratios": [0, 4, 4, 128, 0],
+    "num_hash_layers": 1,
+}
+VLM_V41 = {
+    **V41,
+    "engram_layer_ids": [],
+    "vision_num_layers": 1,
+    "vision_hidden_size": 16,
+    "vision_num_heads": 1,
+    "vision_intermediate_size": 16,
+    "image_token_id": 63,
+}
+# mlx-lm rounds in blocks of 16 and 32, and nothing of other sizes; mlx-vlm has a switch
+UNROUNDED = {
+    "num_attention_heads": 8,
+    "head_dim": 24,
+    "index_head_dim": 24,
+    "qk_rope_head_dim": 8,
+}
+# every expert and every entry is chosen, so that no choice can turn over
+SMOOTH = {"n_routed_experts": 2, "num_experts_per_tok": 2, "index_topk": 64}
+
+LONG = 20  # tokens: more than the sliding window, and not a multiple of what is compressed
+
+
+class Family(NamedTuple):
+    """One kind of model: how to make it, and where things are in it."""
+
+    package: str
+    module: str  # with the classes of its layers
+    make: Callable[..., Any]
+    layers: str  # their path, before the number
+    phi: str  # a parameter in a layer
+    rounds: bool  # keys, values and more, to fp8 and fp4
+
+    def known(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Leave out what this kind of model has not."""
+        return {k: v for k, v in config.items() if k != "num_hash_layers" or not self.rounds}
+
+
+def random_weights(path: str, value: Any) -> mx.array:
+    """Give weights of the size that a trained model has, hyper-connections far from their init."""
+    if value.dtype == mx.int32:
+        return mx.random.randint(0, 2, value.shape)  # experts
+    if path.endswith("scale"):
+        return mx.random.uniform(0.5, 1.5, value.shape)
+    if "norm" in path:
+        return 1 + 0.1 * mx.random.normal(value.shape)
+    if value.ndim == 1:
+        return 0.3 * mx.random.normal(value.shape)
+    return mx.random.normal(value.shape) * value.shape[-1] ** -0.5
+
+
+def filled(model: Any, seed: int) -> Any:
+    """Set all weights from the seed."""
+    mx.random.seed(seed)
+    model.update(tree_map_with_path(random_weights, model.parameters()))
+    mx.eval(model.parameters())
+    return model.eval()
+
+
+def mlx_lm_v41(seed: int = 0, **config: Any) -> Any:
+    """DeepSeek-V4.1 of mlx-lm."""
+    library = import_module("mlx_lm.models.deepseek_v41")
+    return filled(library.Model(library.ModelArgs(**{**V41, **config})), seed)
+
+
+def mlx_vlm_v4(seed: int = 0, **config: Any) -> Any:
+    """DeepSeek-V4 of mlx-vlm."""
+    library = import_module("mlx_vlm.models.deepseek_v4")
+    return filled(library.Model(library.ModelConfig(**{**V4, **config})), seed)
+
+
+def mlx_vlm_v41(seed: int = 0, **config: Any) -> Any:
+    """DeepSeek-V4.1 of mlx-vlm."""
+    library = import_module("mlx_vlm.models.deepseek_v41")
+    return filled(library.Model(library.ModelConfig(**{**VLM_V41, **config})), seed)
+
+
+FAMILIES = {
+    "mlx-lm V4.1": Family(
+        package="mlx-lm",
+        module="mlx_lm.models.deepseek_v41",
+        make=mlx_lm_v41,
+        layers="model.layers",
+        phi="attn_hc.fn",
+        rounds=True,
+    ),
+    "mlx-vlm V4": Family(
+        package="mlx-vlm",
+        module="mlx_vlm.models.deepseek_v4.language",
+        make=mlx_vlm_v4,
+        layers="language_model.model.layers",
+        phi="attn_hc.fn",
+        rounds=False,
+    ),
+    "mlx-vlm V4.1": Family(
+        package="mlx-vlm",
+        module="mlx_vlm.models.deepseek_v41.language",
+        make=mlx_vlm_v41,
+        layers="language_model.layers",
+        phi="hc_attn_fn",
+        rounds=True,
+    ),
+}
+
+
+def tokens(*shape: int, seed: int = 7) -> mx.array:
+    """Give token ids, without those that mean an image."""
+    return mx.random.randint(0, 60, shape, key=mx.random.key(seed))
+
+
+def logits(model: Any, ids: mx.array, cache: Any = None) -> mx.array:
+    """Run a model of either package."""
+    out = model(ids, cache=cache)
+    return getattr(out, "logits", out)
+
+
+def greedy(model: Any, prompts: mx.array, count: int = 64) -> list[list[int]]:
+    """Generate for several prompts at once, with the model's own cache."""
+    cache = model.make_cache()
+    chosen, ids = [], prompts
+    for _ in range(count):
+        ids = mx.argmax(logits(model, ids, cache)[:, -1:], axis=-1)
+        chosen.append(ids)
+    return mx.concatenate(chosen, axis=1).tolist()
+
+
+def loss(model: Any, ids: mx.array) -> mx.array:
+    """Cross-entropy of the next token."""
+    predicted = logits(model, ids[:, :-1]).astype(mx.float32)
+    return nn.losses.cross_entropy(predicted, ids[:, 1:]).mean()
+
+
+def gradients(model: Any, ids: mx.array) -> tuple[mx.array, Any]:
+    """Give the loss and its gradients, evaluated."""
+    value, gradient = nn.value_and_grad(model, lambda ids: loss(model, ids))(ids)
+    mx.eval(value, gradient)
+    return value, gradient
+
+
+def apart(a: mx.array, b: mx.array) -> float:
+    """Give the largest difference, as a part of the largest value."""
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    return (mx.abs(a - b).max() / mx.abs(b).max()).item()
+
+
+def equal(a: mx.array, b: mx.array) -> bool:
+    """Whether two arrays have the same bits; zeros have a sign, NaN are none."""
+    return a.dtype == b.dtype and bool(mx.array_equal(a, b).item())
+
+
+def only_connections(layer: Any) -> Any:
+    """Make a layer's attention, experts and norms do nothing, so that the rest is seen alone."""
+    kept = ("attn_hc", "ffn_hc", "engram")
+    for name in [name for name in layer.children() if name not in kept]:
+        layer.pop(name)
+        object.__setattr__(layer, name, lambda h, *_, **__: h)
+    return layer
+
+
+def call_layer(layer: Any, h: Any, mixes: mx.array) -> tuple[Any, ...]:
+    """Call a layer of any kind; give what it gives, V4.1's mixes among it."""
+    module = type(layer).__module__
+    if module.endswith("mlx_vlm_deepseek_v4"):
+        return (layer(h, None, None, None),)
+    return layer(h, mixes) if "mlx_lm_" in module else layer(h, mixes, None, None)
+
+
+def classes(model: Any) -> dict[str, type[Any]]:
+    """Give the class of every module by its path."""
+    return {path: type(module) for path, module in model.named_modules()}
+
+
+VIEWS = {
+    "AsStrided",
+    "Broadcast",
+    "ExpandDims",
+    "Flatten",
+    "Reshape",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "StopGradient",
+    "Transpose",
+    "Unflatten",
+}
+
+
+def nodes(*outputs: mx.array) -> int:
+    """Count what has to be computed for some arrays, as MLX has it: a launch each, on a GPU."""
+    with NamedTemporaryFile(suffix=".dot") as file:
+        mx.export_to_dot(file.name, *outputs)
+        text = Path(file.name).read_text()
+    names = re.findall(r'label ="(\w+)", shape=rectangle', text)
+    return sum(name not in VIEWS for name in names)
