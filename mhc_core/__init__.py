@@ -3,7 +3,12 @@
 mHC (arXiv:2512.24880) widens a network's residual path to n streams, mixes them with a doubly
 stochastic matrix and feeds each layer a weighted sum of them. Importing this package imports no
 array library; each op is answered by the best backend for the arrays it is given.
+
+``mhc_core.mlx`` has modules for MLX, and ``mhc_core.diagnostics`` what to watch while training;
+both are imported when they are first used.
 """
+
+import typing as _typing
 
 from mhc_core._api import (
     aggregate,
@@ -68,3 +73,12 @@ __all__ = [
     "use_backend",
     "vjp",
 ]
+
+if not _typing.TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        if name in ("diagnostics", "mlx"):
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -167,6 +167,18 @@ def test_lists_of_sizes(tmp_path: Path) -> None:
     assert {size[0] for size in got} == {1, 2}
 
 
+def test_options_as_mhc_mlx_spells_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[_measure.Plan] = []
+    measure = _measure.measure
+    monkeypatch.setattr(_measure, "measure", lambda *a: plans.append(a[3]) or measure(*a))
+    sizes = ("--B", "1,2", "--T", "1", "--n", "2", "--C", "8", "--dtypes", "bf16,float32")
+    turns = ("--iters", "3", "--warmup", "2", "--repeats", "1")
+    report = measured(tmp_path, *sizes, *turns, "--row", "aggregate", "--backend", "numpy")
+    got = {(row["B"], row["dtype"]) for row in report["rows"]}
+    assert got == {(B, dtype) for B in (1, 2) for dtype in ("bfloat16", "float32")}
+    assert {(plan.calls, plan.warmup, plan.repeats) for plan in plans} == {(3, 2, 1)}
+
+
 # ---- traffic ------------------------------------------------------------------------------------
 
 
@@ -412,6 +424,15 @@ def test_latency_waits_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.log == ["call", "wait"] * (1 + 3)  # the first untimed
 
 
+def test_calls_before_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    _timing.one_call(clock.function, (), clock.library, 3, warmup=4)
+    assert clock.log == ["call", "wait"] * (4 + 3)
+    clock = Clock(monkeypatch)
+    _timing.stream_of_calls(clock.function, (), clock.library, 3, warmup=4)
+    assert clock.log == ["call", "wait"] * 4 + ["call", "issue"] * 3 + ["wait"]
+
+
 def test_throughput_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     assert _timing.stream_of_calls(clock.function, (), clock.library, 5) == 0.2
@@ -465,7 +486,7 @@ def test_sides_take_turns_and_ratios_are_medians_of_turns(monkeypatch: pytest.Mo
     order: list[str] = []
     pace = {"numpy": iter([1.0, 8.0, 3.0]), "jax": iter([2.0, 2.0, 9.0])}
 
-    def timer(function: Any, arrays: Any, library: Any, calls: Any) -> float:
+    def timer(function: Any, arrays: Any, library: Any, *_: Any) -> float:
         order.append(library.name)
         return next(pace[library.name])
 

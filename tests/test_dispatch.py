@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import mhc_core as mhc
+from mhc_backends import _mlx
 from mhc_backends.jax.ops import dtype_context
 from mhc_core import _registry
 
@@ -288,7 +289,7 @@ def test_a_machine_without_a_library(name: str, hidden: tuple[str, ...], reason:
             "MLX has no backend installed: pip install 'mlx[cpu]' "
             "(libmlx.so: cannot open shared object file)",
         ),
-        ("__version__ = '0.31.9'", "MLX 0.31.9 is too old: pip install 'mlx>=0.32'"),
+        ("__version__ = '0.32.2'", "MLX 0.32.2 is too old: pip install 'mlx>=0.32.3'"),
     ],
 )
 def test_an_mlx_that_cannot_run(tmp_path: Path, core: str, reason: str) -> None:
@@ -297,6 +298,12 @@ def test_an_mlx_that_cannot_run(tmp_path: Path, core: str, reason: str) -> None:
     (tmp_path / "mlx" / "core.py").write_text(core)
     says = f"backend 'mlx-compiled' cannot run here: {reason}"
     assert _reasons("mlx-compiled", path=tmp_path) == [reason, says]
+
+
+@pytest.mark.parametrize("version", ["0.32.3", "0.32.10", "0.33.0.dev20261101+abc", "1.0"])
+def test_an_mlx_that_is_new_enough(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr("mlx.core.__version__", version)
+    assert _mlx.missing() is None
 
 
 # --- MHC_MLX_DISABLE_METAL --------------------------------------------------------------------

@@ -56,6 +56,16 @@ def test_discovery_imports_no_array_library() -> None:
     assert not {"numpy", "jax", "mlx", "torch"} & set(_in_a_new_process(code).split())
 
 
+def test_submodules_come_when_they_are_used() -> None:
+    code = (
+        "import sys, mhc_core; assert 'mhc_core.mlx' not in sys.modules;"
+        "print(mhc_core.mlx.HyperConnection.__name__, mhc_core.diagnostics.__name__)"
+    )
+    assert _in_a_new_process(code).split() == ["HyperConnection", "mhc_core.diagnostics"]
+    with pytest.raises(AttributeError, match="has no attribute 'mxl'"):
+        _ = mhc_core.mxl  # type: ignore[attr-defined]
+
+
 def test_a_numpy_call_imports_neither_jax_nor_mlx() -> None:
     code = (
         "import sys, numpy, mhc_core as mhc; mhc.sinkhorn(numpy.zeros((2, 2)));"

@@ -5,12 +5,15 @@ Imports nothing heavy; the functions that need MLX import it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, cast
 
-OLDEST = (0, 32)  # the first whose arrays have __array_namespace__, on which the maths builds
+OLDEST = "0.32.3"  # the first that transposes right, and takes the max of no numbers
+    "0.32.3"  # the first whose matrix_transpose, max of nothing and writes into views are right
+)
 
 NO_FLOAT64 = ("float32", "float16", "bfloat16")
 # MLX's GPUs have no float64, and on its CPU float64 exp is only as good as float32's.
@@ -25,9 +28,13 @@ def missing() -> str | None:
     except ImportError as error:
         return f"MLX has no backend installed: pip install 'mlx[cpu]' ({error})"
     version: str = core.__version__
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        return f"MLX {version} is too old: pip install 'mlx>=0.32'"
+    if _numbers(version) < _numbers(OLDEST):
+        return f"MLX {version} is too old: pip install 'mlx>={OLDEST}'"
     return None
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)[:3]]
 
 
 def not_the_default() -> str | None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 __all__ = ["BASELINES", "Baseline"]
@@ -35,7 +35,8 @@ class Baseline:
     library
         The array library that it runs on; it is compared with the backends of that library.
     package
-        The package that must be installed for it.
+        The distribution that must be installed for it; under the import names of two of them,
+        mhc-drop-in would give our own modules.
     what
         What is compared, in a sentence.
     load
@@ -53,7 +54,11 @@ class Baseline:
 
     def missing(self) -> str | None:
         """Say why it cannot run here, or None."""
-        return None if find_spec(self.package) else f"{self.package} is not installed"
+        try:
+            version(self.package)
+        except PackageNotFoundError:
+            return f"{self.package} is not installed"
+        return None
 
 
 # ------------------------------------------------------------------------------- mlx-vlm's formulas
@@ -225,7 +230,7 @@ BASELINES = {
         Baseline(
             "mhc-mlx",
             "mlx",
-            "mhc_mlx",
+            "mhc-mlx",
             "MHCLayer, with Metal where there is one and else its reference path: the same "
             "function as static_layer",
             _mhc_mlx,
@@ -233,7 +238,7 @@ BASELINES = {
         Baseline(
             "mlx-mhc",
             "mlx",
-            "mlx_mhc",
+            "mlx-mhc",
             "ManifoldHyperConnection, dims = n * C; gated_layer: its two stages around an F "
             "that is the identity, the same function as static_mappings, pre_scale and "
             "gated_combine; static_layer: its H_pre and H_post, which would gate the residual "

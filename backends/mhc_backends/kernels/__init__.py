@@ -90,7 +90,7 @@ def declarations(name: str, names: Collection[str], numbers: Mapping[str, Sequen
     body = _read(f"{name}.h")
     found = _WITHOUT.search(body)
     missing = [word for word in (found[1].split(", ") if found else ()) if word not in names]
-    lines = [f"float {word}[1] = {{}};\n" for word in missing]
+    lines = [f"float {word}[1] = {{}};\n(void){word}[0];\n" for word in missing]
     lines += [f"const int {w}_shape[1] = {{}};\n" for w in missing if f"{w}_shape" in body]
     for word, values in numbers.items():
         exact = (struct.unpack("f", struct.pack("f", value))[0] for value in values)

@@ -36,14 +36,11 @@ class Mode(str, Enum):
     dispatch = "dispatch"
 
 
-class Dtype(str, Enum):
-    """The dtype of the streams."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
+DTYPES = {  # with the short names that people use
+    "float32": ("float32", "fp32"),
+    "float16": ("float16", "fp16", "half"),
+    "bfloat16": ("bfloat16", "bf16"),
+}
 NOBODY = "none"
 SEVERAL = "; several, as 1,1024 or by repeating the option."
 
@@ -61,7 +58,10 @@ def bench(
     tokens: Annotated[list[str] | None, typer.Option("--T", help=f"Tokens{SEVERAL}")] = None,
     n: Annotated[list[str] | None, typer.Option("--n", help=f"Streams{SEVERAL}")] = None,
     channels: Annotated[list[str] | None, typer.Option("--C", help=f"Channels{SEVERAL}")] = None,
-    dtype: Annotated[list[Dtype] | None, typer.Option(help="The streams' dtype; several.")] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option("--dtype", "--dtypes", help=f"Streams' dtypes: {', '.join(DTYPES)}."),
+    ] = None,
     row: Annotated[list[str] | None, typer.Option(help="Only this row; may be repeated.")] = None,
     backend: Annotated[
         list[str] | None, typer.Option(help="Measure only this backend; may be repeated.")
@@ -74,8 +74,12 @@ def bench(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each side.")] = 9,
     calls: Annotated[
-        int | None, typer.Option(min=1, help="Calls in a turn; as many as it needs if left out.")
+        int | None,
+        typer.Option(
+            "--calls", "--iters", min=1, help="Calls in a turn; as many as it needs if left out."
+        ),
     ] = None,
+    warmup: Annotated[int, typer.Option(min=1, help="Calls before each turn.")] = 1,
     depth: Annotated[int, typer.Option(min=2, help="Sublayers of the mode decode.")] = 86,
     check: Annotated[
         bool, typer.Option("--check", help="First hold the ops to the float64 oracle.")
@@ -115,6 +119,7 @@ def bench(
                 sizes=given,
                 repeats=repeats,
                 calls=calls,
+                warmup=warmup,
                 check=check or report is not None,
                 notes=notes,
             )
@@ -141,17 +146,27 @@ def _numbers(option: str, words: Sequence[str] | None, default: int) -> list[int
     return list(dict.fromkeys(found))
 
 
+def _dtypes(words: Sequence[str] | None) -> list[str]:
+    known = {alias: name for name, aliases in DTYPES.items() for alias in aliases}
+    found: list[str] = []
+    for word in ",".join(words or ["float32"]).split(","):
+        if word.strip() not in known:
+            raise typer.BadParameter(f"--dtype is {word!r}; needs some of {', '.join(known)}")
+        found.append(known[word.strip()])
+    return list(dict.fromkeys(found))
+
+
 def _sizes(
     batches: Sequence[str] | None,
     tokens: Sequence[str] | None,
     n: Sequence[str] | None,
     channels: Sequence[str] | None,
-    dtypes: Sequence[Dtype] | None,
+    dtypes: Sequence[str] | None,
 ) -> list[Sizes]:
     from mhc_core.cli.bench._arrays import Sizes
 
     every = itertools.product(
-        [dtype.value for dtype in dtypes or [Dtype.float32]],
+        _dtypes(dtypes),
         _numbers("--n", n, 4),
         _numbers("--C", channels, 1024),
         _numbers("--B", batches, 1),

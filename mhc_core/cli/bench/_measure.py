@@ -39,6 +39,8 @@ class Plan:
         Turns of every side.
     calls
         Calls in a turn, or None for as many as a turn needs.
+    warmup
+        Calls before each turn.
     memory
         Whether the extra memory is asked for.
     copy
@@ -48,6 +50,7 @@ class Plan:
     timer: str
     repeats: int
     calls: int | None
+    warmup: int = 1
     memory: bool
     copy: Mapping[str, float]
 
@@ -227,8 +230,8 @@ def _take_turns(
                 continue
             try:
                 with entry.side.chosen():
-                    arrays = inputs.of(entry, turn)
-                    seconds = timer(entry.function, arrays, entry.side.library, plan.calls)
+                    given = inputs.of(entry, turn), entry.side.library
+                    seconds = timer(entry.function, *given, plan.calls, plan.warmup)
             except Exception as error:  # such as no memory left
                 line.failed = _sentence(error)
                 continue

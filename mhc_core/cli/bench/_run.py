@@ -34,6 +34,7 @@ class Run:
     sizes: Sequence[Sizes]
     repeats: int
     calls: int | None
+    warmup: int
     check: bool
     notes: Sequence[str]
 
@@ -67,6 +68,7 @@ def _all_rows(run: Run, copy: Mapping[str, float]) -> list[Measured]:
         timer="latency" if run.mode == "latency" else "throughput",
         repeats=run.repeats,
         calls=run.calls,
+        warmup=run.warmup,
         memory=run.mode == "train",
         copy=copy,
     )

@@ -20,10 +20,14 @@ Function = Callable[..., Any]
 
 
 def one_call(
-    function: Function, arrays: Sequence[Any], library: Library, calls: int | None
+    function: Function,
+    arrays: Sequence[Any],
+    library: Library,
+    calls: int | None,
+    warmup: int = 1,
 ) -> float:
     """Call and wait, again and again; give the median."""
-    first, _ = _warm(function, arrays, library)
+    first, _ = _warm(function, arrays, library, warmup)
     count = calls or min(max(round(TURN / max(first, 1e-9)), 1), MOST)
     times: list[float] = []
     gc.collect()
@@ -35,10 +39,14 @@ def one_call(
 
 
 def stream_of_calls(
-    function: Function, arrays: Sequence[Any], library: Library, calls: int | None
+    function: Function,
+    arrays: Sequence[Any],
+    library: Library,
+    calls: int | None,
+    warmup: int = 1,
 ) -> float:
     """Issue calls without waiting, wait once at the end; give the mean."""
-    first, size = _warm(function, arrays, library)
+    first, size = _warm(function, arrays, library, warmup)
     count = calls or min(max(round(TURN / max(first, 1e-9)), 3), MOST)
     count = max(min(count, AT_ONCE_BYTES // max(size, 1)), 1)
     result: Any = None
@@ -54,12 +62,16 @@ def stream_of_calls(
     return (time.perf_counter() - start) / count
 
 
-def _warm(function: Function, arrays: Sequence[Any], library: Library) -> tuple[float, int]:
-    """Run once, to have the caches as this side leaves them; give the seconds and the bytes."""
-    start = time.perf_counter()
-    result = function(*arrays)
-    library.wait(result)
-    seconds = time.perf_counter() - start
+def _warm(
+    function: Function, arrays: Sequence[Any], library: Library, times: int
+) -> tuple[float, int]:
+    """Run, to have the caches as this side leaves them; give the last run's seconds and bytes."""
+    seconds, result = 0.0, None
+    for _ in range(times):
+        start = time.perf_counter()
+        result = function(*arrays)
+        library.wait(result)
+        seconds = time.perf_counter() - start
     return seconds, sum(int(getattr(leaf, "nbytes", 0)) for leaf in leaves(result))
 
 
