@@ -12,8 +12,6 @@ from importlib.util import find_spec
 from typing import Any, cast
 
 OLDEST = "0.32.3"  # the first that transposes right, and takes the max of no numbers
-    "0.32.3"  # the first whose matrix_transpose, max of nothing and writes into views are right
-)
 
 NO_FLOAT64 = ("float32", "float16", "bfloat16")
 # MLX's GPUs have no float64, and on its CPU float64 exp is only as good as float32's.

@@ -311,6 +311,7 @@ h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margi
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; padding: .2rem .6rem; border-bottom: 1px solid var(--line); }
 td { font-variant-numeric: tabular-nums; } tbody th { font-weight: 600; white-space: nowrap; }
+@media (max-width: 40rem) { th, td { padding: .2rem .3rem; } } /* a phone has the reasons too */
 .good { color: var(--good); } .bad { color: var(--bad); font-weight: 700; }
 .failure { border-left: 4px solid var(--bad); padding-left: .8rem; overflow-wrap: anywhere; }
 pre { background: var(--soft); padding: .5rem; white-space: pre-wrap; overflow-wrap: anywhere; }

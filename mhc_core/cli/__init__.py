@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from mhc_core.cli import backends, bench, conformance, info
+from mhc_core.cli import backends, bench, conformance, demo, info
 
 __all__ = ["app"]
 
@@ -18,4 +18,5 @@ app = typer.Typer(
 app.command()(backends.backends)
 app.command()(bench.bench)
 app.command()(conformance.conformance)
+app.command()(demo.demo)
 app.command()(info.info)
