@@ -1,0 +1,293 @@
+"""``mhc demo``: one small transformer, its layers connected in four ways, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mhc_core.cli import _machine
+from mhc_core.cli.demo._settings import VARIANTS, Settings
+
+if TYPE_CHECKING:
+    from mhc_core import Backend
+    from mhc_core.cli.demo._checkpoint import Checkpoint
+    from mhc_core.cli.demo._train import Trained
+
+__all__ = ["demo"]
+
+STOPPED = 130  # what a shell says of a command that Ctrl-C ended
+ALL = ",".join(VARIANTS)
+STANDARD_LIBRARY = "the sources of Python's standard library"
+
+
+def demo(
+    text: Annotated[
+        Path | None, typer.Option(help="The text; Python's standard library if left out.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="The backend; the fastest that trains here if left out.")
+    ] = None,
+    variants: Annotated[str, typer.Option(help="Which to train, separated by commas.")] = ALL,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each.")] = 200,
+    depth: Annotated[
+        int, typer.Option(min=2, help="Layers, attention and MLP in turn; an even number.")
+    ] = 12,
+    width: Annotated[int, typer.Option(min=1, help="Channels; a multiple of --heads.")] = 64,
+    heads: Annotated[int, typer.Option(min=1, help="Heads of attention.")] = 4,
+    context: Annotated[int, typer.Option(min=2, help="Bytes of a sequence.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 4,
+    rate: Annotated[float, typer.Option(help="The largest learning rate.")] = 0.006,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same numbers.")] = 0,
+    out: Annotated[Path, typer.Option(help="A folder for the report and the checkpoints.")] = Path(
+        "mhc-demo"
+    ),
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 20,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoints in --out.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew where --out has checkpoints.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw a picture to this file too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the report's numbers to this file too.")
+    ] = None,
+) -> None:
+    """Train one small transformer four ways on this machine, and write a report to look at.
+
+    Ctrl-C ends it after the step; the same command with --resume goes on, as if nothing had been.
+    """
+    from mhc_core.cli.demo import _data, _plot, _report, _results
+    from mhc_core.cli.demo._checkpoint import CheckpointError
+    from mhc_core.errors import BackendError
+
+    for reason in (_report.missing(), _plot.missing() if plot else None):
+        if reason:
+            raise typer.BadParameter(reason)
+    if resume and overwrite:
+        raise typer.BadParameter("--resume goes on and --overwrite starts anew; needs one of them")
+    names = _chosen(variants)
+    _check_sizes(depth, width, heads, rate)
+    try:
+        content = _data.read(text, context)
+        name, library = _backend(backend)
+        settings = Settings(
+            depth=depth,
+            width=width,
+            heads=heads,
+            context=context,
+            batch=batch,
+            steps=steps,
+            rate=rate,
+            seed=seed,
+            text=_data.digest(content),
+            backend=name,
+        )
+        _check_places(out, (plot, json_file))
+        before = _checkpoints(out, names, settings, resume, overwrite)
+    except (BackendError, _data.TextError, CheckpointError) as error:
+        raise typer.BadParameter(str(error)) from None
+    trained = _train_all(settings, content, library, out, save_every, before)
+    told = _results.results(settings, text.name if text else STANDARD_LIBRARY, _command(), trained)
+    page = out / "report.html"
+    page.write_text(_report.page(told), encoding="utf-8")
+    if plot:
+        _plot.plot(plot, told)
+    if json_file:
+        json_file.write_text(json.dumps(told) + "\n", encoding="utf-8")
+    _show(told, page)
+
+
+# ---- what was asked for -------------------------------------------------------------------------
+
+
+def _chosen(variants: str) -> list[str]:
+    names = [word.strip() for word in variants.split(",")]
+    for name in names:
+        if name not in VARIANTS:
+            raise typer.BadParameter(
+                f"--variants has {name!r}; needs some of {', '.join(VARIANTS)}"
+            )
+    return list(dict.fromkeys(names))
+
+
+def _check_sizes(depth: int, width: int, heads: int, rate: float) -> None:
+    if depth % 2:
+        raise typer.BadParameter(f"--depth is {depth}; needs an even number, as 12 or 64")
+    if width % heads:
+        raise typer.BadParameter(f"--width is {width}; needs a multiple of --heads, here {heads}")
+    if not 0 < rate < math.inf:
+        raise typer.BadParameter(f"--rate is {rate}; needs a number above 0, as 0.006")
+
+
+def _check_places(out: Path, files: Sequence[Path | None]) -> None:
+    """Make the folder, and find out now what cannot be written later."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"--out {out} cannot be made: {error.strerror}") from None
+    for folder in (out, *(file.parent for file in files if file)):
+        if not os.access(folder, os.W_OK):
+            raise typer.BadParameter(f"{folder} is no folder that can be written to")
+
+
+def _backend(chosen: str | None) -> tuple[str, str]:
+    """Give the backend that trains, and its array library.
+
+    Unasked, MLX where it has a GPU, then JAX, whose compiler makes it several times as fast as MLX
+    on a CPU, then MLX.
+    """
+    from mhc_core import backends, use_backend
+    from mhc_core.errors import BackendUnavailableError
+
+    chosen = chosen or os.environ.get("MHC_BACKEND")
+    if chosen:
+        with use_backend(chosen):  # raises with the reason, or the nearest name
+            pass
+    trains = {
+        name: library
+        for name, backend in backends().items()
+        if name == chosen or (not chosen and backend.available and _automatic(backend))
+        if (library := _trains(backend))
+    }
+    if not trains:
+        known = ", ".join(name for name, backend in backends().items() if _trains(backend))
+        needed = f"needs a backend with gradients, of JAX or MLX: {known}"
+        raise BackendUnavailableError(
+            f"backend {chosen!r} does not train; the demo {needed}"
+            if chosen
+            else f"no backend here trains; the demo {needed}; mhc backends says what they lack"
+        )
+    return min(trains.items(), key=lambda one: _rank(one[1]))
+
+
+def _automatic(backend: Backend) -> bool:
+    return backend.spec is not None and backend.spec.automatic
+
+
+def _trains(backend: Backend) -> str | None:
+    """Give the array library of a backend that has gradients and that the demo knows."""
+    from mhc_core.cli.demo._library import LIBRARIES
+
+    if backend.spec is None or "grad" in backend.spec.without:
+        return None
+    library = backend.spec.array_types[0].partition(".")[0]
+    return library if library in LIBRARIES else None
+
+
+def _rank(library: str) -> int:
+    if library == "jax":
+        return 1
+    return 0 if _machine.devices((library,)).get(library, "").startswith("gpu") else 2
+
+
+def _checkpoints(
+    out: Path, names: Sequence[str], settings: Settings, resume: bool, overwrite: bool
+) -> dict[str, Checkpoint | None]:
+    """Read the checkpoints to go on from; take away those that are not wanted any more."""
+    from mhc_core.cli.demo import _checkpoint
+
+    files = {name: _checkpoint.path(out, name) for name in names}
+    there = [file for file in files.values() if file.exists()]
+    if there and not (resume or overwrite):
+        raise typer.BadParameter(
+            f"{there[0]} is there from an earlier run; --resume goes on with it, --overwrite "
+            "starts anew, and --out takes another folder"
+        )
+    if overwrite:
+        for file in there:
+            file.unlink()
+    return {
+        name: _checkpoint.load(file, settings, name) if resume and file in there else None
+        for name, file in files.items()
+    }
+
+
+# ---- training and telling -----------------------------------------------------------------------
+
+
+def _train_all(
+    settings: Settings,
+    text: bytes,
+    library: str,
+    out: Path,
+    save_every: int,
+    before: Mapping[str, Checkpoint | None],
+) -> dict[str, Trained]:
+    """Train one variant after the other, with a bar for each."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from mhc_core.cli.demo._library import library as load
+    from mhc_core.cli.demo._train import InterruptedRunError, Task, train
+
+    words = TextColumn("{task.description:12}"), TextColumn("loss {task.fields[loss]}")
+    times = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    trained: dict[str, Trained] = {}
+    with Progress(words[0], BarColumn(), *times, words[1], console=Console(stderr=True)) as bars:
+        for name, start in before.items():
+            done = start.step if start else 0
+            bar = bars.add_task(name, total=settings.steps, completed=done, loss="")
+
+            def tell(taken: int, loss: float, bar: Any = bar) -> None:
+                bars.update(bar, completed=taken, loss=f"{loss:.3f}")
+
+            task = Task(
+                settings=settings,
+                variant=name,
+                text=text,
+                library=load(library),
+                folder=out,
+                save_every=save_every,
+                before=start,
+            )
+            try:
+                trained[name] = train(task, tell)
+                bars.stop_task(bar)
+            except InterruptedRunError:
+                bars.stop()
+                typer.echo(f"Stopped and saved in {out}; go on with --resume.", err=True)
+                raise typer.Exit(STOPPED) from None
+    return trained
+
+
+def _command() -> str:
+    """Spell the command that trains the same again."""
+    words = sys.argv[1:]
+    kept = (word for word in words if word not in ("--resume", "--overwrite"))
+    return _machine.safe(shlex.join(["mhc", *kept]))
+
+
+def _show(told: Mapping[str, Any], page: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    steps, depth = told["settings"]["steps"], told["settings"]["depth"]
+    table = Table(title=f"{depth} layers after {steps} steps", title_justify="left")
+    table.add_column("variant", no_wrap=True)
+    heads = ("loss, nats a byte", "gain forward", "gain backward", "ms a step", "MB a step")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for name, one in told["variants"].items():
+        gains = (one["gain_forward"][-1], one["gain_backward"][0])
+        memory = "" if one["memory"] is None else f"{one['memory'] / 1e6:.0f}"
+        numbers = (one["final_loss"], *gains, 1e3 * one["seconds"])
+        table.add_row(name, *("-" if n is None else f"{n:.4g}" for n in numbers), memory)
+    console = Console() if sys.stdout.isatty() else Console(width=100)
+    console.print(table)
+    console.print(f"The report: {page}", markup=False, highlight=False, soft_wrap=True)
