@@ -7,6 +7,7 @@ Nothing is imported before :attr:`Baseline.load` is called.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -119,6 +120,41 @@ def _mlx_vlm() -> dict[str, Forward]:
     return {"pre": pre, "combine": combine, "combine_pre": combine_pre}
 
 
+# ------------------------------------------------------------------------------------------ mlx-lm
+
+
+def _mlx_lm() -> dict[str, Forward]:
+    """The hyper-connection of mlx-lm's deepseek_v41, and what its layer does around it."""
+    v41: Any = import_module("mlx_lm.models.deepseek_v41")
+
+    @functools.cache
+    def connection(n: int, C: int) -> Any:
+        return v41.HyperConnection(
+            v41.ModelArgs(hidden_size=C, hc_mult=n, hc_sinkhorn_iters=ITERATIONS, hc_eps=EPS)
+        )
+
+    def mapped(x: Array, phi: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+        own = connection(*x.shape[-2:])
+        own.fn, own.scale, own.base, own.norm_eps = phi, scale, bias, NORM_EPS
+        h_pre, h_post, comb = own(x)
+        return h_pre, h_post, comb.swapaxes(-1, -2)
+
+    def pre(x: Array, *projection: Array) -> tuple[Array, Array, Array]:
+        h_pre, h_post, h_res = mapped(x, *projection)
+        return v41._collapse(x, h_pre), h_post, h_res
+
+    def combine(x: Array, y: Array, h_post: Array, h_res: Array) -> Array:
+        return v41._expand(y, x, h_post, h_res.swapaxes(-1, -2))
+
+    def combine_pre(x: Array, y: Array, h_post: Array, h_res: Array, *projection: Array) -> Any:
+        x = combine(x, y, h_post, h_res)
+        h_pre, h_post, h_res = mapped(x, *projection)
+        return x, v41._collapse(x, h_pre), h_pre, h_post, h_res
+
+    aggregate: Forward = v41._collapse
+    return {"pre": pre, "combine": combine, "combine_pre": combine_pre, "aggregate": aggregate}
+
+
 # --------------------------------------------------------------------------------------- plain JAX
 
 
@@ -219,6 +255,14 @@ BASELINES = {
             "the formulas of mlx-vlm's deepseek_v4 outside Metal, written again here, with the "
             "parts compiled that it compiles; gradients by MLX's autodiff",
             _mlx_vlm,
+        ),
+        Baseline(
+            "mlx-lm",
+            "mlx",
+            "mlx-lm",
+            "the hyper-connection of its deepseek_v41 and what its layer does around it; gradients "
+            "by MLX's autodiff",
+            _mlx_lm,
         ),
         Baseline(
             "jax",
