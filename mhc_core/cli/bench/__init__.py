@@ -45,6 +45,17 @@ NOBODY = "none"
 SEVERAL = "; several, as 1,1024 or by repeating the option."
 
 
+def _dtypes(words: list[str] | None) -> list[str]:
+    """Give the dtypes' names, as soon as the options are read."""
+    known = {alias: name for name, aliases in DTYPES.items() for alias in aliases}
+    found: list[str] = []
+    for word in ",".join(words or ["float32"]).split(","):
+        if word.strip() not in known:
+            raise typer.BadParameter(f"--dtype is {word!r}; needs some of {', '.join(known)}")
+        found.append(known[word.strip()])
+    return list(dict.fromkeys(found))
+
+
 def bench(
     mode: Annotated[
         Mode,
@@ -60,7 +71,12 @@ def bench(
     channels: Annotated[list[str] | None, typer.Option("--C", help=f"Channels{SEVERAL}")] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option("--dtype", "--dtypes", help=f"Streams' dtypes: {', '.join(DTYPES)}."),
+        typer.Option(
+            "--dtype",
+            "--dtypes",
+            callback=_dtypes,
+            help=f"Streams' dtypes: {', '.join(DTYPES)}.",
+        ),
     ] = None,
     row: Annotated[list[str] | None, typer.Option(help="Only this row; may be repeated.")] = None,
     backend: Annotated[
@@ -104,7 +120,7 @@ def bench(
 
     if plot and (reason := _plot.missing()):
         raise typer.BadParameter(reason)
-    given = _sizes(batches, ["1"] if mode is Mode.decode else tokens, n, channels, dtype)
+    given = _sizes(batches, ["1"] if mode is Mode.decode else tokens, n, channels, dtype or [])
     try:
         names, good = _sides.runnable(backend), True
         if mode is Mode.dispatch:
@@ -146,27 +162,17 @@ def _numbers(option: str, words: Sequence[str] | None, default: int) -> list[int
     return list(dict.fromkeys(found))
 
 
-def _dtypes(words: Sequence[str] | None) -> list[str]:
-    known = {alias: name for name, aliases in DTYPES.items() for alias in aliases}
-    found: list[str] = []
-    for word in ",".join(words or ["float32"]).split(","):
-        if word.strip() not in known:
-            raise typer.BadParameter(f"--dtype is {word!r}; needs some of {', '.join(known)}")
-        found.append(known[word.strip()])
-    return list(dict.fromkeys(found))
-
-
 def _sizes(
     batches: Sequence[str] | None,
     tokens: Sequence[str] | None,
     n: Sequence[str] | None,
     channels: Sequence[str] | None,
-    dtypes: Sequence[str] | None,
+    dtypes: Sequence[str],
 ) -> list[Sizes]:
     from mhc_core.cli.bench._arrays import Sizes
 
     every = itertools.product(
-        _dtypes(dtypes),
+        dtypes,
         _numbers("--n", n, 4),
         _numbers("--C", channels, 1024),
         _numbers("--B", batches, 1),
