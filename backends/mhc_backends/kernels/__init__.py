@@ -87,16 +87,24 @@ def declarations(name: str, names: Collection[str], numbers: Mapping[str, Sequen
     That is arrays of float32 numbers, and empty arrays in the places of what it may be without and
     is: it names them, in what its constants leave out.
     """
-    body = _read(f"{name}.h")
-    found = _WITHOUT.search(body)
-    missing = [word for word in (found[1].split(", ") if found else ()) if word not in names]
-    lines = [f"float {word}[1] = {{}};\n(void){word}[0];\n" for word in missing]
-    lines += [f"const int {w}_shape[1] = {{}};\n" for w in missing if f"{w}_shape" in body]
+    lines = [lines for word, lines in _optional(name).items() if word not in names]
     for word, values in numbers.items():
         exact = (struct.unpack("f", struct.pack("f", value))[0] for value in values)
         listed = ", ".join(f"{value!r}f" for value in exact)
         lines.append(f"const float {word}[{len(values)}] = {{{listed}}};\n")
     return "".join(lines)
+
+
+@functools.cache
+def _optional(name: str) -> dict[str, str]:
+    """Give what a body may be without, and what declares each."""
+    body = _read(f"{name}.h")
+    found = _WITHOUT.search(body)
+    return {
+        word: f"float {word}[1] = {{}};\n(void){word}[0];\n"
+        + (f"const int {word}_shape[1] = {{}};\n" if f"{word}_shape" in body else "")
+        for word in (found[1].split(", ") if found else ())
+    }
 
 
 def bounds(threads: int, groups: int) -> str:

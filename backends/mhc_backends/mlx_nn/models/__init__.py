@@ -169,7 +169,7 @@ def _plan(
     """Say which modules get which class; what is of that class already is left out."""
     swaps = {**family.connections, **(family.trainable if trainable else {})}
     layers = family.layers
-    order = layers.of(model)
+    order = model.layers  # in which they run
     following = dict(zip(map(id, order), [*order, None][1:], strict=True))
     for path, module in modules:
         kind = cast("type[Any]", type(module))

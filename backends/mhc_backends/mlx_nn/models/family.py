@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,8 +31,6 @@ class Layers:
         streams because nobody else will.
     takes_pending
         Whether a layer may be such a successor; all may, unless it is given.
-    of
-        Gives a model's layers in the order in which they run.
     why
         A sentence about ours.
     check
@@ -42,7 +40,6 @@ class Layers:
     kind: type[Any]
     passing: type[Any]
     writing: type[Any]
-    of: Callable[[Any], Sequence[Any]]
     why: str
     takes_pending: Callable[[Any], bool] | None = None
     check: Callable[[str, Any], None] | None = None

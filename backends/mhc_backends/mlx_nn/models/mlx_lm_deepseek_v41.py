@@ -82,16 +82,11 @@ def _check(path: str, connection: Any) -> None:
     check(path, connection, connection.hc, "fn", "scale", "base")
 
 
-def _layers(model: Any) -> list[Any]:
-    return model.layers
-
-
 FAMILY = Family(
     layers=Layers(
         kind=v41.DecoderLayer,
         passing=Layer,
         writing=LastLayer,
-        of=_layers,
         why="its streams are written and read again in one pass, by combine_pre",
     ),
     connections={

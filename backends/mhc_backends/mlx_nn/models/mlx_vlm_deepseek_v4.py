@@ -118,16 +118,11 @@ def _check(path: str, connection: Any) -> None:
     check(path, connection, connection.hc_mult, "fn", "scale", "base")
 
 
-def _layers(model: Any) -> list[Any]:
-    return model.layers
-
-
 FAMILY = Family(
     layers=Layers(
         kind=v4.DeepseekV4Block,
         passing=Block,
         writing=LastBlock,
-        of=_layers,
         why="its streams are written and read again in one pass, by combine_pre",
     ),
     connections={

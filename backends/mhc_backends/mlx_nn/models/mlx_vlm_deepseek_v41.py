@@ -116,10 +116,6 @@ def _check(path: str, block: Any) -> None:
         check(path, block, block.hc_mult, *_names(sublayer))
 
 
-def _layers(model: Any) -> list[Any]:
-    return model.layers
-
-
 def _takes_pending(block: Any) -> bool:
     return block.engram is None
 
@@ -131,7 +127,6 @@ FAMILY = Family(
         kind=v41.DeepseekV41Block,
         passing=Block,
         writing=WritingBlock,
-        of=_layers,
         why="its hyper-connections are mhc-core's; streams are written and read again in one "
         "pass, by combine_pre",
         takes_pending=_takes_pending,
