@@ -179,7 +179,7 @@ def _launched(monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
     from mhc_conformance.cases import cases, data
 
     recorder = Recorder()
-    own = Ops(Kernels(recorder, "cuda"))
+    own = Ops(Kernels(recorder, "cuda", 227 * 1024))
     for busy, sizes in ((BUSY, (1, 4, 9, 32)), (0, (1, 4))):
         monkeypatch.setattr("mhc_backends.kernels.launch.BUSY", busy)
         for op, dtype in itertools.product(OPS, _CUDA):

@@ -2,85 +2,91 @@
 // rounded to the streams' type, what `project` gives.
 //
 // x[T, n, C], y[T, C], h_post[T or 1, n], h_res[T or 1, n, n], phi[m, n C] -> out[T, n, C],
-// parts[T, P, m + 1]. A threadgroup takes a part and 16 tokens for each simdgroup. They share phi, in
-// threadgroup memory: that for 32 channels of GROUP streams at a time.
+// parts[T, P, m + 1]. A threadgroup takes a part and 16 tokens for each simdgroup. They share phi as
+// in project.h. A leaf is a block of each of BLOCKS streams; while one block of all streams is mixed
+// and multiplied, the next AHEAD are on their way.
 
 const int64_t T = x_shape[0];
 const int C = x_shape[2], M = phi_shape[0];
 const int64_t K = int64_t(N) * C;
-const bool KEPT = N <= 4;  // the streams are in registers; others are read again
-const int GROUP = KEPT ? N : 1, FACTOR = RIGHT_QUADS * SIMD;
-threadgroup uint4 factors[GROUP * TILES * FACTOR];
+const bool KEPT = N <= 4;            // the streams are in registers; others are read again
+const int MADE = KEPT ? N : BLOCKS;  // streams at a time
+threadgroup LAUNCHED uint4 factors[LAUNCH_SIZE(STAGE * RIGHT_QUADS(TILES) * SIMD + SLOTS)];
 
 //// fast where C % BLOCK_CHANNELS == 0 && vectors<8>(x) && vectors<8>(y) && vectors<8>(out) &&
-// vectors<4>(phi) && vectors<N>(h_res) ////
+// vectors<4>(phi) && vectors<N>(h_post) && vectors<N>(h_res) ////
 typedef decltype(load_raw<8>(x)) Row;
-typedef decltype(factor_for(Row(), RightNumbers())) Factor;
+const int FACTOR = decltype(factor_for(Row(), RightTiles<TILES>()))::QUADS * SIMD;
 const int lane = here.id % SIMD, simdgroup = here.id / SIMD, channel = 4 * tile_pair(lane);
-const int P = (C + PART_CHANNELS - 1) / PART_CHANNELS;
-const int tokens = here.threads / SIMD * TILE_TOKENS;  // of a threadgroup
+const Work work = work_of(C, here.threads / SIMD * TILE_TOKENS, here);
+const int begin = work.begin_channel, end = work.end_channel;
+const bool once = STAGE == N * PART_BLOCKS && M <= TILES * TILE_COLUMNS;  // phi is put there
+const int SLOT = 2 * (MADE + 1) * RowQuads<Row>::COUNT * SIMD;
+const auto slot = &factors[STAGE * FACTOR + simdgroup * AHEAD * SLOT];
 
-for (int64_t item = here.group_x; item < (T + tokens - 1) / tokens * P; item += here.groups_x) {
-    const int part = int(item % P), begin = part * PART_CHANNELS;
-    const int end = begin + PART_CHANNELS < C ? begin + PART_CHANNELS : C;
-    const int64_t first = item / P * tokens + simdgroup * TILE_TOKENS;
-    int64_t own[2];  // this lane's tokens
+for (int64_t turn = work.begin; turn < T; turn += work.step) {
+    const int64_t first = turn + simdgroup * TILE_TOKENS, next = first + work.step;
+    const auto from = starts_of<1>(x + channel, first, T, K, lane);
+    const auto layer = starts_of<1>(y + channel, first, T, C, lane);
+    const auto to = starts_of<1>(out + channel, first, T, K, lane);
+    decltype(hold<N, KEPT>(h_post)) post[2];
+    decltype(hold<N * N, KEPT>(h_res)) res[2];
     bool stores[2];
     UNROLL for (int r = 0; r < 2; r++) {
         const int64_t token = first + 8 * r + tile_row(lane);
+        const int64_t own = token < T ? token : T - 1;
+        post[r] = hold<N, KEPT>(h_post + row(h_post_shape[0], own) * N);
+        res[r] = hold<N * N, KEPT>(h_res + row(h_res_shape[0], own) * N * N);
         stores[r] = token < T;
-        own[r] = token < T ? token : T - 1;
     }
 
     for (int column = 0; column < M; column += TILES * TILE_COLUMNS) {
-        const int own_leaf = simdgroup / TILES;  // of a group, whose phi this simdgroup loads
-        const int own_column = column + simdgroup % TILES * TILE_COLUMNS;
-        Sums<TILES> sums = no_sums<TILES>();
+        auto sums = no_sums<TILES, 1>();
+        if (ALIGNED && AHEAD && (!once || turn == work.begin))
+            start_unmixed<MADE>(Row(), slot, from, layer, C, begin, lane);
         for (int c = begin; c < end; c += BLOCK_CHANNELS) {
             const int rest = C - c - channel;
-            RawStreams<KEPT ? N : 1, Row> streams[2];
-            Row layer[2];
-            UNROLL for (int r = 0; r < 2; r++) {
-                streams[r] = load_streams_within<KEPT ? N : 1>(x + own[r] * K + c + channel, C, rest);
-                layer[r] = load_raw_within<8>(y + own[r] * C + c + channel, rest);
-            }
+            Unmixed<KEPT ? N : 1, Row> given;
+            if (!(ALIGNED && AHEAD)) given = load_unmixed<KEPT ? N : 1>(from, layer, C, c, rest);
 
-            for (int group = 0; group < N; group += GROUP) {
-                const int leaf = (c - begin) / BLOCK_CHANNELS * N + group;
-                RightNumbers numbers = {};
-                if (simdgroup < GROUP * TILES)
-                    numbers = load_leaf_phi<N, 1>(phi, K, M, C, own_column, begin, leaf + own_leaf,
-                                                  lane);
-                BARRIER;  // the phi before has been read
-                put_phi<N, 1, GROUP, TILES>(&factors[0], Row(), numbers, phi, K, M, C, column, begin,
-                                            leaf, here);
-                BARRIER;
-
-                UNROLL for (int g = 0; g < GROUP; g++) {
-                    const int i = group + g;
-                    Row mixed[2];
-                    UNROLL for (int r = 0; r < 2; r++) {
-                        const float post = float(h_post[row(h_post_shape[0], own[r]) * N + i]);
-                        const auto res =
-                            hold<N, KEPT>(h_res + (row(h_res_shape[0], own[r]) * N + i) * N);
-                        mixed[r] = packed(out, mix<N, KEPT>(times(post, floats(layer[r])), res,
-                                                            streams[r], x + own[r] * K + c + channel,
-                                                            C, rest));
-                        if (column == 0 && stores[r])
-                            store_raw_within(out + own[r] * K + int64_t(i) * C + c + channel,
-                                             mixed[r], rest);
-                    }
-                    const Rows<Row> rows = {mixed[0], mixed[1]};
+            for (int i = 0; i < N; i += MADE) {
+                const int block = (c - begin) / BLOCK_CHANNELS * N + i, place = block % STAGE;
+                if (place == 0 && (!once || turn == work.begin))
+                    put_phi<N, 1, TILES, 1>(&factors[0], Row(), phi, K, M, C, column, begin, block,
+                                            STAGE, here);
+                if (ALIGNED && AHEAD) {
+                    end_copies<0>();
+                    SIMD_BARRIER;
+                    given = take_unmixed<KEPT ? N : 1>(Row(), slot, lane);
+                    SIMD_BARRIER;
+                    if (c + BLOCK_CHANNELS < end)
+                        start_unmixed<MADE>(Row(), slot, from, layer, C, c + BLOCK_CHANNELS, lane);
+                    else if (once && next < T)
+                        start_unmixed<MADE>(
+                            Row(), slot, starts_of<1>(x + channel, next, T, K, lane),
+                            starts_of<1>(y + channel, next, T, C, lane), C, begin, lane);
+                }
+                Rows<Row, MADE, 1> mixed;
+                UNROLL for (int k = 0; k < 2 * MADE; k++) {
+                    const int r = k / MADE, stream = k % MADE;
+                    const Floats<8> sum =
+                        mix<N, KEPT>(times(value(post[r], i + stream), floats(given.layer[r])),
+                                     res[r], (i + stream) * N, given.streams[r], from.at[0][r] + c,
+                                     C, rest);
+                    mixed.at[stream][0].in_half[r] = packed(out, sum);
+                    if (column == 0 && stores[r])
+                        store_raw_within(to.at[0][r] + int64_t(i + stream) * C + c,
+                                         mixed.at[stream][0].in_half[r], rest);
+                }
+                UNROLL for (int leaf = 0; leaf < MADE; leaf += BLOCKS) {
+                    Rows<Row, BLOCKS, 1> rows;
+                    UNROLL for (int b = 0; b < BLOCKS; b++) rows.at[b][0] = mixed.at[leaf + b][0];
+                    const auto at_leaf = &factors[(place + leaf) * FACTOR];
                     TOGETHER;
-                    sums.squares = plus(sums.squares, leaf_squares(rows));
-                    UNROLL for (int k = 0; k < TILES; k++) {
-                        const Factor factor =
-                            take<Factor>(&factors[(g * TILES + k) * FACTOR], lane);
-                        sums.products[k] = plus(sums.products[k], leaf_products(rows, factor));
-                    }
+                    sums = add_leaf(sums, rows, shared_factors<TILES>(Row(), at_leaf, lane));
                 }
             }
         }
-        store_sums(parts, first, T, P, part, sums, column, M, lane);
+        store_sums(parts, first, T, work.parts, work.part, sums, column, M, lane);
     }
 }

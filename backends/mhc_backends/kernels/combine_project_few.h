@@ -14,29 +14,29 @@ typedef decltype(load_raw<8>(x)) Row;
 const int lane = here.id % SIMD, simdgroup = here.id / SIMD, channel = 4 * tile_pair(lane);
 const int simdgroups = here.threads / SIMD;
 const int P = (C + PART_CHANNELS - 1) / PART_CHANNELS;
-const int LEAF = TILE_TOKENS * Width<TILES>::NUMBERS;
-const auto totals = &numbers[0], leaves = &numbers[LEAF];
+const int NUMBERS = TILE_TOKENS * Width<TILES>::NUMBERS;  // of a leaf
+const auto totals = &numbers[0], leaves = &numbers[NUMBERS];
 
 for (int64_t item = here.group_x; item < (T + TILE_TOKENS - 1) / TILE_TOKENS * P;
      item += here.groups_x) {
     const int part = int(item % P), begin = part * PART_CHANNELS;
     const int end = begin + PART_CHANNELS < C ? begin + PART_CHANNELS : C;
-    const int count = (end - begin + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS * N;
+    const int count = (end - begin + BLOCK_CHANNELS - 1) / BLOCK_CHANNELS * N / BLOCKS;
     const int64_t first = item / P * TILE_TOKENS;
     const int tokens = T - first < TILE_TOKENS ? int(T - first) : TILE_TOKENS;
 
     for (int column = 0; column < M; column += TILES * TILE_COLUMNS) {
         for (int done = 0; done < count; done += simdgroups) {
             if (done + simdgroup < count) {
-                const int leaf_number = done + simdgroup, i = leaf_stream<N, 1>(leaf_number);
-                const int c = begin + leaf_channel<N, 1>(leaf_number), rest = C - c - channel;
-                RightNumbers right[TILES];
-                UNROLL for (int k = 0; k < TILES; k++)
-                    right[k] = load_leaf_phi<N, 1>(phi, K, M, C, column + k * TILE_COLUMNS,
-                                                   begin, leaf_number, lane);
-                Row mixed[2];
-                UNROLL for (int r = 0; r < 2; r++) {
-                    const int own = tile_row(lane) + 8 * r;
+                const int block = (done + simdgroup) * BLOCKS;
+                const int c = begin + block_channel<N, 1>(block);
+                const int rest = C - c - channel;
+                const auto right = load_factors<N, 1, TILES, BLOCKS>(Row(), phi, K, M, C, column,
+                                                                     begin, block, lane);
+                Rows<Row, BLOCKS, 1> rows;
+                UNROLL for (int k = 0; k < 2 * BLOCKS; k++) {
+                    const int own = tile_row(lane) + k % 2 * 8;
+                    const int i = block_stream<N, 1>(block + k / 2);
                     const int64_t token = own < tokens ? first + own : T - 1;
                     const float post = float(h_post[row(h_post_shape[0], token) * N + i]);
                     const auto res =
@@ -44,19 +44,16 @@ for (int64_t item = here.group_x; item < (T + TILE_TOKENS - 1) / TILE_TOKENS * P
                     const auto from = x + token * K + c + channel;
                     const Floats<8> layer =
                         floats(load_raw_within<8>(y + token * C + c + channel, rest));
-                    mixed[r] = packed(out, mix<N, false>(times(post, layer), res,
-                                                         RawStreams<1, Row>(), from, C, rest));
-                    if (column == 0 && own < tokens)
-                        store_raw_within(out + token * K + int64_t(i) * C + c + channel, mixed[r],
-                                         rest);
+                    const Floats<8> sum = mix<N, false>(times(post, layer), res, 0,
+                                                        RawStreams<1, Row>(), from, C, rest);
+                    const Row mixed = packed(out, sum);
+                    const auto to = out + token * K + int64_t(i) * C + c + channel;
+                    if (column == 0 && own < tokens) store_raw_within(to, mixed, rest);
+                    rows.at[k / 2][0].in_half[k % 2] = mixed;
                 }
-                const Rows<Row> rows = {mixed[0], mixed[1]};
-                const auto leaf = leaves + simdgroup * LEAF;
+                const auto leaf = leaves + simdgroup * NUMBERS;
                 TOGETHER;
-                UNROLL for (int k = 0; k < TILES; k++)
-                    put_products<TILES>(leaf, leaf_products(rows, factor_for(Row(), right[k])), k,
-                                        tokens, lane);
-                put_squares<TILES>(leaf, leaf_squares(rows), tokens, lane);
+                put_sums(leaf, add_leaf(no_sums<TILES, 1>(), rows, right), tokens, lane);
             }
             BARRIER;
             const int made = count - done < simdgroups ? count - done : simdgroups;

@@ -6,14 +6,18 @@
 
 #define FUNCTION __device__ __forceinline__
 #define BARRIER __syncthreads()
-// Must come before products of matrices, whose instructions are of all lanes together: the loads and
-// stores before may have parted them.
+// SIMD_BARRIER is a BARRIER of the lanes of a simdgroup. TOGETHER must come before products of matrices,
+// whose instructions are of all lanes together: the loads and stores before may have parted them.
 #define TOGETHER __syncwarp()
+#define SIMD_BARRIER __syncwarp()
 #define UNROLL _Pragma("unroll")
 #define PRAGMA(text) _Pragma(#text)
 #define UNROLL_FEW(COUNT) PRAGMA(unroll (COUNT <= 4 ? COUNT : 1))
 #define UNROLL_SMALL UNROLL_FEW(N)
 #define threadgroup __shared__
+// `threadgroup LAUNCHED uint4 p[LAUNCH_SIZE(8)];`: as many as the launch gives, which are that many.
+#define LAUNCHED extern
+#define LAUNCH_SIZE(NUMBER)
 #define MINUS_INFINITY __uint_as_float(0xff800000u)
 
 // Every thread of the warp must come here; each gets the sum, in the same order everywhere.
@@ -44,9 +48,10 @@ struct Place {
 };
 
 enum { SIMD = 32, MOST_SIMDGROUPS = 32 };
-// Products of matrices: the columns of a left factor, and of uint4 the most that a lane's share of a
-// factor takes.
-enum { DEPTH = 8, LEFT_QUADS = 2, RIGHT_QUADS = 8 };
+// Products of matrices: the columns of a left factor, those of a tile of the right one, and how many
+// uint4 a lane's share of a left factor takes, and at most of TILES tiles of a long right one.
+enum { DEPTH = 8, TILE_COLUMNS = 8, LEFT_QUADS = 2 };
+#define RIGHT_QUADS(TILES) (4 * (TILES))
 
 //// twice: where vectors begin anywhere, and where all begin at their own multiples ////
 
@@ -186,6 +191,68 @@ FUNCTION Raw<T, W> load_raw(const T* p) {
     }
     return out;
 }
+// fetch_raw<W>(p): load_raw<W>(p) from an input whose rows a simdgroup reads in pieces of 64 bytes, many
+// rows at a time: the memory is asked for their whole lines, as the other half is read soon after.
+FUNCTION uint4 fetch_words(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.global.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(__cvta_generic_to_global(p)));
+    return v;
+}
+FUNCTION uint2 fetch_words(const uint2* p) {
+    uint2 v;
+    asm volatile("ld.global.L2::128B.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
+                 : "l"(__cvta_generic_to_global(p)));
+    return v;
+}
+FUNCTION uint1 fetch_words(const uint1* p) { return *p; }
+template <int W, typename T>
+FUNCTION Raw<T, W> fetch_raw(const T* p) {
+    typedef Access<T, W> A;
+    enum { PER_WORD = A::PER_WORD };
+    if (!takes_vectors<T, W>(p)) return load_raw<W>(p);
+    Raw<T, W> out;
+    UNROLL for (int k = 0; k < W; k += A::ELEMENTS) {
+        const typename A::type words = fetch_words(reinterpret_cast<const typename A::type*>(p + k));
+        UNROLL for (int e = 0; e < A::WORDS; e++) out.word[k / PER_WORD + e] = word(words, e);
+    }
+    return out;
+}
+// start_copy(to, from): begins to copy 16 bytes of an input, which begin at a multiple of 16, to
+// threadgroup memory. end_copies<LEFT>() waits for this thread's, but for those of the last LEFT times
+// that it said mark_copies(). Until then a row on its way needs no registers, nor a place in the cache,
+// where rows that lie a power of two apart would drive out each other.
+#if __CUDA_ARCH__ >= 800
+template <typename T>
+FUNCTION void start_copy(uint4* to, const T* from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
+                     static_cast<unsigned>(__cvta_generic_to_shared(to))),
+                 "l"(__cvta_generic_to_global(from))
+                 : "memory");
+}
+FUNCTION void mark_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT>
+FUNCTION void end_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+#else
+template <typename T>
+FUNCTION void start_copy(uint4* to, const T* from) {
+    *to = *reinterpret_cast<const uint4*>(from);
+}
+FUNCTION void mark_copies() {}
+template <int LEFT>
+FUNCTION void end_copies() {}
+#endif
+// 8 numbers of T as they came there, 16 bytes a quad
+template <typename T>
+FUNCTION Raw<T, 8> raw_of(const uint4* quads, T) {
+    Raw<T, 8> out;
+    UNROLL for (int k = 0; k < Raw<T, 8>::WORDS; k++) out.word[k] = word(quads[k / 4], k % 4);
+    return out;
+}
 template <typename T, int W>
 FUNCTION Floats<W> floats(Raw<T, W> raw) {
     enum { PER_WORD = Raw<T, W>::PER_WORD };
@@ -198,11 +265,11 @@ FUNCTION Floats<W> floats(Raw<T, W> raw) {
 // v as it would be in memory of p's type.
 FUNCTION unsigned pair(float first, float second, __half) {
     const __half2 both = __floats2half2_rn(first, second);
-    return bits(both.x) | bits(both.y) << 16;
+    return *reinterpret_cast<const unsigned*>(&both);
 }
 FUNCTION unsigned pair(float first, float second, __nv_bfloat16) {
     const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
-    return bits(both.x) | bits(both.y) << 16;
+    return *reinterpret_cast<const unsigned*>(&both);
 }
 FUNCTION unsigned pair(float first, float, float) { return bits(first); }
 template <int W, typename T>
@@ -235,13 +302,15 @@ FUNCTION void store_raw(T* p, Raw<T, W> v) {
 
 FUNCTION int tile_row(int lane) { return lane / 4; }
 FUNCTION int tile_pair(int lane) { return lane % 4 * 2; }
+// The lane of the same row whose tile_pair is 2 k.
+FUNCTION int row_lane(int lane, int k) { return lane / 4 * 4 + k; }
 // The sum over the four lanes that hold a row.
 FUNCTION float row_sum(float v) {
     v += simd_xor(v, 1);
     return v + simd_xor(v, 2);
 }
 FUNCTION int right_row(int lane, int e) { return tile_pair(lane) + e % 2; }
-FUNCTION int right_column(int lane, int e) { return tile_row(lane) + e / 2 * 8; }
+FUNCTION int right_column(int lane, int) { return tile_row(lane); }
 
 // Factors are in words, so that they can be in threadgroup memory.
 struct Left {
@@ -253,15 +322,13 @@ struct Right {
 
 #if __CUDA_ARCH__ >= 800
 
-// The tensor cores multiply numbers of 11 significant bits (TF32). So a float is the sum of two of
-// them, to float32's own rounding; the product of the two lower ones is below it and left out.
-FUNCTION unsigned tensor_float(float v) {
-    unsigned out;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(out) : "f"(v));
-    return out;
-}
+// The tensor cores multiply numbers of 11 significant bits (TF32), and of others leave off the last 13.
+// So a float is the sum of two of them, to float32's own rounding: its nearest, and the rest; the
+// product of two rests is below that and left out. (cvt.rna.tf32 takes 5 instructions. Where a NaN's
+// bits overflow here, the rest is one.)
+FUNCTION unsigned tensor_float(float v) { return (__float_as_uint(v) + 0x1000u) & 0xffffe000u; }
 FUNCTION unsigned tensor_rest(float v, unsigned upper) {
-    return tensor_float(v - __uint_as_float(upper));
+    return __float_as_uint(v - __uint_as_float(upper));
 }
 FUNCTION Floats<4> tensor_multiply(Floats<4> sum, uint4 a, unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
@@ -318,99 +385,175 @@ FUNCTION Floats<4> multiply(Floats<4> sum, Left a, Right b) {
     return tensor_multiply(sum, a.quad[0], b.quad.x, b.quad.y);
 }
 
-// The longer product, of 16 rows of 32 numbers of T, is [16, 32] by [32, TILE_COLUMNS]. A lane holds 8
-// numbers of each of its two rows, those from 4 tile_pair on, as they are in memory; and of the right
-// factor RUNS runs of 4 numbers, run e in rows 4 right_row(lane, e) to 4 right_row(lane, e) + 3 and
-// column right_column(lane, e). Of the sum it gets PLACES numbers in each half of the rows: number j
-// of half h is in row 8 h + sum_row(lane, j) and column sum_column(lane, j).
+// The longer product, of 16 rows of 32 numbers of T, is [16, 32] by [32, 8 TILES]. A lane holds 8
+// numbers of each of its two rows, those from 4 tile_pair on, as they are in memory; and of each tile
+// of the right factor two runs of 4 numbers, run e in rows 4 right_row(lane, e) to 4 right_row(lane, e)
+// + 3 and column right_column(lane, e). Of the sum it gets two numbers of each tile in each half of the
+// rows: number j of half h is in row 8 h + sum_row(lane, j) and column sum_column(lane, j).
 //
-// The tensor cores take the right factor as their left one, transposed: so a row's numbers are in
-// the registers in which they came.
-enum { TILE_COLUMNS = 16, RUNS = 4, PLACES = 4 };
-FUNCTION int sum_row(int lane, int j) { return tile_pair(lane) + j % 2; }
-FUNCTION int sum_column(int lane, int j) { return tile_row(lane) + j / 2 * 8; }
+// The tensor cores take the right factor as their left one, transposed: so a row's numbers are in the
+// registers in which they came. A float is the sum of PARTS numbers that they can multiply, and the
+// rows of their left factor are the columns of the first part of all tiles, then those of the next
+// part: 16 make a pair.
+FUNCTION int sum_row(int lane, int j) { return tile_pair(lane) + j; }
+FUNCTION int sum_column(int lane, int) { return tile_row(lane); }
 
 struct RightNumbers {
-    Floats<4> run[RUNS];
+    Floats<4> run[2];
 };
+template <int TILES>
+struct RightTiles {
+    RightNumbers at[TILES];
+};
+// A lane's share of 16 rows and of a tile's columns: of the rows 8 numbers of each of its two.
 struct Product {
-    Floats<PLACES> in_half[2];
+    Floats<2> in_half[2];
+};
+template <int TILES>
+struct Tiles {
+    Product tile[TILES];
+};
+template <int TILES, int HEIGHT>
+struct Products {
+    Tiles<TILES> at[HEIGHT];
+};
+template <typename R>
+struct Halves {
+    R in_half[2];
+};
+// HEIGHT times 16 rows, BLOCKS times 32 numbers of each.
+template <typename R, int BLOCKS, int HEIGHT>
+struct Rows {
+    Halves<R> at[BLOCKS][HEIGHT];
 };
 
-// Product t of four takes the numbers t and 4 + t of every run of 8: any order will do.
-template <typename T>
-struct RightFactor {
-    enum { QUADS = 8 };
-    uint4 quad[QUADS];
+// Factors in threadgroup memory, where quad k of a lane is beside the next one's, so that no two lanes
+// meet in a bank. (Others may be in registers: quad(factors, block, k) is what a product asks for.)
+template <int QUADS, typename S>
+struct Shared {
+    S from;
+    int lane;
 };
-// The last argument only names the type.
-template <typename T>
-FUNCTION RightFactor<T> right_factor(RightNumbers numbers, T) {
-    RightFactor<T> out;
-    UNROLL for (int t = 0; t < 4; t++) {
-        const Left whole = left(numbers.run[0].at[t], numbers.run[1].at[t], numbers.run[2].at[t],
-                                numbers.run[3].at[t]);
-        out.quad[t] = whole.quad[0], out.quad[4 + t] = whole.quad[1];
-    }
-    return out;
+template <int QUADS, typename S>
+FUNCTION uint4 quad(Shared<QUADS, S> factors, int block, int k) {
+    return factors.from[(block * QUADS + k) * SIMD + factors.lane];
 }
-// sum + row . b; numbers of a narrow type have no more than 11 significant bits.
+
+// One instruction's share of a row: its numbers, and for floats what these leave.
+struct Piece {
+    unsigned whole[2], rest[2];
+};
+// A step takes the numbers t and 4 + t of every run of 8: any order will do.
 template <typename T>
-FUNCTION Floats<4> multiply_half(Floats<4> sum, Raw<T, 8> row, RightFactor<T> b) {
+struct Parts {
+    enum { PARTS = 2, STEPS = 4 };
+};
+template <typename T>
+FUNCTION Piece piece_of(Raw<T, 8> row, int t) {
     const Floats<8> v = floats(row);
-    UNROLL for (int t = 0; t < 4; t++) {
-        const Right a = right(v.at[t], v.at[4 + t]);
-        sum = tensor_multiply(sum, b.quad[4 + t], a.quad.x, a.quad.y);
-        if (sizeof(T) == 4) sum = tensor_multiply(sum, b.quad[t], a.quad.z, a.quad.w);
-        sum = tensor_multiply(sum, b.quad[t], a.quad.x, a.quad.y);
+    if (sizeof(T) < 4) return {{bits(v.at[t]), bits(v.at[4 + t])}, {}};  // they are whole
+    const Right both = right(v.at[t], v.at[4 + t]);
+    return {{both.quad.x, both.quad.y}, {both.quad.z, both.quad.w}};
+}
+// The first part of the numbers, which keep the rest.
+template <typename T>
+FUNCTION void split_off(unsigned words[][2], RightNumbers& numbers, T) {
+    UNROLL for (int k = 0; k < 8; k++) {
+        float& v = numbers.run[k / 4].at[k % 4];
+        words[k % 4][k / 4] = tensor_float(v);
+        v -= __uint_as_float(words[k % 4][k / 4]);
     }
-    return sum;
+}
+template <typename T>
+FUNCTION Floats<4> step_multiply(Floats<4> sum, uint4 a, const unsigned* b, T) {
+    return tensor_multiply(sum, a, b[0], b[1]);
 }
 
 #if __CUDA_ARCH__ >= 800
 
-// Numbers of 8 significant bits are multiplied twice as fast, 16 at a time: a float is the sum of
-// three of them.
+// Numbers of 8 significant bits are multiplied twice as fast, 16 at a time.
 template <>
-struct RightFactor<__nv_bfloat16> {
-    enum { QUADS = 6 };
-    uint4 quad[QUADS];
+struct Parts<__nv_bfloat16> {
+    enum { PARTS = 3, STEPS = 2 };
 };
-FUNCTION RightFactor<__nv_bfloat16> right_factor(RightNumbers numbers, __nv_bfloat16 t) {
-    RightFactor<__nv_bfloat16> out;
-    UNROLL for (int part = 0; part < 3; part++) {
-        unsigned words[RUNS][2];
-        UNROLL for (int e = 0; e < RUNS; e++) {
-            float* v = numbers.run[e].at;
-            UNROLL for (int k = 0; k < 2; k++) words[e][k] = pair(v[2 * k], v[2 * k + 1], t);
-            UNROLL for (int k = 0; k < 4; k++) v[k] -= number(words[e][k / 2], k % 2, t);
-        }
-        UNROLL for (int e = 0; e < 2; e++)
-            out.quad[2 * part + e] =
-                make_uint4(words[e][0], words[2 + e][0], words[e][1], words[2 + e][1]);
-    }
-    return out;
+FUNCTION Piece piece_of(Raw<__nv_bfloat16, 8> row, int t) {
+    return {{row.word[2 * t], row.word[2 * t + 1]}, {}};
 }
-FUNCTION Floats<4> multiply_half(Floats<4> sum, Raw<__nv_bfloat16, 8> row,
-                                 RightFactor<__nv_bfloat16> b) {
-    UNROLL for (int k = 5; k >= 0; k--) {
-        const uint4 a = b.quad[k];
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(sum.at[0]), "+f"(sum.at[1]), "+f"(sum.at[2]), "+f"(sum.at[3])
-            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(row.word[k % 2 * 2]),
-              "r"(row.word[k % 2 * 2 + 1]));
+FUNCTION void split_off(unsigned words[][2], RightNumbers& numbers, __nv_bfloat16 t) {
+    UNROLL for (int k = 0; k < 4; k++) {
+        float* v = numbers.run[k / 2].at + k % 2 * 2;
+        const unsigned both = pair(v[0], v[1], t);
+        v[0] -= number(both, 0, t), v[1] -= number(both, 1, t);
+        words[k / 2][k % 2] = both;
     }
+}
+FUNCTION Floats<4> step_multiply(Floats<4> sum, uint4 a, const unsigned* b, __nv_bfloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum.at[0]), "+f"(sum.at[1]), "+f"(sum.at[2]), "+f"(sum.at[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]));
     return sum;
 }
 
 #endif
 
-// a b, in full float32
-template <typename T>
-FUNCTION Product multiply(Raw<T, 8> upper, Raw<T, 8> lower, RightFactor<T> b) {
-    const Floats<PLACES> none = {};
-    return {multiply_half(none, upper, b), multiply_half(none, lower, b)};
+template <typename T, int TILES>
+struct RightFactor {
+    enum {
+        PARTS = Parts<T>::PARTS,
+        STEPS = Parts<T>::STEPS,
+        PAIRS = (PARTS * TILES + 1) / 2,
+        QUADS = PAIRS * STEPS
+    };
+    uint4 quad[QUADS];
+};
+// The last argument only names the type.
+template <int TILES, typename T>
+FUNCTION RightFactor<T, TILES> right_factor(RightTiles<TILES> tiles, T t) {
+    typedef RightFactor<T, TILES> Factor;
+    Factor out = {};
+    UNROLL for (int eight = 0; eight < Factor::PARTS * TILES; eight++) {
+        unsigned words[Factor::STEPS][2];
+        split_off(words, tiles.at[eight % TILES], t);
+        UNROLL for (int k = 0; k < Factor::STEPS; k++) {
+            uint4& quad = out.quad[eight / 2 * Factor::STEPS + k];
+            if (eight % 2 == 0)
+                quad.x = words[k][0], quad.z = words[k][1];
+            else
+                quad.y = words[k][0], quad.w = words[k][1];
+        }
+    }
+    return out;
+}
+// The products of BLOCKS times 32 numbers of each row with as many factors, added up in full float32,
+// the smallest first.
+template <int TILES, int BLOCKS, int HEIGHT, typename T, typename F>
+FUNCTION Products<TILES, HEIGHT> multiply(Rows<Raw<T, 8>, BLOCKS, HEIGHT> rows, F factors) {
+    typedef RightFactor<T, TILES> Factor;
+    Products<TILES, HEIGHT> out;
+    UNROLL for (int pair = Factor::PAIRS - 1; pair >= 0; pair--) {
+        Floats<4> sums[2 * HEIGHT] = {};
+        // of floats, first what their own rests bring with the first parts of the factors
+        UNROLL for (int whole = sizeof(T) == 4 && 2 * pair < TILES ? 0 : 1; whole < 2; whole++) {
+            UNROLL for (int k = 0; k < BLOCKS * Factor::STEPS; k++) {
+                const int block = k / Factor::STEPS, step = k % Factor::STEPS;
+                const uint4 a = quad(factors, block, pair * Factor::STEPS + step);
+                UNROLL for (int h = 0; h < 2 * HEIGHT; h++) {
+                    const Piece b = piece_of(rows.at[block][h / 2].in_half[h % 2], step);
+                    sums[h] = step_multiply(sums[h], a, whole ? b.whole : b.rest, T(0.0f));
+                }
+            }
+        }
+        UNROLL for (int k = 0; k < 8 * HEIGHT; k++) {
+            const int h = k / 4, j = k % 4, eight = 2 * pair + j / 2;
+            const float sum = sums[h].at[j];
+            if (eight < Factor::PARTS * TILES) {
+                float& own = out.at[h / 2].tile[eight % TILES].in_half[h % 2].at[j % 2];
+                own = eight / TILES == Factor::PARTS - 1 ? sum : own + sum;
+            }
+        }
+    }
+    return out;
 }
 
 //// the first lines of every kernel ////

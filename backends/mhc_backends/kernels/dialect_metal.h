@@ -11,14 +11,18 @@ using namespace metal;
 
 #define FUNCTION inline
 #define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup)
-// Must come before products of matrices, whose instructions are of all lanes together: the loads and
-// stores before may have parted them.
+// SIMD_BARRIER is a BARRIER of the lanes of a simdgroup. TOGETHER must come before products of matrices,
+// whose instructions are of all lanes together: the loads and stores before may have parted them.
 #define TOGETHER simdgroup_barrier(mem_flags::mem_none)
+#define SIMD_BARRIER simdgroup_barrier(mem_flags::mem_threadgroup)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define PRAGMA(text) _Pragma(#text)
 #define UNROLL_FEW(COUNT) PRAGMA(clang loop unroll_count(COUNT <= 4 ? COUNT : 1))
 #define UNROLL_SMALL UNROLL_FEW(N)
 #define MINUS_INFINITY (-INFINITY)
+// `threadgroup LAUNCHED uint4 p[LAUNCH_SIZE(8)];` is the same in CUDA where the launch gives the memory.
+#define LAUNCHED
+#define LAUNCH_SIZE(NUMBER) (NUMBER)
 // `threadgroup float p[8];` declares memory of a threadgroup, and simd_sum(v) sums over 32 threads.
 
 // The number of the lane whose place differs in the bits of `step`.
@@ -38,9 +42,10 @@ struct Place {
 };
 
 enum { SIMD = 32, MOST_SIMDGROUPS = 32 };
-// Products of matrices: the columns of a left factor, and of uint4 the most that a lane's share of a
-// factor takes.
-enum { DEPTH = 8, LEFT_QUADS = 1, RIGHT_QUADS = 2 };
+// Products of matrices: the columns of a left factor, those of a tile of the right one, and how many
+// uint4 a lane's share of a left factor takes, and at most of TILES tiles of a long right one.
+enum { DEPTH = 8, TILE_COLUMNS = 8, LEFT_QUADS = 1 };
+#define RIGHT_QUADS(TILES) (2 * (TILES))
 
 //// twice: where vectors begin anywhere, and where all begin at their own multiples ////
 
@@ -193,6 +198,33 @@ FUNCTION float number(uint word, int second, bfloat) {
 MHC_LOAD_RAW(device)
 MHC_LOAD_RAW(constant)
 #undef MHC_LOAD_RAW
+// fetch_raw<W>(p): load_raw<W>(p) from an input whose rows a simdgroup reads in small pieces, many rows
+// at a time.
+template <int W, typename P>
+FUNCTION auto fetch_raw(P p) {
+    return load_raw<W>(p);
+}
+// start_copy(to, from): begins to copy 16 bytes of an input, which begin at a multiple of 16, to
+// threadgroup memory. end_copies<LEFT>() waits for this thread's, but for those of the last LEFT times
+// that it said mark_copies(). Here the first one waits.
+#define MHC_START_COPY(space)                                            \
+    template <typename T>                                                \
+    FUNCTION void start_copy(threadgroup uint4* to, const space T* from) { \
+        *to = *(const space uint4*)from;                                 \
+    }
+MHC_START_COPY(device)
+MHC_START_COPY(constant)
+#undef MHC_START_COPY
+FUNCTION void mark_copies() {}
+template <int LEFT>
+FUNCTION void end_copies() {}
+// 8 numbers of T as they came there, 16 bytes a quad
+template <typename T>
+FUNCTION Raw<T, 8> raw_of(const thread uint4* quads, T) {
+    Raw<T, 8> out;
+    UNROLL for (int k = 0; k < Raw<T, 8>::WORDS; k++) out.word[k] = quads[k / 4][k % 4];
+    return out;
+}
 template <typename T, int W>
 FUNCTION Floats<W> floats(Raw<T, W> raw) {
     enum { PER_WORD = Raw<T, W>::PER_WORD };
@@ -238,6 +270,8 @@ FUNCTION void store_raw(device T* p, Raw<T, W> v) {
 
 FUNCTION int tile_row(int lane) { return (lane / 4 & 4) + lane / 2 % 4; }
 FUNCTION int tile_pair(int lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }
+// The lane of the same row whose tile_pair is 2 k.
+FUNCTION int row_lane(int lane, int k) { return (lane & 22) + (k & 2) * 4 + k % 2; }
 // The sum over the four lanes that hold a row.
 FUNCTION float row_sum(float v) {
     v += simd_xor(v, 1);
@@ -281,51 +315,90 @@ FUNCTION Floats<4> multiply(Floats<4> sum, Left a, Right b) {
     return sum;
 }
 
-// The longer product, of 16 rows of 32 numbers of T, is [16, 32] by [32, TILE_COLUMNS]. A lane holds 8
-// numbers of each of its two rows, those from 4 tile_pair on, as they are in memory; and of the right
-// factor RUNS runs of 4 numbers, run e in rows 4 right_row(lane, e) to 4 right_row(lane, e) + 3 and
-// column right_column(lane, e). Of the sum it gets PLACES numbers in each half of the rows: number j
-// of half h is in row 8 h + sum_row(lane, j) and column sum_column(lane, j).
-enum { TILE_COLUMNS = 8, RUNS = 2, PLACES = 2 };
+// The longer product, of 16 rows of 32 numbers of T, is [16, 32] by [32, 8 TILES]. A lane holds 8
+// numbers of each of its two rows, those from 4 tile_pair on, as they are in memory; and of each tile
+// of the right factor two runs of 4 numbers, run e in rows 4 right_row(lane, e) to 4 right_row(lane, e)
+// + 3 and column right_column(lane, e). Of the sum it gets two numbers of each tile in each half of the
+// rows: number j of half h is in row 8 h + sum_row(lane, j) and column sum_column(lane, j).
 FUNCTION int sum_row(int lane, int) { return tile_row(lane); }
 FUNCTION int sum_column(int lane, int j) { return tile_pair(lane) + j; }
 
 struct RightNumbers {
-    Floats<4> run[RUNS];
+    Floats<4> run[2];
 };
+template <int TILES>
+struct RightTiles {
+    RightNumbers at[TILES];
+};
+// A lane's share of 16 rows and of a tile's columns: of the rows 8 numbers of each of its two.
 struct Product {
-    Floats<PLACES> in_half[2];
+    Floats<2> in_half[2];
+};
+template <int TILES>
+struct Tiles {
+    Product tile[TILES];
+};
+template <int TILES, int HEIGHT>
+struct Products {
+    Tiles<TILES> at[HEIGHT];
+};
+template <typename R>
+struct Halves {
+    R in_half[2];
+};
+// HEIGHT times 16 rows, BLOCKS times 32 numbers of each.
+template <typename R, int BLOCKS, int HEIGHT>
+struct Rows {
+    Halves<R> at[BLOCKS][HEIGHT];
 };
 
+// Factors in threadgroup memory, where quad k of a lane is beside the next one's, so that no two lanes
+// meet in a bank. (Others may be in registers: quad(factors, block, k) is what a product asks for.)
+template <int QUADS, typename S>
+struct Shared {
+    S from;
+    int lane;
+};
+template <int QUADS, typename S>
+FUNCTION uint4 quad(Shared<QUADS, S> factors, int block, int k) {
+    return factors.from[(block * QUADS + k) * SIMD + factors.lane];
+}
+
 // Product t of four takes the numbers t and 4 + t of every run of 8: any order will do.
-template <typename T>
+template <typename T, int TILES>
 struct RightFactor {
-    enum { QUADS = 2 };
+    enum { QUADS = 2 * TILES };
     uint4 quad[QUADS];
 };
 // The last argument only names the type.
-template <typename T>
-FUNCTION RightFactor<T> right_factor(RightNumbers numbers, T) {
-    RightFactor<T> out;
-    const thread float *f = numbers.run[0].at, *s = numbers.run[1].at;
-    out.quad[0] = as_type<uint4>(float4(f[0], s[0], f[1], s[1]));
-    out.quad[1] = as_type<uint4>(float4(f[2], s[2], f[3], s[3]));
+template <int TILES, typename T>
+FUNCTION RightFactor<T, TILES> right_factor(RightTiles<TILES> tiles, T) {
+    RightFactor<T, TILES> out;
+    UNROLL for (int tile = 0; tile < TILES; tile++) {
+        const Floats<4> f = tiles.at[tile].run[0], s = tiles.at[tile].run[1];
+        out.quad[2 * tile] = as_type<uint4>(float4(f.at[0], s.at[0], f.at[1], s.at[1]));
+        out.quad[2 * tile + 1] = as_type<uint4>(float4(f.at[2], s.at[2], f.at[3], s.at[3]));
+    }
     return out;
 }
-// a b
-template <typename T>
-FUNCTION Product multiply(Raw<T, 8> upper, Raw<T, 8> lower, RightFactor<T> b) {
-    const Floats<8> u = floats(upper), l = floats(lower);
-    Floats<4> sum = {};
-    UNROLL for (int t = 0; t < 4; t++) {
-        const float4 two = as_type<float4>(b.quad[t / 2]);
-        const Right factor = t % 2 ? right(two.z, two.w) : right(two.x, two.y);
-        sum = multiply(sum, left(u.at[t], u.at[4 + t], l.at[t], l.at[4 + t]), factor);
-    }
-    Product out;
-    UNROLL for (int j = 0; j < PLACES; j++) {
-        out.in_half[0].at[j] = sum.at[j];
-        out.in_half[1].at[j] = sum.at[PLACES + j];
+// The products of BLOCKS times 32 numbers of each row with as many factors, added up.
+template <int TILES, int BLOCKS, int HEIGHT, typename T, typename F>
+FUNCTION Products<TILES, HEIGHT> multiply(Rows<Raw<T, 8>, BLOCKS, HEIGHT> rows, F factors) {
+    Products<TILES, HEIGHT> out;
+    UNROLL for (int k = 0; k < TILES * HEIGHT; k++) {
+        const int tile = k % TILES;
+        Floats<4> sum = {};
+        UNROLL for (int block = 0; block < BLOCKS; block++) {
+            const Halves<Raw<T, 8>> row = rows.at[block][k / TILES];
+            const Floats<8> u = floats(row.in_half[0]), l = floats(row.in_half[1]);
+            UNROLL for (int t = 0; t < 4; t++) {
+                const float4 two = as_type<float4>(quad(factors, block, 2 * tile + t / 2));
+                const Right factor = t % 2 ? right(two.z, two.w) : right(two.x, two.y);
+                sum = multiply(sum, left(u.at[t], u.at[4 + t], l.at[t], l.at[4 + t]), factor);
+            }
+        }
+        UNROLL for (int j = 0; j < 4; j++)
+            out.at[k / TILES].tile[tile].in_half[j / 2].at[j % 2] = sum.at[j];
     }
     return out;
 }

@@ -25,11 +25,14 @@ __all__ = [
     "VARIABLE",
     "Launch",
     "Shape",
+    "factor_bytes",
     "few",
     "launch",
     "occupancy",
     "parts",
     "shares",
+    "slot_bytes",
+    "stage",
 ]
 
 VARIABLE = "MHC_METAL_TUNING"
@@ -45,10 +48,14 @@ SHARES = 256  # of large tokens, at most, each with its sums over them
 SHARE_NUMBERS = 8192  # of a large token; smaller ones have up to four times as many shares
 KEPT_WORDS = {"metal": 64, "cuda": 128}  # of 32 bits, that a thread keeps between two uses
 TILE_TOKENS, BLOCK_CHANNELS, PART_CHANNELS = 16, 32, 256  # as common_project.h has them
-TILE_COLUMNS = {"metal": 8, "cuda": 16}  # as the dialects have them
+PART_BLOCKS = PART_CHANNELS // BLOCK_CHANNELS  # of a stream
+TILE_COLUMNS = 8  # as the dialects have it
 COLUMNS_AT_ONCE = 64  # of phi, whose sums a simdgroup keeps in registers
-HEIGHT = 2  # tiles of tokens that a simdgroup of `project` multiplies with the same phi
+# tiles of tokens that a simdgroup of `project` multiplies with the same phi
+HEIGHT = {"float32": 1, "float16": 2, "bfloat16": 2}
+AHEAD = {"metal": 0, "cuda": 2}  # leaves of the streams that are on their way meanwhile
 BUSY = 512  # simdgroups from which on a GPU is busy with products
+MOST_GROUPS = {"metal": MOST_GRID // MOST_THREADS, "cuda": 128}  # with a part of phi each
 SHARED = 2048  # floats of threadgroup memory for the sums of some tokens
 SHARE_TOKENS = 128  # that a strip's simdgroup takes at least, where there are more
 LEAF_NUMBERS = {"metal": 8192, "cuda": 10240}  # floats of threadgroup memory for some leaves' sums
@@ -90,7 +97,7 @@ class Shape:
         Whether the streams are spread over the threads, beside the channels.
     resident
         In CUDA, the threadgroups for which a multiprocessor must have registers, so that each waits
-        while another computes.
+        while another computes; ``wide`` is that for float32, where it is another.
     """
 
     groups: Literal[
@@ -111,6 +118,7 @@ class Shape:
     keeps: int = 0
     streams: bool = False
     resident: int = 1
+    wide: int | None = None
 
 
 TABLE: Mapping[str, Shape] = {
@@ -127,11 +135,11 @@ TABLE: Mapping[str, Shape] = {
     "head_vjp": Shape(groups="matrices", threads=128),
     "mappings": Shape(groups="sums"),
     "mappings_vjp": Shape(groups="matrices", threads=64),
-    "pre": Shape(groups="several"),
+    "pre": Shape(groups="several", resident=4),
     "pre_scale": Shape(groups="tile"),
     "pre_scale_vjp": Shape(groups="token"),
     "project": Shape(groups="parts"),
-    "project_dphi": Shape(groups="strips", resident=2),
+    "project_dphi": Shape(groups="strips", resident=2, wide=1),
     "project_dx": Shape(groups="strips", turns=4, resident=2),
     "project_few": Shape(groups="leaves", threads=512),
     "residual_add_aggregate": Shape(groups="tile"),
@@ -182,7 +190,7 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
     if shape.groups == "matrices":
         return _matrices(shape, T, n)
     if shape.groups == "parts":
-        return _parts(shape, T, C, HEIGHT if kernel == "project" else 1)
+        return _parts(shape, T, C, HEIGHT[dtype] if kernel == "project" else 1, dialect)
     if shape.groups == "leaves":
         return _leaves(shape, T, n, C, dialect)
     if shape.groups == "sums":
@@ -206,10 +214,11 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
     return _launch(groups, tiles, threads, elements)
 
 
-def occupancy(kernel: str) -> tuple[int, int]:
+def occupancy(kernel: str, dtype: str) -> tuple[int, int]:
     """Return the most threads of a kernel's threadgroup, and how many of those must fit at once."""
     shape = _shape(kernel)
-    return shape.threads, shape.resident
+    wide = shape.resident if shape.wide is None else shape.wide
+    return shape.threads, wide if dtype == "float32" else shape.resident
 
 
 def _token_shares(shape: Shape, T: int, numbers: int) -> int:
@@ -249,7 +258,7 @@ def parts(C: int) -> int:
 
 def few(T: int, C: int) -> bool:
     """Whether simdgroups share a part's channels, as tokens are few; the sums stay the same."""
-    return -(-T // (HEIGHT * TILE_TOKENS)) * parts(C) < BUSY
+    return -(-T // (max(HEIGHT.values()) * TILE_TOKENS)) * parts(C) < BUSY
 
 
 def shares(kernel: str, T: int, n: int, C: int) -> int:
@@ -260,21 +269,45 @@ def shares(kernel: str, T: int, n: int, C: int) -> int:
     return groups // _strip_groups(shape, n, C) if shape.groups == "strips" else groups
 
 
-def _parts(shape: Shape, T: int, C: int, height: int) -> Launch:
+def _parts(shape: Shape, T: int, C: int, height: int, dialect: str) -> Launch:
     tiles = -(-T // (height * TILE_TOKENS))
-    simdgroups = shape.threads // SIMD
-    while simdgroups > 1 and -(-tiles // simdgroups) * parts(C) < FILLED:
+    simdgroups, most = shape.threads // SIMD, MOST_GROUPS[dialect]
+    while simdgroups > 1 and -(-tiles // simdgroups) * parts(C) < min(most, FILLED):
         simdgroups //= 2
-    return _launch(-(-tiles // simdgroups) * parts(C), 1, simdgroups * SIMD, 1)
+    # a threadgroup keeps to one part, as it has phi for that, and takes its tokens in turns
+    most = min(most, MOST_GRID // (simdgroups * SIMD)) // parts(C)
+    groups = max(min(-(-tiles // simdgroups), most), 1) * parts(C)
+    return Launch((groups * simdgroups * SIMD, 1, 1), (simdgroups * SIMD, 1, 1), 1)
 
 
 def _leaves(shape: Shape, T: int, n: int, C: int, dialect: str) -> Launch:
-    tile = TILE_COLUMNS[dialect]
-    width = tile * -(-min(n * n + 2 * n, COLUMNS_AT_ONCE) // tile) + 4
+    width = TILE_COLUMNS * -(-min(n * n + 2 * n, COLUMNS_AT_ONCE) // TILE_COLUMNS) + 4
     # whose sums have room, beside their total
     leaves = LEAF_NUMBERS[dialect] // (TILE_TOKENS * width) - 1
     threads = min(shape.threads, leaves * SIMD)
     return _launch(-(-T // TILE_TOKENS) * parts(C), 1, threads, 1)
+
+
+def factor_bytes(tiles: int, dtype: str, dialect: str) -> int:
+    """Return what the factor of a block takes in threadgroup memory, as the dialects have it."""
+    quads = 2 * tiles
+    if dialect == "cuda":
+        quads = 2 * (-(-3 * tiles // 2)) if dtype == "bfloat16" else 4 * tiles
+    return quads * SIMD * ACCESS_BYTES
+
+
+def slot_bytes(rows: int, dtype: str, kernel: str) -> int:
+    """Return what so many rows of 8 numbers take, for each thread of a kernel's threadgroup."""
+    return rows * 8 * ITEMSIZE[dtype] * _shape(kernel).threads
+
+
+def stage(blocks: int, unit: int, most: int) -> int:
+    """Return how many blocks' factors are in threadgroup memory at a time, of so many.
+
+    The count divides them all, is a multiple of ``unit``, and at most ``most`` where that can be.
+    """
+    fit = (k for k in range(unit, blocks + 1, unit) if blocks % k == 0 and k <= most)
+    return max(fit, default=unit)
 
 
 def _strips(shape: Shape, T: int, n: int, C: int) -> Launch:
@@ -341,7 +374,8 @@ _NEEDS: Mapping[str, tuple[Callable[[int], bool], str]] = {
     "turns": (lambda value: value >= 1, "an integer of at least 1"),
     "resident": (lambda value: 1 <= value <= 16, "an integer from 1 to 16"),
 }
-assert set(_NEEDS) | {"groups", "keeps", "streams"} == {field.name for field in fields(Shape)}
+_FIXED = {"groups", "keeps", "streams", "wide"}
+assert set(_NEEDS) | _FIXED == {field.name for field in fields(Shape)}
 
 
 def _override(path: str, kernel: str, entry: Any) -> Shape:

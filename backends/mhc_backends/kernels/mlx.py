@@ -18,11 +18,11 @@ import mlx.core as mx
 
 from mhc_backends._mlx import as_tuple
 from mhc_backends.kernels import bounds, declarations, header, ops, source
-from mhc_backends.kernels.launch import launch, occupancy, shares
+from mhc_backends.kernels.launch import ACCESS_BYTES, launch, occupancy, shares
 from mhc_backends.kernels.shorten import shorten
 from mhc_core import _gradients
 
-__all__ = ["Kernels", "Ops", "Out", "Sizes", "tokens"]
+__all__ = ["Kernels", "Ops", "Out", "Sizes", "Stage", "dtype_name", "tokens"]
 
 Launcher = Callable[..., Any]  # MLX's stubs say object
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -54,6 +54,17 @@ class Out(NamedTuple):
         return cls(array.shape, array.dtype)
 
 
+class Stage(NamedTuple):
+    """What a threadgroup has in memory whose size the launch gives.
+
+    That is the factors of so many blocks, the bytes of each, and the bytes of rows on their way.
+    """
+
+    blocks: int
+    each: int
+    rows: int
+
+
 def tokens(array: mx.array, last: int) -> mx.array:
     """Flatten all but the last ``last`` axes into one; an array for all tokens gets one row."""
     split = array.ndim - last
@@ -72,11 +83,14 @@ class Kernels:
         ``mx.fast.metal_kernel`` or a function with its signature.
     dialect
         ``"metal"`` or ``"cuda"``.
+    memory
+        Bytes of threadgroup memory that the factors of a product may take.
     """
 
-    def __init__(self, launcher: Launcher, dialect: str) -> None:
+    def __init__(self, launcher: Launcher, dialect: str, memory: int = 16384) -> None:
         self.launcher = launcher
         self.dialect = dialect
+        self.memory = memory
         self._made: dict[Any, Callable[..., Sequence[mx.array]]] = {}
 
     def __call__(
@@ -86,13 +100,15 @@ class Kernels:
         outputs: Mapping[str, Out],
         sizes: Sizes,
         numbers: Mapping[str, Sequence[float]] | None = None,
+        stage: Stage | None = None,
         /,
         **constants: int,
     ) -> list[mx.array]:
         """Launch a kernel and return its outputs; with no tokens, nothing is launched.
 
         Inputs are read as they lie in memory, row after row: MLX copies those that are strided.
-        ``numbers`` become arrays of floats in the kernel's text, and ``constants`` are template
+        ``numbers`` become arrays of floats in the kernel's text, ``stage`` says what it needs of
+        threadgroup memory whose size the launch gives, and ``constants`` are template
         arguments beside N and those of the launch. Each value is compiled anew, so what varies is
         passed as an input, which costs a launch 1 us in MLX's CUDA build, and an output 2.
 
@@ -103,7 +119,8 @@ class Kernels:
         if sizes.T == 0:
             return [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
         arrays = list(inputs.values())
-        shape = launch(name, *sizes, _dtype(arrays[0].dtype), self.dialect)
+        dtype = dtype_name(arrays[0].dtype)
+        shape = launch(name, *sizes, dtype, self.dialect)
         words = {
             "N": sizes.n,
             "W": shape.elements,
@@ -112,13 +129,19 @@ class Kernels:
             "REST": int(shape.rest),
             **constants,
         }
+        memory = 0
+        if stage is not None:
+            words["STAGE"] = stage.blocks
+            memory = stage.blocks * stage.each + stage.rows
+            if self.dialect == "metal":  # where the text says how much it takes
+                words["SLOTS"] = stage.rows // ACCESS_BYTES
         before = declarations(name, {*inputs, *outputs}, numbers or {})
         texts = shorten(header(self.dialect), before + source(name, self.dialect))
         if self.dialect == "cuda":  # else it may need more registers than its threads have
-            texts = texts[0] + bounds(*occupancy(name)), texts[1]
+            texts = texts[0] + bounds(*occupancy(name, dtype)), texts[1]
         template = [(word, words[word]) for word in words if re.search(rf"\b{word}\b", texts[1])]
         called = f"{name}_{zlib.crc32(before.encode()):x}" if before else name
-        kernel = self._kernel(called, texts, tuple(inputs), tuple(outputs), arrays, dtypes)
+        kernel = self._kernel(called, texts, tuple(inputs), tuple(outputs), arrays, dtypes, memory)
         return list(
             kernel(
                 inputs=arrays,
@@ -138,22 +161,25 @@ class Kernels:
         outputs: tuple[str, ...],
         arrays: Sequence[mx.array],
         dtypes: Sequence[mx.Dtype],
+        memory: int,
     ) -> Callable[..., Sequence[mx.array]]:
         """Return MLX's object for a kernel, under a name of its own for each generated text.
 
         The text depends on the dtypes, and in Metal on which inputs are in constant memory. MLX
         releases that look for a compiled kernel by its name alone must not find another's.
         """
-        words = [f"{_dtype(a.dtype)}{'c' if a.size < 8 else ''}" for a in arrays]
-        full = "_".join(["mhc", name, *words, *map(_dtype, dtypes)])
-        made = self._made.get((full, texts))
+        words = [f"{dtype_name(a.dtype)}{'c' if a.size < 8 else ''}" for a in arrays]
+        full = "_".join(["mhc", name, *words, *map(dtype_name, dtypes)])
+        made = self._made.get((full, texts, memory))
         if made is None:
-            made = self._made[full, texts] = self.launcher(
+            dynamic = {"shared_memory": memory} if self.dialect == "cuda" and memory else {}
+            made = self._made[full, texts, memory] = self.launcher(
                 name=full,
                 input_names=list(inputs),
                 output_names=list(outputs),
                 source=texts[1],
                 header=texts[0],
+                **dynamic,
             )
         return made
 
@@ -183,7 +209,8 @@ class Kernels:
         return a
 
 
-def _dtype(dtype: mx.Dtype) -> str:
+def dtype_name(dtype: mx.Dtype) -> str:
+    """Give a dtype's name without its module."""
     return str(dtype).removeprefix("mlx.core.")
 
 

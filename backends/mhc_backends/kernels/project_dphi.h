@@ -2,82 +2,68 @@
 //
 // x[T, n, C], du[T, m] -> dphi[S, m, n C]. A threadgroup takes a share and a strip of the channels; a
 // simdgroup takes 32 channels of one stream, and TILES tiles of columns at a time. The left factor is x
-// transposed, of which a lane holds 4 channels of 8 tokens. The simdgroups share du, of which 64
-// tokens go into threadgroup memory while those before are multiplied.
+// transposed, of which a lane holds 4 channels of 8 tokens. The simdgroups share du, in threadgroup
+// memory: that of STAGE times 32 tokens at a time.
 
 const int64_t T = x_shape[0];
 const int C = x_shape[2], M = du_shape[1];
 const int64_t K = int64_t(N) * C;
-const int FACTORS = AT_ONCE * TILES * RIGHT_QUADS * SIMD;  // of AT_ONCE times 32 tokens
-threadgroup uint4 factors[2 * FACTORS];
+threadgroup LAUNCHED uint4 factors[LAUNCH_SIZE(STAGE * RIGHT_QUADS(TILES) * SIMD)];
 
 //// fast where C % BLOCK_CHANNELS == 0 && vectors<4>(x) && vectors<4>(dphi) ////
 typedef decltype(load_raw<8>(x)) Row;
-typedef decltype(load_raw<4>(x)) Piece;
-typedef decltype(factor_for(Row(), RightNumbers())) Factor;
+const int FACTOR = decltype(factor_for(Row(), RightTiles<TILES>()))::QUADS * SIMD;
 const int lane = here.id % SIMD, simdgroup = here.id / SIMD, simdgroups = here.threads / SIMD;
-const int channel = 4 * tile_row(lane), SLOTS = AT_ONCE * TILES;
+const int channel = 4 * tile_row(lane);
 const int strips = strip_count<N>(C, simdgroups);
 const int unit = int(here.group_x % strips) * simdgroups + simdgroup;
 const int i = strip_stream<N>(unit), c = strip_channel<N>(unit);  // from C on there is nothing
 const int rest = C - c - channel;
 const int64_t at = int64_t(i) * C + c + channel;
-const int64_t shares = here.groups_x / strips, own = here.group_x / strips;
-const int64_t share = (T + shares - 1) / shares, begin = own * share;
-const int64_t end = begin + share < T ? begin + share : T;
-int side = 0;  // of `factors`
+const int64_t own = here.group_x / strips, begin = own * STAGE * SIMD;
+const int64_t turn = here.groups_x / strips * STAGE * SIMD;  // all shares, side by side
 
 for (int column = 0; column < M; column += TILES * TILE_COLUMNS) {
-    Product sums[2][TILES];  // of channels 0 and 1 of four, and of 2 and 3
-    UNROLL for (int k = 0; k < 2 * TILES; k++) sums[k / TILES][k % TILES] = no_product();
-    RightNumbers ahead = {};
-    if (simdgroup < SLOTS)
-        ahead = load_du(du, M, column + simdgroup % TILES * TILE_COLUMNS,
-                        begin + simdgroup / TILES * SIMD, end, lane);
+    Products<TILES, 1> sums[2];  // of channels 0 and 1 of four, and of 2 and 3
+    UNROLL for (int s = 0; s < 2; s++) sums[s] = no_products<TILES, 1>();
 
-    for (int64_t first = begin; first < end; first += AT_ONCE * SIMD) {
-        RawTokens<Piece> tokens[AT_ONCE];
-        UNROLL for (int b = 0; b < AT_ONCE; b++) {
-            UNROLL for (int k = 0; k < 8; k++) {
-                const int64_t token = first + b * SIMD + 4 * tile_pair(lane) + k;
-                tokens[b].at[k] =
-                    load_raw_within<4>(x + (token < end ? token : end - 1) * K + at, rest);
-            }
-        }
-
-        // This side was last read before the last barrier.
-        const auto shared = &factors[side * FACTORS];
-        side = 1 - side;
-        for (int slot = simdgroup; slot < SLOTS; slot += simdgroups) {
-            if (slot != simdgroup)
-                ahead = load_du(du, M, column + slot % TILES * TILE_COLUMNS,
-                                first + slot / TILES * SIMD, end, lane);
-            put(shared + slot * RIGHT_QUADS * SIMD, factor_for(Row(), ahead), lane);
+    decltype(load_tokens(x, K, 0, 0, 0, 0)) tokens[AHEAD + 1];
+    if (AHEAD) tokens[0] = load_tokens(x + at, K, begin, T, rest, lane);
+    for (int64_t stage = begin; stage < T; stage += turn) {
+        BARRIER;  // those before have been read
+        for (int k = simdgroup; k < STAGE; k += simdgroups) {
+            const auto numbers = load_du<TILES>(du, M, column, stage + k * SIMD, T, lane);
+            put(&factors[k * FACTOR], factor_for(Row(), numbers), lane);
         }
         BARRIER;
-        if (simdgroup < SLOTS)
-            ahead = load_du(du, M, column + simdgroup % TILES * TILE_COLUMNS,
-                            first + AT_ONCE * SIMD + simdgroup / TILES * SIMD, end, lane);
-
-        TOGETHER;
-        UNROLL for (int b = 0; b < AT_ONCE; b++) {
-            Row rows[4];
-            UNROLL for (int k = 0; k < 4; k++) rows[k] = transposed(tokens[b], k);
-            UNROLL for (int k = 0; k < TILES; k++) {
-                const Factor factor =
-                    take<Factor>(shared + (b * TILES + k) * RIGHT_QUADS * SIMD, lane);
-                UNROLL for (int s = 0; s < 2; s++)
-                    sums[s][k] = plus(sums[s][k], multiply(rows[2 * s], rows[2 * s + 1], factor));
+        for (int k = 0; k < STAGE; k += 2) {
+            UNROLL for (int side = 0; side < 2; side++) {
+                const int block = k + side;
+                const int64_t first = stage + block * SIMD;
+                const int64_t next = !AHEAD ? first : block + 1 < STAGE ? first + SIMD : stage + turn;
+                if (next < T)
+                    tokens[AHEAD ? 1 - side : 0] = load_tokens(x + at, K, next, T, rest, lane);
+                if (first < T) {
+                    const auto shared =
+                        shared_factors<TILES>(Row(), &factors[block * FACTOR], lane);
+                    TOGETHER;
+                    UNROLL for (int s = 0; s < 2; s++) {
+                        Rows<Row, 1, 1> rows;
+                        UNROLL for (int k = 0; k < 2; k++)
+                            rows.at[0][0].in_half[k] = transposed(tokens[AHEAD ? side : 0], 2 * s + k);
+                        sums[s] = plus(sums[s], multiply<TILES>(rows, shared));
+                    }
+                }
             }
         }
     }
 
     UNROLL for (int tile = 0; tile < TILES; tile++) {
-        UNROLL for (int j = 0; j < PLACES; j++) {
+        UNROLL for (int j = 0; j < 2; j++) {
             const int to = column + tile * TILE_COLUMNS + sum_column(lane, j);
             const int channel = c + 4 * sum_row(lane, j);
             Floats<4> out;
-            UNROLL for (int k = 0; k < 4; k++) out.at[k] = sums[k / 2][tile].in_half[k % 2].at[j];
+            UNROLL for (int k = 0; k < 4; k++) out.at[k] = sums[k / 2].at[0].tile[tile].in_half[k % 2].at[j];
             if (to < M)
                 store_within(dphi + (own * M + to) * K + int64_t(i) * C + channel, out, C - channel);
         }

@@ -22,15 +22,14 @@ const int unit = int(here.group_x % strips) * simdgroups + simdgroup;
 const int i = strip_stream<N>(unit), c = strip_channel<N>(unit);  // from C on there is nothing
 const int rest = C - c - channel;
 const int64_t at = int64_t(i) * C + c;
-const int64_t shares = here.groups_x / strips, tiles = (T + TILE_TOKENS - 1) / TILE_TOKENS;
-const int64_t share = (tiles + shares - 1) / shares, begin = here.group_x / strips * share;
-const int64_t end = begin + share < tiles ? begin + share : tiles;
+const int64_t tiles = (T + TILE_TOKENS - 1) / TILE_TOKENS;
+const int64_t turn = here.groups_x / strips * STAGE;  // all shares, side by side
 
 AcrossFactors<KEPT ? DEPTHS : 1> kept;
 UNROLL for (int depth = 0; depth < (KEPT ? DEPTHS : 0); depth++)
     kept.at[depth] = across(phi, K, M, depth * DEPTH, at, C - c, lane);
 
-for (int64_t stage = begin; stage < end; stage += STAGE) {
+for (int64_t stage = here.group_x / strips * STAGE; stage < tiles; stage += turn) {
     if (KEPT) {
         BARRIER;  // the stage before is done
         for (int slot = simdgroup; slot < STAGE * DEPTHS; slot += simdgroups) {
@@ -41,7 +40,7 @@ for (int64_t stage = begin; stage < end; stage += STAGE) {
         }
         BARRIER;
     }
-    for (int64_t tile = stage; tile < stage + STAGE && tile < end && c < C; tile++) {
+    for (int64_t tile = stage; tile < stage + STAGE && tile < tiles && c < C; tile++) {
         const int64_t first = tile * TILE_TOKENS + tile_row(lane);
         const int64_t tokens[2] = {first < T ? first : T - 1, first + 8 < T ? first + 8 : T - 1};
 

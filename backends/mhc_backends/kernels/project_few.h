@@ -12,36 +12,29 @@ threadgroup float numbers[LEAF_NUMBERS];
 typedef decltype(load_raw<8>(x)) Row;
 const int lane = here.id % SIMD, simdgroup = here.id / SIMD, channel = 4 * tile_pair(lane);
 const int simdgroups = here.threads / SIMD;
-const int P = (C + PART_CHANNELS - 1) / PART_CHANNELS, STRETCH = AT_ONCE * BLOCK_CHANNELS;
-const int LEAF = TILE_TOKENS * Width<TILES>::NUMBERS;
-const auto totals = &numbers[0], leaves = &numbers[LEAF];
+const int P = (C + PART_CHANNELS - 1) / PART_CHANNELS, LEAF = AT_ONCE * BLOCK_CHANNELS;
+const int NUMBERS = TILE_TOKENS * Width<TILES>::NUMBERS;  // of a leaf
+const auto totals = &numbers[0], leaves = &numbers[NUMBERS];
 
 for (int64_t item = here.group_x; item < (T + TILE_TOKENS - 1) / TILE_TOKENS * P;
      item += here.groups_x) {
-    const int part = int(item % P), begin = part * PART_CHANNELS;
+    const int part = int(item % P), begin = part * PART_CHANNELS, rest = C - begin - channel;
     const int end = begin + PART_CHANNELS < C ? begin + PART_CHANNELS : C;
-    const int count = (end - begin + STRETCH - 1) / STRETCH * AT_ONCE * N;
-    const int64_t first = item / P * TILE_TOKENS, upper = first + tile_row(lane), lower = upper + 8;
+    const int count = (end - begin + LEAF - 1) / LEAF * N;
+    const int64_t first = item / P * TILE_TOKENS;
     const int tokens = T - first < TILE_TOKENS ? int(T - first) : TILE_TOKENS;
+    const auto starts = starts_of<1>(x + begin + channel, first, T, K, lane);
 
     for (int column = 0; column < M; column += TILES * TILE_COLUMNS) {
         for (int done = 0; done < count; done += simdgroups) {
             if (done + simdgroup < count) {
-                const int own = done + simdgroup, c = begin + leaf_channel<N, AT_ONCE>(own);
-                const int64_t at = leaf_stream<N, AT_ONCE>(own) * int64_t(C) + c + channel;
-                const auto rows = load_rows(x + (upper < T ? upper : T - 1) * K + at,
-                                            x + (lower < T ? lower : T - 1) * K + at,
-                                            C - c - channel);
-                RightNumbers right[TILES];
-                UNROLL for (int k = 0; k < TILES; k++)
-                    right[k] = load_leaf_phi<N, AT_ONCE>(
-                        phi, K, M, C, column + k * TILE_COLUMNS, begin, own, lane);
-                const auto leaf = leaves + simdgroup * LEAF;
+                const int own = done + simdgroup;
+                const auto rows = load_leaf<N, AT_ONCE>(starts, C, own, rest);
+                const auto right = load_factors<N, AT_ONCE, TILES, AT_ONCE>(
+                    Row(), phi, K, M, C, column, begin, own * AT_ONCE, lane);
+                const auto leaf = leaves + simdgroup * NUMBERS;
                 TOGETHER;
-                UNROLL for (int k = 0; k < TILES; k++)
-                    put_products<TILES>(leaf, leaf_products(rows, factor_for(Row(), right[k])), k,
-                                        tokens, lane);
-                put_squares<TILES>(leaf, leaf_squares(rows), tokens, lane);
+                put_sums(leaf, add_leaf(no_sums<TILES, 1>(), rows, right), tokens, lane);
             }
             BARRIER;
             const int made = count - done < simdgroups ? count - done : simdgroups;

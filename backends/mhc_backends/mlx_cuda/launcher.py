@@ -26,6 +26,7 @@ def cuda_kernel(
     output_names: Sequence[str],
     source: str,
     header: str,
+    shared_memory: int = 0,
 ) -> Callable[..., Sequence[mx.array]]:
     """Make a kernel as ``mx.fast.cuda_kernel`` does, of files with its source and header."""
     # MLX passes the shapes that the source mentions
@@ -37,6 +38,7 @@ def cuda_kernel(
         output_names=list(output_names),
         source=f"// {' '.join(dict.fromkeys(shapes))}\n{_included(source)}",
         header=_included(header),
+        shared_memory=shared_memory,
     )
 
 

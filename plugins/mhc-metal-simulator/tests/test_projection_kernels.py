@@ -264,6 +264,26 @@ def _combined(arrays: Sequence[mx.array], busy: int) -> None:
         _equal_bits(parts, many[1])
 
 
+@contextlib.contextmanager
+def on_their_way(leaves: int) -> Iterator[None]:
+    """Have leaves on their way in slots, with room for them, as only CUDA has by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(launches.AHEAD, "metal", leaves)
+        patch.setattr(KERNELS, "memory", 32768)
+        yield
+
+
+def _project_ahead(size: Size, busy: int) -> None:
+    for leaves in (2, 1):
+        with on_their_way(leaves):
+            _project(size, busy)
+
+
+def _combine_project_ahead(size: Size, busy: int) -> None:
+    with on_their_way(1):
+        _combine_project(size, busy)
+
+
 def _weights_vjp(size: Size, busy: int) -> None:
     T, n, C, dtype = size
     x, dh = _normal((T, n, C), getattr(mx, dtype)), _normal((T, C), getattr(mx, dtype), 4)
@@ -343,6 +363,16 @@ def _projected(arrays: Sequence[Any]) -> tuple[Any, Any]:
     return flat @ arrays[1].T, 1 / np.sqrt(mean + VARIANT.norm_eps)
 
 
+AHEAD_SIZES = [  # phi of a part is put once, and then a stage at a time
+    Size(70, 1, 288, "bfloat16"),  # whose last leaf is half a one
+    Size(70, 1, 256, "bfloat16"),
+    Size(40, 2, 256, "bfloat16"),
+    Size(37, 3, 320, "bfloat16"),
+    Size(50, 4, 96, "float16"),
+    Size(70, 1, 128),
+    Size(50, 4, 64),
+    Size(20, 6, 64, "bfloat16"),
+]
 CHECKS: dict[str, tuple[Callable[[Size, int], None], int, Sequence[Size]]] = {
     "project": (_project, MANY, [Size(37, 3, 37), TINY, Size(37, 4, 296, "bfloat16")]),
     "project_few": (_project, FEW, [Size(37, 3, 37), TINY, Size(70, 4, 296, "bfloat16")]),
@@ -353,7 +383,9 @@ CHECKS: dict[str, tuple[Callable[[Size, int], None], int, Sequence[Size]]] = {
         [Size(13, 3, 37), TINY, Size(13, 9, 37), Size(13, 4, 296, "bfloat16")],
     ),
     "weights_vjp": (_weights_vjp, MANY, [Size(5, 3, 37), TINY]),
-    "back": (_back, MANY, [Size(70, 3, 37), TINY]),
+    "project, ahead": (_project_ahead, MANY, [Size(70, 3, 160), *AHEAD_SIZES[:2]]),
+    "combine_project, ahead": (_combine_project_ahead, MANY, AHEAD_SIZES[2:4]),
+    "back": (_back, MANY, [Size(70, 3, 37), TINY, Size(40, 5, 37)]),
     "back, narrow": (_back, MANY, [Size(70, 3, 37, "bfloat16")]),
     "pre": (_end, MANY, [Size(13, 3, 37)]),
     "mappings": (_mappings, FEW, [Size(13, 3, 37)]),
@@ -374,6 +406,26 @@ def test_each_kernel_by_itself(name: str) -> None:
         _try(name)
 
 
+@pytest.mark.parametrize("leaves", [1, 2])
+@pytest.mark.parametrize("size", AHEAD_SIZES, ids=lambda size: "-".join(map(str, size)))
+def test_rows_on_their_way(size: Size, leaves: int) -> None:
+    """What goes through slots gives right sums, and the bits of what does not."""
+    drawn = _draw("combine_pre", size)[:5]
+    arrays = [_normal(array.shape, array.dtype) for array in drawn]
+
+    def make() -> list[mx.array]:
+        parts = _projection.project(KERNELS, arrays[0], arrays[4])
+        return [parts, *_projection.combine_project(KERNELS, *arrays)]
+
+    with small(MANY), simulator.options(schedules=["forward", "reversed"]):
+        at_once = make()
+        with on_their_way(leaves):
+            later = make()
+            _project(size, MANY)
+            _combine_project(size, MANY)
+    assert all(mx.array_equal(one, other) for one, other in zip(later, at_once, strict=True))
+
+
 # ---- seeded faults -------------------------------------------------------------------------------
 
 
@@ -392,11 +444,11 @@ def _many(kernel: str, *faults: tuple[str, str, str, str], op: str = "") -> list
 NO_SPACE = f"{SPACE}|no matching function"
 ANYWHERE = f"{BOUNDS}|{WRONG}|nothing was written before"
 BITS = "other bits"
-LEAF = "put_squares<TILES>(leaf, leaf_squares(rows), tokens, lane);"
+ROUNDED = _halved("", "sums.squares[0]", 2)
+LEAF = "put_sums(leaf, add_leaf(no_sums<TILES, 1>(), rows, right), tokens, lane);"
 HALF_LEAF = (
-    "Floats<2> squares = leaf_squares(rows); "
-    + _halved("", "squares", 2)
-    + "put_squares<TILES>(leaf, squares, tokens, lane);"
+    "auto sums = add_leaf(no_sums<TILES, 1>(), rows, right);"
+    f"{ROUNDED} put_sums(leaf, sums, tokens, lane);"
 )
 FEW_BARRIERS = [
     (
@@ -423,42 +475,52 @@ NEXT = ("barrier of the next tokens", "BARRIER;  // the next tokens", "// the ne
 FAULTS = (
     *_many(
         "project",
-        ("barrier", "BARRIER;\n            const auto stretch", "const auto stretch", RACE),
-        ("sides' barrier", "side = 1 - side;", "", RACE),
-        ("tail", "C - begin - c - channel", "C - begin - c - channel + 1", ANYWHERE),
-        ("index", "(step + 1) % N *", "(N - 1 - (step + 1) % N) *", WRONG),
+        ("tail", "C - begin - channel;", "C - begin - channel + 1;", ANYWHERE),
+        ("index", "[place * FACTOR]", "[(STAGE - AT_ONCE - place) * FACTOR]", WRONG),
         (
             "half sum",
-            "leaf_squares(stretch.rows[b][tile]));",
-            "leaf_squares(stretch.rows[b][tile])), sums[tile].squares.at[0] ="
-            " float(half(sums[tile].squares.at[0]));",
+            "&factors[place * FACTOR], lane));",
+            f"&factors[place * FACTOR], lane));{ROUNDED}",
             WRONG,
         ),
-        ("space", "(x, starts, 0", f"({_device('x')}, starts, 0", NO_SPACE),
+        ("space", "(x + begin", f"({_device('x')} + begin", NO_SPACE),
+    ),
+    *_many(
+        "project",
+        ("phi of all turns", "(!once || turn", "(turn", WRONG),
+        ("barrier of the copies", "SIMD_BARRIER;\n                rows", "rows", RACE),
+        ("barrier of what is taken", "SIMD_BARRIER;\n                if", "if", RACE),
+        ("slot of a leaf", "slots + leaf %", "slots + (leaf + 1) %", WRONG),
+        ("simdgroups' slots", "simdgroup * AHEAD * SLOT", "simdgroup * SLOT", RACE),
+        ("next channels", "C, ahead, rest", "C, leaf, rest", WRONG),
+        ("next tokens", "channel, next, T", "channel, first, T", WRONG),
+        ("odd leaves", "once && leaves % (AHEAD + !AHEAD) == 0", "once", WRONG),
+        op="project, ahead",
     ),
     *_many(
         "project_few",
         *FEW_BARRIERS,
-        ("tail", "upper < T ? upper : T - 1", "upper", BOUNDS),
+        ("tail", "first, T, K", "first, T + 1, K", BOUNDS),
         ("tokens' tail", "T - first < TILE_TOKENS ? int(T - first) :", "", ANYWHERE),
-        ("index", "AT_ONCE>(own) * int64_t", "AT_ONCE>(own + 1) * int64_t", WRONG),
+        ("index", "own * AT_ONCE, lane", "(own + 1) * AT_ONCE, lane", WRONG),
         ("half sum", LEAF, HALF_LEAF, WRONG),
-        ("space", "load_rows(x +", f"load_rows({_device('x')} +", NO_SPACE),
+        ("space", "(x + begin", f"({_device('x')} + begin", NO_SPACE),
     ),
     *_many(
         "combine_project",
-        ("barrier", "leaf, here);\n                BARRIER;", "leaf, here);", RACE),
-        ("barrier of the phi before", "BARRIER;  // the phi", "// the phi", RACE),
         ("tail", "token < T ? token : T - 1", "token", BOUNDS),
         ("stores' tail", "stores[r] = token < T", "stores[r] = token <= T", ANYWHERE),
-        ("index", "own[r]) * N + i]", "own[r]) * N]", WRONG),
-        (
-            "half sum",
-            "sums.squares = plus(sums.squares, leaf_squares(rows));",
-            _halved("sums.squares = plus(sums.squares, leaf_squares(rows));", "sums.squares", 2),
-            WRONG,
-        ),
-        ("space", "float(h_post[", f"float({_device('h_post')}[", NO_SPACE),
+        ("index", "(i + stream) * N,", "i * N,", WRONG),
+        ("half sum", "at_leaf, lane));", f"at_leaf, lane));{ROUNDED}", WRONG),
+        ("space", "(y + channel, first", f"({_device('y')} + channel, first", NO_SPACE),
+    ),
+    *_many(
+        "combine_project",
+        ("phi of all turns", "(!once || turn", "(turn", WRONG),
+        ("simdgroups' slots", "simdgroup * AHEAD * SLOT", "0", RACE),
+        ("next channels", "C, c + BLOCK_CHANNELS, lane", "C, c, lane", WRONG),
+        ("next tokens", "(y + channel, next, T", "(y + channel, first, T", WRONG),
+        op="combine_project, ahead",
     ),
     *_many(
         "combine_project_few",
@@ -487,24 +549,23 @@ FAULTS = (
     ),
     *_many(
         "project_dphi",
-        ("barrier", "BARRIER;\n        if", "if", RACE),
-        ("sides' barrier", "side = 1 - side;", "", RACE),
-        ("tail", "token < end ? token : end - 1", "token", BOUNDS),
+        ("barrier", "BARRIER;\n        for (int k = 0", "for (int k = 0", RACE),
+        ("barrier of the du before", "BARRIER;  // those", "// those", RACE),
+        ("tail", "next, T, rest", "next, T + 1, rest", BOUNDS),
         ("columns' tail", "if (to < M)", "if (to <= M)", ANYWHERE),
-        ("index", "sums[k / 2][tile].in_half[k % 2]", "sums[k % 2][tile].in_half[k / 2]", WRONG),
         (
-            "half sum",
-            "sums[s][k] = plus(sums[s][k], multiply(rows[2 * s], rows[2 * s + 1], factor));",
-            "{"
-            + _halved(
-                "sums[s][k] = plus(sums[s][k], multiply(rows[2 * s], rows[2 * s + 1], factor));",
-                "sums[s][k].in_half[0]",
-                2,
-            )
-            + "}",
+            "index",
+            "sums[k / 2].at[0].tile[tile].in_half[k % 2]",
+            "sums[k % 2].at[0].tile[tile].in_half[k / 2]",
             WRONG,
         ),
-        ("space", "load_du(du,", f"load_du({_device('du')},", NO_SPACE),
+        (
+            "half sum",
+            "multiply<TILES>(rows, shared));",
+            _halved("multiply<TILES>(rows, shared));", "sums[s].at[0].tile[0].in_half[0]", 2),
+            WRONG,
+        ),
+        ("space", "(du, M", f"({_device('du')}, M", NO_SPACE),
         op="back",
     ),
     *_many(
@@ -561,14 +622,10 @@ FAULTS = (
         ("rows' tail", "if (k < rest) out.word", "if (k <= rest) out.word", ANYWHERE),
         ("phi's tail", "if (k < rest) out.at", "if (k <= rest) out.at", BOUNDS),
         ("phi's last columns", "(row < M ? row : M - 1) * K", "row * K", BOUNDS),
-        ("rows beyond x", "(upper < T ? upper : T - 1) * K", "upper * K", BOUNDS),
-        (
-            "columns beyond phi",
-            "at < M && token < T) parts",
-            "at <= M && token < T) parts",
-            ANYWHERE,
-        ),
-        ("sums beyond", "at < M && token < T) parts", "at < M && token <= T) parts", ANYWHERE),
+        ("rows beyond x", "(token < T ? token : T - 1) * K", "token * K", BOUNDS),
+        ("columns beyond phi", "at < M && token < T)\n", "at <= M && token < T)\n", ANYWHERE),
+        ("sums beyond", "at < M && token < T)\n", "at < M && token <= T)\n", ANYWHERE),
+        ("barrier of the phi before", "/ SIMD;\n    BARRIER;\n", "/ SIMD;\n", RACE),
         ("squares of four lanes", "return v + simd_xor(v, 8);", "return v;", WRONG),
         op="project",
     ),
@@ -586,8 +643,23 @@ FAULTS = (
     ),
     *_many(
         "common",
-        ("streams mixed", "sum = add(sum, value(res, j),", "sum = add(sum, value(res, 0),", WRONG),
+        ("streams mixed", "value(res, first + j)", "value(res, first)", WRONG),
+        ("barrier of the phi", "    }\n    BARRIER;\n", "    }\n", RACE),
         op="combine_project",
+    ),
+    *_many(
+        "common",
+        ("copies' tail", "if (rest > c + more)", "if (c + more >= 0)", ANYWHERE),
+        ("nothing in a slot", "put_nothing(like, to, lane);", "{}", ANYWHERE),
+        ("copies' lanes", "row_lane(lane, quad / COUNT)", "row_lane(lane, own)", ANYWHERE),
+        ("copies' quads", "(quad - COUNT * own) * NUMBERS", "(quad - own) * NUMBERS", ANYWHERE),
+        ("rows of a slot", "slot + k * RowQuads<R>::COUNT * SIMD, lane", "slot, lane", WRONG),
+        op="project, ahead",
+    ),
+    *_many(
+        "common",
+        ("the layer's copy", "y.at[0][r] + c, lane", "y.at[0][0] + c, lane", WRONG),
+        op="combine_project, ahead",
     ),
     *_many(
         "common",

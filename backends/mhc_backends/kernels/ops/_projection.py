@@ -8,7 +8,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mhc_backends.kernels import launch
-from mhc_backends.kernels.mlx import Kernels, Out, Sizes, tokens
+from mhc_backends.kernels.mlx import Kernels, Out, Sizes, Stage, dtype_name, tokens
 from mhc_backends.kernels.ops import combine
 from mhc_core.variants import Variant
 
@@ -28,7 +28,9 @@ __all__ = [
     "weights_vjp",
 ]
 
+DPHI_BLOCKS = 8  # of 32 tokens, whose du is in threadgroup memory at once
 DPHI_COLUMNS = 32  # whose sums a simdgroup keeps in registers
+KEPT = 4  # streams, that combine_project keeps in registers
 WIDE = 32  # columns, from which on their factors fill threadgroup memory
 
 
@@ -59,14 +61,17 @@ def project(kernels: Kernels, x: mx.array, phi: mx.array) -> mx.array:
     """Give the sums over all channels, in parts."""
     sizes = Sizes.of(x)
     inputs, out = {"x": tokens(x, 2), "phi": phi}, _parts(sizes, phi)
-    chosen = {
-        "AT_ONCE": 1 if phi.shape[0] > WIDE else _at_once(x),
-        "TILES": _tiles(kernels, phi, launch.COLUMNS_AT_ONCE),
-        "LEAF_NUMBERS": launch.LEAF_NUMBERS[kernels.dialect],
-        "HEIGHT": launch.HEIGHT,
-    }
-    name = "project_few" if launch.few(sizes.T, sizes.C) else "project"
-    return kernels(name, inputs, {"parts": out}, sizes, **chosen)[0]
+    at_once = 1 if phi.shape[0] > WIDE else _at_once(x)
+    tiles = _tiles(phi, launch.COLUMNS_AT_ONCE)
+    chosen = {"AT_ONCE": at_once, "TILES": tiles}
+    if launch.few(sizes.T, sizes.C):
+        chosen["LEAF_NUMBERS"] = launch.LEAF_NUMBERS[kernels.dialect]
+        return kernels("project_few", inputs, {"parts": out}, sizes, **chosen)[0]
+    height, ahead = launch.HEIGHT[dtype_name(x.dtype)], launch.AHEAD[kernels.dialect]
+    chosen |= {"HEIGHT": height, "AHEAD": ahead}
+    rows = ahead * 2 * height * at_once
+    stage = _stage(kernels, "project", x, tiles, sizes.n * launch.PART_BLOCKS, at_once, rows)
+    return kernels("project", inputs, {"parts": out}, sizes, None, stage, **chosen)[0]
 
 
 def combine_project(
@@ -81,15 +86,21 @@ def combine_project(
     sizes = Sizes.of(x)
     inputs = {**combine.inputs(x, y, h_post, h_res), "phi": phi}
     outputs = {"out": Out.like(x), "parts": _parts(sizes, phi)}
-    chosen = {
-        "AT_ONCE": 1,
-        "TILES": _tiles(kernels, phi, launch.COLUMNS_AT_ONCE),
-        "LEAF_NUMBERS": launch.LEAF_NUMBERS[kernels.dialect],
-    }
+    tiles = _tiles(phi, launch.COLUMNS_AT_ONCE)
+    narrow = x.dtype != mx.float32
+    chosen = {"TILES": tiles, "BLOCKS": 2 if narrow and sizes.n % 2 == 0 else 1}
     # every simdgroup of the former reads all streams, so it is for a tile of tokens alone
-    few = sizes.T <= launch.TILE_TOKENS and launch.few(sizes.T, sizes.C)
-    name = "combine_project_few" if few else "combine_project"
-    x_new, parts = kernels(name, inputs, outputs, sizes, **chosen)
+    if sizes.T <= launch.TILE_TOKENS and launch.few(sizes.T, sizes.C):
+        chosen["LEAF_NUMBERS"] = launch.LEAF_NUMBERS[kernels.dialect]
+        x_new, parts = kernels("combine_project_few", inputs, outputs, sizes, **chosen)
+    else:
+        kept = sizes.n <= KEPT
+        ahead = min(launch.AHEAD[kernels.dialect], 1) if narrow and kept else 0
+        chosen["AHEAD"] = ahead
+        unit, rows = sizes.n if kept else chosen["BLOCKS"], ahead * 2 * (sizes.n + 1)
+        blocks = sizes.n * launch.PART_BLOCKS
+        stage = _stage(kernels, "combine_project", x, tiles, blocks, unit, rows)
+        x_new, parts = kernels("combine_project", inputs, outputs, sizes, None, stage, **chosen)
     return x_new, parts
 
 
@@ -102,8 +113,18 @@ def _at_once(x: mx.array) -> int:
     return 1 if x.dtype == mx.float32 else 2
 
 
-def _tiles(kernels: Kernels, phi: mx.array, most: int) -> int:
-    return -(-min(phi.shape[0], most) // launch.TILE_COLUMNS[kernels.dialect])
+def _tiles(phi: mx.array, most: int) -> int:
+    return -(-min(phi.shape[0], most) // launch.TILE_COLUMNS)
+
+
+def _stage(
+    kernels: Kernels, kernel: str, x: mx.array, tiles: int, blocks: int, unit: int, rows: int
+) -> Stage:
+    """Choose how many blocks' factors, of so many, are in threadgroup memory beside some rows."""
+    dtype = dtype_name(x.dtype)
+    each = launch.factor_bytes(tiles, dtype, kernels.dialect)
+    beside = launch.slot_bytes(rows, dtype, kernel)
+    return Stage(launch.stage(blocks, unit, (kernels.memory - beside) // each), each, beside)
 
 
 # ---- the last stage ------------------------------------------------------------------------------
@@ -229,11 +250,11 @@ def back_projection(
 
     shares = launch.shares("project_dphi", *sizes)
     partial = Out((shares, *phi.shape), mx.float32)
-    tiles = _tiles(kernels, phi, DPHI_COLUMNS)
+    tiles = _tiles(phi, DPHI_COLUMNS)
+    stage = _stage(kernels, "project_dphi", x, tiles, DPHI_BLOCKS, 2, 0)
     inputs = {"x": flat, "du": local.du}
-    (dphi,) = kernels(
-        "project_dphi", inputs, {"dphi": partial}, sizes, TILES=tiles, AT_ONCE=_at_once(x)
-    )
+    chosen = {"TILES": tiles, "AHEAD": x.dtype != mx.float32}
+    (dphi,) = kernels("project_dphi", inputs, {"dphi": partial}, sizes, None, stage, **chosen)
     return dx, kernels.sum_to(dphi, phi, 2)
 
 
