@@ -219,6 +219,35 @@ def test_every_body_compiles_as_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("kibibytes", [64, 99, 163, 227])
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 8, 32])
+def test_factors_fit_in_any_gpu(n: int, kibibytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What NVIDIA's GPUs give a threadgroup, from sm_75 to sm_90."""
+    import mlx.core as mx
+
+    from mhc_backends.kernels.mlx import Kernels
+    from mhc_backends.kernels.ops import _projection
+
+    monkeypatch.setattr("mhc_backends.kernels.launch.BUSY", 0)  # the kernels for many tokens
+    asked: list[int] = []
+
+    class Asked(Recorder):
+        def __call__(self, *, shared_memory: int = 0, **texts: Any) -> Any:
+            asked.append(shared_memory)
+            return super().__call__(**texts)
+
+    own = Kernels(Asked(), "cuda", kibibytes * 1024)
+    T, C, m = 64, 512, n * n + 2 * n
+    mappings = mx.zeros((T, n)), mx.zeros((T, n, n))
+    phi = mx.zeros((m, n * C))
+    for dtype in (mx.float32, mx.float16, mx.bfloat16):
+        x, layer = mx.zeros((T, n, C), dtype), mx.zeros((T, C), dtype)
+        _projection.project(own, x, phi)
+        _projection.combine_project(own, x, layer, *mappings, phi)
+    assert len(asked) == 6
+    assert all(0 < size <= kibibytes * 1024 for size in asked)
+
+
 # ---- launch shapes -------------------------------------------------------------------------------
 
 SIZES = [

@@ -67,10 +67,11 @@ def project(kernels: Kernels, x: mx.array, phi: mx.array) -> mx.array:
     if launch.few(sizes.T, sizes.C):
         chosen["LEAF_NUMBERS"] = launch.LEAF_NUMBERS[kernels.dialect]
         return kernels("project_few", inputs, {"parts": out}, sizes, **chosen)[0]
-    height, ahead = launch.HEIGHT[dtype_name(x.dtype)], launch.AHEAD[kernels.dialect]
+    height = launch.HEIGHT[dtype_name(x.dtype)]
+    rows, most = 2 * height * at_once, launch.AHEAD[kernels.dialect]
+    blocks = sizes.n * launch.PART_BLOCKS
+    stage, ahead = _stage(kernels, "project", x, tiles, blocks, at_once, rows, most)
     chosen |= {"HEIGHT": height, "AHEAD": ahead}
-    rows = ahead * 2 * height * at_once
-    stage = _stage(kernels, "project", x, tiles, sizes.n * launch.PART_BLOCKS, at_once, rows)
     return kernels("project", inputs, {"parts": out}, sizes, None, stage, **chosen)[0]
 
 
@@ -95,11 +96,12 @@ def combine_project(
         x_new, parts = kernels("combine_project_few", inputs, outputs, sizes, **chosen)
     else:
         kept = sizes.n <= KEPT
-        ahead = min(launch.AHEAD[kernels.dialect], 1) if narrow and kept else 0
-        chosen["AHEAD"] = ahead
-        unit, rows = sizes.n if kept else chosen["BLOCKS"], ahead * 2 * (sizes.n + 1)
+        most = min(launch.AHEAD[kernels.dialect], 1) if narrow and kept else 0
+        unit, rows = sizes.n if kept else chosen["BLOCKS"], 2 * (sizes.n + 1)
         blocks = sizes.n * launch.PART_BLOCKS
-        stage = _stage(kernels, "combine_project", x, tiles, blocks, unit, rows)
+        stage, chosen["AHEAD"] = _stage(
+            kernels, "combine_project", x, tiles, blocks, unit, rows, most
+        )
         x_new, parts = kernels("combine_project", inputs, outputs, sizes, None, stage, **chosen)
     return x_new, parts
 
@@ -118,13 +120,25 @@ def _tiles(phi: mx.array, most: int) -> int:
 
 
 def _stage(
-    kernels: Kernels, kernel: str, x: mx.array, tiles: int, blocks: int, unit: int, rows: int
-) -> Stage:
-    """Choose how many blocks' factors, of so many, are in threadgroup memory beside some rows."""
+    kernels: Kernels,
+    kernel: str,
+    x: mx.array,
+    tiles: int,
+    blocks: int,
+    unit: int,
+    rows: int = 0,
+    most: int = 0,
+) -> tuple[Stage, int]:
+    """Choose how many blocks' factors are in threadgroup memory at a time, ``unit`` at least, and
+    how many times ``rows`` of each thread are on their way there, ``most`` times where it has room.
+    """
     dtype = dtype_name(x.dtype)
     each = launch.factor_bytes(tiles, dtype, kernels.dialect)
-    beside = launch.slot_bytes(rows, dtype, kernel)
-    return Stage(launch.stage(blocks, unit, (kernels.memory - beside) // each), each, beside)
+    slot = launch.slot_bytes(rows, dtype, kernel)
+    fit = (k for k in range(most, 0, -1) if k * slot + unit * each <= kernels.memory)
+    ahead = next(fit, 0)
+    room = (kernels.memory - ahead * slot) // each
+    return Stage(launch.stage(blocks, unit, room), each, ahead * slot), ahead
 
 
 # ---- the last stage ------------------------------------------------------------------------------
@@ -251,7 +265,7 @@ def back_projection(
     shares = launch.shares("project_dphi", *sizes)
     partial = Out((shares, *phi.shape), mx.float32)
     tiles = _tiles(phi, DPHI_COLUMNS)
-    stage = _stage(kernels, "project_dphi", x, tiles, DPHI_BLOCKS, 2, 0)
+    stage, _ = _stage(kernels, "project_dphi", x, tiles, DPHI_BLOCKS, 2)
     inputs = {"x": flat, "du": local.du}
     chosen = {"TILES": tiles, "AHEAD": x.dtype != mx.float32}
     (dphi,) = kernels("project_dphi", inputs, {"dphi": partial}, sizes, None, stage, **chosen)
