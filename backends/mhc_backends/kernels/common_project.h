@@ -7,7 +7,7 @@
 // (common_mappings.h).
 
 enum {
-    TILE_TOKENS = 16,     // that a simdgroup multiplies at a time, with TILE_COLUMNS of phi
+    TILE_TOKENS = 16,  // that a simdgroup multiplies at a time, with TILE_COLUMNS of phi
     BLOCK_CHANNELS = 32,
     PART_CHANNELS = 256,
     PART_BLOCKS = PART_CHANNELS / BLOCK_CHANNELS  // of one stream
@@ -133,6 +133,7 @@ FUNCTION RightTiles<TILES> load_block_phi(P phi, int64_t K, int M, int C, int co
     const int64_t at = block_stream<N, AT_ONCE>(block) * int64_t(C) + c;
     return load_phi<TILES>(phi, K, M, column, at, C - c, lane);
 }
+
 // What a threadgroup takes of the products with phi: a part, and tokens from `begin` on in turns, each
 // `step` after the last one. All threadgroups move through the tokens together.
 struct Work {

@@ -1,6 +1,7 @@
 // The dialect's words for mx.fast.cuda_kernel. dialect_metal.h has the same words in the same order.
 //
-// MLX has included cuda_fp16.h, cuda_bf16.h and cooperative_groups.h before this text.
+// MLX has included cuda_fp16.h, cuda_bf16.h and cooperative_groups.h before this text. It is for GPUs
+// from compute capability 8.0 on, whose tensor cores take bfloat16 and parts of floats.
 
 // ---- words -------------------------------------------------------------------------------------
 
@@ -224,7 +225,6 @@ FUNCTION Raw<T, W> fetch_raw(const T* p) {
 // threadgroup memory. end_copies<LEFT>() waits for this thread's, but for those of the last LEFT times
 // that it said mark_copies(). Until then a row on its way needs no registers, nor a place in the cache,
 // where rows that lie a power of two apart would drive out each other.
-#if __CUDA_ARCH__ >= 800
 template <typename T>
 FUNCTION void start_copy(uint4* to, const T* from) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
@@ -237,15 +237,6 @@ template <int LEFT>
 FUNCTION void end_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
-#else
-template <typename T>
-FUNCTION void start_copy(uint4* to, const T* from) {
-    *to = *reinterpret_cast<const uint4*>(from);
-}
-FUNCTION void mark_copies() {}
-template <int LEFT>
-FUNCTION void end_copies() {}
-#endif
 // 8 numbers of T as they came there, 16 bytes a quad
 template <typename T>
 FUNCTION Raw<T, 8> raw_of(const uint4* quads, T) {
@@ -320,8 +311,6 @@ struct Right {
     uint4 quad;
 };
 
-#if __CUDA_ARCH__ >= 800
-
 // The tensor cores multiply numbers of 11 significant bits (TF32), and of others leave off the last 13.
 // So a float is the sum of two of them, to float32's own rounding: its nearest, and the rest; the
 // product of two rests is below that and left out. (cvt.rna.tf32 takes 5 instructions. Where a NaN's
@@ -337,28 +326,6 @@ FUNCTION Floats<4> tensor_multiply(Floats<4> sum, uint4 a, unsigned b0, unsigned
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
     return sum;
 }
-
-#else  // before there were tensor cores for floats
-
-FUNCTION unsigned tensor_float(float v) { return bits(v); }
-FUNCTION unsigned tensor_rest(float, unsigned) { return 0; }
-FUNCTION Floats<4> tensor_multiply(Floats<4> sum, uint4 a, unsigned b0, unsigned b1) {
-    const int lane = threadIdx.x % SIMD;
-    UNROLL for (int k = 0; k < 8; k++) {
-        const int from = lane / 4 * 4 + k % 4;
-        const float upper = simd_from(__uint_as_float(k < 4 ? a.x : a.z), from);
-        const float lower = simd_from(__uint_as_float(k < 4 ? a.y : a.w), from);
-        UNROLL for (int e = 0; e < 2; e++) {
-            const int other = (tile_pair(lane) + e) * 4 + k % 4;
-            const float b = simd_from(__uint_as_float(k < 4 ? b0 : b1), other);
-            sum.at[e] = fma(upper, b, sum.at[e]);
-            sum.at[2 + e] = fma(lower, b, sum.at[2 + e]);
-        }
-    }
-    return sum;
-}
-
-#endif
 
 // The upper row's two numbers, then the lower row's.
 FUNCTION Left left(float upper, float upper_next, float lower, float lower_next) {
@@ -469,8 +436,6 @@ FUNCTION Floats<4> step_multiply(Floats<4> sum, uint4 a, const unsigned* b, T) {
     return tensor_multiply(sum, a, b[0], b[1]);
 }
 
-#if __CUDA_ARCH__ >= 800
-
 // Numbers of 8 significant bits are multiplied twice as fast, 16 at a time.
 template <>
 struct Parts<__nv_bfloat16> {
@@ -494,8 +459,6 @@ FUNCTION Floats<4> step_multiply(Floats<4> sum, uint4 a, const unsigned* b, __nv
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]));
     return sum;
 }
-
-#endif
 
 template <typename T, int TILES>
 struct RightFactor {

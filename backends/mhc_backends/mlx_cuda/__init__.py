@@ -11,15 +11,27 @@ from mhc_backends.mlx_metal import NO_VMAP
 from mhc_core.backend import BackendSpec
 from mhc_core.hookspecs import hookimpl
 
+OLDEST = 8  # compute capability whose tensor cores take bfloat16 and parts of floats
+
 
 def missing() -> str | None:
     """Say why CUDA kernels cannot run here, or None."""
     if reason := _mlx.missing():
         return reason
     mx: Any = import_module("mlx.core")
-    if mx.cuda.is_available():
-        return _mlx.not_the_default()
-    return "MLX finds no NVIDIA GPU (mx.cuda.is_available()): pip install 'mhc-core[cuda]' on one"
+    if not mx.cuda.is_available():
+        return (
+            "MLX finds no NVIDIA GPU (mx.cuda.is_available()): pip install 'mhc-core[cuda]' on one"
+        )
+    if reason := _mlx.not_the_default():
+        return reason
+    device = mx.device_info(mx.Device(mx.gpu))
+    if device.get("compute_capability_major", OLDEST) < OLDEST:
+        return (
+            f"the kernels need compute capability {OLDEST}.0 or later, and this is "
+            f"{device.get('architecture')}: 'mlx-compiled' computes the same here"
+        )
+    return None
 
 
 SPEC = BackendSpec(
