@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -98,6 +99,7 @@ def assert_all_are_seeded(faults: Sequence[Fault], names: Sequence[str]) -> None
         kinds = {fault.what.split()[-1] for fault in faults if fault.kernel == kernel}
         assert kinds >= {"tail", "index", "sum"}, kernel
         body = kernels.source(kernel, "metal")
-        assert "BARRIER;" not in body or "barrier" in " ".join(
+        # those within a simdgroup order nothing where each lane takes its own copies
+        assert not re.search(r"\bBARRIER;", body) or "barrier" in " ".join(
             fault.what for fault in faults if fault.kernel == kernel
         ), kernel
