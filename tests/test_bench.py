@@ -404,7 +404,9 @@ class Clock:
         self.seconds = seconds
         clock = SimpleNamespace(perf_counter=lambda: self.now)
         monkeypatch.setattr(_timing, "time", clock)
-        self.library: Any = SimpleNamespace(wait=self.wait, issue=self.issue, holds=False)
+        self.library: Any = SimpleNamespace(
+            wait=self.wait, issue=self.issue, holds=False, at_once=2**32
+        )
 
     def function(self, *_: Any) -> Any:
         self.log.append("call")
@@ -454,8 +456,8 @@ def test_a_turn_has_as_many_calls_as_it_needs(monkeypatch: pytest.MonkeyPatch) -
         clock = Clock(monkeypatch, seconds)
         _timing.stream_of_calls(clock.function, (), clock.library, None)
         assert clock.log.count("issue") == calls
-    monkeypatch.setattr(_timing, "AT_ONCE_BYTES", 2 * 16)
     clock = Clock(monkeypatch)
+    clock.library.at_once = 2 * 16
     _timing.stream_of_calls(clock.function, (), clock.library, 50)
     assert clock.log.count("issue") == 2  # results of 16 bytes
 

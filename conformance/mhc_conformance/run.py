@@ -18,11 +18,12 @@ __all__ = ["Plan", "Unit", "run"]
 
 
 class Unit(NamedTuple):
-    """The checks of one op on one backend: they share what the library compiles."""
+    """The checks of one op in one dtype on one backend: they share what the library compiles."""
 
     backend: str
     op: str
-    checks: tuple[tuple[str, str], ...]  # (dtype, kind)
+    dtype: str
+    kinds: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ class Plan:
         units: list[Unit] = []
         for name in self.backends:
             found = [triple for triple in grid(Subject(name)) if self._wants(*triple)]
-            for op in dict.fromkeys(op for op, _, _ in found):
-                checks = tuple((dtype, kind) for one, dtype, kind in found if one == op)
-                units.append(Unit(name, op, checks))
+            for op, dtype in dict.fromkeys((op, dtype) for op, dtype, _ in found):
+                kinds = tuple(kind for *both, kind in found if both == [op, dtype])
+                units.append(Unit(name, op, dtype, kinds))
         if self.chain:
             whole = [name for name in self.backends if set(OPS) <= set(Subject(name).spec.ops)]
-            units += [Unit(name, "chain", ()) for name in whole]
+            units += [Unit(name, "chain", "float32", ("forward", "gradient")) for name in whole]
         return sorted(units, key=lambda unit: -_weight(unit))
 
     def _wants(self, op: str, dtype: str, kind: str) -> bool:
@@ -62,12 +63,12 @@ class Plan:
     @property
     def size(self) -> int:
         """How many records there will be."""
-        return sum(max(len(unit.checks), 2 * (unit.op == "chain")) for unit in self.units())
+        return sum(len(unit.kinds) for unit in self.units())
 
 
 def _weight(unit: Unit) -> int:
     """Order units by their cost: compilers dominate, and Sinkhorn's loop within them."""
-    compiled = any(kind == "compile" for _, kind in unit.checks)
+    compiled = "compile" in unit.kinds
     heavy = unit.op in ("combine_pre", "pre", "mappings", "static_layer", "sinkhorn", "chain")
     return 2 * compiled + heavy
 
@@ -96,7 +97,7 @@ def _run_unit(unit: Unit, seed: int, full: bool) -> list[Record]:
         if unit.op == "chain":
             return _chain_records(unit.backend, seed)
         subject = Subject(unit.backend, full)
-        return [check(subject, unit.op, dtype, kind, seed) for dtype, kind in unit.checks]
+        return [check(subject, unit.op, unit.dtype, kind, seed) for kind in unit.kinds]
 
 
 def _chain_records(backend: str, seed: int) -> list[Record]:

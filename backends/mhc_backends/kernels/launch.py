@@ -56,6 +56,7 @@ HEIGHT = {"float32": 1, "float16": 2, "bfloat16": 2}
 AHEAD = {"metal": 0, "cuda": 2}  # leaves of the streams that are on their way meanwhile
 BUSY = 512  # simdgroups from which on a GPU is busy with products
 MOST_GROUPS = {"metal": MOST_GRID // MOST_THREADS, "cuda": 128}  # with a part of phi each
+MOST_TOKENS = 4  # whose parts a threadgroup adds up
 SHARED = 2048  # floats of threadgroup memory for the sums of some tokens
 SHARE_TOKENS = 128  # that a strip's simdgroup takes at least, where there are more
 LEAF_NUMBERS = {"metal": 8192, "cuda": 10240}  # floats of threadgroup memory for some leaves' sums
@@ -326,7 +327,7 @@ def _strip_groups(shape: Shape, n: int, C: int) -> int:
 def _several(T: int, n: int, accesses: int, threads: int, elements: int) -> Launch:
     """Choose the tokens of a threadgroup, and share one token's channels where there are few."""
     tokens = 1
-    while tokens < 8 and 2 * tokens * FILLED <= T and 2 * tokens * (n + 1) ** 2 <= SHARED:
+    while tokens < MOST_TOKENS and 2 * tokens * FILLED <= T and 2 * tokens * (n + 1) ** 2 <= SHARED:
         tokens *= 2
     tiles = -(-accesses // threads) if T < FILLED else 1
     return replace(_launch(-(-T // tokens), tiles, threads, elements), tokens=tokens)

@@ -1,36 +1,44 @@
 // pre: the last stage, from the sums over n C in parts[T, P, m + 1] (project.h) to the mappings, as in
 // mappings.h, and to h = sum_i h_pre_i x_i; with GIVEN, h has given_i in the place of h_pre_i.
 //
-// x[T, n, C], given[T or 1, n], scale[3], bias[m] -> h[T, C], h_pre[T, n], h_post[T, n],
-// h_res[T, n, n], and for the vjp, where SAVES says so, u[T, m] and r[T, 1]. A threadgroup takes TOKENS
-// tokens, or a stretch of their C; those of one token all add up its parts, and the first stores the
-// mappings.
+// x[T, n, C], given[T or 1, n], scale[3], bias[m] -> h[T, C] and `mapped`, which mappings.h lists. A
+// threadgroup takes TOKENS tokens, or a stretch of their C; those of one token all add up its parts, and
+// the first stores the mappings.
 
-//// may be without given, u, r ////
+//// may be without given ////
 const int64_t T = parts_shape[0];
 const int C = x_shape[2], M = N * N + 2 * N;
 threadgroup float sums[TOKENS * (M + 1)];
 
 //// fast where vectors<W>(x) && vectors<W>(h) ////
+const int own = first_channel<W>(here), step = next_channel<W>(here);
 // from the last tokens back to the first: the last ones may still be in the cache
 const int64_t turns = (T + TOKENS - 1) / TOKENS;
 for (int64_t turn = here.group_x; turn < turns; turn += here.groups_x) {
     const int64_t first = (turns - 1 - turn) * TOKENS;
+    const int64_t end = first + TOKENS < T ? first + TOKENS : T;
+    auto coming = load_raw_streams<N, W>(x + first * N * C, C, own);  // which the sums need not wait for
     sum_parts<TOKENS, M + 1>(parts, parts_shape[1], first, T, sums, here);
     BARRIER;
     activate<N, TOKENS, SAVES>(sums, scale, bias, settings, float(N) * C, first, T,
-                               here.group_y == 0, u, r, h_pre, h_post, here);
+                               here.group_y == 0, mapped, here);
     BARRIER;
     if (here.group_y == 0)
         mix_matrices<N, TOKENS, ITERATIONS, LOG, FIRST_COLUMNS, TRANSPOSED>(sums, settings[3],
-                                                                            first, T, h_res, here);
-    for (int k = 0; k < TOKENS && first + k < T; k++) {
-        const int64_t token = first + k;
+                                                                            first, T, mapped, here);
+    for (int64_t token = first; token < end; token++) {
         float weights[N];
         UNROLL for (int i = 0; i < N; i++)
             weights[i] = GIVEN ? float(given[row(given_shape[0], token) * N + i])
-                               : sums[k * (M + 1) + i];
-        collapse<N, W>(x + token * N * C, weights, h + token * C, C, here);
+                               : sums[(token - first) * (M + 1) + i];
+        for (int c = own; c < C; c += step) {
+            const auto streams = coming;
+            const bool last = c + step >= C;
+            const int64_t next = last ? token + 1 : token;
+            if (next < end)
+                coming = load_raw_streams<N, W>(x + next * N * C, C, last ? own : c + step);
+            store(h + token * C + c, collapse(weights, floats(streams)));
+        }
     }
     BARRIER;  // the next tokens use sums again
 }

@@ -10,11 +10,10 @@ from typing import Any
 
 from mhc_core.cli.bench._library import Library, leaves
 
-__all__ = ["AT_ONCE_BYTES", "TURN", "copy_speed", "one_call", "stream_of_calls"]
+__all__ = ["TURN", "copy_speed", "one_call", "stream_of_calls"]
 
 TURN = 0.05  # seconds that a turn lasts at least, if MOST calls are enough for it
 MOST = 200
-AT_ONCE_BYTES = 4 * 2**30  # of results that may be under way: more calls are not issued at once
 
 Function = Callable[..., Any]
 
@@ -48,7 +47,7 @@ def stream_of_calls(
     """Issue calls without waiting, wait once at the end; give the mean."""
     first, size = _warm(function, arrays, library, warmup)
     count = calls or min(max(round(TURN / max(first, 1e-9)), 3), MOST)
-    count = max(min(count, AT_ONCE_BYTES // max(size, 1)), 1)
+    count = max(min(count, library.at_once // max(size, 1)), 1)
     result: Any = None
     held: list[Any] = []
     gc.collect()

@@ -387,7 +387,7 @@ CHECKS: dict[str, tuple[Callable[[Size, int], None], int, Sequence[Size]]] = {
     "combine_project, ahead": (_combine_project_ahead, MANY, AHEAD_SIZES[2:4]),
     "back": (_back, MANY, [Size(70, 3, 37), TINY, Size(40, 5, 37)]),
     "back, narrow": (_back, MANY, [Size(70, 3, 37, "bfloat16")]),
-    "pre": (_end, MANY, [Size(13, 3, 37)]),
+    "pre": (_end, MANY, [Size(13, 3, 37), Size(5, 3, 150)]),
     "mappings": (_mappings, FEW, [Size(13, 3, 37)]),
     "head": (_head, FEW, [Size(13, 3, 37)]),
 }
@@ -591,8 +591,9 @@ FAULTS = (
             RACE,
         ),
         NEXT,
-        ("tail", "k < TOKENS && first + k < T;", "k < TOKENS;", ANYWHERE),
-        ("index", "x + token * N * C", "x + token * C", WRONG),
+        ("tail", "first + TOKENS < T ? first + TOKENS : T", "first + TOKENS", ANYWHERE),
+        ("index", "x + next * N * C", "x + next * C", WRONG),
+        ("next channels", "last ? own : c + step", "own", WRONG),
         ("index given", "token) * N + i]", "token) * N]", WRONG),
         ("half sum", SUMMED, _half_sums("M"), WRONG),
         ("space", "(sums, scale,", f"(sums, {_device('scale')},", NO_SPACE),
@@ -687,6 +688,11 @@ FAULTS = (
         ("the last tokens", "T - first < TOKENS ? int(T - first) : TOKENS", "TOKENS", ANYWHERE),
         ("groups of columns", "column < 2 * N ? 1 : 2", "column <= 2 * N ? 1 : 2", ANYWHERE),
         ("a token's logits", "= sums[k * NUMBERS + at]", "= sums[at]", WRONG),
+        ("the sigmoid below zero", "exp(z < 0.0f ? z : -z)", "exp(-z)", WRONG),
+        op="pre",
+    ),
+    *_many(
+        "common",
         (
             "the collapse's tail",
             "c < C; c += next_channel<W>(here)",
@@ -699,8 +705,7 @@ FAULTS = (
             "times(float(half(1.0f / 3)) * 3, load<W>(streams + int64_t(i) * C + c)));",
             WRONG,
         ),
-        ("the sigmoid below zero", "exp(z < 0.0f ? z : -z)", "exp(-z)", WRONG),
-        op="pre",
+        op="head",
     ),
 )
 
