@@ -507,8 +507,9 @@ FUNCTION Products<TILES, HEIGHT> multiply(Rows<Raw<T, 8>, BLOCKS, HEIGHT> rows, 
                 }
             }
         }
+        // of a single tile, both parts are in one pair: the second one is the smaller one
         UNROLL for (int k = 0; k < 8 * HEIGHT; k++) {
-            const int h = k / 4, j = k % 4, eight = 2 * pair + j / 2;
+            const int h = k / 4, j = (k + 2) % 4, eight = 2 * pair + j / 2;
             const float sum = sums[h].at[j];
             if (eight < Factor::PARTS * TILES) {
                 float& own = out.at[h / 2].tile[eight % TILES].in_half[h % 2].at[j % 2];
