@@ -27,19 +27,15 @@ FUNCTION void sum_parts(P parts, int count, int64_t first, int64_t T, S sums, Pl
     }
 }
 
-// What the mappings of T tokens are in, one array after another: h_pre[T, n], h_post[T, n],
-// h_res[T, n, n], and with SAVES u[T, m] (the products) and r[T] (1 / rms). An array of its own for each
-// would cost MLX more than it costs to make them.
-
-// From the sums of TOKENS tokens, M = n n + 2 n products and the squares of each, to all of these but
-// h_res, which are stored where `stores` says so. What follows reads h_pre and the logits of H_res where
-// the products were, in `sums`: a BARRIER must come first. `settings` are the variant's norm_eps,
-// pre_eps, post_scale and sinkhorn's eps.
-template <int N, int TOKENS, bool SAVES, typename S, typename A, typename B, typename C, typename P>
+// From the sums of TOKENS tokens, M = n n + 2 n products and the squares of each, to u (the
+// products), r (1 / rms), h_pre and h_post, which are stored where `stores` says so. What follows
+// reads h_pre and the logits of H_res where the products were, in `sums`: a BARRIER must come first.
+// `settings` are the variant's norm_eps, pre_eps, post_scale and sinkhorn's eps.
+template <int N, int TOKENS, bool SAVES, typename S, typename A, typename B, typename C, typename P,
+          typename Q>
 FUNCTION void activate(S sums, A scale, B bias, C settings, float count, int64_t first, int64_t T,
-                       bool stores, P mapped, Place here) {
+                       bool stores, Q u, Q r, P h_pre, P h_post, Place here) {
     const int M = N * N + 2 * N;
-    const auto h_post = mapped + T * N, u = mapped + T * M, r = mapped + 2 * T * M;
     const int tokens = T - first < TOKENS ? int(T - first) : TOKENS;
     for (int item = here.id; item < tokens * M; item += here.threads) {
         const int k = item / M, column = item % M;
@@ -48,23 +44,23 @@ FUNCTION void activate(S sums, A scale, B bias, C settings, float count, int64_t
         const float product = sums[k * (M + 1) + column];
         const float inverse = inverse_rms(sums[k * (M + 1) + M], count, settings[0]);
         const float z = product * inverse * float(scale[group]) + float(bias[column]);
-        const float value = group == 0   ? sigmoid(z) + settings[1]
-                            : group == 1 ? settings[2] * sigmoid(z)
-                                         : z;
+        const float mapped = group == 0   ? sigmoid(z) + settings[1]
+                             : group == 1 ? settings[2] * sigmoid(z)
+                                          : z;
         if (stores) {
             if (SAVES) u[token * M + column] = product;
             if (SAVES && column == 0) r[token] = inverse;
-            if (group == 0) mapped[token * N + column] = value;
-            if (group == 1) h_post[token * N + column - N] = value;
+            if (group == 0) h_pre[token * N + column] = mapped;
+            if (group == 1) h_post[token * N + column - N] = mapped;
         }
-        sums[k * (M + 1) + column] = value;
+        sums[k * (M + 1) + column] = mapped;
     }
 }
 
 // H_res of TOKENS tokens from their logits in `sums`; each simdgroup takes as many as fit in it.
 template <int N, int TOKENS, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED,
           typename S, typename P>
-FUNCTION void mix_matrices(S sums, float eps, int64_t first, int64_t T, P mapped, Place here) {
+FUNCTION void mix_matrices(S sums, float eps, int64_t first, int64_t T, P h_res, Place here) {
     enum { NUMBERS = N * N + 2 * N + 1, AT_ONCE = SIMD / Places<N>::COUNT };
     const int lane = here.id % SIMD, b = line<N>(here);
     const int tokens = T - first < TOKENS ? int(T - first) : TOKENS;
@@ -78,8 +74,7 @@ FUNCTION void mix_matrices(S sums, float eps, int64_t first, int64_t T, P mapped
             if (there) logits.at[a] = sums[k * NUMBERS + at];
         }
         const Floats<N> mixed = sinkhorn<N, LOG>(logits, here, ITERATIONS, eps);
-        store_line<N, FIRST_COLUMNS, false>(mapped + 2 * T * N + (first + k) * N * N, mixed, there,
-                                            here);
+        store_line<N, FIRST_COLUMNS, false>(h_res + (first + k) * N * N, mixed, there, here);
     }
 }
 

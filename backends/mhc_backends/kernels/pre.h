@@ -1,11 +1,12 @@
 // pre: the last stage, from the sums over n C in parts[T, P, m + 1] (project.h) to the mappings, as in
 // mappings.h, and to h = sum_i h_pre_i x_i; with GIVEN, h has given_i in the place of h_pre_i.
 //
-// x[T, n, C], given[T or 1, n], scale[3], bias[m] -> h[T, C] and `mapped`, which mappings.h lists. A
-// threadgroup takes TOKENS tokens, or a stretch of their C; those of one token all add up its parts, and
-// the first stores the mappings.
+// x[T, n, C], given[T or 1, n], scale[3], bias[m] -> h[T, C], h_pre[T, n], h_post[T, n],
+// h_res[T, n, n], and for the vjp, where SAVES says so, u[T, m] and r[T, 1]. A threadgroup takes TOKENS
+// tokens, or a stretch of their C; those of one token all add up its parts, and the first stores the
+// mappings. The streams are asked for an access ahead.
 
-//// may be without given ////
+//// may be without given, u, r ////
 const int64_t T = parts_shape[0];
 const int C = x_shape[2], M = N * N + 2 * N;
 threadgroup float sums[TOKENS * (M + 1)];
@@ -21,11 +22,11 @@ for (int64_t turn = here.group_x; turn < turns; turn += here.groups_x) {
     sum_parts<TOKENS, M + 1>(parts, parts_shape[1], first, T, sums, here);
     BARRIER;
     activate<N, TOKENS, SAVES>(sums, scale, bias, settings, float(N) * C, first, T,
-                               here.group_y == 0, mapped, here);
+                               here.group_y == 0, u, r, h_pre, h_post, here);
     BARRIER;
     if (here.group_y == 0)
         mix_matrices<N, TOKENS, ITERATIONS, LOG, FIRST_COLUMNS, TRANSPOSED>(sums, settings[3],
-                                                                            first, T, mapped, here);
+                                                                            first, T, h_res, here);
     for (int64_t token = first; token < end; token++) {
         float weights[N];
         UNROLL for (int i = 0; i < N; i++)

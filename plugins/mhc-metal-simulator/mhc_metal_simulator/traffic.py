@@ -49,7 +49,7 @@ SUMS = frozenset({"parts", "terms", "sums", "dweight"})
 """What one launch sums in part and another adds up."""
 
 SMALL = re.compile(
-    r"d?h_(pre|post|res)(_raw)?|[gd]_(pre|post|res)|mapped|given|d?w|g_w|d?u|r|pull"
+    r"d?h_(pre|post|res)(_raw)?|[gd]_(pre|post|res)|given|d?w|g_w|d?u|r|pull"
     r"|scale|bias|weight|settings|eps|epsilon"
 )
 """Mappings and what belongs to them, a few numbers per token, and parameters without phi.

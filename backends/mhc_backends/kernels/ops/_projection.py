@@ -22,7 +22,6 @@ __all__ = [
     "constants",
     "local_vjp",
     "mapped",
-    "parted",
     "pre",
     "project",
     "settings",
@@ -33,6 +32,7 @@ __all__ = [
 DPHI_BLOCKS = 8  # of 32 tokens, whose du is in threadgroup memory at once
 DPHI_COLUMNS = 32  # whose sums a simdgroup keeps in registers
 KEPT = 4  # streams, that combine_project keeps in registers
+LEAF = 4  # streams of a leaf of combine_project, at most
 WIDE = 32  # columns, from which on their factors fill threadgroup memory
 
 
@@ -91,7 +91,7 @@ def combine_project(
     outputs = {"out": Out.like(x), "parts": _parts(sizes, phi)}
     tiles = _tiles(phi, launch.COLUMNS_AT_ONCE)
     narrow = x.dtype != mx.float32
-    chosen = {"TILES": tiles, "BLOCKS": math.gcd(sizes.n, KEPT) if narrow else 1}
+    chosen = {"TILES": tiles, "BLOCKS": math.gcd(sizes.n, LEAF) if narrow else 1}
     # every simdgroup of the former reads all streams, so it is for a tile of tokens alone
     if sizes.T <= launch.TILE_TOKENS and launch.few(sizes.T, sizes.C):
         chosen["LEAF_NUMBERS"] = launch.LEAF_NUMBERS[kernels.dialect]
@@ -146,26 +146,12 @@ def _stage(
 # ---- the last stage ------------------------------------------------------------------------------
 
 
-def mapped(T: int, columns: int, saves: bool) -> Out:
-    """Ask for the mappings of all tokens, and with ``saves`` for their vjp's needs, in one array.
-
-    In MLX's CUDA build an array of its own costs a launch 2 us and more, a view of one costs 1.
-    """
-    return Out((T * (2 * columns + 1 if saves else columns),), mx.float32)
-
-
-def parted(array: mx.array, ahead: Sequence[int], n: int, saves: bool) -> list[mx.array]:
-    """Give the arrays in one: H_pre, H_post and H_res, and with ``saves`` u and r."""
-    m = n * n + 2 * n
-    shapes = [(n,), (n,), (n, n), *([(m,), (1,)] if saves else [])]
-    views: list[mx.array] = []
-    begin = 0
-    for shape in shapes:
-        whole = (*ahead, *shape)
-        strides = [math.prod(whole[k + 1 :]) for k in range(len(whole))]
-        views.append(mx.as_strided(array, whole, strides, begin))
-        begin += math.prod(whole)
-    return views
+def mapped(ahead: Sequence[int], n: int, columns: int, saves: bool) -> dict[str, Out]:
+    """Ask for the mappings of all tokens, and with ``saves`` for what their vjp needs."""
+    wanted = {"h_pre": (n,), "h_post": (n,), "h_res": (n, n)}
+    if saves:
+        wanted |= {"u": (columns,), "r": (1,)}
+    return {name: Out((*ahead, *last), mx.float32) for name, last in wanted.items()}
 
 
 class Pre(NamedTuple):
@@ -193,11 +179,11 @@ def pre(
     inputs = {"x": tokens(x, 2), "parts": parts, "scale": scale, "bias": bias}
     if given is not None:
         inputs["given"] = tokens(given, 1)
-    h = Out((*ahead, sizes.C), x.dtype)
-    outputs = {"h": h, "mapped": mapped(sizes.T, bias.size, saves)}
+    outputs = {"h": Out((*ahead, sizes.C), x.dtype), **mapped(ahead, sizes.n, bias.size, saves)}
     chosen = {"GIVEN": given is not None, "SAVES": saves, **constants(variant)}
-    h, made = kernels("pre", inputs, outputs, sizes, settings(variant), **chosen)
-    h_pre, h_post, h_res, *saved = parted(made, ahead, sizes.n, saves)
+    h, h_pre, h_post, h_res, *saved = kernels(
+        "pre", inputs, outputs, sizes, settings(variant), **chosen
+    )
     return Pre(h, h_pre, h_post, h_res, tuple(saved))
 
 

@@ -30,12 +30,9 @@ def saving(
     sizes, ahead = Sizes.of(x), x.shape[:-2]
     parts = _projection.project(kernels, x, phi)
     inputs = {"parts": parts, "scale": scale, "bias": bias}
-    outputs = {"mapped": _projection.mapped(sizes.T, bias.size, saves)}
+    outputs = _projection.mapped(ahead, sizes.n, bias.size, saves)
     chosen = {"CHANNELS": sizes.C, "SAVES": saves, **_projection.constants(variant)}
-    (all_in_one,) = kernels(
-        "mappings", inputs, outputs, sizes, _projection.settings(variant), **chosen
-    )
-    made = _projection.parted(all_in_one, ahead, sizes.n, saves)
+    made = kernels("mappings", inputs, outputs, sizes, _projection.settings(variant), **chosen)
     return tuple(made[:3]), tuple(made[3:])
 
 
