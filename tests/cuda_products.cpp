@@ -1,125 +1,15 @@
-// The CUDA dialect's products of matrices, run without a GPU: 32 threads are the lanes, and the tensor
-// core's instructions are written out as the PTX ISA has them (9.7.14, "Matrix multiply-accumulate").
-//
-// dialect.h is dialect_cuda.h with these instructions as calls. Prints a line per product: its name and
-// the largest error, relative to the sum of the absolute products.
+// The CUDA dialect's products of matrices by themselves: a line for each, with its name and the largest
+// error, relative to the sum of the absolute products. dialect.h is what cuda_on_cpu.py makes of it.
 
-#include <immintrin.h>
-#include <pthread.h>
-
-#include <cmath>
-#include <cstdint>
 #include <cstdio>
-#include <cstring>
-#include <functional>
 #include <random>
-#include <thread>
-#include <vector>
 
-// ---- what CUDA's headers have --------------------------------------------------------------------
-
-#define __device__
-#define __forceinline__ inline
-struct uint1 {
-    unsigned x;
-};
-struct uint2 {
-    unsigned x, y;
-};
-struct uint4 {
-    unsigned x, y, z, w;
-};
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-template <typename To, typename From>
-To same_bits(From from) {
-    To to;
-    memcpy(&to, &from, sizeof(to));
-    return to;
-}
-inline float __uint_as_float(unsigned v) { return same_bits<float>(v); }
-inline unsigned __float_as_uint(float v) { return same_bits<unsigned>(v); }
-float __shfl_xor_sync(unsigned, float, int);
-float __shfl_sync(unsigned, float, int);
-bool __any_sync(unsigned, bool);
-
-struct __half {
-    unsigned short bits;
-    __half(float v = 0.0f) : bits(_cvtss_sh(v, 0)) {}
-    operator float() const { return _cvtsh_ss(bits); }
-};
-struct __nv_bfloat16 {
-    unsigned short bits;
-    __nv_bfloat16(float v = 0.0f) {
-        const unsigned all = same_bits<unsigned>(v);
-        bits = (all + 0x7fff + (all >> 16 & 1)) >> 16;
-    }
-    operator float() const { return same_bits<float>(unsigned(bits) << 16); }
-};
-struct __half2 {
-    __half low, high;
-};
-struct __nv_bfloat162 {
-    __nv_bfloat16 low, high;
-};
-inline __half2 __floats2half2_rn(float a, float b) { return {a, b}; }
-inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {a, b}; }
-inline float __half2float(__half v) { return v; }
-inline __half __ushort_as_half(unsigned short v) { return same_bits<__half>(v); }
-inline unsigned short __half_as_ushort(__half v) { return v.bits; }
-inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 v) { return v.bits; }
-
-// ---- the tensor core -----------------------------------------------------------------------------
-
-static thread_local int lane;
-static pthread_barrier_t all_lanes;
-static unsigned left_words[32][4], right_words[32][2];
-
-// Number k of [16, K] by [K, 8], of a row of the left factor or a column of the right one, as floats.
-static float tf32(unsigned v) { return same_bits<float>(v & 0xffffe000u); }
-static float bf16(unsigned v, int k) {
-    return same_bits<float>(k % 2 ? v & 0xffff0000u : v << 16);
-}
-template <int K>
-static float left_number(int row, int k) {
-    const unsigned* own = left_words[row % 8 * 4 + (K == 8 ? k % 4 : k % 8 / 2)];
-    const unsigned v = own[row / 8 + (k >= K / 2 ? 2 : 0)];
-    return K == 8 ? tf32(v) : bf16(v, k);
-}
-template <int K>
-static float right_number(int k, int column) {
-    const unsigned* own = right_words[column * 4 + (K == 8 ? k % 4 : k % 8 / 2)];
-    return K == 8 ? tf32(own[k >= K / 2]) : bf16(own[k >= K / 2], k);
-}
-template <int K, typename Sum>
-static void tensor_core(Sum& sum, uint4 a, unsigned b0, unsigned b1) {
-    memcpy(left_words[lane], &a, sizeof(a));
-    right_words[lane][0] = b0, right_words[lane][1] = b1;
-    pthread_barrier_wait(&all_lanes);
-    for (int e = 0; e < 4; e++) {
-        double all = sum.at[e];
-        for (int k = 0; k < K; k++)
-            all += double(left_number<K>(lane / 4 + e / 2 * 8, k)) *
-                   right_number<K>(k, lane % 4 * 2 + e % 2);
-        sum.at[e] = float(all);
-    }
-    pthread_barrier_wait(&all_lanes);
-}
-
+#include "cuda_on_cpu.h"
 #include "dialect.h"
 
 // ---- the products --------------------------------------------------------------------------------
 
 using namespace tested;
-
-static void on_all_lanes(const std::function<void()>& work) {
-    std::vector<std::thread> threads;
-    for (int k = 0; k < 32; k++)
-        threads.emplace_back([&work, k] {
-            lane = k;
-            work();
-        });
-    for (auto& thread : threads) thread.join();
-}
 
 static std::mt19937 random_bits(7);
 template <typename T>
@@ -155,7 +45,8 @@ static void long_product(const char* name) {
     enum { DEEP = 32 * BLOCKS };
     const auto rows = draw<T>(16 * HEIGHT * DEEP), columns = draw<float>(8 * TILES * DEEP);
     Products<TILES, HEIGHT> made[32];
-    on_all_lanes([&] {
+    run_block(32, [&] {
+        const int lane = ::lane();
         Rows<Raw<T, 8>, BLOCKS, HEIGHT> own;
         Held<RightFactor<T, TILES>, BLOCKS> factors;
         for (int b = 0; b < BLOCKS; b++) {
@@ -176,7 +67,7 @@ static void long_product(const char* name) {
         made[lane] = multiply<TILES>(own, factors);
     });
     Worst worst;
-    for (lane = 0; lane < 32; lane++)
+    for (int lane = 0; lane < 32; lane++)
         for (int k = 0; k < 4 * TILES * HEIGHT; k++) {
             const int j = k % 2, half = k / 2 % (2 * HEIGHT), tile = k / (4 * HEIGHT);
             const int row = 8 * half + sum_row(lane, j), column = 8 * tile + sum_column(lane, j);
@@ -190,7 +81,8 @@ static void long_product(const char* name) {
 static void short_product() {
     const auto rows = draw<float>(16 * 8), columns = draw<float>(8 * 8);
     Floats<4> made[32];
-    on_all_lanes([&] {
+    run_block(32, [&] {
+        const int lane = ::lane();
         const auto at = [&](int half, int k) {
             return rows[(tile_row(lane) + 8 * half) * 8 + tile_pair(lane) + k];
         };
@@ -199,7 +91,7 @@ static void short_product() {
                               right(other(0), other(1)));
     });
     Worst worst;
-    for (lane = 0; lane < 32; lane++)
+    for (int lane = 0; lane < 32; lane++)
         for (int e = 0; e < 4; e++)
             worst.see(made[lane].at[e], &rows[(tile_row(lane) + e / 2 * 8) * 8],
                       &columns[(tile_pair(lane) + e % 2) * 8], 8);
@@ -214,7 +106,6 @@ static void all_of(const char* name) {
 }
 
 int main() {
-    pthread_barrier_init(&all_lanes, nullptr, 32);
     short_product();
     all_of<float>("float32"), all_of<__half>("float16"), all_of<__nv_bfloat16>("bfloat16");
 }

@@ -1,0 +1,179 @@
+"""Runs texts in the CUDA dialect on a CPU, thread by thread: slow, and right where the text is.
+
+What no other test sees without a GPU is what the dialect alone has, above all its products of
+matrices. Threads take turns at barriers in one order, so a missing barrier is not found here; the
+simulator of Metal finds it in the same body.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+__all__ = ["FLAGS", "RUNS", "launcher", "without_ptx"]
+
+RUNS = shutil.which("g++") is not None and (sys.platform, platform.machine()) == ("linux", "x86_64")
+"""Where it does: its float16 are those of x86-64, and its threads have Linux's contexts."""
+
+FOLDER = Path(__file__).parent
+FLAGS = ["-std=c++17", "-O1", "-mf16c", "-mfma", "-ffp-contract=off", "-w", f"-I{FOLDER}"]
+TYPES = {
+    "float32": "float",
+    "float16": "__half",
+    "bfloat16": "__nv_bfloat16",
+}
+PTX = {
+    "mma.sync.aligned.m16n8k8.": "tensor_core<8>(sum, a, b0, b1)",
+    "mma.sync.aligned.m16n8k16.": "tensor_core<16>(sum, a, b[0], b[1])",
+    "rcp.approx.f32": "out = 1.0f / v",
+    "st.v2.u32": "memcpy(p, w, 8)",
+    "st.v4.u32": "memcpy(p, w, 16)",
+    "ld.global.": "v = *p",
+    "cp.async.cg.": "memcpy(to, from, 16)",
+    "cp.async.commit_group": "(void)0",
+    "cp.async.wait_group": "(void)0",
+}
+"""What each statement of the dialect does, in its own names."""
+
+
+def without_ptx(text: str) -> str:
+    """Put C++ in the place of each statement in PTX."""
+    while found := re.search(r"\basm( volatile)?\(", text):
+        end, brackets = found.end(), 1
+        while brackets:
+            brackets += {"(": 1, ")": -1}.get(text[end], 0)
+            end += 1
+        statement = text[found.start() : end]
+        (new,) = (cpp for ptx, cpp in PTX.items() if f'"{ptx}' in statement)
+        text = text[: found.start()] + new + text[end:]
+    return text
+
+
+def launcher(folder: Path) -> Callable[..., Any]:
+    """Give what stands in for ``mx.fast.cuda_kernel``; programs are compiled in a folder."""
+
+    def make(*, name: str, **texts: Any) -> _Kernel:
+        return _Kernel(folder, **texts)
+
+    return make
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A kernel as MLX makes one of texts; a call runs it."""
+
+    folder: Path
+    input_names: Sequence[str]
+    output_names: Sequence[str]
+    source: str
+    header: str
+    shared_memory: int = 0
+
+    def __call__(
+        self,
+        *,
+        inputs: Sequence[mx.array],
+        template: Sequence[tuple[str, Any]],
+        grid: Sequence[int],
+        threadgroup: Sequence[int],
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[mx.Dtype],
+    ) -> list[mx.array]:
+        arguments, parameters = self._inputs(inputs)
+        made = list(zip(output_shapes, output_dtypes, strict=True))
+        arguments += [
+            np.full((math.prod(shape), dtype.size), 0xFF, np.uint8) for shape, dtype in made
+        ]
+        parameters += [
+            f"{_type(dtype)}* {name}"
+            for name, dtype in zip(self.output_names, output_dtypes, strict=True)
+        ]
+        constants = "".join(f"constexpr int {k} = {int(value)};\n" for k, value in template)
+        text = _program(self.header, parameters, constants + self.source, self.shared_memory)
+        pointers = [array.ctypes.data for array in arguments]
+        blocks = [-(-size // threads) for size, threads in zip(grid, threadgroup, strict=True)]
+        _compiled(self.folder, text).run(
+            (ctypes.c_void_p * len(pointers))(*pointers), *blocks[:2], threadgroup[0]
+        )
+        raw = arguments[len(arguments) - len(made) :]
+        return [_to_mlx(array, *out) for array, out in zip(raw, made, strict=True)]
+
+    def _inputs(self, inputs: Sequence[mx.array]) -> tuple[list[Any], list[str]]:
+        """Give arrays and shapes as MLX passes them, and what declares them."""
+        arguments: list[Any] = []
+        parameters: list[str] = []
+        for name, array in zip(self.input_names, inputs, strict=True):
+            arguments.append(_to_host(array))
+            parameters.append(f"const {_type(array.dtype)}* {name}")
+            if f"{name}_shape" in self.source:
+                arguments.append(np.array(array.shape, np.int32))
+                parameters.append(f"const Shape& {name}_shape")
+        return arguments, parameters
+
+
+def _program(header: str, parameters: Sequence[str], body: str, memory: int) -> str:
+    header = re.sub(r"#(undef|define) __global__.*\n", "", header)
+    header = header.replace("#define LAUNCHED extern", "#define LAUNCHED")
+    header = header.replace(
+        "#define LAUNCH_SIZE(NUMBER)", f"#define LAUNCH_SIZE(NUMBER) {memory // 16 + 1}"
+    )
+    given = ", ".join(
+        f"*static_cast<const Shape*>(a[{k}])"
+        if "Shape&" in parameter
+        else f"({parameter.rpartition(' ')[0]})a[{k}]"
+        for k, parameter in enumerate(parameters)
+    )
+    return (
+        '#include "cuda_on_cpu.h"\n'
+        "struct Shape { int at[10]; int operator[](int k) const { return at[k]; } };\n"
+        f"{without_ptx(header)}\n"
+        f"static void kernel({', '.join(parameters)}) {{\n{without_ptx(body)}\n}}\n"
+        'extern "C" void run(void** a, unsigned x, unsigned y, unsigned threads) {\n'
+        "gridDim = {x, y, 1}, blockDim = {threads, 1, 1};\n"
+        "for (unsigned k = 0; k < x * y; k++) {\n"
+        "blockIdx = {k % x, k / x, 0};\n"
+        f"run_block(threads, [&] {{ kernel({given}); }});\n}}\n}}\n"
+    )
+
+
+def _compiled(folder: Path, text: str) -> ctypes.CDLL:
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.so"
+    if not path.exists():
+        source, new = path.with_suffix(".cpp"), path.with_suffix(f".{os.getpid()}")
+        source.write_text(text)
+        command = ["g++", *FLAGS, "-shared", "-fPIC", str(source), "-o", str(new)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[:4000]
+        new.rename(path)  # whole for others
+    return ctypes.CDLL(str(path))
+
+
+def _type(dtype: mx.Dtype) -> str:
+    return TYPES[str(dtype).removeprefix("mlx.core.")]
+
+
+def _to_host(array: mx.array) -> Any:
+    if array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)
+    return np.array(array, order="C")
+
+
+def _to_mlx(raw: Any, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
+    narrow = dtype == mx.bfloat16
+    words = np.uint16 if narrow else np.dtype(str(dtype).removeprefix("mlx.core."))
+    array = mx.array(np.frombuffer(raw.tobytes(), words).reshape(shape))
+    return array.view(mx.bfloat16) if narrow else array

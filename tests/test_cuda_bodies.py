@@ -1,0 +1,107 @@
+"""Kernels in the CUDA dialect, forward and back, run on a CPU and held against NumPy in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from cuda_on_cpu import RUNS, launcher
+
+import mhc_core as mhc
+from mhc_backends.kernels import launch
+
+pytestmark = pytest.mark.skipif(not RUNS, reason="needs g++ on Linux, and x86-64")
+mx = pytest.importorskip("mlx.core")
+
+FEW, MANY = 2**30, 0  # as launch.BUSY: all sizes count as few tokens, or as many
+NARROW = {"float32": 0.0, "float16": 2**-10, "bfloat16": 2**-7}
+
+
+class Case(NamedTuple):
+    """T tokens of n streams of C channels, two parts and tails of all; `back` with the vjp."""
+
+    op: str
+    dtype: str
+    n: int
+    busy: int
+    back: bool = False
+    T: int = 21
+    C: int = 296
+
+
+CASES = [
+    Case("combine_pre", "bfloat16", 4, MANY, back=True),
+    Case("combine_pre", "float32", 4, FEW, back=True, T=9),
+    Case("combine_pre", "float16", 3, MANY),
+    Case("combine_pre", "bfloat16", 6, FEW, T=3),
+    Case("pre", "bfloat16", 4, FEW, T=3),
+    Case("pre", "float16", 4, MANY, T=70, C=64),
+    Case("pre", "bfloat16", 4, MANY, T=70, C=64),  # whole blocks: the streams are on their way
+    Case("head", "float32", 4, FEW, back=True),
+    Case("head", "bfloat16", 4, MANY),
+    Case("mappings", "float32", 2, MANY),
+    Case("mappings", "float16", 1, FEW),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cuda")
+
+
+def _draw(case: Case) -> list[Any]:
+    """Draw an op's arrays; x' is exact in every dtype, so that no rounding of it is arbitrary."""
+    _, dtype, n, _, _, T, C = case
+    rng, m = np.random.default_rng(n), n if case.op == "head" else n * n + 2 * n
+
+    def steps(most: int, *shape: int) -> Any:
+        return mx.array(rng.integers(-most, most + 1, shape).astype(np.float32))
+
+    def normal(*shape: int) -> Any:
+        return mx.array(rng.normal(size=shape).astype(np.float32))
+
+    streams, layer = (steps(2, T, *last).astype(getattr(mx, dtype)) for last in ((n, C), (C,)))
+    phi = normal(m, n * C) / (2 * n * C) ** 0.5
+    mapped = [layer, steps(2, T, n) / 2, steps(2, T, n, n) / 2] if "combine" in case.op else []
+    return [streams, *mapped, phi, normal(1 if case.op == "head" else 3), normal(m)]
+
+
+def _tuple(made: Any) -> tuple[Any, ...]:
+    return tuple(made) if isinstance(made, (tuple, list)) else (made,)
+
+
+def _wide(array: Any) -> Any:
+    return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def _close(got: Sequence[Any], want: Sequence[Any]) -> None:
+    for one, other in zip(got, want, strict=True):
+        size = np.abs(other).max()
+        off = np.abs(_wide(one) - other).max() / size
+        allowed = 4e-6 + NARROW[str(one.dtype).removeprefix("mlx.core.")]
+        assert off <= allowed, f"{one.shape} is off by {off:.2g}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_kernels_on_a_cpu(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mhc_backends.kernels.mlx import Kernels, Ops
+
+    monkeypatch.setattr(launch, "BUSY", case.busy)
+    own = Ops(Kernels(launcher(folder), "cuda", 227 * 1024))
+    variant, primals = mhc.DEEPSEEK_V4, _draw(case)
+    with mhc.no_grad():
+        outputs = _tuple(getattr(own, case.op)(*primals, variant=variant))
+    wide = [_wide(array) for array in primals]
+    _close(outputs, _tuple(getattr(mhc, case.op)(*wide, variant, backend="numpy")))
+    if case.back:
+        rng = np.random.default_rng(5)
+        given = [mx.array(rng.normal(size=out.shape).astype(np.float32)) for out in outputs]
+        given = [one.astype(out.dtype) for one, out in zip(given, outputs, strict=True)]
+        gradients = own.vjp(case.op, primals, given, variant=variant)
+        wide_given = [_wide(one) for one in given]
+        cotangents = wide_given[0] if case.op == "head" else tuple(wide_given)
+        want = mhc.vjp(case.op, tuple(wide), cotangents, variant=variant, backend="numpy")
+        _close(gradients, want)
