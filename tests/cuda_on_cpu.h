@@ -97,8 +97,7 @@ struct uint2 {
 struct uint4 {
     unsigned x, y, z, w;
 };
-using std::max;
-using std::min;
+using std::exp, std::log, std::sqrt, std::fma, std::max, std::min;  // of floats, floats
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 template <typename To, typename From>
 To same_bits(From from) {

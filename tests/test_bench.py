@@ -462,6 +462,13 @@ def test_a_turn_has_as_many_calls_as_it_needs(monkeypatch: pytest.MonkeyPatch) -
     assert clock.log.count("issue") == 2  # results of 16 bytes
 
 
+def test_what_may_be_under_way_follows_the_gpu() -> None:
+    gib = 2**30
+    assert _library._quarter({"total_memory": 64 * gib}) == 16 * gib  # as MLX calls it in CUDA
+    assert _library._quarter({"memory_size": 32 * gib}) == 8 * gib  # and in Metal
+    assert _library._quarter({"memory_size": 8 * gib}) == _library._quarter({}) == 4 * gib
+
+
 def test_a_copy_is_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, seconds=2.0)
     clock.library.copy = clock.function
