@@ -19,10 +19,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
 import numpy as np
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 __all__ = ["FLAGS", "RUNS", "launcher", "without_ptx"]
 
@@ -167,12 +169,16 @@ def _type(dtype: mx.Dtype) -> str:
 
 
 def _to_host(array: mx.array) -> Any:
+    import mlx.core as mx
+
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
     return np.array(array, order="C")
 
 
 def _to_mlx(raw: Any, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
+    import mlx.core as mx
+
     narrow = dtype == mx.bfloat16
     words = np.uint16 if narrow else np.dtype(str(dtype).removeprefix("mlx.core."))
     array = mx.array(np.frombuffer(raw.tobytes(), words).reshape(shape))

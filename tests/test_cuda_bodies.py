@@ -13,8 +13,8 @@ from cuda_on_cpu import RUNS, launcher
 import mhc_core as mhc
 from mhc_backends.kernels import launch
 
-pytestmark = pytest.mark.skipif(not RUNS, reason="needs g++ on Linux, and x86-64")
 mx = pytest.importorskip("mlx.core")
+pytestmark = pytest.mark.skipif(not RUNS, reason="needs g++ on Linux, and x86-64")
 
 FEW, MANY = 2**30, 0  # as launch.BUSY: all sizes count as few tokens, or as many
 NARROW = {"float32": 0.0, "float16": 2**-10, "bfloat16": 2**-7}
