@@ -21,15 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes  # noqa: F401 (gives NumPy the name bfloat16)
 import numpy as np
+import pytest
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["FLAGS", "RUNS", "launcher", "without_ptx"]
+__all__ = ["FLAGS", "TYPES", "launcher", "needs_gcc", "without_ptx"]
 
-RUNS = shutil.which("g++") is not None and (sys.platform, platform.machine()) == ("linux", "x86_64")
-"""Where it does: its float16 are those of x86-64, and its threads have Linux's contexts."""
+needs_gcc = pytest.mark.skipif(
+    shutil.which("g++") is None or (sys.platform, platform.machine()) != ("linux", "x86_64"),
+    reason="needs g++ on Linux, whose contexts its threads are, and x86-64, whose float16 it has",
+)
 
 FOLDER = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O1", "-mf16c", "-mfma", "-ffp-contract=off", "-w", f"-I{FOLDER}"]
@@ -38,6 +42,7 @@ TYPES = {
     "float16": "__half",
     "bfloat16": "__nv_bfloat16",
 }
+"""MLX's dtypes in CUDA."""
 PTX = {
     "mma.sync.aligned.m16n8k8.": "tensor_core<8>(sum, a, b0, b1)",
     "mma.sync.aligned.m16n8k16.": "tensor_core<16>(sum, a, b[0], b[1])",
@@ -165,21 +170,19 @@ def _compiled(folder: Path, text: str) -> ctypes.CDLL:
 
 
 def _type(dtype: mx.Dtype) -> str:
-    return TYPES[str(dtype).removeprefix("mlx.core.")]
+    from mhc_backends.kernels.mlx import dtype_name
+
+    return TYPES[dtype_name(dtype)]
 
 
 def _to_host(array: mx.array) -> Any:
-    import mlx.core as mx
+    from mhc_backends._mlx import to_host
 
-    if array.dtype == mx.bfloat16:
-        array = array.view(mx.uint16)
-    return np.array(array, order="C")
+    return np.ascontiguousarray(to_host(array))
 
 
 def _to_mlx(raw: Any, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
-    import mlx.core as mx
+    from mhc_backends._mlx import from_host
+    from mhc_backends.kernels.mlx import dtype_name
 
-    narrow = dtype == mx.bfloat16
-    words = np.uint16 if narrow else np.dtype(str(dtype).removeprefix("mlx.core."))
-    array = mx.array(np.frombuffer(raw.tobytes(), words).reshape(shape))
-    return array.view(mx.bfloat16) if narrow else array
+    return from_host(raw.reshape(-1).view(np.dtype(dtype_name(dtype))).reshape(shape))

@@ -1,15 +1,15 @@
 // The CUDA dialect's products of matrices by themselves: a line for each, with its name and the largest
-// error, relative to the sum of the absolute products. dialect.h is what cuda_on_cpu.py makes of it.
+// error, relative to the sum of the absolute products. header.h is what comes before every kernel.
 
 #include <cstdio>
 #include <random>
 
 #include "cuda_on_cpu.h"
-#include "dialect.h"
+#include "header.h"
 
 // ---- the products --------------------------------------------------------------------------------
 
-using namespace tested;
+using namespace aligned;
 
 static std::mt19937 random_bits(7);
 template <typename T>
@@ -30,15 +30,6 @@ struct Worst {
     }
 };
 
-template <typename F, int BLOCKS>
-struct Held {
-    F at[BLOCKS];
-};
-template <typename F, int BLOCKS>
-uint4 quad(Held<F, BLOCKS> factors, int block, int k) {
-    return factors.at[block].quad[k];
-}
-
 // [16 HEIGHT, 32 BLOCKS] of T by [32 BLOCKS, 8 TILES] of floats, which has a row for each column.
 template <typename T, int TILES, int BLOCKS, int HEIGHT>
 static void long_product(const char* name) {
@@ -48,7 +39,7 @@ static void long_product(const char* name) {
     run_block(32, [&] {
         const int lane = ::lane();
         Rows<Raw<T, 8>, BLOCKS, HEIGHT> own;
-        Held<RightFactor<T, TILES>, BLOCKS> factors;
+        Factors<RightFactor<T, TILES>, BLOCKS> factors;
         for (int b = 0; b < BLOCKS; b++) {
             for (int k = 0; k < 2 * HEIGHT; k++) {
                 const int row = 8 * k + tile_row(lane), at = 32 * b + 4 * tile_pair(lane);

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from pathlib import Path
 
 import pytest
-from cuda_on_cpu import FLAGS, RUNS, without_ptx
+from cuda_on_cpu import FLAGS, needs_gcc, without_ptx
 
 from mhc_backends import kernels
 
-pytestmark = pytest.mark.skipif(not RUNS, reason="needs g++ on Linux, and x86-64")
+pytestmark = needs_gcc
 
 SOURCE = Path(__file__).with_name("cuda_products.cpp")
-DIALECT = Path(kernels.__file__).with_name("dialect_cuda.h")
-TWICE = re.compile(r"^//// twice: .*\n", re.MULTILINE)
 
 
-def _dialect(change: tuple[str, str] = ("", "")) -> str:
-    """Give the dialect's words, with a slip."""
-    text, _, _ = DIALECT.read_text().partition("//// the first lines of every kernel ////")
-    once, twice = TWICE.split(text)
-    assert change[0] in twice
-    twice = twice.replace(*change) if change[0] else twice
-    once, twice = without_ptx(once), without_ptx(twice)
-    return f"{once}namespace tested {{\nenum {{ ALIGNED = 1 }};\n{twice}}}\n"
-
-
-def _errors(folder: Path, dialect: str) -> dict[str, float]:
+def _errors(folder: Path, header: str) -> dict[str, float]:
     """Compile and run, and give each product's error."""
-    (folder / "dialect.h").write_text(dialect)
+    (folder / "header.h").write_text(without_ptx(header))
     program = folder / "products"
     made = subprocess.run(
         ["g++", *FLAGS, f"-I{folder}", str(SOURCE), "-o", str(program)],
@@ -46,7 +33,7 @@ def _errors(folder: Path, dialect: str) -> dict[str, float]:
 
 def test_products_are_exact_to_float32(tmp_path: Path) -> None:
     """Of floats, a product of two rests is left out: 2^-22 of the numbers' product at most."""
-    errors = _errors(tmp_path, _dialect())
+    errors = _errors(tmp_path, kernels.header("cuda"))
     assert len(errors) == 1 + 3 * 8
     assert all(error <= 2**-21 for error in errors.values()), errors
 
@@ -61,5 +48,8 @@ def test_products_are_exact_to_float32(tmp_path: Path) -> None:
     ids=["the order of the parts", "only the last part", "no rests"],
 )
 def test_slips_are_seen(change: tuple[str, str], tmp_path: Path) -> None:
-    errors = _errors(tmp_path, _dialect(change))
+    right, wrong = change
+    header = kernels.header("cuda")
+    assert right in header
+    errors = _errors(tmp_path, header.replace(right, wrong))
     assert any(not error <= 2**-21 for error in errors.values()), errors

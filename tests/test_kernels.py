@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from cuda_on_cpu import TYPES
 
 import mhc_core
 from mhc_backends import kernels
@@ -116,10 +117,10 @@ class Launched(NamedTuple):
         body = kernels.declarations(self.kernel, names, numbers) + body
         parameters: list[str] = []
         for array, dtype in self.inputs:
-            parameters.append(f"const {_CUDA[dtype]}* {array}")
+            parameters.append(f"const {TYPES[dtype]}* {array}")
             if f"{array}_shape" in body:
                 parameters.append(f"const __grid_constant__ Shape {array}_shape")
-        parameters += [f"{_CUDA[dtype]}* {array}" for array, dtype in self.outputs]
+        parameters += [f"{TYPES[dtype]}* {array}" for array, dtype in self.outputs]
         constants = "".join(
             f"  constexpr {'bool' if value is True or value is False else 'int'} {word} = "
             f"{str(value).lower()};\n"
@@ -127,9 +128,6 @@ class Launched(NamedTuple):
         )
         head = f"__global__ void {function}({', '.join(parameters)})"
         return f"{head} {{\n{constants}\n{body}\n}}\n"
-
-
-_CUDA = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
 
 def _kernel(name: str) -> str:
@@ -182,7 +180,7 @@ def _launched(monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
     own = Ops(Kernels(recorder, "cuda", 227 * 1024))
     for busy, sizes in ((BUSY, (1, 4, 9, 32)), (0, (1, 4))):
         monkeypatch.setattr("mhc_backends.kernels.launch.BUSY", busy)
-        for op, dtype in itertools.product(OPS, _CUDA):
+        for op, dtype in itertools.product(OPS, TYPES):
             for case in cases(op, dtype):
                 if case.sizes.n not in sizes or (dtype != "float32" and case.sizes.n != 4):
                     continue
