@@ -41,7 +41,7 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant):
     dx, dw = aggregate.back(xp, x, s + variant.pre_eps, g)
     dz = dw * s * (1 - s)
     dscale = xp.reshape(xp.sum(dz * projected.u * projected.r), (1,))
-    dbias = xp.sum(_xp.tokens(xp, dz, 1), axis=0)
+    dbias = _xp.sum_tokens(xp, dz, 1)
     more, dphi = mappings.back_projection(xp, x, phi, projected, dz * scale)
     gradients = (dx + more, dphi, dscale, dbias)
     return tuple(_xp.cast(xp, d, p) for d, p in zip(gradients, primals, strict=True))

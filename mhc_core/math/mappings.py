@@ -56,10 +56,8 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant):
 
 def projection(xp: Any, x: Any, phi: Any, norm_eps: float) -> Projected:
     """Project vec(x) and take its root mean square, over all n * C numbers of a token."""
-    flat = xp.reshape(x, (*x.shape[:-2], x.shape[-2] * x.shape[-1]))
-    u = _xp.project(xp, _xp.tokens(xp, flat, 1), phi)
-    square = _xp.dot(xp, flat, flat)[..., None] / flat.shape[-1]
-    return Projected(xp.reshape(u, (*x.shape[:-2], phi.shape[0])), 1 / xp.sqrt(square + norm_eps))
+    square = _xp.square_sum(xp, x)[..., None] / (x.shape[-2] * x.shape[-1])
+    return Projected(_xp.project(xp, x, phi), 1 / xp.sqrt(square + norm_eps))
 
 
 def groups(xp: Any, scale: Any, n: int) -> Any:
@@ -117,10 +115,9 @@ def back(
         ],
         axis=-1,
     )
-    per_column = _xp.tokens(xp, dz * projected.u * projected.r, 1)
-    summed = xp.sum(per_column, axis=0)
+    summed = _xp.sum_tokens(xp, dz * projected.u * projected.r, 1)
     dscale = xp.stack([xp.sum(summed[:n]), xp.sum(summed[n : 2 * n]), xp.sum(summed[2 * n :])])
-    dbias = xp.sum(_xp.tokens(xp, dz, 1), axis=0)
+    dbias = _xp.sum_tokens(xp, dz, 1)
     dx, dphi = back_projection(xp, x, phi, projected, dz * groups(xp, scale, n))
     return dx, dphi, dscale, dbias
 
@@ -131,8 +128,7 @@ def back_projection(xp: Any, x: Any, phi: Any, projected: Projected, d_product: 
     du = d r, dr = d . u, and the root mean square brings dx += -dr r^3 x / (n C).
     """
     u, r = projected
-    du = _xp.tokens(xp, d_product * r, 1)
+    du = d_product * r
     pull = xp.sum(d_product * u * (r**3 / (x.shape[-2] * x.shape[-1])), axis=-1)
-    through_u = xp.reshape(_xp.rows(xp, du, phi), x.shape)
-    dphi = _xp.gram(xp, du, xp.reshape(x, (du.shape[0], phi.shape[1])))
-    return through_u - pull[..., None, None] * x, dphi
+    through_u = _xp.unproject(xp, du, phi, x)
+    return through_u - pull[..., None, None] * x, _xp.gram(xp, du, x, like=phi)

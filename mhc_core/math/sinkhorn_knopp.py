@@ -75,7 +75,7 @@ def _iterate(xp: Any, matrix: Any, max_iterations: int, epsilon: float, log_spac
     if not log_space:
         powers = xp.exp(matrix)
         matrix = xp.where(powers > FLOOR, powers, xp.full_like(powers, FLOOR))
-    one_line = matrix[:1, :1, :]
+    one_line = matrix[:1, :1]
 
     def step(state: _State) -> tuple[_State, Any]:
         taken, divisors = (_step_log if log_space else _step_direct)(xp, state.matrix)
