@@ -473,8 +473,34 @@ def call(op: str, arrays: Sequence[Any], static: Mapping[str, Any], backend: str
 
 def answer(op: str, arrays: Sequence[Any], static: Mapping[str, Any], backend: str | None) -> Any:
     """Do so, which is all that a compiler leaves alone."""
-    checked = signature(get_op, op, arrays, static)
-    return select(op, checked, backend, arrays)(*arrays, **checked.static)
+    try:
+        checked = signature(get_op, op, arrays, static)
+        function = select(op, checked, backend, arrays)
+    except TypeError:
+        if (unwrapped := _unwrapped(arrays)) is None:
+            raise
+        return answer(op, unwrapped, static, backend)
+    return function(*arrays, **checked.static)
+
+
+def _unwrapped(values: Sequence[Any]) -> tuple[Any, ...] | None:
+    """Return arrays for objects with a backend's ``protocol``; None where there are none.
+
+    Only what no backend takes as it is comes here, so that calls on arrays pay nothing for it.
+    """
+    methods = {spec.protocol for spec in _discover().specs.values() if spec.protocol}
+    known = {name for spec in _discover().specs.values() for name in spec.array_types}
+
+    def unwrap(value: Any) -> Any:
+        if not any(_is_a(value, name) for name in known):
+            for method in methods:
+                if callable(getattr(type(value), method, None)):
+                    return getattr(value, method)()
+        return value
+
+    unwrapped = tuple(map(unwrap, values))
+    changed = any(new is not old for new, old in zip(unwrapped, values, strict=True))
+    return unwrapped if changed else None
 
 
 def call_vjp(
@@ -500,8 +526,14 @@ def answer_vjp(
     if len(declared.outputs) == 1 and not isinstance(cotangents, (tuple, list)):
         cotangents = (cotangents,)
     cotangents = _tuple(declared, "cotangents", cotangents)
-    checked = signature(get_op, name, primals, _with_defaults(declared, static), cotangents)
-    function = select("vjp", checked, backend, (*primals, *cotangents))
+    try:
+        checked = signature(get_op, name, primals, _with_defaults(declared, static), cotangents)
+        function = select("vjp", checked, backend, (*primals, *cotangents))
+    except TypeError:
+        if (unwrapped := _unwrapped((*primals, *cotangents))) is None:
+            raise
+        count = len(primals)
+        return answer_vjp(op, unwrapped[:count], unwrapped[count:], static, backend)
     return function(name, primals, cotangents, **checked.static)
 
 

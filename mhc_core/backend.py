@@ -63,6 +63,9 @@ class BackendSpec:
         Transforms that it does not have, each with the reason.
     missing
         Called once: ``None``, or the reason why the backend cannot run here.
+    protocol
+        The name of a method by which objects that are no arrays become the backend's own, such as
+        ``"__jax_array__"`` (``flax.nnx.Param`` has it); None for none.
     api_version
         The :data:`API_VERSION` that it was written for. A plugin of its own gives the number
         itself: the default is that of whatever mhc-core is installed.
@@ -83,6 +86,7 @@ class BackendSpec:
     automatic: bool = True
     without: Mapping[str, str] = field(default_factory=dict[str, str])
     missing: Callable[[], str | None] = _always_there
+    protocol: str | None = None
     api_version: int = API_VERSION
 
     def __post_init__(self) -> None:
@@ -99,6 +103,8 @@ class BackendSpec:
         self._require("priority", type(self.priority) is int, "an integer")
         self._require("automatic", type(self.automatic) is bool, "True or False")
         self._require("missing", callable(self.missing), "a function of no arguments")
+        good = self.protocol is None or _is_word(self.protocol)
+        self._require("protocol", good, "the name of a method, or None")
         good = (
             isinstance(self.without, Mapping)  # pyright: ignore[reportUnnecessaryIsInstance]
             and set(self.without) <= set(TRANSFORMS)
