@@ -34,6 +34,15 @@ FUNCTION float simd_from(float v, int lane) { return __shfl_sync(0xffffffffu, v,
 // simd_any(q): whether any lane says so.
 FUNCTION bool simd_any(bool q) { return __any_sync(0xffffffffu, q); }
 
+// The functions as the dialect for Metal has to call them, for floats.
+struct precise {
+    static FUNCTION float exp(float v) { return ::exp(v); }
+    static FUNCTION float log(float v) { return ::log(v); }
+    static FUNCTION float sqrt(float v) { return ::sqrt(v); }
+    static FUNCTION float max(float u, float v) { return ::max(u, v); }
+    static FUNCTION float min(float u, float v) { return ::min(u, v); }
+};
+
 // 1 / v for v > 0, to the last place or the one before.
 FUNCTION float reciprocal(float v) {
     float out;

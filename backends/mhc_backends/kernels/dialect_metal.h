@@ -31,6 +31,10 @@ FUNCTION float simd_xor(float v, int step) { return simd_shuffle_xor(v, ushort(s
 FUNCTION float simd_from(float v, int lane) { return simd_shuffle(v, ushort(lane)); }
 // simd_any(q): whether any lane says so.
 
+// precise::exp, log, sqrt, max and min: without the word they may be the fast ones, since MLX asks for
+// safe maths but not for precise functions (MTLCompileOptions.mathFloatingPointFunctions); MLX's own kernels
+// say it too (mlx/backend/metal/kernels/unary_ops.h). fma and fabs are exact either way.
+
 // 1 / v for v > 0, to the last place or the one before.
 FUNCTION float reciprocal(float v) { return 1.0f / v; }
 
@@ -102,11 +106,12 @@ struct Access {
     typedef typename Words<WORDS>::type type;
 };
 
-// A view may begin anywhere, so the address decides, for a whole row alike.
+// A view may begin anywhere, so the address decides, for a whole row alike. That an address of device
+// memory becomes a ulong in this way, PyTorch's kernels show (c10/metal/atomic.h).
 template <typename T, int W, typename P>
 FUNCTION bool takes_vectors(P p) {
     typedef Access<T, W> A;
-    return A::ELEMENTS > 1 && (ALIGNED || reinterpret_cast<uintptr_t>(p) % A::BYTES == 0);
+    return A::ELEMENTS > 1 && (ALIGNED || reinterpret_cast<ulong>(p) % A::BYTES == 0);
 }
 // Whether load<W> and store need not look at addresses that are whole multiples of W from p on.
 template <int W, typename T>
@@ -265,8 +270,8 @@ FUNCTION void store_raw(device T* p, Raw<T, W> v) {
 // A simdgroup multiplies [16, DEPTH] by [DEPTH, 8]. Of the left factor a lane holds rows tile_row and
 // tile_row + 8 in columns tile_pair and tile_pair + 1, of the sum the same places, and of the right
 // factor two numbers: number e is in row right_row and column right_column. These are the places
-// that simdgroup_matrix's thread_elements has, on which MLX's own kernels build as well
-// (mlx/backend/metal/kernels/steel/gemm/mma.h).
+// of numbers 0 and 1 of simdgroup_matrix's thread_elements, which is as wide as the matrix has places: MLX's
+// own kernels build on both (mlx/backend/metal/kernels/steel/gemm/mma.h).
 
 FUNCTION int tile_row(int lane) { return (lane / 4 & 4) + lane / 2 % 4; }
 FUNCTION int tile_pair(int lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }
@@ -300,18 +305,20 @@ FUNCTION Right right(float first, float second) {
     return out;
 }
 
-// sum + a b
+// sum + a b, with the matrices of 8 by 8 that MLX's kernels fill and read in the same way.
 FUNCTION Floats<4> multiply(Floats<4> sum, Left a, Right b) {
     const float4 rows = as_type<float4>(a.quad[0]);
     simdgroup_float8x8 upper, lower, other, above, below;
-    upper.thread_elements() = rows.xy, lower.thread_elements() = rows.zw;
-    other.thread_elements() = b.pair;
-    above.thread_elements() = float2(sum.at[0], sum.at[1]);
-    below.thread_elements() = float2(sum.at[2], sum.at[3]);
+    UNROLL for (int k = 0; k < 2; k++) {
+        upper.thread_elements()[k] = rows[k], lower.thread_elements()[k] = rows[2 + k];
+        other.thread_elements()[k] = b.pair[k];
+        above.thread_elements()[k] = sum.at[k], below.thread_elements()[k] = sum.at[2 + k];
+    }
     simdgroup_multiply_accumulate(above, upper, other, above);
     simdgroup_multiply_accumulate(below, lower, other, below);
-    sum.at[0] = above.thread_elements()[0], sum.at[1] = above.thread_elements()[1];
-    sum.at[2] = below.thread_elements()[0], sum.at[3] = below.thread_elements()[1];
+    UNROLL for (int k = 0; k < 2; k++) {
+        sum.at[k] = above.thread_elements()[k], sum.at[2 + k] = below.thread_elements()[k];
+    }
     return sum;
 }
 
