@@ -76,7 +76,7 @@ def test_no_name_is_a_word_of_metal(dialect: str) -> None:
     """Clang, which compiles for the simulator, knows these as names of types at most."""
     words = "half|bfloat|uint|ushort|uchar|ulong|kernel|vertex|fragment|device|constant|thread"
     text = kernels.header(dialect) + "".join(
-        kernels.source(name, dialect) for name in kernels.KERNELS
+        kernels.function(name) + kernels.source(name, dialect) for name in kernels.KERNELS
     )
     text = re.sub(r"//[^\n]*", "", text)
     assert not re.search(rf"(\.|->)\s*({words})\b|\b({words})\s*(\[|=[^=])", text)
@@ -201,6 +201,7 @@ def test_every_body_compiles_as_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyP
     text = (
         _CUDA_BEFORE
         + kernels.header("cuda")
+        + "".join(map(kernels.function, kernels.KERNELS))
         + "namespace mlx::core::cu {\nnamespace cg = cooperative_groups;\n"
         + "".join(one.cuda(f"kernel_{number}") for number, one in enumerate(launched))
         + "}\n"

@@ -73,9 +73,13 @@ REFUSED = {
     "a lane's share of a matrix as two numbers": Refused(
         "simdgroup_float8x8 m(0.0f);\nfloat2 v = m.thread_elements();", "8 * 8>"
     ),
-    "an address as a uintptr_t": Refused("bool x = reinterpret_cast<uintptr_t>(b) % 16;", "uintptr"),
+    "an address as a uintptr_t": Refused(
+        "bool x = reinterpret_cast<uintptr_t>(b) % 16;", "uintptr"
+    ),
     # shader-slang/slang#9716
-    "an address by as_type": Refused("bool x = as_type<ulong>(b) % 16;", "as_type takes no pointer"),
+    "an address by as_type": Refused(
+        "bool x = as_type<ulong>(b) % 16;", "as_type takes no pointer"
+    ),
 }
 
 
