@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import mlx.core as mx
@@ -37,19 +38,23 @@ def _try(case: Case, dtype: str, starts: tuple[int, ...]) -> None:
     want = as_tuple(public(*primals, **case.options, backend=BACKEND))
     given = cotangents if len(want) > 1 else cotangents[0]
     gradients = mhc.vjp(case.op, primals, given, **case.options, backend=BACKEND)
-    for start in starts:
-        views = tuple(moved(array, start) for array in primals)
-        _equal_bits(public(*views, **case.options, backend=BACKEND), want)
-        cotangent_views = tuple(moved(array, start) for array in cotangents)
-        given = cotangent_views if len(want) > 1 else cotangent_views[0]
-        got = mhc.vjp(case.op, views, given, **case.options, backend=BACKEND)
+    count = len(primals)
+    arrays = (*primals, *cotangents)
+    for start, k in itertools.product(
+        starts, range(len(arrays))
+    ):  # one is elsewhere, not the others
+        views = (*arrays[:k], moved(arrays[k], start), *arrays[k + 1 :])
+        if k < count:
+            _equal_bits(public(*views[:count], **case.options, backend=BACKEND), want)
+        given = views[count:] if len(want) > 1 else views[count]
+        got = mhc.vjp(case.op, views[:count], given, **case.options, backend=BACKEND)
         _equal_bits(got, gradients)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_input_begins_anywhere(op: str) -> None:
     """A misaligned vector is a fault in the simulator; the numbers do not depend on the address."""
-    _try(Case(op, "views", ORDINARY, next(iter(cases(op, "float32"))).static), "float32", (1, 2, 3))
+    _try(Case(op, "views", ORDINARY, next(iter(cases(op, "float32"))).static), "float32", (1, 2))
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -59,21 +64,3 @@ def test_mappings_begin_anywhere(op: str, n: int, shared: bool) -> None:
     """Two streams have matrices of 16 bytes in rows of 8; bfloat16 streams have other vectors."""
     sizes = ORDINARY._replace(n=n)
     _try(Case(op, "views", sizes, shared=shared), "bfloat16", (1, 2))
-
-
-@pytest.mark.parametrize("op", MAPPED)
-def test_mappings_alone_begin_anywhere(op: str) -> None:
-    """Streams at the start of their buffers do not say where the mappings are."""
-    drawn = data(Case(op, "views", ORDINARY), "float32", seed=0)
-    names = mhc.math.load(op).OP.arrays
-    primals = tuple(map(from_host, drawn.primals))
-    views = tuple(
-        moved(array, 1) if name.startswith("h_") else array
-        for name, array in zip(names, primals, strict=True)
-    )
-    public = getattr(mhc, op)
-    _equal_bits(public(*views, backend=BACKEND), public(*primals, backend=BACKEND))
-    given = tuple(map(from_host, drawn.cotangents))
-    one = given if len(given) > 1 else given[0]
-    got, want = (mhc.vjp(op, arrays, one, backend=BACKEND) for arrays in (views, primals))
-    _equal_bits(got, want)
