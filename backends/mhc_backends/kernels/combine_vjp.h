@@ -11,8 +11,9 @@ const int C = x_shape[2];
 const int SUMS = N + N * N;  // dh_post, then dH_res
 threadgroup float shared[SUMS * MOST_SIMDGROUPS];
 
-//// fast where vectors<W>(x) && vectors<W>(y) && vectors<W>(g) && vectors<W>(dx) &&
-// vectors<W>(dy) ////
+//// combine_vjp<N, W, SUMS>(x, y, h_post, h_post_shape, h_res, h_res_shape, g, dx, dy, dh_post,
+// dh_res, shared, T, C): aligned where vectors<W>(x) && vectors<W>(y) && vectors<W>(g) &&
+// vectors<W>(dx) && vectors<W>(dy) && vectors<N>(h_post) && vectors<N * N>(h_res) ////
 for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     const int64_t streams = token * N * C;
     const auto post = hold<N>(h_post + row(h_post_shape[0], token) * N);

@@ -80,7 +80,7 @@ FUNCTION float value(Held<COUNT, KEEP, P> held, int k) {
 
 // 1 / sqrt(mean(x^2) + eps), over `count` numbers whose squares' sum is given
 FUNCTION float inverse_rms(float squares, float count, float eps) {
-    return 1.0f / sqrt(squares / count + eps);
+    return 1.0f / precise::sqrt(squares / count + eps);
 }
 
 // ---- sums over a threadgroup -------------------------------------------------------------------

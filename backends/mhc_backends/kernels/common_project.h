@@ -15,13 +15,14 @@ enum {
 
 // ---- rows that end anywhere --------------------------------------------------------------------
 
-// The first `rest` numbers from p on, and zeros. Where all is aligned, there are whole blocks alone.
+// The first `rest` numbers from p on, and zeros. Where that is known to be aligned, there are whole blocks
+// alone.
 template <int W, typename P>
 FUNCTION Floats<W> load_within(P p, int rest) {
     Floats<W> out = zeros<W>();
-    if (rest >= W || (ALIGNED && rest > 0)) {
+    if (rest >= W || (Address<P>::ALIGNED && rest > 0)) {
         out = load<W>(p);
-    } else if (!ALIGNED) {
+    } else if (!Address<P>::ALIGNED) {
         UNROLL for (int k = 0; k < W; k++)
             if (k < rest) out.at[k] = float(p[k]);
     }
@@ -31,9 +32,9 @@ FUNCTION Floats<W> load_within(P p, int rest) {
 template <int W, typename P>
 FUNCTION auto load_raw_within(P p, int rest) {
     decltype(load_raw<W>(p)) out = {};
-    if (rest >= W || (ALIGNED && rest > 0)) {
+    if (rest >= W || (Address<P>::ALIGNED && rest > 0)) {
         out = fetch_raw<W>(p);
-    } else if (!ALIGNED) {
+    } else if (!Address<P>::ALIGNED) {
         UNROLL for (int k = 0; k < W; k++)
             if (k < rest) out.word[k / out.PER_WORD] |= bits(p[k]) << (k % out.PER_WORD * 16);
     }
@@ -42,9 +43,9 @@ FUNCTION auto load_raw_within(P p, int rest) {
 
 template <int W, typename P>
 FUNCTION void store_within(P p, Floats<W> v, int rest) {
-    if (rest >= W || (ALIGNED && rest > 0)) {
+    if (rest >= W || (Address<P>::ALIGNED && rest > 0)) {
         store(p, v);
-    } else if (!ALIGNED) {
+    } else if (!Address<P>::ALIGNED) {
         UNROLL for (int k = 0; k < W; k++) {
             Floats<1> one;
             one.at[0] = v.at[k];
@@ -405,9 +406,9 @@ FUNCTION Floats<8> mix(Floats<8> sum, H res, int first, RawStreams<COUNT, R> str
 }
 template <typename P, typename T>
 FUNCTION void store_raw_within(P p, Raw<T, 8> v, int rest) {
-    if (rest >= 8 || (ALIGNED && rest > 0))
+    if (rest >= 8 || (Address<P>::ALIGNED && rest > 0))
         store_raw(p, v);
-    else if (!ALIGNED)
+    else if (!Address<P>::ALIGNED)
         store_within(p, floats(v), rest);
 }
 

@@ -34,6 +34,15 @@ FUNCTION float simd_from(float v, int lane) { return __shfl_sync(0xffffffffu, v,
 // simd_any(q): whether any lane says so.
 FUNCTION bool simd_any(bool q) { return __any_sync(0xffffffffu, q); }
 
+// The functions as the dialect for Metal has to call them, for floats.
+struct precise {
+    static FUNCTION float exp(float v) { return ::exp(v); }
+    static FUNCTION float log(float v) { return ::log(v); }
+    static FUNCTION float sqrt(float v) { return ::sqrt(v); }
+    static FUNCTION float max(float u, float v) { return ::max(u, v); }
+    static FUNCTION float min(float u, float v) { return ::min(u, v); }
+};
+
 // 1 / v for v > 0, to the last place or the one before.
 FUNCTION float reciprocal(float v) {
     float out;
@@ -53,8 +62,6 @@ enum { SIMD = 32, MOST_SIMDGROUPS = 32 };
 // uint4 a lane's share of a left factor takes, and at most of TILES tiles of a long right one.
 enum { DEPTH = 8, TILE_COLUMNS = 8, LEFT_QUADS = 2 };
 #define RIGHT_QUADS(TILES) (4 * (TILES))
-
-//// twice: where vectors begin anywhere, and where all begin at their own multiples ////
 
 // ---- numbers in memory and in registers --------------------------------------------------------
 
@@ -117,52 +124,34 @@ FUNCTION float number(unsigned word, int k, __nv_bfloat16) {
     return __uint_as_float(k ? word & 0xffff0000u : word << 16);
 }
 
-// A view may begin anywhere, so the address decides, for a whole row alike.
-template <typename T, int W>
-FUNCTION bool takes_vectors(const T* p) {
-    typedef Access<T, W> A;
-    return A::ELEMENTS > 1 && (ALIGNED || reinterpret_cast<unsigned long long>(p) % A::BYTES == 0);
-}
-// Whether load<W> and store need not look at addresses that are whole multiples of W from p on.
+// vectors<W>(p): whether load<W> and store may take vectors at addresses that are whole multiples of W
+// from p on. A view may begin anywhere, so the address decides.
 template <int W, typename T>
 FUNCTION bool vectors(const T* p) {
-    return Access<T, W>::ELEMENTS == 1 || takes_vectors<T, W>(p);
+    typedef Access<T, W> A;
+    return A::ELEMENTS == 1 || reinterpret_cast<unsigned long long>(p) % A::BYTES == 0;
 }
 
-// load<W>(p): the W numbers from p on, as floats.
-template <int W, typename T>
-FUNCTION Floats<W> load(const T* p) {
-    typedef Access<T, W> A;
-    Floats<W> out;
-    if (takes_vectors<T, W>(p)) {
-        UNROLL for (int k = 0; k < W; k += A::ELEMENTS) {
-            const typename A::type words = *reinterpret_cast<const typename A::type*>(p + k);
-            UNROLL for (int e = 0; e < A::ELEMENTS; e++)
-                out.at[k + e] =
-                    number(word(words, e / A::PER_WORD), e % A::PER_WORD, static_cast<T>(0.0f));
-        }
-    } else {
-        UNROLL for (int k = 0; k < W; k++) out.at[k] = static_cast<float>(p[k]);
-    }
-    return out;
+// Where `vectors` has been asked already, so that load and store do not look at the address: a branch
+// there would have all wait that follows. Address<P>::ALIGNED is whether a type is one of these.
+template <typename P>
+struct Aligned {
+    P p;
+    FUNCTION Aligned operator+(int64_t k) const { return {p + k}; }
+    FUNCTION auto operator[](int64_t k) const -> decltype(p[k]) { return p[k]; }
+};
+template <typename P>
+FUNCTION Aligned<P> aligned(P p) {
+    return {p};
 }
-
-// store(p, v): v's numbers from p on, each rounded to the nearest of p's type.
-template <int W, typename T>
-FUNCTION void store(T* p, Floats<W> v) {
-    typedef Access<T, W> A;
-    if (takes_vectors<T, W>(p)) {
-        UNROLL for (int k = 0; k < W; k += A::ELEMENTS) {
-            unsigned words[A::WORDS] = {};
-            UNROLL for (int e = 0; e < A::ELEMENTS; e++)
-                words[e / A::PER_WORD] |= bits(static_cast<T>(v.at[k + e]))
-                                          << (e % A::PER_WORD * 16);
-            store_words(reinterpret_cast<typename A::type*>(p + k), words);
-        }
-    } else {
-        UNROLL for (int k = 0; k < W; k++) p[k] = static_cast<T>(v.at[k]);
-    }
-}
+template <typename P>
+struct Address {
+    enum { ALIGNED = 0 };
+};
+template <typename P>
+struct Address<Aligned<P>> {
+    enum { ALIGNED = 1 };
+};
 
 // W numbers of memory as they are there, in words of 32 bits: a narrow one is half a register.
 template <typename T, int W>
@@ -170,16 +159,21 @@ struct Raw {
     enum { PER_WORD = 4 / int(sizeof(T)), WORDS = (W + PER_WORD - 1) / PER_WORD };
     unsigned word[WORDS];
 };
+template <typename T, int W>
+FUNCTION Floats<W> floats(Raw<T, W> raw) {
+    enum { PER_WORD = Raw<T, W>::PER_WORD };
+    Floats<W> out;
+    UNROLL for (int k = 0; k < W; k++)
+        out.at[k] = number(raw.word[k / PER_WORD], k % PER_WORD, static_cast<T>(0.0f));
+    return out;
+}
 
-// load_raw<W>(p): what floats(load_raw<W>(p)) makes load<W>(p) of. Where several are loaded before
-// the first becomes floats, all are under way at once: a load that may have to take scalars is a
-// branch, behind which the next one would wait.
 template <int W, typename T>
-FUNCTION Raw<T, W> load_raw(const T* p) {
+FUNCTION Raw<T, W> read(const T* p, bool by_vectors) {
     typedef Access<T, W> A;
     enum { PER_WORD = A::PER_WORD };
     Raw<T, W> out;
-    if (takes_vectors<T, W>(p)) {
+    if (A::ELEMENTS > 1 && by_vectors) {
         UNROLL for (int k = 0; k < W; k += A::ELEMENTS) {
             const typename A::type words = *reinterpret_cast<const typename A::type*>(p + k);
             UNROLL for (int e = 0; e < A::WORDS; e++)
@@ -191,6 +185,22 @@ FUNCTION Raw<T, W> load_raw(const T* p) {
             out.word[k / PER_WORD] |= bits(p[k]) << (k % PER_WORD * 16);
     }
     return out;
+}
+// load_raw<W>(p): what floats(load_raw<W>(p)) makes load<W>(p) of. Where several are loaded before
+// the first becomes floats, all are under way at once: a load that may have to take scalars is a
+// branch, behind which the next one would wait.
+template <int W, typename P>
+FUNCTION auto load_raw(P p) {
+    return read<W>(p, vectors<W>(p));
+}
+template <int W, typename P>
+FUNCTION auto load_raw(Aligned<P> from) {
+    return read<W>(from.p, true);
+}
+// load<W>(p): the W numbers from p on, as floats.
+template <int W, typename P>
+FUNCTION Floats<W> load(P p) {
+    return floats(load_raw<W>(p));
 }
 // fetch_raw<W>(p): load_raw<W>(p) from an input whose rows a simdgroup reads in pieces of 64 bytes, many
 // rows at a time: the memory is asked for their whole lines, as the other half is read soon after.
@@ -210,10 +220,10 @@ FUNCTION uint2 fetch_words(const uint2* p) {
 }
 FUNCTION uint1 fetch_words(const uint1* p) { return *p; }
 template <int W, typename T>
-FUNCTION Raw<T, W> fetch_raw(const T* p) {
+FUNCTION Raw<T, W> fetch(const T* p, bool by_vectors) {
     typedef Access<T, W> A;
     enum { PER_WORD = A::PER_WORD };
-    if (!takes_vectors<T, W>(p)) return load_raw<W>(p);
+    if (A::ELEMENTS == 1 || !by_vectors) return read<W>(p, false);
     Raw<T, W> out;
     UNROLL for (int k = 0; k < W; k += A::ELEMENTS) {
         const typename A::type words = fetch_words(reinterpret_cast<const typename A::type*>(p + k));
@@ -221,15 +231,26 @@ FUNCTION Raw<T, W> fetch_raw(const T* p) {
     }
     return out;
 }
+template <int W, typename P>
+FUNCTION auto fetch_raw(P p) {
+    return fetch<W>(p, vectors<W>(p));
+}
+template <int W, typename P>
+FUNCTION auto fetch_raw(Aligned<P> from) {
+    return fetch<W>(from.p, true);
+}
 // start_copy(to, from): begins to copy 16 bytes of an input, which begin at a multiple of 16, to
 // threadgroup memory. end_copies<LEFT>() waits for this thread's, but for those of the last LEFT times
 // that it said mark_copies(). Until then a row on its way needs no registers, nor a place in the cache,
-// where rows that lie a power of two apart would drive out each other.
-template <typename T>
-FUNCTION void start_copy(uint4* to, const T* from) {
+// where rows that lie a power of two apart would drive out each other. Nothing is copied from what is not
+// Aligned.
+template <typename P>
+FUNCTION void start_copy(uint4*, P) {}
+template <typename P>
+FUNCTION void start_copy(uint4* to, Aligned<P> from) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
                      static_cast<unsigned>(__cvta_generic_to_shared(to))),
-                 "l"(__cvta_generic_to_global(from))
+                 "l"(__cvta_generic_to_global(from.p))
                  : "memory");
 }
 FUNCTION void mark_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -244,13 +265,29 @@ FUNCTION Raw<T, 8> raw_of(const uint4* quads, T) {
     UNROLL for (int k = 0; k < Raw<T, 8>::WORDS; k++) out.word[k] = word(quads[k / 4], k % 4);
     return out;
 }
-template <typename T, int W>
-FUNCTION Floats<W> floats(Raw<T, W> raw) {
-    enum { PER_WORD = Raw<T, W>::PER_WORD };
-    Floats<W> out;
-    UNROLL for (int k = 0; k < W; k++)
-        out.at[k] = number(raw.word[k / PER_WORD], k % PER_WORD, T(0.0f));
-    return out;
+template <int W, typename T>
+FUNCTION void write(T* p, Floats<W> v, bool by_vectors) {
+    typedef Access<T, W> A;
+    if (A::ELEMENTS > 1 && by_vectors) {
+        UNROLL for (int k = 0; k < W; k += A::ELEMENTS) {
+            unsigned words[A::WORDS] = {};
+            UNROLL for (int e = 0; e < A::ELEMENTS; e++)
+                words[e / A::PER_WORD] |= bits(static_cast<T>(v.at[k + e]))
+                                          << (e % A::PER_WORD * 16);
+            store_words(reinterpret_cast<typename A::type*>(p + k), words);
+        }
+    } else {
+        UNROLL for (int k = 0; k < W; k++) p[k] = static_cast<T>(v.at[k]);
+    }
+}
+// store(p, v): v's numbers from p on, each rounded to the nearest of p's type.
+template <int W, typename P>
+FUNCTION void store(P p, Floats<W> v) {
+    write(p, v, vectors<W>(p));
+}
+template <int W, typename P>
+FUNCTION void store(Aligned<P> to, Floats<W> v) {
+    write(to.p, v, true);
 }
 
 // v as it would be in memory of p's type.
@@ -271,18 +308,30 @@ FUNCTION Raw<T, W> packed(const T*, Floats<W> v) {
         out.word[k / PER_WORD] = pair(v.at[k], v.at[k + PER_WORD - 1], static_cast<T>(0.0f));
     return out;
 }
-// store_raw(p, v): v's numbers from p on.
+template <int W, typename P>
+FUNCTION auto packed(Aligned<P> like, Floats<W> v) {
+    return packed(like.p, v);
+}
 template <int W, typename T>
-FUNCTION void store_raw(T* p, Raw<T, W> v) {
+FUNCTION void write_raw(T* p, Raw<T, W> v, bool by_vectors) {
     typedef Access<T, W> A;
     enum { PER_WORD = A::PER_WORD };
-    if (takes_vectors<T, W>(p)) {
+    if (A::ELEMENTS > 1 && by_vectors) {
         UNROLL for (int k = 0; k < W; k += A::ELEMENTS)
             store_words(reinterpret_cast<typename A::type*>(p + k), v.word + k / PER_WORD);
     } else {
         UNROLL for (int k = 0; k < W; k++)
             p[k] = static_cast<T>(number(v.word[k / PER_WORD], k % PER_WORD, static_cast<T>(0.0f)));
     }
+}
+// store_raw(p, v): v's numbers from p on.
+template <typename P, typename T, int W>
+FUNCTION void store_raw(P p, Raw<T, W> v) {
+    write_raw(p, v, vectors<W>(p));
+}
+template <typename P, typename T, int W>
+FUNCTION void store_raw(Aligned<P> to, Raw<T, W> v) {
+    write_raw(to.p, v, true);
 }
 
 // ---- products of matrices ------------------------------------------------------------------------

@@ -13,8 +13,9 @@ const int M = COLUMNS, DEPTHS = (M + DEPTH - 1) / DEPTH, STAGE = 4;  // tiles of
 const bool KEPT = DEPTHS <= 4;
 threadgroup uint4 factors[KEPT ? STAGE * DEPTHS * LEFT_QUADS * SIMD : 1];
 
-//// fast where C % BLOCK_CHANNELS == 0 && vectors<8>(x) && vectors<4>(phi) && vectors<8>(dx) &&
-// (!WITH_H || vectors<8>(dh)) && (!WITH_G || vectors<8>(g)) ////
+//// project_dx<N, bool WITH_H, bool WITH_G, M, DEPTHS, STAGE, bool KEPT>(x, phi, du, pull, w,
+// w_shape, dh, g, dx, factors, T, C, K): aligned where C % BLOCK_CHANNELS == 0 && vectors<8>(x) &&
+// vectors<4>(phi) && vectors<8>(dx) && (!WITH_H || vectors<8>(dh)) && (!WITH_G || vectors<8>(g)) ////
 const int lane = here.id % SIMD, simdgroup = here.id / SIMD, simdgroups = here.threads / SIMD;
 const int channel = 4 * tile_pair(lane), FACTOR = LEFT_QUADS * SIMD;
 const int strips = strip_count<N>(C, simdgroups);

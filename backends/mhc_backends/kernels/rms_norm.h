@@ -6,7 +6,8 @@
 const int64_t T = x_shape[0];
 const int C = x_shape[1];
 threadgroup float shared[2 * MOST_SIMDGROUPS];
-//// fast where vectors<W>(x) && vectors<W>(weight) && vectors<W>(y) ////
+//// rms_norm<W, HELD, REST>(x, weight, eps, y, shared, T, C): aligned where vectors<W>(x) &&
+// vectors<W>(weight) && vectors<W>(y) ////
 const int first = first_channel<W>(here), step = next_channel<W>(here);
 const int rest = REST ? first + HELD * step : C;
 int turn = 0;  // tokens take turns with the halves of `shared`

@@ -7,8 +7,8 @@
 const int64_t T = x_shape[0];
 const int C = x_shape[1];
 threadgroup float shared[2 * 2 * MOST_SIMDGROUPS];
-//// fast where vectors<W>(x) && vectors<W>(weight) && vectors<W>(g) && vectors<W>(dx) &&
-// vectors<W>(dweight) ////
+//// rms_norm_vjp<W, HELD, REST>(x, weight, eps, g, dx, dweight, shared, T, C): aligned where
+// vectors<W>(x) && vectors<W>(weight) && vectors<W>(g) && vectors<W>(dx) && vectors<W>(dweight) ////
 const int first = first_channel<W>(here), step = next_channel<W>(here);
 const int rest = REST ? first + HELD * step : C;
 const auto row_of_dweight = dweight + int64_t(here.group_x) * C;

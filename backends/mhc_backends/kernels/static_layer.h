@@ -18,7 +18,8 @@ for (int k = here.id; k < N; k += here.threads) {
 for (int k = here.id; k < N * N; k += here.threads) res[k] = float(h_res[k]);
 BARRIER;
 
-//// fast where vectors<W>(x) && vectors<W>(weight) && vectors<W>(out) ////
+//// static_layer<N, W, HELD, REST>(x, weight, eps, out, pre, post, res, shared, T, C): aligned
+// where vectors<W>(x) && vectors<W>(weight) && vectors<W>(out) ////
 const int first = first_channel<W>(here), step = next_channel<W>(here);
 const int rest = REST ? first + HELD * step : C;
 int turn = 0;  // tokens take turns with the halves of `shared`

@@ -21,8 +21,9 @@ for (int k = here.id; k < N; k += here.threads) {
 for (int k = here.id; k < N * N; k += here.threads) res[k] = float(h_res[k]);
 BARRIER;
 
-//// fast where vectors<W>(x) && vectors<W>(weight) && vectors<W>(g) && vectors<W>(dx) &&
-// SUMS % W == 0 && vectors<W>(sums + SUMS) ////
+//// static_layer_vjp<N, W, HELD, REST, SUMS>(x, weight, eps, g, dx, sums, pre, post, res, shared,
+// norms, T, C): aligned where vectors<W>(x) && vectors<W>(weight) && vectors<W>(g) &&
+// vectors<W>(dx) && SUMS % W == 0 && vectors<W>(sums + SUMS) ////
 const int first = first_channel<W>(here), step = next_channel<W>(here);
 const int rest = REST ? first + HELD * step : C;
 const auto row_of_sums = sums + int64_t(here.group_x) * (SUMS + C);

@@ -6,7 +6,7 @@ const int64_t T = x_shape[0];
 const int C = x_shape[2];
 threadgroup float shared[N * MOST_SIMDGROUPS];
 
-//// fast where vectors<W>(x) && vectors<W>(dh) ////
+//// weights_vjp<N, W>(x, dh, dw, shared, T, C): aligned where vectors<W>(x) && vectors<W>(dh) ////
 for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     float sums[N];  // of this thread's channels
     UNROLL for (int i = 0; i < N; i++) sums[i] = 0.0f;

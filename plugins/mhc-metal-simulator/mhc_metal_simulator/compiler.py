@@ -208,7 +208,7 @@ def _check(command: list[str]) -> str:
 def _readable(said: str) -> str:
     for number, name in ((1, "device"), (2, "constant"), (3, "threadgroup")):
         said = said.replace(f"__attribute__((address_space({number})))", name)
-    return said.strip()
+    return said.replace("_Float16", "half").replace("__bf16", "bfloat").strip()
 
 
 def _require_explicit_bfloat(said: str) -> None:

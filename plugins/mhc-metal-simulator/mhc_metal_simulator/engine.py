@@ -19,6 +19,7 @@ from mhc_metal_simulator.faults import Array, explain
 from mhc_metal_simulator.source import Prepared
 
 __all__ = [
+    "ALIGNMENT",
     "MAX_BUFFERS",
     "MAX_THREADGROUP_BYTES",
     "MAX_THREADS",
@@ -33,6 +34,7 @@ MAX_THREADS = 1024
 MAX_BUFFERS = 31
 MAX_THREADGROUP_BYTES = 32 * 1024
 _MAX_SHARED = 128  # MAX_SHARED of runtime/memory.h
+ALIGNMENT = 16  # of the widest vector in memory
 _PAGE = 4096
 _GAP = 1 << 20  # unused addresses around each buffer; costs no memory
 _STACK = 256 * 1024
@@ -81,6 +83,8 @@ class Argument:
         ``"input"``, ``"output"`` or ``"metadata"`` (shapes and strides).
     initialised
         Whether an output may be read before it is written, and may stay unwritten.
+    skew
+        How many bytes after a multiple of 16 ``data`` begins in memory.
     """
 
     name: str
@@ -89,6 +93,7 @@ class Argument:
     start: int = 0
     role: str = "input"
     initialised: bool = True
+    skew: int = 0
 
 
 @dataclass(frozen=True)
@@ -215,8 +220,8 @@ class _Arena:
         starts: list[int] = []
         at = _GAP
         for argument in arguments:
-            starts.append(at)
-            at += -(-argument.data.size // _PAGE) * _PAGE + _GAP
+            starts.append(at + argument.skew)
+            at += -(-(argument.skew + argument.data.size) // _PAGE) * _PAGE + _GAP
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         memory = mmap.mmap(-1, at, flags=flags)
         owner = np.zeros(at // _PAGE, np.uint16)

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mhc_metal_simulator.compiler import compile_kernel
-from mhc_metal_simulator.engine import MAX_THREADS, Argument, Library, Schedule, Traffic, Triple
+from mhc_metal_simulator.engine import (
+    ALIGNMENT,
+    MAX_THREADS,
+    Argument,
+    Library,
+    Schedule,
+    Traffic,
+    Triple,
+)
 from mhc_metal_simulator.errors import KernelFaultError, LaunchError
 from mhc_metal_simulator.source import Parameter, prepare
 
@@ -172,10 +180,12 @@ def simulate(
     outputs: Sequence[Output],
     grid: Triple,
     threadgroup: Triple,
+    offsets: Mapping[str, int] | None = None,
 ) -> list[HostArray]:
     """Run the kernel whose generated text is ``source`` and return its outputs.
 
-    Inputs may be strided; the kernel gets a pointer to their first element and their strides.
+    Inputs may be strided; the kernel gets a pointer to their first element and their strides. That
+    pointer is ``offsets`` bytes after a multiple of 16, for inputs that are named there.
 
     Raises
     ------
@@ -189,7 +199,7 @@ def simulate(
     chosen = current_options()
     results: list[HostArray] = []
     for i, schedule in enumerate(map(Schedule.parse, chosen.schedules)):
-        arguments = [_argument(p, inputs, outputs) for p in library.prepared.buffers]
+        arguments = [_argument(p, inputs, outputs, offsets or {}) for p in library.prepared.buffers]
         traffic, written = library.launch(
             name, arguments, grid, (group[0], group[1], group[2]), schedule
         )
@@ -224,13 +234,17 @@ def _record(done: LaunchRecord) -> None:
 
 
 def _argument(
-    parameter: Parameter, inputs: dict[str, HostArray], outputs: Sequence[Output]
+    parameter: Parameter,
+    inputs: dict[str, HostArray],
+    outputs: Sequence[Output],
+    offsets: Mapping[str, int],
 ) -> Argument:
     for output in outputs:
         if output.name == parameter.name:
             return _output_argument(output)
     if parameter.name in inputs:
-        return _input_argument(parameter.name, inputs[parameter.name])
+        array, offset = inputs[parameter.name], offsets.get(parameter.name, 0)
+        return _input_argument(parameter.name, array, offset)
     name, _, what = parameter.name.rpartition("_")
     about: dict[str, Callable[[HostArray], npt.NDArray[Any]]] = {
         "shape": lambda a: np.asarray(a.shape, np.int32),
@@ -241,7 +255,7 @@ def _argument(
     return Argument(parameter.name, values.view(np.uint8), values.itemsize, role="metadata")
 
 
-def _input_argument(name: str, array: HostArray) -> Argument:
+def _input_argument(name: str, array: HostArray, offset: int) -> Argument:
     """Take the stretch of memory that a strided array spans, as it lies there."""
     if array.size == 0:
         return Argument(name, np.zeros(0, np.uint8), array.itemsize)
@@ -249,7 +263,7 @@ def _input_argument(name: str, array: HostArray) -> Argument:
     low, high = sum(min(r, 0) for r in reach), sum(max(r, 0) for r in reach)
     first = array.__array_interface__["data"][0]
     data = np.frombuffer(ctypes.string_at(first + low, high - low + array.itemsize), np.uint8)
-    return Argument(name, data, array.itemsize, start=-low)
+    return Argument(name, data, array.itemsize, start=-low, skew=(offset + low) % ALIGNMENT)
 
 
 def _output_argument(output: Output) -> Argument:

@@ -148,7 +148,7 @@ def test_vectors_begin_anywhere(dtype: Any, elements: int, start: int) -> None:
         "copied",
         ["a"],
         ["o"],
-        f"using namespace anywhere;\nstore(o + {start}, load<{elements}>(a + {start}));",
+        f"store(o + {start}, load<{elements}>(a + {start}));",
         kernels.header("metal"),
     )
     a = mx.arange(24).astype(dtype)

@@ -26,6 +26,7 @@ from kernel_checks import (  # noqa: E402
 )
 from mhc_backends.kernels import launch as launches  # noqa: E402
 from mhc_backends.kernels.mlx import Kernels, Out, Sizes  # noqa: E402
+from mhc_conformance import Subject, check  # noqa: E402
 from mhc_core.math import mappings  # noqa: E402
 
 Options = dict[str, Any]
@@ -160,6 +161,7 @@ def test_threads_change_nothing(op: str, monkeypatch: pytest.MonkeyPatch) -> Non
     before = results()
     many = {name: replace(shape, threads=1024) for name, shape in launches.TABLE.items()}
     monkeypatch.setattr(launches, "TABLE", many)
+    monkeypatch.setattr(launches, "MOST_THREADS", {"metal": 1024})  # as CUDA has them
     with simulator.record() as records:
         after = results()
     assert {record.threadgroup[0] for record in records} == {1024}
@@ -180,6 +182,14 @@ def test_each_byte_travels_once(op: str) -> None:
         arrays = [one for one in record.traffic.values() if one.size >= 64 * 4 * 4]
         assert arrays
         assert all(one.loaded + one.stored == one.size for one in arrays)
+
+
+def test_functions_that_may_be_fast_fail_the_kit() -> None:
+    """So they are called precise, which on macOS 15 a function without a namespace need not be."""
+    with seeded(Fault("common", "fast functions", "precise::", "", WRONG, "sinkhorn")):
+        record = check(Subject(BACKEND), "sinkhorn", "float32", "forward")
+    assert not record.passed
+    assert "is off by" in record.detail
 
 
 # ---- the kernels that end a projection's way back ------------------------------------------------

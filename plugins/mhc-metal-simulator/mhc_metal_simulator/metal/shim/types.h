@@ -24,10 +24,12 @@ typedef long int64_t;
 typedef unsigned char uchar, uint8_t;
 typedef unsigned short ushort, uint16_t;
 typedef unsigned int uint, uint32_t;
-typedef unsigned long ulong, uint64_t, size_t, uintptr_t;
-typedef long ptrdiff_t, intptr_t;
-typedef _Float16 half;
-typedef __bf16 bfloat;
+typedef unsigned long ulong, uint64_t, size_t;
+typedef long ptrdiff_t;
+// Keywords in Metal, so here words that are clang's keywords: no variable or function has such a name
+// (gfx-rs/wgpu#4545, #5072).
+#define half _Float16
+#define bfloat __bf16
 typedef half float16_t;  // the names that MLX uses
 typedef bfloat bfloat16_t;
 
@@ -126,6 +128,8 @@ constexpr bool is_unsigned_v = __is_unsigned(T);
 template <typename To, typename From>
 MHC_INLINE constexpr To as_type(From x) {
     static_assert(sizeof(To) == sizeof(From), "as_type needs two types of one size");
+    // shader-slang/slang#9716; reinterpret_cast<ulong>(p) is how an address becomes a number
+    static_assert(!__is_pointer(To) && !__is_pointer(From), "as_type takes no pointer");
     return __builtin_bit_cast(To, x);
 }
 }  // namespace metal
