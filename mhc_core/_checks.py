@@ -10,9 +10,11 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["Check", "boolean", "non_negative", "one_of", "positive_int"]
+__all__ = ["Check", "boolean", "iterations", "non_negative", "one_of", "positive_int"]
 
 Check = Callable[[str, str, Any], Any]
+
+MOST_ITERATIONS = 1000  # of Sinkhorn; published models take 20, and libraries unroll the loop
 
 
 def positive_int(owner: str, name: str, value: Any) -> int:
@@ -22,7 +24,17 @@ def positive_int(owner: str, name: str, value: Any) -> int:
         raise TypeError(f"{owner}: {name} is {value!r}; {need}")
     number = int(value)
     if number < 1:
-        raise ValueError(f"{owner}: {name} is {number}; {need}")
+        raise ValueError(f"{owner}: {name} is {_short(number)}; {need}")
+    return number
+
+
+def iterations(owner: str, name: str, value: Any) -> int:
+    """Return ``value`` as an int from 1 to 1000."""
+    number = positive_int(owner, name, value)
+    if number > MOST_ITERATIONS:
+        raise ValueError(
+            f"{owner}: {name} is {_short(number)}; needs an integer of at most {MOST_ITERATIONS}"
+        )
     return number
 
 
@@ -31,10 +43,19 @@ def non_negative(owner: str, name: str, value: Any) -> float:
     need = "needs a finite number of at least 0"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{owner}: {name} is {value!r}; {need}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction beyond float's range
+        number = -math.inf if value < 0 else math.inf
     if not 0 <= number < math.inf:
         raise ValueError(f"{owner}: {name} is {number}; {need}")
     return number
+
+
+def _short(number: int) -> str:
+    """Return a number's digits, or how many bits it has: Python refuses to spell long ones."""
+    bits = number.bit_length()
+    return str(number) if bits <= 128 else f"an integer of {bits} bits"
 
 
 def boolean(owner: str, name: str, value: Any) -> bool:
