@@ -385,7 +385,9 @@ def _override(path: str, kernel: str, entry: Any) -> Shape:
     if kernel not in TABLE:
         raise ValueError(f"{where} is no kernel; known are {', '.join(TABLE)}")
     if not isinstance(entry, dict):
-        raise ValueError(f"{where} is {reprlib.repr(entry)}; needs an object with {', '.join(_NEEDS)}")
+        raise ValueError(
+            f"{where} is {reprlib.repr(entry)}; needs an object with {', '.join(_NEEDS)}"
+        )
     changes: dict[str, Any] = entry  # pyright: ignore[reportUnknownVariableType]
     for name, value in changes.items():
         if name not in _NEEDS:
