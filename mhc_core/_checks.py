@@ -15,16 +15,17 @@ __all__ = ["Check", "boolean", "iterations", "non_negative", "one_of", "positive
 Check = Callable[[str, str, Any], Any]
 
 MOST_ITERATIONS = 1000  # of Sinkhorn; published models take 20, and libraries unroll the loop
+MOST_SHOWN = 200  # characters of a value in a message
 
 
 def positive_int(owner: str, name: str, value: Any) -> int:
     """Return ``value`` as an int of at least 1."""
     need = "needs an integer of at least 1"
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{owner}: {name} is {value!r}; {need}")
+        raise TypeError(f"{owner}: {name} is {_shown(value)}; {need}")
     number = int(value)
     if number < 1:
-        raise ValueError(f"{owner}: {name} is {_short(number)}; {need}")
+        raise ValueError(f"{owner}: {name} is {_shown(number)}; {need}")
     return number
 
 
@@ -33,7 +34,7 @@ def iterations(owner: str, name: str, value: Any) -> int:
     number = positive_int(owner, name, value)
     if number > MOST_ITERATIONS:
         raise ValueError(
-            f"{owner}: {name} is {_short(number)}; needs an integer of at most {MOST_ITERATIONS}"
+            f"{owner}: {name} is {_shown(number)}; needs an integer of at most {MOST_ITERATIONS}"
         )
     return number
 
@@ -42,7 +43,7 @@ def non_negative(owner: str, name: str, value: Any) -> float:
     """Return ``value`` as a finite float of at least 0."""
     need = "needs a finite number of at least 0"
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{owner}: {name} is {value!r}; {need}")
+        raise TypeError(f"{owner}: {name} is {_shown(value)}; {need}")
     try:
         number = float(value)
     except OverflowError:  # an int or a fraction beyond float's range
@@ -52,16 +53,10 @@ def non_negative(owner: str, name: str, value: Any) -> float:
     return number
 
 
-def _short(number: int) -> str:
-    """Return a number's digits, or how many bits it has: Python refuses to spell long ones."""
-    bits = number.bit_length()
-    return str(number) if bits <= 128 else f"an integer of {bits} bits"
-
-
 def boolean(owner: str, name: str, value: Any) -> bool:
     """Return ``value``, which must be True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{owner}: {name} is {value!r}; needs True or False")
+        raise TypeError(f"{owner}: {name} is {_shown(value)}; needs True or False")
     return value
 
 
@@ -71,7 +66,16 @@ def one_of(*allowed: str) -> Check:
     def check(owner: str, name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in allowed:
             known = " or ".join(map(repr, allowed))
-            raise ValueError(f"{owner}: {name} is {value!r}; needs {known}")
+            raise ValueError(f"{owner}: {name} is {_shown(value)}; needs {known}")
         return value
 
     return check
+
+
+def _shown(value: Any) -> str:
+    """Return what came, for a message that it does not fill: a file may bring anything."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer too long to spell, or a deep list
+        return f"a {type(value).__name__}"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."

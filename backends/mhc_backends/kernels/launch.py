@@ -381,7 +381,7 @@ assert set(_NEEDS) | _FIXED == {field.name for field in fields(Shape)}
 
 
 def _override(path: str, kernel: str, entry: Any) -> Shape:
-    where = f"{VARIABLE}={path}: {kernel!r}"
+    where = f"{VARIABLE}={path}: {reprlib.repr(kernel)}"
     if kernel not in TABLE:
         raise ValueError(f"{where} is no kernel; known are {', '.join(TABLE)}")
     if not isinstance(entry, dict):
@@ -391,7 +391,7 @@ def _override(path: str, kernel: str, entry: Any) -> Shape:
     changes: dict[str, Any] = entry  # pyright: ignore[reportUnknownVariableType]
     for name, value in changes.items():
         if name not in _NEEDS:
-            raise ValueError(f"{where} has {name!r}; known are {', '.join(_NEEDS)}")
+            raise ValueError(f"{where} has {reprlib.repr(name)}; known are {', '.join(_NEEDS)}")
         good, need = _NEEDS[name]
         if type(value) is not int or not good(value):
             raise ValueError(f"{where}: {name} is {reprlib.repr(value)}; needs {need}")

@@ -477,7 +477,7 @@ def _errors_of(file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{OWNER}: {file} {_kind(file)}: {error}") from error
+        raise ValueError(f"{OWNER}: {file} {_kind(file)}: {shown(str(error))}") from error
 
 
 def _kind(file: Path) -> str:
@@ -523,7 +523,7 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         content: Any = json.loads(file.read_bytes().decode())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{OWNER}: {file} cannot be read as JSON: {error}") from error
+        raise ValueError(f"{OWNER}: {file} cannot be read as JSON: {shown(str(error))}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{OWNER}: {file} needs an object, and has a {type(content).__name__}")
     return cast("dict[str, Any]", content)

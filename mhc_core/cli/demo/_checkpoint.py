@@ -23,6 +23,7 @@ from mhc_core.cli.demo._settings import Settings
 __all__ = ["Checkpoint", "CheckpointError", "load", "path", "save"]
 
 FORMAT = "mhc-demo 1"  # another number where an old file would be misread
+LONGEST = 300  # characters of an error that may quote the file
 GROUPS = ("parameters", "first", "second", "history")
 
 Arrays = dict[str, numpy.ndarray[Any, Any]]
@@ -134,7 +135,7 @@ def _stored(file: Path) -> tuple[dict[str, str], Arrays]:
     # A damaged header may name a dtype that NumPy lacks (AttributeError, TypeError), or a shape
     # that it refuses; safetensors says neither which errors it raises nor that these are all.
     except Exception as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
+        raise CheckpointError(f"{file} cannot be read: {str(error)[:LONGEST]}") from None
 
 
 def _compare(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
