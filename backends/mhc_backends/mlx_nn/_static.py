@@ -40,7 +40,7 @@ class StaticModule(nn.Module):
     def __getitem__(self, name: str) -> Any:
         """Hand a parameter out."""
         self._forget(name)
-        return super().__getitem__(name)
+        return cast("Any", super()).__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
         """Hand a parameter out, also for ``module.name``."""
@@ -50,12 +50,12 @@ class StaticModule(nn.Module):
     def items(self) -> Any:
         """Hand all of them out, also for ``parameters()`` of any module around."""
         self._forget()
-        return super().items()
+        return cast("Any", super()).items()
 
     def values(self) -> Any:
         """Hand all of them out."""
         self._forget()
-        return super().values()
+        return cast("Any", super()).values()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is kept: it may belong to a trace that is over."""
@@ -63,7 +63,8 @@ class StaticModule(nn.Module):
 
     def _held(self, *names: str) -> tuple[Any, ...]:
         """Give parameters without forgetting anything: nobody here writes into them."""
-        return tuple(dict.__getitem__(cast("dict[str, Any]", self), name) for name in names)
+        held = cast("Any", super())
+        return tuple(held.__getitem__(name) for name in names)
 
     def _once(self, name: str, compute: Callable[..., Any], *sources: Any) -> Any:
         """Compute a mapping from its sources, or give the one that came from the same."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
@@ -472,7 +472,7 @@ def _opened(file: Path) -> Any:
 
 
 @contextmanager
-def _errors_of(file: Path) -> Iterator[None]:
+def _errors_of(file: Path) -> Generator[None]:
     """Turn what safetensors and NumPy raise, of several kinds, into one that names the file."""
     try:
         yield

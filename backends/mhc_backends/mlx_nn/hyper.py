@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -80,7 +80,9 @@ def _is_applied() -> bool:
     arrays: ``apply`` and ``load_weights`` both end in ``update``. So the callers tell.
     """
     code = nn.Module.apply.__code__
-    frame = sys._getframe(2)
+    frame = inspect.currentframe()
+    for _ in range(2):  # to who called __setitem__
+        frame = frame and frame.f_back
     while frame is not None and frame.f_code.co_filename == code.co_filename:
         if frame.f_code is code:
             return True

@@ -183,11 +183,11 @@ def _is_whole(entry: Path) -> bool:
         content = entry.read_bytes()
     except OSError:
         return False
-    sealed = memoryview(content)[:-32]
-    return sealed[-len(_SEAL) :] == _SEAL and content[-32:] == _digest(sealed[: -len(_SEAL)])
+    built, seal, digest = content.rpartition(_SEAL)
+    return bool(seal) and digest == _digest(built)
 
 
-def _digest(content: bytes | memoryview) -> bytes:
+def _digest(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
 
 
