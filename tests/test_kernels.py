@@ -407,10 +407,19 @@ def test_a_tuning_file_overrides_what_it_names(tuned: Any) -> None:
     assert launch("aggregate", 1, 4, 4096, "bfloat16") == plain
 
 
+def nested(depth: int) -> Any:
+    inside: list[Any] = []
+    for _ in range(depth):
+        inside = [inside]
+    return inside
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ({"combine": nested(500)}, "'combine' is [[[[[[[...]]]]]]]; needs an object"),
         ([], "needs an object"),
         ({"combined": {}}, "'combined' is no kernel; known are aggregate"),
         ({"combine": 3}, "'combine' is 3; needs an object with threads, elements, turns"),

@@ -14,7 +14,7 @@ OP = Op(
     arrays={"logits": "... n n"},
     outputs={"h_res": Out("... n n", "mapping")},
     static={
-        "iterations": _checks.positive_int,
+        "iterations": _checks.iterations,
         "eps": _checks.non_negative,
         "first": check_first,
     },

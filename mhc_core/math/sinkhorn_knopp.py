@@ -14,7 +14,7 @@ OP = Op(
     arrays={"matrix": "... n n"},
     outputs={"h_res": Out("... n n", "mapping")},
     static={
-        "max_iterations": _checks.positive_int,
+        "max_iterations": _checks.iterations,
         "epsilon": _checks.non_negative,
         "log_space": _checks.boolean,
     },

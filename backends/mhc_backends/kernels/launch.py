@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import os
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -357,7 +358,7 @@ def _tuned(path: str) -> dict[str, Shape]:
     """Read a tuning file, once; a wrong one raises ValueError with what it needs."""
     try:
         content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{VARIABLE}={path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f'{VARIABLE}={path}: needs an object such as {{"combine": {{...}}}}')
@@ -384,16 +385,18 @@ assert set(_NEEDS) | _FIXED == {field.name for field in fields(Shape)}
 
 
 def _override(path: str, kernel: str, entry: Any) -> Shape:
-    where = f"{VARIABLE}={path}: {kernel!r}"
+    where = f"{VARIABLE}={path}: {reprlib.repr(kernel)}"
     if kernel not in TABLE:
         raise ValueError(f"{where} is no kernel; known are {', '.join(TABLE)}")
     if not isinstance(entry, dict):
-        raise ValueError(f"{where} is {entry!r}; needs an object with {', '.join(_NEEDS)}")
+        raise ValueError(
+            f"{where} is {reprlib.repr(entry)}; needs an object with {', '.join(_NEEDS)}"
+        )
     changes: dict[str, Any] = entry  # pyright: ignore[reportUnknownVariableType]
     for name, value in changes.items():
         if name not in _NEEDS:
-            raise ValueError(f"{where} has {name!r}; known are {', '.join(_NEEDS)}")
+            raise ValueError(f"{where} has {reprlib.repr(name)}; known are {', '.join(_NEEDS)}")
         good, need = _NEEDS[name]
         if type(value) is not int or not good(value):
-            raise ValueError(f"{where}: {name} is {value!r}; needs {need}")
+            raise ValueError(f"{where}: {name} is {reprlib.repr(value)}; needs {need}")
     return replace(TABLE[kernel], **changes)

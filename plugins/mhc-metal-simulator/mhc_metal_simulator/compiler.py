@@ -25,6 +25,7 @@ __all__ = ["Compiler", "cache_folder", "compile_kernel", "find_compiler"]
 
 OLDEST_CLANG = 18
 _HERE = Path(__file__).parent
+_SEAL = b"\0mhc-sha256\0"  # what an entry of the cache ends with, and then its hash
 _STACK_BYTES = 200_000  # of a thread's 256 KiB stack, for the kernel's own variables
 
 _LANGUAGE = """
@@ -149,25 +150,45 @@ def compile_kernel(prepared: Prepared) -> Path:
     compiler = find_compiler()
     folder = cache_folder()
     library = folder / f"{_key(compiler, prepared.text)}.so"
-    if library.exists():
+    if _is_whole(library):
         return library
     runtime = _runtime_object(compiler, folder)
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        built = _build(compiler, prepared, runtime, Path(work))
-        os.replace(built, library)
+        _keep(_build(compiler, prepared, runtime, Path(work)), library)
     return library
 
 
 def _runtime_object(compiler: Compiler, folder: Path) -> Path:
     target = folder / f"{_key(compiler, 'runtime')}.o"
-    if target.exists():
+    if _is_whole(target):
         return target
     with tempfile.TemporaryDirectory(dir=folder) as work:
         built = Path(work) / "runtime.o"
         source = str(_HERE / "runtime" / "runtime.cpp")
         _check([*compiler.clang, *_LANGUAGE.split(), *_RUNTIME.split(), source, "-o", str(built)])
-        os.replace(built, target)
+        _keep(built, target)
     return target
+
+
+def _keep(built: Path, entry: Path) -> None:
+    """Put a file into the cache, sealed with its hash; linkers do not look behind an ELF file."""
+    with built.open("ab") as stream:
+        stream.write(_SEAL + _digest(built.read_bytes()))
+    os.replace(built, entry)
+
+
+def _is_whole(entry: Path) -> bool:
+    """Whether an entry is there and as it was kept: a library cut short would be a bus error."""
+    try:
+        content = entry.read_bytes()
+    except OSError:
+        return False
+    built, seal, digest = content.rpartition(_SEAL)
+    return bool(seal) and digest == _digest(built)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 # ---- compiling -----------------------------------------------------------------------------------
