@@ -22,7 +22,7 @@ from mhc_conformance import oracle
 from mhc_core import DEEPSEEK_V4, DEEPSEEK_V41, LIGER, PAPER, math
 from mhc_core._signature import Op, signature
 
-__all__ = ["Case", "Data", "Sizes", "cases", "numpy_dtype"]
+__all__ = ["SMALL", "Case", "Data", "Draw", "Sizes", "Static", "cases", "numpy_dtype"]
 
 Array = NDArray[Any]
 Draw = Callable[[np.random.Generator, tuple[int, ...]], Array]
@@ -111,6 +111,7 @@ class Case:
     optional: bool = False  # with the op's optional array
     narrow: bool = False  # parameters and mappings in the streams' dtype too
     gradient_scale: float = 1.0
+    dtypes: tuple[str, ...] = ()  # those in which it is tried, where its values decide that
 
     @property
     def name(self) -> str:
@@ -347,6 +348,14 @@ def cases(op: str, dtype: str = "float32", full: bool = False) -> Iterator[Case]
         pairs.append((EMPTY, choices[0]))
     for sizes, (label, static) in pairs:
         yield Case(op, label, sizes, (("n", sizes.n),) if op == "expand" else static)
-    for case in SPECIAL:
-        if case.op == op and (full or dtype == "float32" or case.narrow):
+    from mhc_conformance.telling import CASES  # which are made of what is here
+
+    for case in (*SPECIAL, *CASES):
+        if case.op == op and _tried(case, dtype, full):
             yield case
+
+
+def _tried(case: Case, dtype: str, full: bool) -> bool:
+    if case.dtypes:
+        return dtype in case.dtypes
+    return full or dtype == "float32" or case.narrow
