@@ -111,6 +111,7 @@ class Case:
     optional: bool = False  # with the op's optional array
     narrow: bool = False  # parameters and mappings in the streams' dtype too
     gradient_scale: float = 1.0
+    quiet: tuple[str, ...] = ()  # outputs whose cotangent is 0
     dtypes: tuple[str, ...] = ()  # those in which it is tried, where its values decide that
 
     @property
@@ -155,8 +156,13 @@ def data(case: Case, dtype: str, seed: int) -> Data:
         primals = (_decided(rng, np.array(primals[0]), **case.options),)
     call = signature(declaration, case.op, primals, case.options)
     cotangents = tuple(
-        (rng.normal(size=shape) * case.gradient_scale).astype(numpy_dtype(name))
-        for shape, name in zip(call.output_shapes, call.output_dtypes, strict=True)
+        (rng.normal(size=shape) * scale).astype(numpy_dtype(dtype))
+        for shape, dtype, scale in zip(
+            call.output_shapes,
+            call.output_dtypes,
+            [0.0 if name in case.quiet else case.gradient_scale for name in op.outputs],
+            strict=True,
+        )
     )
     for array in (*primals, *cotangents):
         array.flags.writeable = False  # they are drawn once and shared by all checks

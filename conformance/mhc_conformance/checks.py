@@ -29,6 +29,7 @@ __all__ = [
     "Skip",
     "applies",
     "check",
+    "comparisons",
     "everything",
     "grid",
     "skips",
@@ -84,6 +85,12 @@ class Comparison:
     def passed(self) -> bool:
         """Whether it holds; an error that is NaN does not."""
         return not self.problem and self.error <= self.tolerance
+
+    @property
+    def says(self) -> str:
+        """Which array it is, and what is wrong with it or how far it is off."""
+        what = self.problem or f"is off by {self.error:.3g}, allowed {self.tolerance:.3g}"
+        return f"{self.where} {what}"
 
     @property
     def badness(self) -> float:
@@ -247,7 +254,7 @@ def _distance(one: Array, other: Array) -> float:
 def _trials(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[_Trial]:
     smallest, largest = subject.spec.sizes
     for case in cases(op, dtype, subject.full):
-        if smallest <= case.sizes.n <= (largest or case.sizes.n):
+        if smallest <= case.sizes.n <= (largest or case.sizes.n) and subject.wants(case):
             subject.trying = case.name
             yield _Trial(subject, case, dtype, seed)
 
@@ -494,15 +501,24 @@ def skips(subject: Subject) -> Iterator[Skip]:
             yield Skip(subject.name, "all", "all", f"n={n}", reason)
 
 
-def check(subject: Subject, op: str, dtype: str, kind: str, seed: int = 0) -> Record:
-    """Run one check and keep the worst of its comparisons."""
+def comparisons(
+    subject: Subject, op: str, dtype: str, kind: str, seed: int = 0
+) -> Iterator[Comparison]:
+    """Give the comparisons of one check as they are made; what it raises ends them, as one."""
     subject.trying = op
     try:
         with subject.dtype_context(dtype):
-            found = list(CHECKS[kind](subject, op, dtype, seed))
+            yield from CHECKS[kind](subject, op, dtype, seed)
     except Exception as error:  # whatever a backend does, the report goes on
         raised = f"raised {type(error).__name__}: {error}"
-        found = [Comparison(subject.trying, math.nan, math.nan, raised)]
+        yield Comparison(subject.trying, math.nan, math.nan, raised)
+
+
+def check(subject: Subject, op: str, dtype: str, kind: str, seed: int = 0) -> Record:
+    """Run one check and keep the worst of its comparisons."""
+    found = list(comparisons(subject, op, dtype, kind, seed))
+    if found and found[-1].problem:  # where it raised, nothing else is said
+        found = found[-1:]
     if not found:
         found = [Comparison(op, math.nan, math.nan, f"has no case with {subject.spec.sizes=}")]
     worst = max(found, key=lambda comparison: comparison.badness)
@@ -521,6 +537,5 @@ def check(subject: Subject, op: str, dtype: str, kind: str, seed: int = 0) -> Re
 
 
 def _detail(subject: Subject, op: str, dtype: str, kind: str, seed: int, worst: Comparison) -> str:
-    what = worst.problem or f"is off by {worst.error:.3g}, allowed {worst.tolerance:.3g}"
     again = f"mhc conformance {subject.name} --op {op} --dtype {dtype} --kind {kind} --seed {seed}"
-    return f"{op} {kind} {dtype} on {subject.name}: {worst.where} {what}. Again: {again}"
+    return f"{op} {kind} {dtype} on {subject.name}: {worst.says}. Again: {again}"

@@ -35,6 +35,10 @@ def _normal(scale: float, shift: float = 0.0) -> Draw:
     return lambda rng, shape: rng.normal(shift, scale, shape)
 
 
+def _zero(_: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return np.zeros(shape)
+
+
 # --- all constants apart ----------------------------------------------------------------------
 
 LARGE = Variant(
@@ -42,14 +46,14 @@ LARGE = Variant(
     pre_eps=0.2,
     post_scale=1.5,
     sinkhorn_iterations=7,
-    sinkhorn_eps=0.1,
+    sinkhorn_eps=0.15,
     sinkhorn_first="rows",
     res_transposed=True,
 )
 MIDDLE = Variant(
     norm_eps=3e-5,
     pre_eps=4e-4,
-    post_scale=0.7,
+    post_scale=5e-4,
     sinkhorn_iterations=33,
     sinkhorn_eps=2e-3,
     sinkhorn_first="columns",
@@ -75,16 +79,16 @@ def _triangle(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     return rng.normal(0, 0.5, shape) - 60 * np.tril(np.ones((n, n)), -1)
 
 
-def _biases(gate: float) -> Draw:
-    """Draw biases that leave the gates at sigmoid(gate), and H_res's logits to a triangle."""
+def _biases(pre: float, res: Draw) -> Draw:
+    """Draw biases that leave H_pre's gates at sigmoid(pre), those of H_post open, and H_res's."""
 
     def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
         (size,) = shape
         n = int(np.sqrt(size + 1)) - 1  # of n * n + 2 * n
         if n * n + 2 * n != size:  # head's biases, one for each stream
-            return rng.normal(gate, 0.5, shape)
-        gates = rng.normal(gate, 0.5, 2 * n)
-        return np.concatenate([gates, _triangle(rng, (n, n)).ravel()])
+            return rng.normal(pre, 0.5, shape)
+        gates = rng.normal([[pre], [0.0]], 0.5, (2, n))
+        return np.concatenate([gates.ravel(), res(rng, (n, n)).ravel()])
 
     return draw
 
@@ -97,9 +101,24 @@ SLOWLY: Draws = (("logits", _triangle), ("matrix", _triangle), ("h_res_raw", _tr
 
 APART: Sequence[tuple[str, Variant, Draws]] = (
     ("large constants, all apart", LARGE, ()),
-    ("middling constants, all apart", MIDDLE, (*_of_size(5e-3), ("bias", _normal(1, -8)))),
-    ("little constants, all apart", LITTLE, (*_of_size(4e-11), ("bias", _biases(-16)))),
+    (
+        "middling constants, all apart",
+        MIDDLE,
+        (*_of_size(5e-3), ("bias", _biases(-8, _normal(1)))),
+    ),
+    (
+        "little constants, all apart",
+        LITTLE,
+        (*_of_size(4e-11), ("bias", _biases(-16, _triangle))),
+    ),
 )
+
+
+# In the last, the streams are so small beside what is normed that H_res does not show.
+NORMS = (("large", 0.4, 1.0, SLOW), ("middling", 3e-5, 5e-3, 33), ("little", 2e-21, 4e-11, 7))
+
+
+MOST = Sizes((2,), 130, 3, "n past any number of streams that is likely to be written down")
 
 
 def _static(**values: Any) -> Static:
@@ -112,6 +131,19 @@ CONSTANTS: Sequence[Case] = (
         for op in MAPPED
         for label, variant, draws in APART
     ),
+    # nearly closed gates, whose gradient reaches the streams through no other way
+    *(
+        Case(
+            op,
+            "closed gates",
+            SMALL,
+            _static(variant=LITTLE),
+            (("phi", _zero), ("bias", _biases(-16, _normal(1)))),
+            dtypes=PLAIN,
+            quiet=("x",),
+        )
+        for op in ("pre", "combine_pre", "head")
+    ),
     # Sinkhorn by itself: more iterations than the usual 20, where they still change something
     *(
         Case("sinkhorn", label, SMALL, _static(iterations=iterations, eps=eps, first=first), draws)
@@ -119,6 +151,7 @@ CONSTANTS: Sequence[Case] = (
             (f"{SLOW} iterations, eps=0", SLOW, 0.0, "rows", SLOWLY),
             (f"{SLOW} iterations, little eps", SLOW, 4e-7, "columns", SLOWLY),
             ("middling eps", 7, 2e-3, "rows", ()),
+            ("large eps", 33, 0.3, "columns", ()),
         )
     ),
     Case("static_mappings", f"{SLOW} iterations", SMALL, _static(iterations=SLOW), SLOWLY),
@@ -134,30 +167,37 @@ CONSTANTS: Sequence[Case] = (
     ),
     Case(
         "sinkhorn_knopp",
-        "an epsilon that float32 does not come to",
+        "a large epsilon, and at most 2 iterations",
         SMALL,
-        _static(max_iterations=60, epsilon=1e-9, log_space=True),
-        (("matrix", _normal(1)),),
-        dtypes=("float64",),
+        _static(max_iterations=2, epsilon=0.3, log_space=False),
     ),
-    # the norms
-    Case("rms_norm", "middling eps", SMALL, _static(eps=3e-5), _of_size(5e-3), dtypes=PLAIN),
-    Case("rms_norm", "little eps", SMALL, _static(eps=2e-21), _of_size(4e-11), dtypes=PLAIN),
-    Case(
-        "static_layer",
-        "middling eps",
-        SMALL,
-        _static(eps=3e-5, iterations=33),
-        _of_size(5e-3),
-        dtypes=PLAIN,
+    *(
+        Case(
+            "sinkhorn_knopp",
+            f"epsilon={epsilon}, which float32 does not come to",
+            SMALL,
+            _static(max_iterations=60, epsilon=epsilon, log_space=True),
+            (("matrix", _normal(1)),),
+            dtypes=("float64",),
+        )
+        for epsilon in (1e-9, 0.0)
     ),
-    Case(
-        "static_layer",
-        f"little eps, {SLOW} iterations",
-        SMALL,
-        _static(eps=2e-21, iterations=SLOW),
-        (*_of_size(4e-11), *SLOWLY),
-        dtypes=PLAIN,
+    Case("expand", "more streams than models have", MOST, _static(n=MOST.n)),
+    # the norms, with Sinkhorn beside them
+    *(
+        Case("rms_norm", f"{label} eps", SMALL, _static(eps=eps), _of_size(size), dtypes=PLAIN)
+        for label, eps, size, _ in NORMS
+    ),
+    *(
+        Case(
+            "static_layer",
+            f"{label} eps, {iterations} iterations",
+            SMALL,
+            _static(eps=eps, iterations=iterations),
+            (*_of_size(size), *SLOWLY),
+            dtypes=PLAIN,
+        )
+        for label, eps, size, iterations in NORMS
     ),
 )
 
@@ -167,6 +207,7 @@ CONSTANTS: Sequence[Case] = (
 BOUND = 1e18
 """Streams up to this size are held to the oracle, forward and gradient."""
 
+NOTHING = replace(PAPER, norm_eps=0.0, post_scale=0.0)  # every number of it is 0
 NORMED = (
     *((op, _static(variant=DEEPSEEK_V4)) for op in MAPPED),
     ("rms_norm", _static(eps=1e-5)),
@@ -233,7 +274,7 @@ RANGE: Sequence[Case] = (
     *(
         Case(op, "streams of 1e-15, no eps", SMALL, static, _of_size(1e-15), dtypes=PLAIN)
         for op, static in (
-            *((op, _static(variant=replace(PAPER, norm_eps=0.0))) for op in MAPPED),
+            *((op, _static(variant=NOTHING)) for op in MAPPED),
             ("rms_norm", _static(eps=0.0)),
             ("static_layer", _static(eps=0.0, iterations=2)),
         )
