@@ -373,7 +373,9 @@ def _zeros_behind(op: str, index: int, axes: int, arguments: Any, static: Static
 def _mixed_gradients(op: str, right_one: Any, other: Any) -> Any:
     """Mix the gradients of what each token has; those of what they share are as wrong as can be."""
     found: list[Any] = []
-    for patterns, one, two in zip(declaration(op).patterns.values(), right_one, other):
+    for patterns, one, two in zip(
+        declaration(op).patterns.values(), right_one, other, strict=False
+    ):
         axes = _axes(patterns[0])
         found.append(_first_then(one, two, axes) if one.ndim > axes else two)
     return tuple(found)

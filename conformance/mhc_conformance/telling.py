@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mhc_conformance.cases import SMALL, Case, Draw, Sizes, Static
 from mhc_core import DEEPSEEK_V4, PAPER, Variant
 
-__all__ = ["CASES"]
+__all__ = ["BOUND", "CASES", "SECOND"]
 
 Array = NDArray[Any]
 Draws = tuple[tuple[str, Draw], ...]
@@ -305,3 +305,32 @@ RANGE: Sequence[Case] = (
 )
 
 CASES: Sequence[Case] = (*CONSTANTS, *RANGE)
+
+
+# --- second derivatives -----------------------------------------------------------------------
+
+# One of each op, and two of Sinkhorn, with eps and without: compilers take seconds for each.
+SHORT = replace(LARGE, norm_eps=1e-3, sinkhorn_iterations=3)
+
+
+def _second(op: str, shared: bool = False, **values: Any) -> Case:
+    label = "second derivatives" + ", shared mappings" * shared
+    return Case(op, label, SMALL, _static(**values), shared=shared)
+
+
+SECOND: Sequence[Case] = (
+    *(_second(op, variant=SHORT) for op in MAPPED),
+    *(
+        _second(op, shared=True)
+        for op in ("aggregate", "combine", "gated_combine", "pre_scale", "residual_add_aggregate")
+    ),
+    _second("contract", how="mean"),
+    _second("expand", n=SMALL.n),
+    _second("rms_norm", eps=1e-3),
+    _second("sinkhorn", iterations=3, eps=0.0, first="columns"),
+    _second("sinkhorn", iterations=3, eps=0.1, first="rows"),
+    _second("sinkhorn_knopp", max_iterations=3, epsilon=0.0, log_space=True),
+    _second("static_layer", eps=1e-3, iterations=3),
+    _second("static_mappings", iterations=3),
+)
+"""The cases of the check ``second``."""

@@ -232,10 +232,11 @@ def _mutations(seed: int, unwanted: list[str]) -> None:
 
 def _made(console: Any, seed: int) -> int:
     """Run the kit on the mutants that are made of the ops' declarations; say how many it missed."""
-    from mhc_conformance.generated import MUTANTS, hunt
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
+
+    from mhc_conformance.generated import MUTANTS, hunt
 
     started, others = time.perf_counter(), Console(stderr=True)
     every = track(list(MUTANTS.values()), "made mutants", console=others, transient=True)
