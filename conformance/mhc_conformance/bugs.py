@@ -347,7 +347,7 @@ SHIPPED: tuple[Bug, ...] = (
         name="captured-arrays",
         what="gradients dropped for captured arrays",
         op="rms_norm",
-        fails=("grad", "compile", "checkpoint"),
+        fails=("grad", "compile", "checkpoint", "second"),
         says="d weight of",
         forward=mutants.capturing,
         library="mlx-compiled",
@@ -413,6 +413,15 @@ THOUGHT_OF: tuple[Bug, ...] = tuple(
             ("gradient",),
             "d logits of",
             vjp=mutants.iteration_less,
+        ),
+        Bug(
+            name="saved-cotangents-dropped",
+            what="the cotangents of saved outputs dropped: second derivatives wrong",
+            op="pre",
+            fails=("second",),
+            says="d phi of second derivatives",
+            forward=mutants.dropping_saved,
+            library="mlx-compiled",
         ),
         # Sinkhorn
         _of_sinkhorn(
