@@ -22,7 +22,7 @@ from mhc_conformance import oracle
 from mhc_core import DEEPSEEK_V4, DEEPSEEK_V41, LIGER, PAPER, math
 from mhc_core._signature import Op, signature
 
-__all__ = ["Case", "Data", "Sizes", "cases", "numpy_dtype"]
+__all__ = ["SMALL", "Case", "Data", "Draw", "Sizes", "Static", "cases", "numpy_dtype"]
 
 Array = NDArray[Any]
 Draw = Callable[[np.random.Generator, tuple[int, ...]], Array]
@@ -111,6 +111,8 @@ class Case:
     optional: bool = False  # with the op's optional array
     narrow: bool = False  # parameters and mappings in the streams' dtype too
     gradient_scale: float = 1.0
+    quiet: tuple[str, ...] = ()  # outputs whose cotangent is 0
+    dtypes: tuple[str, ...] = ()  # those in which it is tried, where its values decide that
 
     @property
     def name(self) -> str:
@@ -154,8 +156,13 @@ def data(case: Case, dtype: str, seed: int) -> Data:
         primals = (_decided(rng, np.array(primals[0]), **case.options),)
     call = signature(declaration, case.op, primals, case.options)
     cotangents = tuple(
-        (rng.normal(size=shape) * case.gradient_scale).astype(numpy_dtype(name))
-        for shape, name in zip(call.output_shapes, call.output_dtypes, strict=True)
+        (rng.normal(size=shape) * scale).astype(numpy_dtype(dtype))
+        for shape, dtype, scale in zip(
+            call.output_shapes,
+            call.output_dtypes,
+            [0.0 if name in case.quiet else case.gradient_scale for name in op.outputs],
+            strict=True,
+        )
     )
     for array in (*primals, *cotangents):
         array.flags.writeable = False  # they are drawn once and shared by all checks
@@ -347,6 +354,14 @@ def cases(op: str, dtype: str = "float32", full: bool = False) -> Iterator[Case]
         pairs.append((EMPTY, choices[0]))
     for sizes, (label, static) in pairs:
         yield Case(op, label, sizes, (("n", sizes.n),) if op == "expand" else static)
-    for case in SPECIAL:
-        if case.op == op and (full or dtype == "float32" or case.narrow):
+    from mhc_conformance.telling import CASES  # which are made of what is here
+
+    for case in (*SPECIAL, *CASES):
+        if case.op == op and _tried(case, dtype, full):
             yield case
+
+
+def _tried(case: Case, dtype: str, full: bool) -> bool:
+    if case.dtypes:
+        return dtype in case.dtypes
+    return full or dtype == "float32" or case.narrow

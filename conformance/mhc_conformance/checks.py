@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+import mhc_core
 from mhc_conformance import oracle
 from mhc_conformance.cases import SIZES, Case, cases, data, declaration, numpy_dtype
 from mhc_conformance.subject import Subject, several
@@ -29,12 +30,15 @@ __all__ = [
     "Skip",
     "applies",
     "check",
+    "comparisons",
     "everything",
     "grid",
     "skips",
 ]
 
 Array = NDArray[Any]
+
+STEP = 2e-3  # of the differences in float64 that second derivatives are held to
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,12 @@ class Comparison:
     def passed(self) -> bool:
         """Whether it holds; an error that is NaN does not."""
         return not self.problem and self.error <= self.tolerance
+
+    @property
+    def says(self) -> str:
+        """Which array it is, and what is wrong with it or how far it is off."""
+        what = self.problem or f"is off by {self.error:.3g}, allowed {self.tolerance:.3g}"
+        return f"{self.where} {what}"
 
     @property
     def badness(self) -> float:
@@ -163,7 +173,7 @@ class _Trial:
 
     def _expected(self, kind: Kind) -> list[_Expected]:
         """Ask the oracle, which answers once where the backend has no say in the question."""
-        seam = self._seam()
+        seam = {} if kind == "second" else self._seam()
         asked = (self.case, self.dtype, self.seed, kind)
         values, others = _answers(*asked, **seam) if seam else _kept_answers(*asked)
         rounding = _rounding(self.dtype)
@@ -190,13 +200,20 @@ class _Trial:
         got = self.subject.give(got)
         yield from _compare_all(self.case, "gradient", got, self._expected("gradient"))
 
-    def loss(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Give sum(cotangent * output) as a function of the primals."""
+    def loss(self, function: Callable[..., Any], curved: bool = False) -> Callable[..., Any]:
+        """Give sum(cotangent * output) as a function of the primals.
+
+        A curved one has sum(cotangent * output^2 / 2) beside it, whose gradient depends on the
+        outputs: what a vjp makes of cotangents that are being differentiated counts too.
+        """
         own = self.subject.take(self.cotangents)  # outside, where no compiler traces it
 
         def loss(*arrays: Any) -> Any:
             outputs = several(function(*arrays))
-            parts = [(c * o).sum() for c, o in zip(own, outputs, strict=True)]
+            parts = [
+                (c * (o + o * o / 2) if curved else c * o).sum()
+                for c, o in zip(own, outputs, strict=True)
+            ]
             return sum(parts[1:], parts[0])
 
         return loss
@@ -207,6 +224,68 @@ class _Trial:
         loss = self.loss(wrap(self.function) if wrap else self.function)
         return self.subject.transform("grad")(loss, argnums)(*self.subject.take(self.primals))
 
+    def second(self) -> Iterator[Comparison]:
+        """Differentiate the gradients of the loss along a direction; hold them, or the refusal."""
+        refusal = self.subject.lacks("second")
+        try:
+            got = self.subject.give(self._hessian_vector())
+        except Exception as error:
+            if refusal is None:
+                raise
+            yield Comparison(self.case.name, 0.0, 0.0, self._unclear(error))
+            return
+        for one in _compare_all(self.case, "second", got, self._expected("second")):
+            declared = f"gave numbers, where {self.subject.name} has no second derivatives, and"
+            problem = f"{declared} {one.problem or 'wrong ones'}"
+            yield one if one.passed or refusal is None else replace(one, problem=problem)
+
+    def _hessian_vector(self) -> Any:
+        grad, count = self.subject.transform("grad"), range(len(self.primals))
+        along = self.subject.take(_directions(self.primals, self.seed))
+        gradients = grad(self.loss(self.function, curved=True), count)
+
+        def slope(*arrays: Any) -> Any:
+            parts = [(u * g).sum() for u, g in zip(along, gradients(*arrays), strict=True)]
+            return sum(parts[1:], parts[0])
+
+        return grad(slope, count)(*self.subject.take(self.primals))
+
+    def _unclear(self, error: Exception) -> str:
+        """Say what a refusal of second derivatives lacks, or nothing."""
+        reason, says = self.subject.lacks("second") or "", str(error)
+        others = [name for name in mhc_core.backends() if name != self.subject.name]
+        remedies = (reason, *(repr(name) for name in others))
+        if self.case.op in says and any(remedy in says for remedy in remedies):
+            return ""
+        raised = f"raised {type(error).__name__}: {error}"
+        return f"{raised}; needs the op's name and the declared reason or another backend's name"
+
+
+def _directions(primals: Sequence[Array], seed: int) -> tuple[Array, ...]:
+    """Draw the vector of a Hessian-vector product."""
+    rng = np.random.default_rng([seed, len(primals)])
+    return tuple(rng.normal(size=primal.shape).astype(primal.dtype) for primal in primals)
+
+
+def _hessian_vector(
+    case: Case, primals: Sequence[Array], cotangents: Sequence[Array], along: Sequence[Array]
+) -> tuple[Array, ...]:
+    """Take differences of the oracle's gradients of sum(c (o + o^2 / 2)), whose error is step^4."""
+    wide = [primal.astype(np.float64) for primal in primals]
+
+    def gradients(step: float) -> tuple[Array, ...]:
+        at = [primal + step * u.astype(np.float64) for primal, u in zip(wide, along, strict=True)]
+        outputs = oracle.forward(case.op, at, **case.options)
+        pulled = [c * (1 + o) for c, o in zip(cotangents, outputs, strict=True)]
+        return oracle.gradients(case.op, at, pulled, **case.options)
+
+    def difference(step: float) -> list[Array]:
+        pairs = zip(gradients(step), gradients(-step), strict=True)
+        return [(ahead - behind) / (2 * step) for ahead, behind in pairs]
+
+    pairs = zip(difference(STEP), difference(STEP / 2), strict=True)
+    return tuple((4 * narrow - wide) / 3 for wide, narrow in pairs)
+
 
 def _answers(
     case: Case, dtype: str, seed: int, kind: Kind, **seam: Any
@@ -215,11 +294,14 @@ def _answers(
     options = {**case.options, **seam}
 
     def ask(primals: Sequence[Array], cotangents: Sequence[Array]) -> tuple[Array, ...]:
+        if kind == "second":
+            return _hessian_vector(case, primals, cotangents, along)
         if kind == "forward":
             return oracle.forward(case.op, primals, **options)
         return oracle.gradients(case.op, primals, cotangents, **options)
 
     drawn = data(case, dtype, seed)
+    along = _directions(drawn.primals, seed)
     rng = np.random.default_rng(seed)
     moved = [[_moved(rng, array, _rounding(dtype)) for array in arrays] for arrays in drawn]
     return ask(*drawn), ask(*moved)
@@ -247,7 +329,7 @@ def _distance(one: Array, other: Array) -> float:
 def _trials(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[_Trial]:
     smallest, largest = subject.spec.sizes
     for case in cases(op, dtype, subject.full):
-        if smallest <= case.sizes.n <= (largest or case.sizes.n):
+        if smallest <= case.sizes.n <= (largest or case.sizes.n) and subject.wants(case):
             subject.trying = case.name
             yield _Trial(subject, case, dtype, seed)
 
@@ -321,6 +403,20 @@ def checkpoint(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Com
     wrapped = subject.transform("checkpoint")
     yield from trial.forward(wrapped(trial.function)(*subject.take(trial.primals)))
     yield from trial.gradients(trial.native_gradients(wrapped))
+
+
+def second(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
+    """Hessian-vector products, reverse over reverse, against differences of the oracle's gradients.
+
+    A backend that declares not to have them must raise, and name the op and the remedy.
+    """
+    from mhc_conformance.telling import SECOND
+
+    smallest, largest = subject.spec.sizes
+    for case in [case for case in SECOND if case.op == op]:
+        if smallest <= case.sizes.n <= (largest or case.sizes.n):
+            subject.trying = case.name
+            yield from _Trial(subject, case, dtype, seed).second()
 
 
 def strided(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
@@ -429,6 +525,7 @@ CHECKS: Mapping[str, Check] = {
     "compile": compile,
     "vmap": vmap,
     "checkpoint": checkpoint,
+    "second": second,
     "strided": strided,
     "repeated": repeated,
     "host": host,
@@ -456,8 +553,10 @@ def applies(subject: Subject, op: str, dtype: str, kind: str) -> str | None:
         return f"{subject.name} has no {op}"
     if dtype not in subject.spec.dtypes:
         return f"{subject.name} has no {dtype}"
-    if kind == "checkpoint" and subject.lacks("grad"):
+    if kind in ("checkpoint", "second") and subject.lacks("grad"):
         return subject.lacks("grad")
+    if kind == "second":  # where it is declared not to be there, an error must be
+        return None
     if kind == "properties":
         from mhc_conformance.properties import lacks
 
@@ -494,15 +593,24 @@ def skips(subject: Subject) -> Iterator[Skip]:
             yield Skip(subject.name, "all", "all", f"n={n}", reason)
 
 
-def check(subject: Subject, op: str, dtype: str, kind: str, seed: int = 0) -> Record:
-    """Run one check and keep the worst of its comparisons."""
+def comparisons(
+    subject: Subject, op: str, dtype: str, kind: str, seed: int = 0
+) -> Iterator[Comparison]:
+    """Give the comparisons of one check as they are made; what it raises ends them, as one."""
     subject.trying = op
     try:
         with subject.dtype_context(dtype):
-            found = list(CHECKS[kind](subject, op, dtype, seed))
+            yield from CHECKS[kind](subject, op, dtype, seed)
     except Exception as error:  # whatever a backend does, the report goes on
         raised = f"raised {type(error).__name__}: {error}"
-        found = [Comparison(subject.trying, math.nan, math.nan, raised)]
+        yield Comparison(subject.trying, math.nan, math.nan, raised)
+
+
+def check(subject: Subject, op: str, dtype: str, kind: str, seed: int = 0) -> Record:
+    """Run one check and keep the worst of its comparisons."""
+    found = list(comparisons(subject, op, dtype, kind, seed))
+    if found and found[-1].problem:  # where it raised, nothing else is said
+        found = found[-1:]
     if not found:
         found = [Comparison(op, math.nan, math.nan, f"has no case with {subject.spec.sizes=}")]
     worst = max(found, key=lambda comparison: comparison.badness)
@@ -521,6 +629,5 @@ def check(subject: Subject, op: str, dtype: str, kind: str, seed: int = 0) -> Re
 
 
 def _detail(subject: Subject, op: str, dtype: str, kind: str, seed: int, worst: Comparison) -> str:
-    what = worst.problem or f"is off by {worst.error:.3g}, allowed {worst.tolerance:.3g}"
     again = f"mhc conformance {subject.name} --op {op} --dtype {dtype} --kind {kind} --seed {seed}"
-    return f"{op} {kind} {dtype} on {subject.name}: {worst.where} {what}. Again: {again}"
+    return f"{op} {kind} {dtype} on {subject.name}: {worst.says}. Again: {again}"

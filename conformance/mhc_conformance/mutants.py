@@ -480,6 +480,26 @@ def looking_at_values(matrix: Any, *, max_iterations: int, epsilon: float, log_s
     return right("sinkhorn_knopp")(matrix, max_iterations=max_iterations, **options)
 
 
+def dropping_saved(*arrays: Any, variant: Any) -> Any:
+    """MLX: save what the vjp needs as outputs of a custom function, and drop their cotangents.
+
+    First gradients are right. Where those are differentiated, what flows back into u, r and h_pre
+    is lost.
+    """
+    import mlx.core as mx
+
+    def saving(*primals: Any) -> Any:
+        outputs, saved = load("pre").saving(*primals, variant=variant)
+        return (*outputs, *saved)
+
+    def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        return load("pre").vjp(primals, cotangents[:3], outputs[3:], variant=variant)
+
+    function = mx.custom_function(saving)
+    function.vjp(back)
+    return tuple(function(*arrays)[:3])
+
+
 def through_where(op: str, primals: Any, cotangents: Any, **static: Any) -> Any:
     """MLX: differentiate a where whose other branch, at s = 0, is 0 times inf."""
     import mlx.core as mx

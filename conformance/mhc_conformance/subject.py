@@ -36,6 +36,7 @@ class Subject:
             raise mhc_core.BackendUnavailableError(f"backend {name!r} cannot run: {backend.reason}")
         self.name = name
         self.full = full
+        self.wants: Callable[[Any], bool] = lambda _: True  # of a case: whether to try it
         self.trying = ""  # the case that a check is at, for what the backend may raise there
         self.spec: BackendSpec = backend.spec
         self.module: Any = module(backend.spec)

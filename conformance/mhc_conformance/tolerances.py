@@ -17,33 +17,34 @@ two and doubled, at least 4. A plugin cannot change them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import ml_dtypes
 import numpy as np
 
 __all__ = ["DIFFERENCES", "Kind", "eps", "tolerance"]
 
-Kind = Literal["forward", "gradient"]
+Kind = Literal["forward", "gradient", "second"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
-K: Mapping[str, tuple[float, float]] = {
-    # op: (forward, gradient)
-    "aggregate": (4, 16),
-    "combine": (4, 16),
-    "combine_pre": (16, 64),
-    "contract": (4, 4),
-    "expand": (0, 4),
-    "gated_combine": (4, 16),
-    "head": (8, 64),
-    "mappings": (16, 32),
-    "pre": (32, 32),
-    "pre_scale": (4, 16),
-    "residual_add_aggregate": (4, 16),
-    "rms_norm": (4, 64),
-    "sinkhorn": (4, 64),
-    "sinkhorn_knopp": (4, 4),
-    "static_layer": (4, 64),
-    "static_mappings": (4, 8),
+K: Mapping[str, tuple[float, float, float]] = {
+    # op: (forward, gradient, second derivatives)
+    "aggregate": (4, 16, 64),
+    "combine": (4, 16, 64),
+    "combine_pre": (16, 64, 64),
+    "contract": (4, 4, 64),
+    "expand": (0, 4, 64),
+    "gated_combine": (4, 16, 64),
+    "head": (8, 64, 64),
+    "mappings": (16, 32, 64),
+    "pre": (32, 32, 64),
+    "pre_scale": (4, 16, 64),
+    "residual_add_aggregate": (4, 16, 64),
+    "rms_norm": (4, 64, 64),
+    "sinkhorn": (4, 64, 64),
+    "sinkhorn_knopp": (4, 4, 64),
+    "static_layer": (4, 64, 64),
+    "static_mappings": (4, 8, 64),
 }
 
 DIFFERENCES = 1e-8
@@ -60,4 +61,4 @@ def tolerance(op: str, kind: Kind, dtype: str, condition: float = 1.0) -> float:
     """Return the largest relative error allowed for an array of that dtype."""
     computed = "float64" if dtype == "float64" else "float32"
     last = eps(dtype) / 2 if dtype != computed else 0.0
-    return K[op][kind == "gradient"] * eps(computed) * condition + last
+    return K[op][KINDS.index(kind)] * eps(computed) * condition + last

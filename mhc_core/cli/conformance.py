@@ -226,8 +226,55 @@ def _mutations(seed: int, unwanted: list[str]) -> None:
     console.print(
         f"{caught} caught, {len(missed)} missed, {untried} skipped (seed {seed}, {seconds:.0f} s)"
     )
-    if missed:
+    if _made(console, seed) or missed:
         raise typer.Exit(1)
+
+
+def _made(console: Any, seed: int) -> int:
+    """Run the kit on the mutants that are made of the ops' declarations; say how many it missed."""
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from mhc_conformance.generated import MUTANTS, hunt
+
+    started, others = time.perf_counter(), Console(stderr=True)
+    every = track(list(MUTANTS.values()), "made mutants", console=others, transient=True)
+    found = [hunt(mutant, seed) for mutant in every]
+    title = (
+        "made of the declarations: each argument taken for something else, forward and in the vjp"
+    )
+    table = Table("op", "argument", title=title, title_justify="left")
+    for column in ("made", "caught", "missed", "cannot be told"):
+        table.add_column(column, justify="right")
+    rows: dict[tuple[str, str], list[Any]] = {}
+    for one in found:
+        rows.setdefault((one.mutant.op, one.mutant.argument), []).append(one)
+    for (op, argument), some in rows.items():
+        table.add_row(op, argument, *map(str, _counts(some)))
+    console.print(table)
+    for proof in dict.fromkeys(one.mutant.proof for one in found if one.mutant.proof):
+        names = [one.mutant.name for one in found if one.mutant.proof == proof]
+        line = f"{len(names)} cannot be told, such as {names[0]}: {proof}"
+        console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+    for one in found:
+        if one.problem:
+            line = f"MISSED {one.mutant.name}: {one.problem}"
+            console.print(line, style="red", markup=False, soft_wrap=True)
+    made, caught, missed, cannot = _counts(found)
+    seconds = time.perf_counter() - started
+    console.print(
+        f"{made} made, {caught} caught, {missed} missed, {cannot} cannot be told "
+        f"(seed {seed}, {seconds:.0f} s)"
+    )
+    return missed
+
+
+def _counts(found: list[Any]) -> tuple[int, int, int, int]:
+    """Count mutants: made, caught, missed, and those that nothing can tell."""
+    missed = sum(bool(one.problem) for one in found)
+    cannot = sum(bool(one.mutant.proof) and not one.problem for one in found)
+    return len(found), len(found) - missed - cannot, missed, cannot
 
 
 def _table_of_bugs(console: Any, title: str, outcomes: list[Any]) -> None:
