@@ -58,8 +58,7 @@ def test_every_input_begins_anywhere(op: str) -> None:
     _try(Case(op, "views", ORDINARY, next(iter(cases(op, "float32"))).static), "float32", (1, 2))
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize(("n", "shared"), [(2, False), (4, True)])
 @pytest.mark.parametrize("op", MAPPED)
 def test_mappings_begin_anywhere(op: str, n: int, shared: bool) -> None:
     """Two streams have matrices of 16 bytes in rows of 8; bfloat16 streams have other vectors."""
