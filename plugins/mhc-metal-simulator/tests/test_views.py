@@ -12,6 +12,7 @@ mhc = pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose k
 
 from kernel_checks import BACKEND  # noqa: E402
 from mhc_backends._mlx import as_tuple, from_host  # noqa: E402
+from mhc_backends.kernels import launch as launches  # noqa: E402
 from mhc_backends.kernels.ops import OPS  # noqa: E402
 from mhc_conformance.cases import Case, Sizes, cases, data  # noqa: E402
 
@@ -57,10 +58,17 @@ def test_every_input_begins_anywhere(op: str) -> None:
     _try(Case(op, "views", ORDINARY, next(iter(cases(op, "float32"))).static), "float32", (1, 2))
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize(("n", "shared"), [(2, False), (4, True)])
 @pytest.mark.parametrize("op", MAPPED)
 def test_mappings_begin_anywhere(op: str, n: int, shared: bool) -> None:
     """Two streams have matrices of 16 bytes in rows of 8; bfloat16 streams have other vectors."""
     sizes = ORDINARY._replace(n=n)
     _try(Case(op, "views", sizes, shared=shared), "bfloat16", (1, 2))
+
+
+@pytest.mark.parametrize("busy", [launches.BUSY, 0])
+def test_what_the_products_read_begins_anywhere(busy: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whole blocks of channels, which are known to be aligned once all that is read is."""
+    monkeypatch.setattr(launches, "BUSY", busy)
+    sizes, static = ORDINARY._replace(n=2, C=32), next(iter(cases("combine_pre", "float32"))).static
+    _try(Case("combine_pre", "views", sizes, static), "bfloat16", (1, 2))
