@@ -121,6 +121,13 @@ class Case:
         return f"{self.label} (leading {sizes.leading}, n={sizes.n}, C={sizes.C})"
 
     @property
+    def iterations(self) -> int:
+        """How many iterations of Sinkhorn it asks for at most; 0 where there are none."""
+        static = {name: getattr(value, "sinkhorn_iterations", value) for name, value in self.static}
+        named = ("iterations", "max_iterations", "variant")
+        return max((static[name] for name in named if name in static), default=0)
+
+    @property
     def options(self) -> dict[str, Any]:
         """The static arguments."""
         return dict(self.static)

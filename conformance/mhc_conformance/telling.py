@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mhc_conformance.cases import SMALL, Case, Draw, Sizes, Static
+from mhc_conformance.cases import SMALL, Case, Draw, Sizes, Static, cases
 from mhc_core import DEEPSEEK_V4, PAPER, Variant
 
-__all__ = ["BOUND", "CASES", "SECOND"]
+__all__ = ["BOUND", "CASES", "SECOND", "quick"]
 
 Array = NDArray[Any]
 Draws = tuple[tuple[str, Draw], ...]
@@ -305,6 +305,11 @@ RANGE: Sequence[Case] = (
 )
 
 CASES: Sequence[Case] = (*CONSTANTS, *RANGE)
+
+
+def quick(op: str) -> Case:
+    """Give the one case of an op that shows most, where there is time for one alone."""
+    return next((case for case in CONSTANTS if case.op == op), next(cases(op)))
 
 
 # --- second derivatives -----------------------------------------------------------------------

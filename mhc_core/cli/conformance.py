@@ -25,6 +25,10 @@ def conformance(
     kind: Annotated[list[str] | None, typer.Option(help="Only this check.")] = None,
     seed: Annotated[int, typer.Option(help="Of all inputs.")] = 0,
     full: Annotated[bool, typer.Option("--full", help="All cases in every dtype.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="A first check: one case of every op, in half a minute."),
+    ] = False,
     jobs: Annotated[int | None, typer.Option(help="Processes; one per core if left out.")] = None,
     report: Annotated[
         list[Path] | None,
@@ -43,6 +47,8 @@ def conformance(
         others = (backends, op, dtype, kind, map(str, report or ()))
         _mutations(seed, unwanted=[word for words in others for word in words or ()])
         return
+    if quick and full:
+        raise typer.BadParameter("--quick came with --full; needs one of them")
     import mhc_core
     from mhc_conformance import CHECKS
     from mhc_conformance.bugs import present
@@ -64,7 +70,8 @@ def conformance(
     everything = not (op or dtype or kind)
     try:
         with present(*named):
-            plan = Plan(named, op or (), dtype or (), kind or (), seed, full, chain=everything)
+            chosen = (op or (), dtype or (), kind or ())
+            plan = Plan(named, *chosen, seed, full, chain=everything, quick=quick)
             started = time.perf_counter()
             records = _with_progress(run(plan, jobs), plan.size)
             whole = Report(
@@ -91,6 +98,7 @@ def _command(plan: Any) -> str:
         for word in getattr(plan, f"{name}s"):
             words += [f"--{name}", word]
     words += ["--seed", str(plan.seed), *(["--full"] if plan.full else [])]
+    words += ["--quick"] if plan.quick else []
     return shlex.join(words)
 
 
@@ -185,6 +193,8 @@ def _others(records: list[Record]) -> str:
 
     others = [record for record in records if record.kind not in NUMERIC]
     failed = [record.kind for record in others if not record.passed]
+    if not others:
+        return "-"
     return f"[red]{', '.join(failed)}[/red]" if failed else f"[green]{len(others)} hold[/green]"
 
 
