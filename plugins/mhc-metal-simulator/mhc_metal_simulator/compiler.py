@@ -240,7 +240,7 @@ def readable(said: str) -> str:
 def _require_explicit_bfloat(said: str) -> None:
     """Refuse what Apple's compiler refuses and clang allows: float to bfloat without a cast."""
     for line in said.splitlines():
-        if "implicit conversion loses" in line and re.search(
+        if "loses floating-point precision" in line and re.search(
             r"to '(?:\w+' \(aka ')?(?:__bf16|bfloat)", line
         ):
             raise CompileError(readable(line.replace("warning:", "error:")) + "; write bfloat(x)")
