@@ -82,7 +82,7 @@ class _Recorder:
             spaces = [(a.dtype, a.ndim == 0, a.size < 8) for a in inputs]
             # a variant's numbers and the values of a template's arguments make no other text
             source = _NUMBERS.sub("", about["source"])
-            values = dict(static["template"] or ())
+            values: dict[str, Any] = dict(static["template"] or ())
             words = (spaces, tuple(values), values.get("N"), static["output_dtypes"])
             key = (about["header"], source, repr(words))
 
@@ -150,8 +150,8 @@ def _zeros(op: Op, sizes: Sizes, dtype: str) -> list[mx.array]:
     for name, (words, *_) in op.patterns.items():
         if name == op.optional:
             continue
-        ahead = leading if words[0] == "..." else ()
-        shape = (*ahead, *(known.get(w) or int(w) for w in words if w != "..."))
+        ahead: tuple[int, ...] = leading if words[0] == "..." else ()
+        shape: tuple[int, ...] = (*ahead, *(known.get(w) or int(w) for w in words if w != "..."))
         narrow = name in ("x", "y", "res", "h", "logits", "matrix")
         arrays.append(mx.zeros(shape, getattr(mx, dtype if narrow else "float32")))
     return arrays
