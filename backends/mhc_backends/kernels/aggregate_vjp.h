@@ -19,7 +19,7 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     for (int c = first_channel<W>(here); c < C; c += next_channel<W>(here)) {
         const Floats<W> dh = load<W>(g + token * C + c);
         UNROLL for (int i = 0; i < N; i++) {
-            dweights[i] = dot(dweights[i], load<W>(streams + i * C + c), dh);
+            dweights[i] = add_dot(dweights[i], load<W>(streams + i * C + c), dh);
             store(dstreams + i * C + c, times(value(weights, i), dh));
         }
     }

@@ -73,7 +73,7 @@ for (int64_t turn = work.begin; turn < T; turn += work.step) {
                 UNROLL for (int k = 0; k < 2 * MADE; k++) {
                     const int r = k / MADE, stream = k % MADE;
                     const Floats<8> sum =
-                        mix<N, KEPT>(times(value(post[r], i + stream), floats(given.layer[r])),
+                        mix_streams<N, KEPT>(times(value(post[r], i + stream), floats(given.layer[r])),
                                      res[r], (i + stream) * N, given.streams[r], from.at[0][r] + c,
                                      C, rest);
                     mixed.at[stream][0].in_half[r] = packed(out, sum);

@@ -45,7 +45,7 @@ for (int64_t item = here.group_x; item < (T + TILE_TOKENS - 1) / TILE_TOKENS * P
                     const auto from = x + token * K + c + channel;
                     const Floats<8> layer =
                         floats(load_raw_within<8>(y + token * C + c + channel, rest));
-                    const Floats<8> sum = mix<N, false>(times(post, layer), res, 0,
+                    const Floats<8> sum = mix_streams<N, false>(times(post, layer), res, 0,
                                                         RawStreams<1, Row>(), from, C, rest);
                     const Row mixed = packed(out, sum);
                     const auto to = out + token * K + int64_t(i) * C + c + channel;

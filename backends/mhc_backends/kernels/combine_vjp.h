@@ -33,10 +33,10 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         UNROLL for (int i = 0; i < N; i++) {
             const Floats<W> g_i = load<W>(g + streams + i * C + c);
             dlayer = add(dlayer, value(post, i), g_i);
-            sums[i] = dot(sums[i], g_i, layer);
+            sums[i] = add_dot(sums[i], g_i, layer);
             UNROLL for (int j = 0; j < N; j++) {
                 dxs[j] = add(dxs[j], value(res, i * N + j), g_i);
-                sums[N + i * N + j] = dot(sums[N + i * N + j], g_i, xs[j]);
+                sums[N + i * N + j] = add_dot(sums[N + i * N + j], g_i, xs[j]);
             }
         }
         UNROLL for (int j = 0; j < N; j++) store(dx + streams + j * C + c, dxs[j]);

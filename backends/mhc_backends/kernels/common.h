@@ -21,7 +21,7 @@ FUNCTION Floats<W> add(Floats<W> sum, float factor, Floats<W> v) {
 
 // sum + a . b
 template <int W>
-FUNCTION float dot(float sum, Floats<W> a, Floats<W> b) {
+FUNCTION float add_dot(float sum, Floats<W> a, Floats<W> b) {
     UNROLL for (int k = 0; k < W; k++) sum = fma(a.at[k], b.at[k], sum);
     return sum;
 }

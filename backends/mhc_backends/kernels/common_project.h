@@ -70,8 +70,8 @@ FUNCTION void start_row(R, S to, P from, int lane) {
     enum { COUNT = RowQuads<R>::COUNT, NUMBERS = 8 / COUNT };
     const int own = tile_pair(lane) / 2;
     UNROLL for (int k = 0; k < COUNT; k++) {
-        const int quad = 4 * k + own, owner = row_lane(lane, quad / COUNT);
-        start_copy(to + quad % COUNT * SIMD + owner, from + (quad - COUNT * own) * NUMBERS);
+        const int four = 4 * k + own, owner = row_lane(lane, four / COUNT);
+        start_copy(to + four % COUNT * SIMD + owner, from + (four - COUNT * own) * NUMBERS);
     }
 }
 template <typename R, typename S>
@@ -89,7 +89,7 @@ FUNCTION Raw<T, 8> take_row(Raw<T, 8>, S from, int lane) {
 
 template <typename F, typename S>
 FUNCTION void put(S shared, F factor, int lane) {
-    UNROLL for (int k = 0; k < F::QUADS; k++) shared[k * SIMD + lane] = factor.quad[k];
+    UNROLL for (int k = 0; k < F::QUADS; k++) shared[k * SIMD + lane] = factor.four[k];
 }
 // Those from `from` on, of rows like one that is given, which only names their type.
 template <int TILES, typename T, typename S>
@@ -158,8 +158,8 @@ struct Factors {
     F at[BLOCKS];
 };
 template <typename F, int BLOCKS>
-FUNCTION uint4 quad(Factors<F, BLOCKS> factors, int block, int k) {
-    return factors.at[block].quad[k];
+FUNCTION uint4 four(Factors<F, BLOCKS> factors, int block, int k) {
+    return factors.at[block].four[k];
 }
 template <int N, int AT_ONCE, int TILES, int BLOCKS, typename R, typename P>
 FUNCTION auto load_factors(R like, P phi, int64_t K, int M, int C, int column, int begin, int block,
@@ -312,7 +312,7 @@ FUNCTION Sums<TILES, HEIGHT> add_leaf(Sums<TILES, HEIGHT> sums, Rows<R, BLOCKS, 
         float squares = 0.0f;
         UNROLL for (int b = 0; b < BLOCKS; b++) {
             const Floats<8> row = floats(rows.at[b][k / 2].in_half[k % 2]);
-            squares = dot(squares, row, row);
+            squares = add_dot(squares, row, row);
         }
         sums.squares[k / 2].at[k % 2] += squares;
     }
@@ -395,11 +395,14 @@ FUNCTION Unmixed<COUNT, R> take_unmixed(R like, S slot, int lane) {
 }
 // sum + sum_j res_{first + j} x_j, for streams that are in registers, or else from `token` on.
 template <int N, bool KEPT, int COUNT, typename R, typename H, typename P>
-FUNCTION Floats<8> mix(Floats<8> sum, H res, int first, RawStreams<COUNT, R> streams, P token,
+FUNCTION Floats<8> mix_streams(Floats<8> sum, H res, int first, RawStreams<COUNT, R> streams, P token,
                        int C, int rest) {
     UNROLL_SMALL for (int j = 0; j < N; j++) {
-        const R stream =
-            KEPT ? streams.at[KEPT ? j : 0] : load_raw_within<8>(token + int64_t(j) * C, rest);
+        R stream;
+        if (KEPT)
+            stream = streams.at[KEPT ? j : 0];
+        else
+            stream = load_raw_within<8>(token + int64_t(j) * C, rest);
         sum = add(sum, value(res, first + j), floats(stream));
     }
     return sum;

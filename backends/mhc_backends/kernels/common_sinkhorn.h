@@ -39,25 +39,25 @@ FUNCTION Floats<1> one(float v) {
 
 // A lane's line from and to such an array; zeros where there is none.
 template <int N, bool FIRST_COLUMNS, bool TRANSPOSED, typename P>
-FUNCTION Floats<N> load_line(P matrix, bool there, Place here) {
+FUNCTION Floats<N> load_line(P entries, bool there, Place here) {
     const int b = line<N>(here);
     if (!there || !inside<N>(here)) return zeros<N>();
     Floats<N> v;
     if (FIRST_COLUMNS == TRANSPOSED) {
-        v = load<N>(matrix + b * N);
+        v = load<N>(entries + b * N);
     } else {
-        UNROLL for (int a = 0; a < N; a++) v.at[a] = float(matrix[a * N + b]);
+        UNROLL for (int a = 0; a < N; a++) v.at[a] = float(entries[a * N + b]);
     }
     return v;
 }
 template <int N, bool FIRST_COLUMNS, bool TRANSPOSED, typename P>
-FUNCTION void store_line(P matrix, Floats<N> v, bool there, Place here) {
+FUNCTION void store_line(P entries, Floats<N> v, bool there, Place here) {
     const int b = line<N>(here);
     if (!there || !inside<N>(here)) return;
     if (FIRST_COLUMNS == TRANSPOSED) {
-        store(matrix + b * N, v);
+        store(entries + b * N, v);
     } else {
-        UNROLL for (int a = 0; a < N; a++) store(matrix + a * N + b, one(v.at[a]));
+        UNROLL for (int a = 0; a < N; a++) store(entries + a * N + b, one(v.at[a]));
     }
 }
 
@@ -124,7 +124,7 @@ FUNCTION float fold(Floats<COUNT> v, int lane) {
     Floats<COUNT / 2> kept;
     UNROLL for (int a = 0; a < COUNT / 2; a++) {
         const float lower_one = v.at[a], upper_one = v.at[COUNT / 2 + a];
-        const float other = simd_xor(upper ? lower_one : upper_one, COUNT / 2);
+        const float other = simd_partner(upper ? lower_one : upper_one, COUNT / 2);
         kept.at[a] = OPERATION::of(upper ? upper_one : lower_one, other);
     }
     return fold<OPERATION>(kept, lane);
@@ -140,7 +140,7 @@ FUNCTION float over_lines(Floats<N> v, float nothing, Place here) {
 template <int N>
 FUNCTION float sum_lines(float v, Place here) {
     if (!inside<N>(here)) v = 0.0f;
-    for (int step = 1; step < Places<N>::COUNT; step *= 2) v += simd_xor(v, step);
+    for (int step = 1; step < Places<N>::COUNT; step *= 2) v += simd_partner(v, step);
     return v;
 }
 
@@ -158,8 +158,8 @@ template <int N>
 FUNCTION Floats<N> sums_b(Floats<N> v, Place here) {
     if (Places<N>::FEW) {
         UNROLL for (int a = 0; a < N; a++) {
-            if (Places<N>::COUNT >= 2) v.at[a] += simd_xor(v.at[a], 1);
-            if (Places<N>::COUNT >= 4) v.at[a] += simd_xor(v.at[a], 2);
+            if (Places<N>::COUNT >= 2) v.at[a] += simd_partner(v.at[a], 1);
+            if (Places<N>::COUNT >= 4) v.at[a] += simd_partner(v.at[a], 2);
         }
     } else {
         v = of_lanes<N>(over_lines<Plus>(v, 0.0f, here), here);
@@ -345,8 +345,8 @@ FUNCTION bool narrow(Floats<N> logits, Place here) {
     float high = largest_a(logits), low = -largest_a(times(-1.0f, logits));
     if (!inside<N>(here)) high = MINUS_INFINITY, low = -MINUS_INFINITY;
     for (int step = 1; step < Places<N>::COUNT; step *= 2) {
-        high = precise::max(high, simd_xor(high, step));
-        low = precise::min(low, simd_xor(low, step));
+        high = precise::max(high, simd_partner(high, step));
+        low = precise::min(low, simd_partner(low, step));
     }
     return high - low <= float(NARROW);  // false for infinities
 }
@@ -354,7 +354,8 @@ FUNCTION bool narrow(Floats<N> logits, Place here) {
 // What iterations start from. Padding has none of it.
 template <int N>
 FUNCTION Floats<N> powers(Floats<N> logits, Place here) {
-    return inside<N>(here) ? exps(logits, largest_a(logits)) : zeros<N>();
+    if (!inside<N>(here)) return zeros<N>();
+    return exps(logits, largest_a(logits));
 }
 template <int N>
 FUNCTION Floats<N> logarithms(Floats<N> logits, Place here) {
@@ -374,7 +375,8 @@ FUNCTION Floats<N> take_steps(Floats<N> v, int steps, float eps, Place here) {
 template <int N>
 FUNCTION Floats<N> softmax(Floats<N> logits, Place here) {
     const Floats<N> v = powers(logits, here);
-    return inside<N>(here) ? times(reciprocal(sum_a(v)), v) : v;
+    if (!inside<N>(here)) return v;
+    return times(reciprocal(sum_a(v)), v);
 }
 template <int N>
 FUNCTION Floats<N> started(Floats<N> softmax, float eps, Place here) {
@@ -453,7 +455,7 @@ FUNCTION float largest_error(Floats<N> v, Place here) {
     const float b = over_lines<Plus>(v, 0.0f, here);
     float error = inside<N>(here) ? precise::max(fabs(sum_a(v) - 1.0f), fabs(b - 1.0f)) : 0.0f;
     for (int step = 1; step < Places<N>::COUNT; step *= 2)
-        error = precise::max(error, simd_xor(error, step));
+        error = precise::max(error, simd_partner(error, step));
     return error;
 }
 

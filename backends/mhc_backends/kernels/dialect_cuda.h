@@ -28,7 +28,7 @@ FUNCTION float simd_sum(float v) {
 }
 
 // The number of the lane whose place differs in the bits of `step`.
-FUNCTION float simd_xor(float v, int step) { return __shfl_xor_sync(0xffffffffu, v, step); }
+FUNCTION float simd_partner(float v, int step) { return __shfl_xor_sync(0xffffffffu, v, step); }
 // The number of a lane, which need not be the same for all.
 FUNCTION float simd_from(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 // simd_any(q): whether any lane says so.
@@ -346,18 +346,18 @@ FUNCTION int tile_pair(int lane) { return lane % 4 * 2; }
 FUNCTION int row_lane(int lane, int k) { return lane / 4 * 4 + k; }
 // The sum over the four lanes that hold a row.
 FUNCTION float row_sum(float v) {
-    v += simd_xor(v, 1);
-    return v + simd_xor(v, 2);
+    v += simd_partner(v, 1);
+    return v + simd_partner(v, 2);
 }
 FUNCTION int right_row(int lane, int e) { return tile_pair(lane) + e % 2; }
 FUNCTION int right_column(int lane, int) { return tile_row(lane); }
 
 // Factors are in words, so that they can be in threadgroup memory.
 struct Left {
-    uint4 quad[LEFT_QUADS];
+    uint4 four[LEFT_QUADS];
 };
 struct Right {
-    uint4 quad;
+    uint4 four;
 };
 
 // The tensor cores multiply numbers of 11 significant bits (TF32), and of others leave off the last 13.
@@ -379,26 +379,26 @@ FUNCTION Floats<4> tensor_multiply(Floats<4> sum, uint4 a, unsigned b0, unsigned
 // The upper row's two numbers, then the lower row's.
 FUNCTION Left left(float upper, float upper_next, float lower, float lower_next) {
     Left out;
-    out.quad[0] = make_uint4(tensor_float(upper), tensor_float(lower), tensor_float(upper_next),
+    out.four[0] = make_uint4(tensor_float(upper), tensor_float(lower), tensor_float(upper_next),
                              tensor_float(lower_next));
-    out.quad[1] = make_uint4(
-        tensor_rest(upper, out.quad[0].x), tensor_rest(lower, out.quad[0].y),
-        tensor_rest(upper_next, out.quad[0].z), tensor_rest(lower_next, out.quad[0].w));
+    out.four[1] = make_uint4(
+        tensor_rest(upper, out.four[0].x), tensor_rest(lower, out.four[0].y),
+        tensor_rest(upper_next, out.four[0].z), tensor_rest(lower_next, out.four[0].w));
     return out;
 }
 FUNCTION Right right(float first, float second) {
     Right out;
-    out.quad.x = tensor_float(first), out.quad.y = tensor_float(second);
-    out.quad.z = tensor_rest(first, out.quad.x), out.quad.w = tensor_rest(second, out.quad.y);
+    out.four.x = tensor_float(first), out.four.y = tensor_float(second);
+    out.four.z = tensor_rest(first, out.four.x), out.four.w = tensor_rest(second, out.four.y);
     return out;
 }
 
 // sum + a b, in full float32, and the smallest products first: a tensor core does not round a sum but
 // cuts it off.
 FUNCTION Floats<4> multiply(Floats<4> sum, Left a, Right b) {
-    sum = tensor_multiply(sum, a.quad[0], b.quad.z, b.quad.w);
-    sum = tensor_multiply(sum, a.quad[1], b.quad.x, b.quad.y);
-    return tensor_multiply(sum, a.quad[0], b.quad.x, b.quad.y);
+    sum = tensor_multiply(sum, a.four[0], b.four.z, b.four.w);
+    sum = tensor_multiply(sum, a.four[1], b.four.x, b.four.y);
+    return tensor_multiply(sum, a.four[0], b.four.x, b.four.y);
 }
 
 // The longer product, of 16 rows of 32 numbers of T, is [16, 32] by [32, 8 TILES]. A lane holds 8
@@ -444,14 +444,14 @@ struct Rows {
 };
 
 // Factors in threadgroup memory, where quad k of a lane is beside the next one's, so that no two lanes
-// meet in a bank. (Others may be in registers: quad(factors, block, k) is what a product asks for.)
+// meet in a bank. (Others may be in registers: four(factors, block, k) is what a product asks for.)
 template <int QUADS, typename S>
 struct Shared {
     S from;
     int lane;
 };
 template <int QUADS, typename S>
-FUNCTION uint4 quad(Shared<QUADS, S> factors, int block, int k) {
+FUNCTION uint4 four(Shared<QUADS, S> factors, int block, int k) {
     return factors.from[(block * QUADS + k) * SIMD + factors.lane];
 }
 
@@ -469,7 +469,7 @@ FUNCTION Piece piece_of(Raw<T, 8> row, int t) {
     const Floats<8> v = floats(row);
     if (sizeof(T) < 4) return {{bits(v.at[t]), bits(v.at[4 + t])}, {}};  // they are whole
     const Right both = right(v.at[t], v.at[4 + t]);
-    return {{both.quad.x, both.quad.y}, {both.quad.z, both.quad.w}};
+    return {{both.four.x, both.four.y}, {both.four.z, both.four.w}};
 }
 // The first part of the numbers, which keep the rest.
 template <typename T>
@@ -517,7 +517,7 @@ struct RightFactor {
         PAIRS = (PARTS * TILES + 1) / 2,
         QUADS = PAIRS * STEPS
     };
-    uint4 quad[QUADS];
+    uint4 four[QUADS];
 };
 // The last argument only names the type.
 template <int TILES, typename T>
@@ -528,11 +528,11 @@ FUNCTION RightFactor<T, TILES> right_factor(RightTiles<TILES> tiles, T t) {
         unsigned words[Factor::STEPS][2];
         split_off(words, tiles.at[eight % TILES], t);
         UNROLL for (int k = 0; k < Factor::STEPS; k++) {
-            uint4& quad = out.quad[eight / 2 * Factor::STEPS + k];
+            uint4& four = out.four[eight / 2 * Factor::STEPS + k];
             if (eight % 2 == 0)
-                quad.x = words[k][0], quad.z = words[k][1];
+                four.x = words[k][0], four.z = words[k][1];
             else
-                quad.y = words[k][0], quad.w = words[k][1];
+                four.y = words[k][0], four.w = words[k][1];
         }
     }
     return out;
@@ -549,7 +549,7 @@ FUNCTION Products<TILES, HEIGHT> multiply(Rows<Raw<T, 8>, BLOCKS, HEIGHT> rows, 
         UNROLL for (int whole = sizeof(T) == 4 && 2 * pair < TILES ? 0 : 1; whole < 2; whole++) {
             UNROLL for (int k = 0; k < BLOCKS * Factor::STEPS; k++) {
                 const int block = k / Factor::STEPS, step = k % Factor::STEPS;
-                const uint4 a = quad(factors, block, pair * Factor::STEPS + step);
+                const uint4 a = four(factors, block, pair * Factor::STEPS + step);
                 UNROLL for (int h = 0; h < 2 * HEIGHT; h++) {
                     const Piece b = piece_of(rows.at[block][h / 2].in_half[h % 2], step);
                     sums[h] = step_multiply(sums[h], a, whole ? b.whole : b.rest, T(0.0f));

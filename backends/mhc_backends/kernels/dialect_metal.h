@@ -26,7 +26,7 @@ using namespace metal;
 // `threadgroup float p[8];` declares memory of a threadgroup, and simd_sum(v) sums over 32 threads.
 
 // The number of the lane whose place differs in the bits of `step`.
-FUNCTION float simd_xor(float v, int step) { return simd_shuffle_xor(v, ushort(step)); }
+FUNCTION float simd_partner(float v, int step) { return simd_shuffle_xor(v, ushort(step)); }
 // The number of a lane, which need not be the same for all.
 FUNCTION float simd_from(float v, int lane) { return simd_shuffle(v, ushort(lane)); }
 // simd_any(q): whether any lane says so.
@@ -296,15 +296,15 @@ FUNCTION int tile_pair(int lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }
 FUNCTION int row_lane(int lane, int k) { return (lane & 22) + (k & 2) * 4 + k % 2; }
 // The sum over the four lanes that hold a row.
 FUNCTION float row_sum(float v) {
-    v += simd_xor(v, 1);
-    return v + simd_xor(v, 8);
+    v += simd_partner(v, 1);
+    return v + simd_partner(v, 8);
 }
 FUNCTION int right_row(int lane, int) { return tile_row(lane); }
 FUNCTION int right_column(int lane, int e) { return tile_pair(lane) + e; }
 
 // Factors are in words, so that they can be in threadgroup memory.
 struct Left {
-    uint4 quad[LEFT_QUADS];
+    uint4 four[LEFT_QUADS];
 };
 struct Right {
     float2 pair;
@@ -313,7 +313,7 @@ struct Right {
 // The upper row's two numbers, then the lower row's.
 FUNCTION Left left(float upper, float upper_next, float lower, float lower_next) {
     Left out;
-    out.quad[0] = as_type<uint4>(float4(upper, upper_next, lower, lower_next));
+    out.four[0] = as_type<uint4>(float4(upper, upper_next, lower, lower_next));
     return out;
 }
 FUNCTION Right right(float first, float second) {
@@ -324,7 +324,7 @@ FUNCTION Right right(float first, float second) {
 
 // sum + a b, with the matrices of 8 by 8 that MLX's kernels fill and read in the same way.
 FUNCTION Floats<4> multiply(Floats<4> sum, Left a, Right b) {
-    const float4 rows = as_type<float4>(a.quad[0]);
+    const float4 rows = as_type<float4>(a.four[0]);
     simdgroup_float8x8 upper, lower, other, above, below;
     UNROLL for (int k = 0; k < 2; k++) {
         upper.thread_elements()[k] = rows[k], lower.thread_elements()[k] = rows[2 + k];
@@ -377,14 +377,14 @@ struct Rows {
 };
 
 // Factors in threadgroup memory, where quad k of a lane is beside the next one's, so that no two lanes
-// meet in a bank. (Others may be in registers: quad(factors, block, k) is what a product asks for.)
+// meet in a bank. (Others may be in registers: four(factors, block, k) is what a product asks for.)
 template <int QUADS, typename S>
 struct Shared {
     S from;
     int lane;
 };
 template <int QUADS, typename S>
-FUNCTION uint4 quad(Shared<QUADS, S> factors, int block, int k) {
+FUNCTION uint4 four(Shared<QUADS, S> factors, int block, int k) {
     return factors.from[(block * QUADS + k) * SIMD + factors.lane];
 }
 
@@ -392,7 +392,7 @@ FUNCTION uint4 quad(Shared<QUADS, S> factors, int block, int k) {
 template <typename T, int TILES>
 struct RightFactor {
     enum { QUADS = 2 * TILES };
-    uint4 quad[QUADS];
+    uint4 four[QUADS];
 };
 // The last argument only names the type.
 template <int TILES, typename T>
@@ -400,8 +400,8 @@ FUNCTION RightFactor<T, TILES> right_factor(RightTiles<TILES> tiles, T) {
     RightFactor<T, TILES> out;
     UNROLL for (int tile = 0; tile < TILES; tile++) {
         const Floats<4> f = tiles.at[tile].run[0], s = tiles.at[tile].run[1];
-        out.quad[2 * tile] = as_type<uint4>(float4(f.at[0], s.at[0], f.at[1], s.at[1]));
-        out.quad[2 * tile + 1] = as_type<uint4>(float4(f.at[2], s.at[2], f.at[3], s.at[3]));
+        out.four[2 * tile] = as_type<uint4>(float4(f.at[0], s.at[0], f.at[1], s.at[1]));
+        out.four[2 * tile + 1] = as_type<uint4>(float4(f.at[2], s.at[2], f.at[3], s.at[3]));
     }
     return out;
 }
@@ -416,7 +416,7 @@ FUNCTION Products<TILES, HEIGHT> multiply(Rows<Raw<T, 8>, BLOCKS, HEIGHT> rows, 
             const Halves<Raw<T, 8>> row = rows.at[block][k / TILES];
             const Floats<8> u = floats(row.in_half[0]), l = floats(row.in_half[1]);
             UNROLL for (int t = 0; t < 4; t++) {
-                const float4 two = as_type<float4>(quad(factors, block, 2 * tile + t / 2));
+                const float4 two = as_type<float4>(four(factors, block, 2 * tile + t / 2));
                 const Right factor = t % 2 ? right(two.z, two.w) : right(two.x, two.y);
                 sum = multiply(sum, left(u.at[t], u.at[4 + t], l.at[t], l.at[4 + t]), factor);
             }

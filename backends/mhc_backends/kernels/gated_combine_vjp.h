@@ -37,10 +37,10 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
             const Floats<W> g_i = floats(raw_g.at[i]);
             const Floats<W> dz_i = times(value(post, i), g_i);
             store(dy + at + int64_t(i) * C + c, dz_i);
-            sums[i] = dot(sums[i], g_i, floats(raw_y.at[i]));
+            sums[i] = add_dot(sums[i], g_i, floats(raw_y.at[i]));
             UNROLL for (int j = 0; j < N; j++) {
                 dgated.at[j] = add(dgated.at[j], value(res, i * N + j), dz_i);
-                sums[N + i * N + j] = dot(sums[N + i * N + j], g_i, xs.at[j]);
+                sums[N + i * N + j] = add_dot(sums[N + i * N + j], g_i, xs.at[j]);
             }
         }
         UNROLL for (int j = 0; j < N; j++)

@@ -20,7 +20,7 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         const auto raw_g = load_raw_streams<N, W>(g + at, C, c);
         UNROLL for (int i = 0; i < N; i++) {
             const Floats<W> g_i = floats(raw_g.at[i]);
-            dweights[i] = dot(dweights[i], floats(raw_x.at[i]), g_i);
+            dweights[i] = add_dot(dweights[i], floats(raw_x.at[i]), g_i);
             store(dx + at + int64_t(i) * C + c, times(value(weights, i), g_i));
         }
     }

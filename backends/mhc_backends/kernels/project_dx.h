@@ -37,7 +37,7 @@ for (int64_t stage = here.group_x / strips * STAGE; stage < tiles; stage += turn
             const int64_t upper = (stage + slot / DEPTHS) * TILE_TOKENS + tile_row(lane);
             const Left a = load_left(du, M, slot % DEPTHS * DEPTH, upper, T, lane);
             UNROLL for (int k = 0; k < LEFT_QUADS; k++)
-                factors[slot * FACTOR + k * SIMD + lane] = a.quad[k];
+                factors[slot * FACTOR + k * SIMD + lane] = a.four[k];
         }
         BARRIER;
     }
@@ -65,7 +65,7 @@ for (int64_t stage = here.group_x / strips * STAGE; stage < tiles; stage += turn
             if (KEPT) {
                 const auto shared = &factors[int(tile - stage) * DEPTHS * FACTOR + depth * FACTOR];
                 Left a;
-                UNROLL for (int k = 0; k < LEFT_QUADS; k++) a.quad[k] = shared[k * SIMD + lane];
+                UNROLL for (int k = 0; k < LEFT_QUADS; k++) a.four[k] = shared[k * SIMD + lane];
                 TOGETHER;
                 UNROLL for (int t = 0; t < 4; t++)
                     products[t] = multiply(products[t], a, kept.at[KEPT ? depth : 0].at[t]);

@@ -24,7 +24,7 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         const Floats<W> dh = load<W>(g_h + token * C + c);
         UNROLL for (int i = 0; i < N; i++) {
             const Floats<W> total = add(floats(raw_x.at[i]), 1.0f, floats(raw_res.at[i]));
-            dweights[i] = dot(dweights[i], total, dh);
+            dweights[i] = add_dot(dweights[i], total, dh);
             store(dx + at + int64_t(i) * C + c, add(floats(raw_g.at[i]), value(weights, i), dh));
         }
     }

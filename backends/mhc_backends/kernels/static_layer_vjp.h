@@ -50,14 +50,14 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     UNROLL for (int k = 0; k < HELD; k++) {
         const int c = first + k * step;
         const Floats<W> h = collapse(pre, floats(xs[k])), dy = collapse(post, floats(gs[k]));
-        norm.at[0] = dot(norm.at[0], h, h);
-        if (c < C) norm.at[1] = dot(norm.at[1], product(h, load<W>(weight + c)), dy);
+        norm.at[0] = add_dot(norm.at[0], h, h);
+        if (c < C) norm.at[1] = add_dot(norm.at[1], product(h, load<W>(weight + c)), dy);
     }
     for (int c = rest; c < C; c += step) {
         const Floats<W> h = collapse(pre, load_streams<N, W>(x + at, C, c));
         const Floats<W> dy = collapse(post, load_streams<N, W>(g + at, C, c));
-        norm.at[0] = dot(norm.at[0], h, h);
-        norm.at[1] = dot(norm.at[1], product(h, load<W>(weight + c)), dy);
+        norm.at[0] = add_dot(norm.at[0], h, h);
+        norm.at[1] = add_dot(norm.at[1], product(h, load<W>(weight + c)), dy);
     }
     norm = sums_for_all(norm, norms + turn * 2 * MOST_SIMDGROUPS, here);
     turn = 1 - turn;

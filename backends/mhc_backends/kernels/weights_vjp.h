@@ -13,7 +13,7 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     for (int c = first_channel<W>(here); c < C; c += next_channel<W>(here)) {
         const Floats<W> layer = load<W>(dh + token * C + c);
         UNROLL for (int i = 0; i < N; i++)
-            sums[i] = dot(sums[i], load<W>(x + (token * N + i) * C + c), layer);
+            sums[i] = add_dot(sums[i], load<W>(x + (token * N + i) * C + c), layer);
     }
     group_sums<N>(sums, shared, here);
     for (int i = here.id; i < N; i += here.threads) dw[token * N + i] = shared[i];

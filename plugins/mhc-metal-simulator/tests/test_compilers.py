@@ -37,7 +37,7 @@ SOURCE = """
     vec<T, 4> v = vec<T, 4>(a[t], T(1), T(2), T(3));
     x[t] = v.x + T(0.1f);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    o[t] = float(x[39 - t]) + exp(0.0f) + simd_sum(1.0f);
+    o[t] = float(x[39 - t]) + precise::exp(0.0f) + simd_sum(1.0f);
 """
 
 

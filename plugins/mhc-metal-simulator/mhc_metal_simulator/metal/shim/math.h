@@ -141,21 +141,27 @@ MHC_EXACT(MHC_USE)
 }  // namespace fast
 
 // ---- the same for half and bfloat16 ------------------------------------------------------------
+// Apple's library has none of bfloat: MLX's headers, which come before each custom kernel, make them.
+#ifdef MHC_WITH_MLX_HEADERS
+#define MHC_OF_BFLOAT(...)
+#else
+#define MHC_OF_BFLOAT(...) __VA_ARGS__
+#endif
 #define MHC_NARROW_1(name)                                                          \
     MHC_INLINE half name(half x) { return half(precise::name(float(x))); }          \
-    MHC_INLINE bfloat name(bfloat x) { return bfloat(precise::name(float(x))); }
+    MHC_OF_BFLOAT(MHC_INLINE bfloat name(bfloat x) { return bfloat(precise::name(float(x))); })
 #define MHC_NARROW_2(name)                                                                      \
     MHC_INLINE half name(half x, half y) { return half(precise::name(float(x), float(y))); }    \
-    MHC_INLINE bfloat name(bfloat x, bfloat y) {                                                \
+    MHC_OF_BFLOAT(MHC_INLINE bfloat name(bfloat x, bfloat y) {                                  \
         return bfloat(precise::name(float(x), float(y)));                                       \
-    }
+    })
 #define MHC_NARROW_3(name)                                                                      \
     MHC_INLINE half name(half x, half y, half z) {                                              \
         return half(precise::name(float(x), float(y), float(z)));                               \
     }                                                                                           \
-    MHC_INLINE bfloat name(bfloat x, bfloat y, bfloat z) {                                      \
+    MHC_OF_BFLOAT(MHC_INLINE bfloat name(bfloat x, bfloat y, bfloat z) {                        \
         return bfloat(precise::name(float(x), float(y), float(z)));                             \
-    }
+    })
 #define MHC_FOR_1(F)                                                                             \
     F(acos) F(acosh) F(asin) F(asinh) F(atan) F(atanh) F(ceil) F(cos) F(cosh) F(cospi) F(exp)    \
     F(exp10) F(exp2) F(fabs) F(floor) F(fract) F(log) F(log10) F(log2) F(rint) F(round) F(rsqrt) \
@@ -179,9 +185,9 @@ MHC_NARROW_3(clamp)
 MHC_NARROW_3(smoothstep)
 // In half, float32 would round the product a second time where a sum nearly cancels.
 MHC_INLINE half fma(half a, half b, half c) { return half(double(a) * double(b) + double(c)); }
-MHC_INLINE bfloat fma(bfloat a, bfloat b, bfloat c) {
+MHC_OF_BFLOAT(MHC_INLINE bfloat fma(bfloat a, bfloat b, bfloat c) {
     return bfloat(__builtin_fmaf(float(a), float(b), float(c)));
-}
+})
 #undef MHC_NARROW_1
 #undef MHC_NARROW_2
 #undef MHC_NARROW_3
@@ -190,7 +196,7 @@ MHC_INLINE bfloat fma(bfloat a, bfloat b, bfloat c) {
 #define MHC_TEST(name)                                                          \
     MHC_INLINE bool name(float x) { return __builtin_##name(x); }               \
     MHC_INLINE bool name(half x) { return __builtin_##name(float(x)); }         \
-    MHC_INLINE bool name(bfloat x) { return __builtin_##name(float(x)); }
+    MHC_OF_BFLOAT(MHC_INLINE bool name(bfloat x) { return __builtin_##name(float(x)); })
 MHC_TEST(isnan)
 MHC_TEST(isinf)
 MHC_TEST(isfinite)
@@ -198,7 +204,7 @@ MHC_TEST(isnormal)
 #undef MHC_TEST
 MHC_INLINE bool signbit(float x) { return __builtin_bit_cast(uint, x) >> 31; }
 MHC_INLINE bool signbit(half x) { return __builtin_bit_cast(ushort, x) >> 15; }
-MHC_INLINE bool signbit(bfloat x) { return __builtin_bit_cast(ushort, x) >> 15; }
+MHC_OF_BFLOAT(MHC_INLINE bool signbit(bfloat x) { return __builtin_bit_cast(ushort, x) >> 15; })
 MHC_INLINE float ldexp(float x, int k) { return __builtin_ldexpf(x, k); }
 MHC_INLINE half ldexp(half x, int k) { return half(__builtin_ldexpf(float(x), k)); }
 MHC_INLINE float frexp(float x, int& exponent) { return __builtin_frexpf(x, &exponent); }
