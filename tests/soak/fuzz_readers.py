@@ -414,8 +414,9 @@ READERS: dict[str, Callable[[Path], Reader]] = {
 
 
 def available() -> list[str]:
-    """Return the readers that are installed: the simulator is a plugin of its own."""
-    return [name for name in READERS if name != "simulator" or find_spec("mhc_metal_simulator")]
+    """Return the readers that are installed: MLX may be missing, and the simulator is a plugin."""
+    needs = {"checkpoints": "mlx", "simulator": "mhc_metal_simulator"}
+    return [name for name in READERS if name not in needs or find_spec(needs[name])]
 
 
 def run(name: str, files: int, seed: int, folder: Path, keep: Path | None = None) -> Counter[str]:

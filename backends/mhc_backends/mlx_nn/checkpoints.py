@@ -231,7 +231,9 @@ def _placed(stored: Stored, allow_unused: bool, allow_missing: bool) -> dict[Pla
 
 def _missing(places: list[Place]) -> str:
     first, *others = map(str, places)
-    return f"{first} is missing, and {_listed(others)}" if others else f"{first} is missing"
+    if not others:
+        return f"{first} is missing"
+    return f"{first} is missing, and so {'is' if len(others) == 1 else 'are'} {_listed(others)},"
 
 
 def _listed(names: list[str]) -> str:
