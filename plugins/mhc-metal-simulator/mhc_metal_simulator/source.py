@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from mhc_metal_simulator import branches
 from mhc_metal_simulator.errors import CompileError, SimulatorError
 
 __all__ = ["ATTRIBUTES", "Parameter", "Prepared", "prepare"]
@@ -89,6 +90,7 @@ class Prepared:
     buffers: tuple[Parameter, ...]
     original: str
     file: str
+    branches: tuple[branches.Branch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,13 @@ def prepare(original: str, name: str) -> Prepared:
     edits += _vector_calls(tokens, original)
     edits += _narrow_literals(tokens)
     edits += _instantiation_attributes(original)
+    marks, choices = branches.find(original, _tokens)
+    edits += marks
     file = f"{name}.metal"
     parameters, kernel = _signature(original)
     text = _PRELUDE.format(file) + _apply(original, edits) + _entry(parameters, kernel)
     buffers = tuple(p for p in parameters if p.role == "buffer")
-    return Prepared(text, buffers, original, file)
+    return Prepared(text, buffers, original, file, choices)
 
 
 def _tokens(text: str) -> list[_Token]:
