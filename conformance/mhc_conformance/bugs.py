@@ -32,7 +32,7 @@ Op = Callable[..., Any]
 
 # Checks of structure that compare values too, in the most ordinary case: they fail along with
 # forward or gradient where that case shows the bug.
-ALONG = {"strided", "host", "updated"}
+ALONG = {"strided", "repeated", "host", "updated"}
 
 
 @dataclass(frozen=True, kw_only=True)

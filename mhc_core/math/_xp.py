@@ -392,7 +392,8 @@ def _folded(a: Array, b: Array, axis: int) -> Array:
 
 def _sum_last(mx: Any, a: Array) -> Array:
     """Sum the last axis in two steps, the first of which runs along contiguous numbers."""
-    return mx.sum(mx.sum(mx.reshape(a, (*a.shape[:-1], -1, 16)), axis=-2), axis=-1)
+    *ahead, size = a.shape  # named, as MLX infers no axis of an array without elements
+    return mx.sum(mx.sum(mx.reshape(a, (*ahead, size // 16, 16)), axis=-2), axis=-1)
 
 
 def project(xp: Any, x: Array, phi: Array) -> Array:
@@ -477,8 +478,10 @@ def _gram_in_blocks(mx: Any, du: Array, x: Array, block: int = 32) -> Array:
     """Sum over blocks of tokens, which stay in the cache and lose fewer bits."""
     if x.shape[0] % block:
         return mx.matmul(swap(mx, du), x)
-    du = mx.reshape(du, (-1, block, du.shape[-1]))
-    return mx.sum(mx.matmul(swap(mx, du), mx.reshape(x, (-1, block, x.shape[-1]))), axis=0)
+    count = x.shape[0] // block
+    du = mx.reshape(du, (count, block, du.shape[-1]))
+    x = mx.reshape(x, (count, block, x.shape[-1]))
+    return mx.sum(mx.matmul(swap(mx, du), x), axis=0)
 
 
 # MLX's CPU computes a stream of operations on one thread. The products with phi are most of a

@@ -62,7 +62,7 @@ def vjp(
 
     g, _ = _xp.scan_back(xp, undo, (carried, state.matrix), kept)
     if not log_space:
-        g = xp.where(xp.exp(inside) > FLOOR, g, xp.zeros_like(g))
+        g = xp.where(xp.exp(inside) <= FLOOR, xp.zeros_like(g), g)
     return (_xp.cast(xp, leave(xp, g, matrix.shape, "rows"), matrix),)
 
 
@@ -74,7 +74,7 @@ def _iterate(xp: Any, matrix: Any, max_iterations: int, epsilon: float, log_spac
     """Take up to ``max_iterations`` steps; keep each step's divisors and who took it."""
     if not log_space:
         powers = xp.exp(matrix)
-        matrix = xp.where(powers > FLOOR, powers, xp.full_like(powers, FLOOR))
+        matrix = xp.where(powers <= FLOOR, xp.full_like(powers, FLOOR), powers)  # NaN stays
     one_line = matrix[:1, :1]
 
     def step(state: _State) -> tuple[_State, Any]:

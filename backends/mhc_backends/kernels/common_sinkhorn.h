@@ -488,7 +488,10 @@ FUNCTION float smallest_power() { return 1e-10f; }
 template <int N>
 FUNCTION Floats<N> floored_powers(Floats<N> logits, Place here) {
     if (!inside<N>(here)) return zeros<N>();
-    UNROLL for (int a = 0; a < N; a++) logits.at[a] = precise::max(precise::exp(logits.at[a]), smallest_power());
+    UNROLL for (int a = 0; a < N; a++) {
+        const float power = precise::exp(logits.at[a]);  // NaN stays, which max would drop
+        logits.at[a] = power <= smallest_power() ? smallest_power() : power;
+    }
     return logits;
 }
 
@@ -532,7 +535,7 @@ FUNCTION Floats<N> sinkhorn_knopp_vjp(Floats<N> logits, Floats<N> g, Place here,
         const Floats<N> start = floored_powers(logits, here);
         out = solution_vjp<Numbers>(start, g, true, most, epsilon, kept, here);
         UNROLL for (int a = 0; a < N; a++)
-            out.at[a] = precise::exp(logits.at[a]) > smallest_power() ? out.at[a] : 0.0f;
+            out.at[a] = precise::exp(logits.at[a]) <= smallest_power() ? 0.0f : out.at[a];
     }
     return out;
 }

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mhc_metal_simulator.branches import MOST
 from mhc_metal_simulator.errors import LaunchError
 from mhc_metal_simulator.faults import Array, explain
 from mhc_metal_simulator.source import Prepared
@@ -163,6 +164,7 @@ class _Launch(ctypes.Structure):
         ("group", ctypes.c_uint32 * 3),
         ("order", ctypes.c_uint32),
         ("seed", ctypes.c_uint32),
+        ("marks", ctypes.c_void_p),
         ("fault", _Fault),
     )
 
@@ -289,12 +291,13 @@ class Library:
 
     def launch(
         self, name: str, arguments: list[Argument], grid: Triple, group: Triple, schedule: Schedule
-    ) -> tuple[dict[str, Traffic], dict[str, npt.NDArray[np.bool_]]]:
+    ) -> tuple[dict[str, Traffic], dict[str, npt.NDArray[np.bool_]], npt.NDArray[np.uint8]]:
         """Run the grid. Outputs change in place.
 
         Returns
         -------
-        The traffic of each buffer, and for each output which of its bytes the kernel stored.
+        The traffic of each buffer, for each output which of its bytes the kernel stored, and the
+        marks of its branches.
         """
         self.check_limits(name, grid, group)
         arena = _Arena.holding(arguments)
@@ -302,6 +305,7 @@ class Library:
         buffers = (_Buffer * len(arguments))()
         for i, (argument, shadow) in enumerate(zip(arguments, shadows, strict=True)):
             buffers[i] = _buffer(argument, arena.address + arena.starts[i], shadow)
+        marks = np.zeros(MOST, np.uint8)
         with _stacks() as stacks, self._lock:
             launch = _Launch(
                 buffers=buffers,
@@ -315,6 +319,7 @@ class Library:
                 group=(ctypes.c_uint32 * 3)(*group),
                 order=schedule.order,
                 seed=schedule.seed,
+                marks=marks.ctypes.data,
             )
             failed = self._handle.mhc_launch(ctypes.byref(launch))
         if failed:
@@ -325,7 +330,8 @@ class Library:
             if argument.role == "output":
                 argument.data[:] = arena.bytes_of(i, argument.data.size)
                 written[argument.name] = shadows[i].stored_bytes(argument.data.size)
-        return {a.name: _traffic(a, b) for a, b in zip(arguments, buffers, strict=True)}, written
+        moved = {a.name: _traffic(a, b) for a, b in zip(arguments, buffers, strict=True)}
+        return moved, written, marks
 
     def check_limits(self, name: str, grid: Triple, group: Triple) -> None:
         """Refuse what Metal refuses before any thread runs."""

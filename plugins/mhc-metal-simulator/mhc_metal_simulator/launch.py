@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mhc_metal_simulator.branches import Branch
 from mhc_metal_simulator.compiler import compile_kernel
 from mhc_metal_simulator.engine import (
     ALIGNMENT,
@@ -103,6 +104,9 @@ class LaunchRecord:
         Of each buffer by name, shapes and strides included (their role is ``"metadata"``).
     source
         The text that MLX generated.
+    branches, took
+        Its choices, as :mod:`mhc_metal_simulator.branches` has them, and those with the sides that
+        any thread took.
     """
 
     kernel: str
@@ -111,6 +115,8 @@ class LaunchRecord:
     threadgroup_bytes: int
     traffic: dict[str, Traffic] = field(repr=False)
     source: str = field(repr=False)
+    branches: tuple[Branch, ...] = field(default=(), repr=False)
+    took: frozenset[tuple[Branch, str]] = field(default=frozenset(), repr=False)
 
     @property
     def loaded(self) -> int:
@@ -200,19 +206,28 @@ def simulate(
     results: list[HostArray] = []
     for i, schedule in enumerate(map(Schedule.parse, chosen.schedules)):
         arguments = [_argument(p, inputs, outputs, offsets or {}) for p in library.prepared.buffers]
-        traffic, written = library.launch(
+        traffic, written, marks = library.launch(
             name, arguments, grid, (group[0], group[1], group[2]), schedule
         )
         made = _outputs_of(arguments, outputs)
         if i == 0:
             results = made
-            done = LaunchRecord(name, grid, threadgroup, library.threadgroup_bytes, traffic, source)
+            choices = library.prepared.branches
+            size, took = library.threadgroup_bytes, _sides(choices, marks)
+            done = LaunchRecord(name, grid, threadgroup, size, traffic, source, choices, took)
             _record(done)
             if chosen.unwritten == "error":
                 _require_written(name, outputs, written)
         else:
             _require_equal(name, outputs, results, made, chosen.schedules[0], schedule.name)
     return results
+
+
+def _sides(
+    branches: Sequence[Branch], marks: npt.NDArray[np.uint8]
+) -> frozenset[tuple[Branch, str]]:
+    taken = zip(branches, marks.tolist(), strict=False)
+    return frozenset((branch, side) for branch, mark in taken for side in branch.sides(mark))
 
 
 def _check_threads(name: str, threadgroup: Triple) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from mhc_metal_simulator import rules
+from mhc_metal_simulator import branches, rules
 from mhc_metal_simulator.errors import CompileError, SimulatorError
 
 __all__ = [
@@ -104,6 +104,7 @@ class Prepared:
     buffers: tuple[Parameter, ...]
     original: str
     file: str
+    branches: tuple[branches.Branch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,13 @@ def prepare(original: str, name: str) -> Prepared:
     edits += _instantiation_attributes(original)
     edits += _members_of_other_spaces(tokens, original)
     edits += _parameters_of_arrays(tokens) + _attributes(original) + _whole_copies(tokens)
+    marks, choices = branches.find(original, _tokens)
+    edits += marks
     file = f"{name}.metal"
     parameters, kernel = _signature(original)
     text = _PRELUDE.format(file) + _apply(original, edits) + _entry(parameters, kernel)
     buffers = tuple(p for p in parameters if p.role == "buffer")
-    return Prepared(text, buffers, original, file)
+    return Prepared(text, buffers, original, file, choices)
 
 
 def prepare_declarations(original: str, name: str) -> str:
