@@ -32,8 +32,8 @@ def main(wheel: str) -> None:
     assert found == wanted, f"differs from the source in {sorted(found ^ wanted)}"
     assert "mhc_core/py.typed" in names
     assert f"{info}/licenses/LICENSE" in names
-    for line in ("mhc = mhc_core.cli:app", "numpy = mhc_backends.numpy", "[mhc_core.backends]"):
-        assert line in points, f"{line!r} is not among the entry points"
+    assert "mhc = mhc_core.cli:app" in points, "the command is not among the entry points"
+    assert "mhc_core.backends" not in points, "built-ins need no entry points"
     print(f"{wheel}: {len(found)} files in {', '.join(sorted(PACKAGES))}")
 
 

@@ -83,22 +83,14 @@ def _declared(spec: BackendSpec, n: int, dtype: str) -> dict[str, Any]:
 
 
 def _plugins() -> Iterator[dict[str, Any]]:
-    """Describe every entry point, whether it could be loaded or not."""
-    from importlib.metadata import entry_points
+    """Describe every plugin, whether it could be loaded or not."""
+    from mhc_core import _registry
 
-    import mhc_core
-    from mhc_core._registry import ENTRY_POINTS
-
-    left_out = {name.strip() for name in os.environ.get("MHC_DISABLE_PLUGINS", "").split(",")}
-    broken = {name: b.reason for name, b in mhc_core.backends().items() if b.spec is None}
-    for point in entry_points(group=ENTRY_POINTS):
-        problem = broken.get(point.name) or broken.get(f"{point.name} ({point.value})")
-        if point.name in left_out:
-            problem = "left out by MHC_DISABLE_PLUGINS"
+    for plugin, problem in _registry.plugins():
         yield {
-            "name": point.name,
-            "module": point.value,
-            "from": f"{point.dist.name} {point.dist.version}" if point.dist else "",
+            "name": plugin.name,
+            "module": plugin.module,
+            "from": plugin.distribution,
             "problem": problem and _machine.safe(problem),
         }
 
