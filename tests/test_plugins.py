@@ -466,7 +466,7 @@ def test_a_raising_mhc_select_is_named_and_asked_no_more(
     assert asked == ["sinkhorn"]
     says = f"plugin 'chooser' is broken: its mhc_select raised {type(error).__name__}: no"
     assert [record.message for record in caplog.records] == [says]
-    assert dict((p.name, problem) for p, problem in _registry.plugins())["chooser"] == says
+    assert {p.name: problem for p, problem in _registry.plugins()}["chooser"] == says
 
 
 @pytest.mark.parametrize("answer", ["secnd", "numpy", 3])

@@ -11,4 +11,4 @@ BUILTINS = (
     "mhc_backends.mlx_cuda",
     "mhc_backends.mlx_metal",
 )
-"""The modules of the built-in plugins; ``MHC_DISABLE_PLUGINS`` knows ``mlx_metal`` as ``mlx-metal``."""
+"""The modules of the built-in plugins; ``mlx_metal`` is the plugin ``mlx-metal``."""

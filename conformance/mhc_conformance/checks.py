@@ -500,7 +500,7 @@ def check(subject: Subject, op: str, dtype: str, kind: str, seed: int = 0) -> Re
     try:
         with subject.dtype_context(dtype):
             found = list(CHECKS[kind](subject, op, dtype, seed))
-    except Exception as error:  # whatever a backend does, the report goes on
+    except (Exception, SystemExit) as error:  # whatever a backend does, the report goes on
         raised = f"raised {type(error).__name__}: {error}"
         found = [Comparison(subject.trying, math.nan, math.nan, raised)]
     if not found:

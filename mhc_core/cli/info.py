@@ -7,16 +7,19 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mhc_core.cli import _machine
+from mhc_core.cli import _files, _machine, _screen
 
 if TYPE_CHECKING:
     from mhc_core.backend import BackendSpec
 
 __all__ = ["info"]
+
+LARGEST = 2**31 - 1  # size of an axis in MLX
 
 
 class Dtype(str, Enum):
@@ -28,17 +31,22 @@ class Dtype(str, Enum):
 
 
 def info(
-    tokens: Annotated[int, typer.Option("--T", min=1, help="Tokens of a launch.")] = 4096,
-    n: Annotated[int, typer.Option("--n", min=1, help="Its streams.")] = 4,
-    channels: Annotated[int, typer.Option("--C", min=1, help="Its channels.")] = 4096,
+    tokens: Annotated[
+        int, typer.Option("--T", min=1, max=LARGEST, help="Tokens of a launch.")
+    ] = 4096,
+    n: Annotated[int, typer.Option("--n", min=1, max=LARGEST, help="Its streams.")] = 4,
+    channels: Annotated[int, typer.Option("--C", min=1, max=LARGEST, help="Its channels.")] = 4096,
     dtype: Annotated[Dtype, typer.Option(help="Its streams' dtype.")] = Dtype.bfloat16,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help=f"Write {_files.JSON_HELP}.", metavar="[FILE]")
+    ] = None,
 ) -> None:
     """Show versions, devices, backends, plugins, kernel launches and settings.
 
     It prints no path of a home folder, no user's or host's name, and no settings but this
     project's and MLX's.
     """
+    _files.check({"--json": json_file})
     sizes = {"T": tokens, "n": n, "C": channels, "dtype": dtype.value}
     found = {
         "machine": _machine.machine(),
@@ -49,10 +57,10 @@ def info(
         "environment": _environment(),
         "launches": {**sizes, **_launches(tokens, n, channels, dtype.value)},
     }
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-    else:
+    if json_file != _files.STDOUT:
         _show(found)
+    if json_file and not _files.write(json_file, json.dumps(found, indent=2) + "\n"):
+        raise typer.Exit(1)
 
 
 # ---- backends and plugins -----------------------------------------------------------------------
@@ -160,7 +168,7 @@ def _show(found: Mapping[str, Any]) -> None:
     for title, lines in sections.items():
         typer.secho(title, bold=True)
         for line in lines:
-            typer.echo(f"  {line}")
+            typer.echo(f"  {_screen.plain(line)}")
 
 
 def _backend_lines(backend: Mapping[str, Any]) -> Iterator[str]:
