@@ -8,13 +8,15 @@ import stat
 import sys
 import tempfile
 from collections.abc import Generator, Mapping
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from mhc_core.cli import _screen
 
-__all__ = ["JSON_HELP", "STDOUT", "check", "only_json", "write"]
+__all__ = ["JSON_HELP", "STDOUT", "check", "no_picture", "only_json", "write"]
 
 STDOUT = Path("-")
 """The place of a JSON that goes to the screen."""
@@ -47,6 +49,15 @@ def check(places: Mapping[str, Path | None]) -> None:
                 f"{option} and {taken[real]} both name {file}; needs two files"
             )
         taken[real] = option
+
+
+def no_picture(file: Path) -> str | None:
+    """Say why Matplotlib cannot draw to a file of that name, or None."""
+    bases: Any = import_module("matplotlib.backend_bases")
+    known = sorted(bases.FigureCanvasBase.get_supported_filetypes())
+    if file.suffix.lower().removeprefix(".") in known:
+        return None
+    return f"--plot is {str(file)!r}; needs a name that ends in one of .{', .'.join(known)}"
 
 
 def _try(file: Path) -> None:
