@@ -1,7 +1,5 @@
 """The backends that come with mhc-core, each a plugin like anyone else's."""
 
-from __future__ import annotations
-
 __all__ = ["BUILTINS"]
 
 BUILTINS = (

@@ -93,7 +93,7 @@ class _Worker(Generic[Task]):
         self.ready = False
         self.dead = False
         self._process = context.Process(target=_serve, args=(theirs, function))
-        with _ctrl_c_held_back():
+        with _signals_held_back():
             self._process.start()
         theirs.close()  # so that its end is seen here
 
@@ -133,15 +133,16 @@ class _Worker(Generic[Task]):
 
 
 @contextlib.contextmanager
-def _ctrl_c_held_back() -> Generator[None]:
-    """Let what is started meanwhile never hear Ctrl-C, and hear it here a moment later.
+def _signals_held_back() -> Generator[None]:
+    """Hear Ctrl-C and SIGTERM a moment later: a process half started would complain of it.
 
-    A terminal sends it to every process; ours are ended by :meth:`_Worker.kill`, silently.
+    What is started meanwhile never hears Ctrl-C, which a terminal sends to every process: ours are
+    ended by :meth:`_Worker.kill`, silently.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
@@ -150,6 +151,8 @@ def _ctrl_c_held_back() -> Generator[None]:
 
 def _serve(pipe: Connection, function: Callable[[Any], Iterable[Any]]) -> None:
     """Do, in the worker, one task after another."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     pipe.send(("ready", None))
     while True:

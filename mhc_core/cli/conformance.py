@@ -77,6 +77,9 @@ def conformance(
     everything = not (op or dtype or kind)
     try:
         with _files.only_json(json_file), present(*named):
+            for name in named:
+                with mhc_core.use_backend(name):  # raises with the reason, or the nearest name
+                    pass
             plan = Plan(named, op or (), dtype or (), kind or (), seed, full, chain=everything)
             records, seconds = _run(plan, jobs)
             whole = Report(
@@ -101,11 +104,13 @@ def _run(plan: Any, jobs: int | None) -> tuple[list[Record], float]:
     """Run the plan with a bar; Ctrl-C or SIGTERM ends it, and says how far it came."""
     from mhc_conformance.run import run
 
-    started, total = time.perf_counter(), plan.size
+    started, total = time.perf_counter(), 0
     done: list[Record] = []
     try:
         with stoppable(), _screen.progress(44) as bars:
-            bar = bars.add_task("starting", total=total)
+            bar = bars.add_task("loading the backends", total=None)
+            total = plan.size
+            bars.update(bar, total=total, description="starting processes")
 
             def began(what: str) -> None:
                 bars.update(bar, description=what)
