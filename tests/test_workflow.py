@@ -205,3 +205,17 @@ def test_a_device_that_leaves_zeros_is_found_out() -> None:
 
     assert wrong(mx, launcher(2.0)) is None
     assert "doubles 1, 2, 3 gives [0.0, 0.0, 0.0]" in wrong(mx, launcher(0.0))
+
+
+# ---- the oldest versions ------------------------------------------------------------------------
+
+
+def test_every_requirement_has_a_lower_bound_that_pip_takes() -> None:
+    bounds = runpy.run_path(str(ROOT / ".ci" / "lower_bounds.py"))
+    found = list(bounds["constraints"]())
+    assert all(re.fullmatch(r"[\w.-]+==[\d.]+(; .*)?", line) for line in found), found
+    assert {"typer", "safetensors", "hatchling", "hypothesis"} <= {
+        one.split("==")[0] for one in found
+    }
+    with pytest.raises(SystemExit, match="'rich' has no lower bound"):
+        bounds["lowest"]("rich")

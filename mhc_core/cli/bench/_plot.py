@@ -97,23 +97,20 @@ def _draw_side(axes: Any, k: int, mine: Sequence[tuple[Measured, float]]) -> Non
 def _number_points(
     axes: Any, timed: Sequence[tuple[Measured, int]], numbers: Mapping[str, int]
 ) -> None:
-    """Number every point; those of one row at one size have it once, at the highest."""
-    highest: dict[tuple[str, int], float] = {}
+    """Number every point; two rows that move as much stand on either side of theirs."""
+    columns: dict[int, list[str]] = {}
     for row, traffic in timed:
-        place = (row.row, traffic)
-        highest[place] = max(highest.get(place, 0.0), row.gb_per_s)
-    beside: dict[int, list[tuple[float, int]]] = {}
-    for (name, traffic), speed in highest.items():
-        beside.setdefault(traffic, []).append((speed, numbers[name]))
-    for traffic, points in beside.items():
-        for k, (speed, number) in enumerate(sorted(points)):
-            axes.annotate(
-                str(number),
-                (traffic / 1e6, speed),
-                xytext=(4 + 9 * (k % 2), 4),  # rows of one size would hide each other's numbers
-                textcoords="offset points",
-                fontsize=7,
-            )
+        column = columns.setdefault(traffic, [])
+        column += [row.row] if row.row not in column else []
+        left = columns[traffic].index(row.row) % 2
+        axes.annotate(
+            str(numbers[row.row]),
+            (traffic / 1e6, row.gb_per_s),
+            xytext=(-4 if left else 4, 3),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=6,
+        )
 
 
 def _draw_copies(axes: Any, copy: Mapping[str, float]) -> None:
