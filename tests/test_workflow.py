@@ -316,3 +316,17 @@ def test_without_a_compiler_or_a_text_it_stops_and_says_why(
     done = compile_texts(tmp_path, one="a")
     assert done.returncode == 1
     assert "Apple's compiler for Metal is not here" in done.stderr
+
+
+# ---- the oldest versions ------------------------------------------------------------------------
+
+
+def test_every_requirement_has_a_lower_bound_that_pip_takes() -> None:
+    bounds = runpy.run_path(str(ROOT / ".ci" / "lower_bounds.py"))
+    found = list(bounds["constraints"]())
+    assert all(re.fullmatch(r"[\w.-]+==[\d.]+(; .*)?", line) for line in found), found
+    assert {"typer", "safetensors", "hatchling", "hypothesis"} <= {
+        one.split("==")[0] for one in found
+    }
+    with pytest.raises(SystemExit, match="'rich' has no lower bound"):
+        bounds["lowest"]("rich")

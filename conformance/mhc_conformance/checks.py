@@ -656,7 +656,7 @@ def comparisons(
     try:
         with subject.dtype_context(dtype):
             yield from CHECKS[kind](subject, op, dtype, seed)
-    except Exception as error:  # whatever a backend does, the report goes on
+    except (Exception, SystemExit) as error:  # whatever a backend does, the report goes on
         raised = f"raised {type(error).__name__}: {error}"
         yield Comparison(subject.trying, math.nan, math.nan, raised)
 
