@@ -41,10 +41,9 @@ _COMMON = (
 
 
 _WITHOUT = re.compile(r"^//// may be without (.*) ////\n", re.MULTILINE)
+_DIRECTIVE = re.compile(r"^//// (.*?) ////\n", re.MULTILINE | re.DOTALL)
 _ALIGNED = re.compile(
-    r"^//// (?P<name>\w+)<(?P<constants>.*?)>\((?P<arguments>.*?)\): "
-    r"aligned where (?P<where>.*?) ////\n",
-    re.MULTILINE | re.DOTALL,
+    r"(?P<name>\w+)<(?P<constants>.*)>\((?P<arguments>[^()]*)\): aligned where (?P<where>.*)"
 )
 
 
@@ -73,21 +72,22 @@ class _Work(NamedTuple):
         if name not in KERNELS:
             raise ValueError(f"no kernel is named {name!r}; known are {', '.join(KERNELS)}")
         body = _read(f"{name}.h")
-        found = _ALIGNED.search(body)
-        if found is None:
-            return None
-        parts = {
-            key: " ".join(text.replace("\n//", "").split())
-            for key, text in found.groupdict().items()
-        }
-        return cls(
-            body[: found.start()],
-            parts["name"],
-            parts["constants"].split(", "),
-            parts["arguments"].split(", "),
-            parts["where"],
-            body[found.end() :],
-        )
+        for directive in _DIRECTIVE.finditer(body):
+            words = " ".join(directive[1].replace("\n//", "").split())
+            if words.startswith("may be without "):
+                continue
+            found = _ALIGNED.fullmatch(words)
+            if found is None:
+                raise ValueError(f"{name}.h: no directive is {words!r}")
+            return cls(
+                body[: directive.start()],
+                found["name"],
+                found["constants"].split(", "),
+                found["arguments"].split(", "),
+                found["where"],
+                body[directive.end() :],
+            )
+        return None
 
     def function(self) -> str:
         """Return the function's definition."""

@@ -68,7 +68,7 @@ class Fault(NamedTuple):
 WRONG = "is off by"
 RACE = r"\(race\)|nothing was written before"
 BOUNDS = r"out of bounds|\(race\)"  # beyond a row is the next one, which another thread stores
-SPACE = "CompileError|address space|without a conversion operator"
+SPACE = "CompileError|address space|cannot cast from type 'Aligned"
 
 
 @contextlib.contextmanager
