@@ -122,9 +122,11 @@ class _Finder:
         ends = [k for k in self._level(bracket + 1, close) if self.tokens[k].text == ";"]
         if len(ends) != 2 or ends[1] == ends[0] + 1:
             return
+        if ends[1] + 1 == close:  # its body takes the step
+            self._around("while", ends[0] + 1, ends[1])
+            return
         self._around("for", ends[0] + 1, ends[1])
-        if ends[1] + 1 < close:
-            self._insert(self.tokens[close].start, ", mhc::next_turn()")
+        self._insert(self.tokens[close].start, ", mhc::next_turn()")
 
     def _conditional(self, question: int) -> None:
         first = self._condition(question)
