@@ -82,6 +82,10 @@ CASES = {
         {("?:", "sizeof(float) == 4", "true")},
     ),
     "in a template argument": ("vec<float, true ? 2 : 3> v = 1.0f;\no[0] = v.x;", set()),
+    "in the length of an array": (
+        "threadgroup float x[sizeof(float) == 4 ? 1 : 2];\nx[0] = 1;\no[0] = x[0];",
+        set(),
+    ),
     "in an enum": ("enum { K = sizeof(float) == 4 ? 1 : 2 };\no[0] = K;", set()),
 }
 
