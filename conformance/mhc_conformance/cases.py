@@ -398,18 +398,6 @@ SPECIAL: Sequence[Case] = (
         for op in ops
     ),
     *(Case(op, sizes.why, sizes, ONCE, dtypes=dtypes) for sizes, op, dtypes in TOKENS),
-    # more iterations than anybody's default
-    Case("sinkhorn", "many iterations, eps 0", SMALL, (("iterations", 43), *LOG[1:])),
-    Case("sinkhorn", "many iterations, eps", SMALL, (("iterations", 43), *EPS[1:])),
-    Case("sinkhorn_knopp", "many iterations", SMALL, (("max_iterations", 43), *KNOPP[1:])),
-    Case("static_mappings", "many iterations", SMALL, (("iterations", 43),)),
-    *(
-        Case("mappings", f"many iterations, {label}", SMALL, (("variant", variant),))
-        for label, variant in (
-            ("eps 0", replace(PAPER, sinkhorn_iterations=43)),
-            ("eps", replace(LIGER, sinkhorn_iterations=43)),
-        )
-    ),
     # some matrices beyond exp's range, beside others: a backend may treat them in another way
     *(
         Case(op, "some beyond exp's range", SMALL, static, ((name, _some_wide),))

@@ -17,7 +17,7 @@ __all__ = ["MOST", "SIDES", "Branch", "find"]
 
 MOST = 2048  # MAX_BRANCHES of runtime/abi.h
 
-UNMARKED = "choices in template arguments and enums, which make types: others follow from them"
+UNMARKED = "choices in template arguments, enums and the lengths of arrays: others follow from them"
 
 SIDES = {
     "if": ("true", "false"),
@@ -122,13 +122,17 @@ class _Finder:
         ends = [k for k in self._level(bracket + 1, close) if self.tokens[k].text == ";"]
         if len(ends) != 2 or ends[1] == ends[0] + 1:
             return
+        if ends[1] + 1 == close:  # its body takes the step
+            self._around("while", ends[0] + 1, ends[1])
+            return
         self._around("for", ends[0] + 1, ends[1])
-        if ends[1] + 1 < close:
-            self._insert(self.tokens[close].start, ", mhc::next_turn()")
+        self._insert(self.tokens[close].start, ", mhc::next_turn()")
 
     def _conditional(self, question: int) -> None:
         first = self._condition(question)
         if first is None or self._in_enum(question):
+            return
+        if self.tokens[self._statement(first)].text == "threadgroup":  # how long an array is
             return
         statement = self._constant(first)
         if statement is None:
@@ -175,15 +179,18 @@ class _Finder:
         ]
         return not {"=", "!", "<", ">"} & set(touching)
 
+    def _statement(self, at: int) -> int:
+        """Return where the statement around a token begins."""
+        while at > 0 and self.tokens[at - 1].text not in (";", "{", "}"):
+            at = self._opening(at - 1) if self.tokens[at - 1].text in (")", "]") else at - 1
+        return at
+
     def _constant(self, first: int) -> tuple[int, str] | None:
         """Return the end of a declaration of a constant, and what must be false before this choice.
 
         None where the condition may have a call around it.
         """
-        at = first - 1
-        while at >= 0 and self.tokens[at].text not in (";", "{", "}"):
-            at = self._opening(at) - 1 if self.tokens[at].text in (")", "]") else at - 1
-        start = at + 1
+        start = self._statement(first)
         if [t.text for t in self.tokens[start : start + 2]] not in (
             ["const", "int"],
             ["const", "bool"],

@@ -2,7 +2,7 @@
 
 ``python -m mhc_metal_simulator.coverage`` runs the default kit's cases on the simulator, forward
 and back, and prints each kernel with its launches' classes and each side of its choices with a case
-that runs it. ``--write FILE`` puts the summary between its marks there.
+that runs it, and at the end those that no case runs, with the reasons.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 from mhc_backends.kernels import KERNELS, launch
@@ -27,12 +26,10 @@ from mhc_metal_simulator.branches import SIDES, Branch
 from mhc_metal_simulator.launch import LaunchRecord, record
 from mhc_metal_simulator.traffic import kernel_of
 
-__all__ = ["Coverage", "Place", "Ran", "classes", "main", "measure", "possible", "summary"]
+__all__ = ["Coverage", "Place", "Ran", "classes", "listing", "main", "measure", "possible"]
 
 BACKEND = "mlx-metal-simulator"
 DTYPES = ("float32", "bfloat16")  # which stands for narrow numbers
-BEGIN = "<!-- the table begins: python -m mhc_metal_simulator.coverage --write docs/coverage.md -->"
-END = "<!-- the table ends -->"
 
 
 class Ran(NamedTuple):
@@ -284,31 +281,11 @@ def reasons(missing: Iterable[Place]) -> dict[Unreached | None, list[Place]]:
     return found
 
 
-# ---- the table -----------------------------------------------------------------------------------
-
-
-def summary(found: Coverage) -> str:
-    """Lay out a line for each kernel, and what no case runs with the reasons, in Markdown."""
-    lines = ["| kernel | choices | sides | run | launches |", "|---|--:|--:|--:|---|"]
-    for kernel in KERNELS:
-        own = [place for place in found.sides if place.kernel == kernel]
-        run = [place for place in own if place in found.places]
-        words = ", ".join(sorted(word for name, word in found.classes if name == kernel))
-        choices = len({place.branch for place in own})
-        lines.append(f"| `{kernel}` | {choices} | {len(own)} | {len(run)} | {words} |")
-    total = len(found.sides)
-    lines += ["", f"{len(found.kernels)} kernels of {len(KERNELS)} run; of {total} sides of their"]
-    lines[-1] += f" choices {total - len(found.missing)} do. The others, and why:"
-    lines.append("")
-    for why, places in sorted(reasons(found.missing).items(), key=str):
-        kernels = sorted({place.kernel for place in places})
-        reason = why.reason if why else "NO REASON IS KNOWN"
-        lines.append(f"- {len(places)} sides: {reason} ({', '.join(f'`{k}`' for k in kernels)})")
-    return "\n".join(lines)
+# ---- the list ------------------------------------------------------------------------------------
 
 
 def listing(found: Coverage) -> Iterator[str]:
-    """Give a line for each kernel, class and side, with a case that runs it."""
+    """Give a line for each kernel, class and side, with a case that runs it; at the end, counts."""
     for kernel, ran in sorted(found.kernels.items()):
         yield f"{kernel}: {ran}"
         for (name, word), one in sorted(found.classes.items()):
@@ -317,32 +294,23 @@ def listing(found: Coverage) -> Iterator[str]:
         for place in sorted(found.sides, key=str):
             if place.kernel == kernel:
                 one = found.places.get(place)
-                yield f"  {str(place).removeprefix(kernel + ': ')}: {one or 'no case'}"
-
-
-def rewritten(text: str, new: str) -> str:
-    """Put the summary in the place of the one between the two marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"needs the lines {BEGIN!r} and {END!r}, between which the table goes")
-    return f"{before}{begin}\n\n{new}\n\n{end}{after}"
+                yield f"  {str(place).removeprefix(kernel)}: {one or 'no case'}"
+    total = len(found.sides)
+    yield f"{len(found.kernels)} of {len(KERNELS)} kernels run"
+    yield f"{total - len(found.missing)} of {total} sides of their choices run; the others:"
+    for why, places in sorted(reasons(found.missing).items(), key=str):
+        yield f"{len(places)} sides: {why.reason if why else 'no reason is known'}"
+        yield from (f"  {place}" for place in places)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the list, or write the summary into a file."""
+    """Print the list."""
     parser = argparse.ArgumentParser(
         prog="python -m mhc_metal_simulator.coverage", description=__doc__
     )
     parser.add_argument("--jobs", type=int, help="processes; one per core if left out")
-    parser.add_argument("--write", type=Path, help="put the summary into this file")
     given = parser.parse_args(arguments)
-    found = measure(given.jobs)
-    if given.write is None:
-        print(*listing(found), sep="\n")
-    else:
-        text = given.write.read_text(encoding="utf-8")
-        given.write.write_text(rewritten(text, summary(found)), encoding="utf-8")
+    print(*listing(measure(given.jobs)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,10 @@ CASES = {
         "int k = 1;\nwhile (k < 2) k++;\no[0] = k;",
         {("while", "k < 2", "true"), ("while", "k < 2", "false")},
     ),
+    "a loop without a step": (
+        "int k = 1;\nfor (; k < 2;) k++;\no[0] = k;",
+        {("while", "k < 2", "true"), ("while", "k < 2", "false")},
+    ),
     "conditional": ("o[0] = a[2] > 1.0f ? 1 : 2;", {("?:", "a[2] > 1.0f", "true")}),
     "conditional of a conditional": (
         "o[0] = (a[2] > 1.0f ? a[0] : a[1]) > 0.0f ? 1 : 2;",
@@ -78,6 +82,10 @@ CASES = {
         {("?:", "sizeof(float) == 4", "true")},
     ),
     "in a template argument": ("vec<float, true ? 2 : 3> v = 1.0f;\no[0] = v.x;", set()),
+    "in the length of an array": (
+        "threadgroup float x[sizeof(float) == 4 ? 1 : 2];\nx[0] = 1;\no[0] = x[0];",
+        set(),
+    ),
     "in an enum": ("enum { K = sizeof(float) == 4 ? 1 : 2 };\no[0] = K;", set()),
 }
 
