@@ -513,5 +513,5 @@ def through_where(op: str, primals: Any, cotangents: Any, **static: Any) -> Any:
 def _guarded_norm(mx: Any, x: Any, weight: Any, *, eps: float) -> Any:
     """1 / (s + eps) by 1 / s, and by 1 / eps where s is 0: forwards, that is right."""
     s = mx.mean(x * x, axis=-1, keepdims=True)
-    inverse = mx.where(s > 0, (1 / s) / (1 + eps / s), 1 / eps)
+    inverse = mx.where(s > 0, (1 / s) / (1 + eps / s), 1 / (eps or 1))
     return x * mx.sqrt(inverse) * weight
