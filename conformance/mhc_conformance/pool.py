@@ -139,20 +139,28 @@ def _signals_held_back() -> Generator[None]:
     What is started meanwhile never hears Ctrl-C, which a terminal sends to every process: ours are
     ended by :meth:`_Worker.kill`, silently.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    heard: list[int] = []
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not None:  # None: it is not Python's to put back
+                handlers[number] = signal.signal(number, lambda number, _: heard.append(number))
+    # what is blocked stays so in the process that is started; here, any thread may still hear it
+    block: Any = getattr(signal, "pthread_sigmask", None)  # Windows has none
+    before = block(signal.SIG_BLOCK, {signal.SIGINT}) if block else ()
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if block:
+            block(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in heard:
+            signal.raise_signal(number)
 
 
 def _serve(pipe: Connection, function: Callable[[Any], Iterable[Any]]) -> None:
     """Do, in the worker, one task after another."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_parent, daemon=True).start()
     pipe.send(("ready", None))
     while True:

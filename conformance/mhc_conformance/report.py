@@ -163,7 +163,8 @@ def _device_of_array(subject: Subject) -> str:
     import numpy as np
 
     (array,) = subject.take([np.zeros(1, numpy_dtype(subject.spec.dtypes[0]))])
-    return str(getattr(array, "device", "unknown"))
+    unsaid = "cpu" if isinstance(array, np.ndarray) else "unknown"  # as in NumPy before 2.0
+    return str(getattr(array, "device", unsaid))
 
 
 def versions() -> dict[str, str]:
