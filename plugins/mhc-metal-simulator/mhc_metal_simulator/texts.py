@@ -24,6 +24,7 @@ from mhc_backends.kernels import KERNELS
 from mhc_backends.kernels.mlx import Kernels, Ops
 from mhc_backends.kernels.ops import OPS
 from mhc_conformance.cases import STATICS, Sizes
+from mhc_conformance.subject import several
 from mhc_core import math
 from mhc_core._signature import Op, signature
 
@@ -137,7 +138,7 @@ def _run(ops: Any, op: str, n: int, dtype: str, sizes: Sequence[_Size]) -> None:
                 *arrays: mx.array, op: str = op, static: dict[str, Any] = static
             ) -> list[mx.array]:
                 outputs: Any = getattr(ops, op)(*arrays, **static)
-                return list(outputs) if isinstance(outputs, tuple) else [outputs]
+                return list(several(outputs))
 
             mx.vjp(function, primals, cotangents)
 
