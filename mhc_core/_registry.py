@@ -299,6 +299,7 @@ def known(spec: BackendSpec) -> Generator[None]:
     if spec.name in specs:
         raise ValueError(f"backend {spec.name!r} is already there, from {specs[spec.name].module}")
     specs[spec.name] = spec
+    _SELECTED.clear()  # it may be the best for some of that
     try:
         yield
     finally:
