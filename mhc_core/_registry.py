@@ -299,12 +299,70 @@ def known(spec: BackendSpec) -> Generator[None]:
     if spec.name in specs:
         raise ValueError(f"backend {spec.name!r} is already there, from {specs[spec.name].module}")
     specs[spec.name] = spec
+    _SELECTED.clear()  # it may be the best for some of that
     try:
         yield
     finally:
         del specs[spec.name]
         _discover().missing.pop(spec.name, None)
         _SELECTED.clear()  # some of it may be of that backend
+
+
+# ------------------------------------------------------------------------------------- proofs
+
+_trusting: ContextVar[bool] = ContextVar("mhc_trusting", default=False)
+_warned: set[tuple[Any, ...]] = set()
+
+
+@contextlib.contextmanager
+def trusting() -> Generator[None]:
+    """Let every backend answer without a proof: for what measures backends, right or wrong."""
+    token = _trusting.set(True)
+    _SELECTED.clear()  # it may have what answers in the place of an unproven backend
+    try:
+        yield
+    finally:
+        _trusting.reset(token)
+        _SELECTED.clear()
+
+
+def _unproven(what: str, spec: BackendSpec, call: Signature) -> str | None:
+    """Ask a backend's proof why it should not answer this kind of call."""
+    if spec.proof is None or _trusting.get():
+        return None
+    trusted = os.environ.get("MHC_TRUST", "").split(",")
+    if spec.name in (name.strip() for name in trusted):
+        return None
+    dtypes = call.dtypes if what == "vjp" else (*call.dtypes, *call.output_dtypes)
+    try:
+        return spec.proof.verdict(call.op.name, dtypes, call.kind[1]) or None
+    except BaseException as error:  # of code that is not ours
+        return f"its proof raised {_words(error)}"
+
+
+def _in_words(spec: BackendSpec, call: Signature, source: str, reason: str) -> str:
+    n = "" if call.kind[1] is None else f"n={call.kind[1]}, "
+    return (
+        f"{call.op.name}: backend {spec.name!r}{source} has not proven itself on this machine for "
+        f"{n}{call.stream_dtype}: {reason.rstrip('.')}."
+    )
+
+
+def _what_to_do(spec: BackendSpec, call: Signature) -> str:
+    return (
+        "Please send this project the report that `mhc conformance "
+        f"{spec.name} --op {call.op.name} --report report.html` writes; MHC_TRUST={spec.name} "
+        "takes the backend in spite of this."
+    )
+
+
+def _warn_once(spec: BackendSpec, call: Signature, reason: str, instead: BackendSpec) -> None:
+    """Tell why another backend answers a kind of call."""
+    about = (spec.name, call.op.name, call.kind[1], call.stream_dtype, reason)
+    if about not in _warned:
+        _warned.add(about)
+        text = f"{_in_words(spec, call, '', reason)} {instead.name!r} answers in its place."
+        _warn(f"{text} {_what_to_do(spec, call)}")
 
 
 # ------------------------------------------------------------------------------------ choice
@@ -403,13 +461,13 @@ def _find(
     what: str, call: Signature, backend: str | None, arrays: Sequence[Any]
 ) -> Callable[..., Any]:
     if backend is not None:
-        choice = _named(backend, "", call, arrays)
+        choice = _named(what, backend, "", call, arrays)
     elif _chosen.get() is not None:
-        choice = _named(_chosen.get(), " (from use_backend)", call, arrays)
+        choice = _named(what, _chosen.get(), " (from use_backend)", call, arrays)
     elif os.environ.get("MHC_BACKEND"):
-        choice = _named(os.environ["MHC_BACKEND"], " (from MHC_BACKEND)", call, arrays)
+        choice = _named(what, os.environ["MHC_BACKEND"], " (from MHC_BACKEND)", call, arrays)
     else:
-        choice = _automatic(call, arrays)
+        choice = _automatic(what, call, arrays)
     function = getattr(module(choice.spec), what, None)
     if function is None:
         raise UnsupportedError(
@@ -419,7 +477,7 @@ def _find(
     return _taking_host_arrays(function, choice.spec, call) if choice.convert else function
 
 
-def _named(name: Any, source: str, call: Signature, arrays: Sequence[Any]) -> _Choice:
+def _named(what: str, name: Any, source: str, call: Signature, arrays: Sequence[Any]) -> _Choice:
     spec = _runnable(name, source)
     own = [any(_is_a(array, type_name) for type_name in spec.array_types) for array in arrays]
     for argument, array, mine in zip(call.names, arrays, own, strict=True):
@@ -432,10 +490,14 @@ def _named(name: Any, source: str, call: Signature, arrays: Sequence[Any]) -> _C
     reason = spec.refuses(call.op.name, *call.kind)
     if reason:
         raise UnsupportedError(f"{call.op.name}: backend {name!r}{source} {reason}")
+    reason = _unproven(what, spec, call)
+    if reason:
+        said = _in_words(spec, call, source, reason)
+        raise BackendUnavailableError(f"{said} {_what_to_do(spec, call)}")
     return _Choice(spec, convert=not all(own))
 
 
-def _automatic(call: Signature, arrays: Sequence[Any]) -> _Choice:
+def _automatic(what: str, call: Signature, arrays: Sequence[Any]) -> _Choice:
     """Choose among the backends of the arrays' own library; NumPy arrays are host data."""
     found = _discover()
     specs = sorted(found.specs.values(), key=lambda spec: -spec.priority)
@@ -461,30 +523,45 @@ def _automatic(call: Signature, arrays: Sequence[Any]) -> _Choice:
                 refusals[spec.name] = reason
             else:
                 candidates.append(spec)
-    if not candidates:
+    spec = _usable(what, found, call, candidates, refusals)
+    if spec is None:
         why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
         raise UnsupportedError(f"{call.op.name}: no backend takes this call on {library} ({why})")
-    chosen = _importable(found, call, candidates)
-    return _Choice(chosen, convert=len(libraries) > len(device) > 0)
+    return _Choice(spec, convert=len(libraries) > len(device) > 0)
 
 
-def _importable(found: _Discovered, call: Signature, candidates: list[BackendSpec]) -> BackendSpec:
-    """Return the preferred candidate whose module can be imported; tell of those before it."""
+def _usable(
+    what: str,
+    found: _Discovered,
+    call: Signature,
+    candidates: list[BackendSpec],
+    refusals: dict[str, str],
+) -> BackendSpec | None:
+    """Return the preferred candidate that is importable and proven; tell of those before it."""
     failed: dict[str, BackendUnavailableError] = {}
-    while True:
+    unproven: dict[str, str] = {}
+    while candidates:
         spec = _preferred(found, call, candidates)
+        candidates = [other for other in candidates if other is not spec]
         try:
             module(spec)
         except BackendUnavailableError as error:
             failed[spec.name] = error
-            candidates = [other for other in candidates if other is not spec]
-            if not candidates:
-                raise next(iter(failed.values())) from None
+            continue
+        reason = _unproven(what, spec, call)
+        if reason is not None:
+            unproven[spec.name] = reason
             continue
         for name, error in failed.items():
             found.missing[name] = _words(error.__cause__ or error)
             _warn(f"{error}; its calls go to {spec.name!r}")
+        for name, why in unproven.items():
+            _warn_once(found.specs[name], call, why, instead=spec)
         return spec
+    if failed:
+        raise next(iter(failed.values())) from None
+    refusals |= unproven
+    return None
 
 
 def _preferred(found: _Discovered, call: Signature, candidates: list[BackendSpec]) -> BackendSpec:

@@ -22,11 +22,19 @@ raise an error there which names the op and the remedy; the conformance kit sees
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-__all__ = ["API_VERSION", "CAPABILITIES", "DTYPES", "TRANSFORMS", "BackendSpec"]
+__all__ = [
+    "API_VERSION",
+    "CAPABILITIES",
+    "DTYPES",
+    "TRANSFORMS",
+    "BackendSpec",
+    "Proof",
+    "Verdict",
+]
 
 API_VERSION = 1
 """The version of this contract; a spec made for another one is refused with a sentence."""
@@ -39,6 +47,38 @@ CAPABILITIES = (*TRANSFORMS, "second")
 
 def _always_there() -> str | None:
     return None
+
+
+class Verdict(NamedTuple):
+    """The outcome of a proof for one kind of call: ``reason`` is None where it held."""
+
+    op: str
+    dtypes: tuple[str, ...]
+    n: int | None
+    reason: str | None
+
+
+@runtime_checkable
+class Proof(Protocol):
+    """How a backend shows that it is right on the machine that it is about to answer on.
+
+    It is for backends that are not tested on every machine they come to, such as kernels which a
+    compiler of the machine's own makes. A kind of call is an op, the dtypes of its arrays and of
+    their outputs' cotangents, in order, and the number of streams n (None for an op without).
+    """
+
+    def verdict(self, op: str, dtypes: tuple[str, ...], n: int | None) -> str | None:
+        """Return None where the backend is right for this kind of call, or why it is not trusted.
+
+        Asked before the backend first answers a kind of call in a process, also by a call that is
+        being traced. It may take its time, so it keeps what it found, and it must survive whatever
+        goes wrong: what may end a process belongs into a process of its own.
+        """
+        ...
+
+    def known(self) -> Sequence[Verdict]:
+        """Return the verdicts that are kept on this machine; this must start nothing."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +111,11 @@ class BackendSpec:
     protocol
         The name of a method by which objects that are no arrays become the backend's own, such as
         ``"__jax_array__"`` (``flax.nnx.Param`` has it); None for none.
+    proof
+        Asked once per kind of call before the backend answers it (:class:`Proof`), or None for a
+        backend that needs no proof. Where it fails, calls go to the next backend with a warning,
+        and a backend that was chosen by name raises; ``mhc conformance``, ``mhc bench`` and
+        ``MHC_TRUST=<name>`` run it in spite of that.
     api_version
         The :data:`API_VERSION` that it was written for. A plugin of its own gives the number
         itself: the default is that of whatever mhc-core is installed.
@@ -92,6 +137,7 @@ class BackendSpec:
     without: Mapping[str, str] = field(default_factory=dict[str, str])
     missing: Callable[[], str | None] = _always_there
     protocol: str | None = None
+    proof: Proof | None = None
     api_version: int = API_VERSION
 
     def __post_init__(self) -> None:
@@ -110,6 +156,8 @@ class BackendSpec:
         self._require("missing", callable(self.missing), "a function of no arguments")
         good = self.protocol is None or _is_word(self.protocol)
         self._require("protocol", good, "the name of a method, or None")
+        good = self.proof is None or isinstance(self.proof, Proof)  # pyright: ignore[reportUnnecessaryIsInstance]
+        self._require("proof", good, "None, or methods verdict(op, dtypes, n) and known()")
         good = (
             isinstance(self.without, Mapping)  # pyright: ignore[reportUnnecessaryIsInstance]
             and set(self.without) <= set(CAPABILITIES)

@@ -28,5 +28,6 @@ def mhc_backend_specs() -> Sequence[BackendSpec] | None:
 def mhc_select(op: str, candidates: Sequence[BackendSpec]) -> str | None:
     """Return the name of the candidate to use for ``op``, or None to leave it to others.
 
-    Called once per kind of call, and only where nobody chose a backend by name.
+    Called once per kind of call, and only where nobody chose a backend by name; and again, of the
+    others, where that one does not prove itself on this machine.
     """

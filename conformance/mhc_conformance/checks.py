@@ -21,6 +21,7 @@ from mhc_conformance.cases import SIZES, Case, cases, data, declaration, numpy_d
 from mhc_conformance.subject import Subject, several
 from mhc_conformance.telling import SECOND, quick
 from mhc_conformance.tolerances import Kind, eps, rounds, tolerance
+from mhc_core._registry import trusting
 from mhc_core.backend import DTYPES
 from mhc_core.math import OPS
 
@@ -29,11 +30,14 @@ __all__ = [
     "Comparison",
     "Record",
     "Skip",
+    "answers",
     "applies",
     "check",
     "comparisons",
+    "condition",
     "everything",
     "grid",
+    "size",
     "skips",
 ]
 
@@ -118,7 +122,7 @@ class _Expected(NamedTuple):
     @property
     def size(self) -> float:
         """What errors are relative to."""
-        return float(np.abs(self.value[~np.isnan(self.value)]).max(initial=0.0)) or 1.0
+        return size(self.value)
 
 
 def _compare(op: str, kind: Kind, where: str, got: Array, want: _Expected) -> Comparison:
@@ -176,7 +180,7 @@ class _Trial:
         """Ask the oracle, which answers each question once."""
         seam = None if kind == "second" else self._seam()
         values, others = _kept_answers(self.case, self.dtype, self.seed, kind, seam)
-        rounding, often = _rounding(self.dtype), rounds(self.case.iterations)
+        often = rounds(self.case.iterations)
         outputs = kind == "forward"
         declared = declaration(self.case.op)
         names = list(declared.outputs) if outputs else [f"d {name}" for name in declared.arrays]
@@ -186,9 +190,7 @@ class _Trial:
             for name, value, array in zip(names, values, like, strict=False)
         ]
         return [
-            want._replace(
-                condition=often * (1 + _distance(other, want.value) / want.size / rounding)
-            )
+            want._replace(condition=often * condition(want.value, other, self.dtype))
             for want, other in zip(expected, others, strict=True)
         ]
 
@@ -315,21 +317,58 @@ class _Kept:
 def _answers(
     case: Case, dtype: str, seed: int, kind: Kind, rounded: _Kept | None = None
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """Ask the oracle, and ask again how far it moves when its input moves by one rounding."""
     options = {**case.options, **({"x_rounded": rounded.array} if rounded else {})}
+    drawn = data(case, dtype, seed)
+    if kind != "second":
+        return answers(case.op, kind, *drawn, options, dtype, seed)
+    along = _directions(drawn.primals, seed)
 
     def ask(primals: Sequence[Array], cotangents: Sequence[Array]) -> tuple[Array, ...]:
-        if kind == "second":
-            return _hessian_vector(case, primals, cotangents, along)
-        if kind == "forward":
-            return oracle.forward(case.op, primals, **options)
-        return oracle.gradients(case.op, primals, cotangents, **options)
+        return _hessian_vector(case, primals, cotangents, along)
 
-    drawn = data(case, dtype, seed)
-    along = _directions(drawn.primals, seed)
+    return _twice(ask, drawn, dtype, seed)
+
+
+def answers(
+    op: str,
+    kind: Kind,
+    primals: Sequence[Array],
+    cotangents: Sequence[Array],
+    options: Mapping[str, Any],
+    dtype: str,
+    seed: int = 0,
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Ask the oracle, and ask again how far it moves when its input moves by one rounding."""
+
+    def ask(primals: Sequence[Array], cotangents: Sequence[Array]) -> tuple[Array, ...]:
+        if kind == "forward":
+            return oracle.forward(op, primals, **options)
+        return oracle.gradients(op, primals, cotangents, **options)
+
+    return _twice(ask, (primals, cotangents), dtype, seed)
+
+
+def _twice(
+    ask: Callable[[Sequence[Array], Sequence[Array]], tuple[Array, ...]],
+    drawn: tuple[Sequence[Array], Sequence[Array]],
+    dtype: str,
+    seed: int,
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     rng = np.random.default_rng(seed)
-    moved = [[_moved(rng, array, _rounding(dtype)) for array in arrays] for arrays in drawn]
-    return ask(*drawn), ask(*moved)
+    primals, cotangents = (
+        [_moved(rng, array, _rounding(dtype)) for array in arrays] for arrays in drawn
+    )
+    return ask(*drawn), ask(primals, cotangents)
+
+
+def condition(value: Array, moved: Array, dtype: str) -> float:
+    """Return how many roundings a result moves by when its input moves by one, and one more."""
+    return 1 + _distance(moved, value) / size(value) / _rounding(dtype)
+
+
+def size(value: Array) -> float:
+    """Return what errors are relative to."""
+    return float(np.abs(value[~np.isnan(value)]).max(initial=0.0)) or 1.0
 
 
 # of one op's cases: many checks, and many backends in turn, are held against the same answers
@@ -654,7 +693,7 @@ def comparisons(
     """Give the comparisons of one check as they are made; what it raises ends them, as one."""
     subject.trying = op
     try:
-        with subject.dtype_context(dtype):
+        with trusting(), subject.dtype_context(dtype):
             yield from CHECKS[kind](subject, op, dtype, seed)
     except (Exception, SystemExit) as error:  # whatever a backend does, the report goes on
         raised = f"raised {type(error).__name__}: {error}"

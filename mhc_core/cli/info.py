@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -72,8 +72,13 @@ def _backends(n: int, dtype: str) -> Iterator[dict[str, Any]]:
 
     for backend in mhc_core.backends().values():
         reason = backend.reason and _machine.safe(backend.reason)
-        described = {"name": backend.name, "available": backend.available, "reason": reason}
-        yield described | (_declared(backend.spec, n, dtype) if backend.spec else {})
+        described: dict[str, Any] = {"name": backend.name, "available": backend.available}
+        described["reason"] = reason
+        if backend.spec is not None:
+            described |= _declared(backend.spec, n, dtype)
+            needed = backend.available and backend.spec.proof is not None
+            described["proofs"] = list(_proofs(backend.spec)) if needed else None
+        yield described
 
 
 def _declared(spec: BackendSpec, n: int, dtype: str) -> dict[str, Any]:
@@ -88,6 +93,19 @@ def _declared(spec: BackendSpec, n: int, dtype: str) -> dict[str, Any]:
         "lacks_transforms": dict(spec.without),
         "refuses": spec.refuses(spec.ops[0], (dtype,), n) if spec.ops else None,
     }
+
+
+def _proofs(spec: BackendSpec) -> Iterator[dict[str, Any]]:
+    """Yield the verdicts that a backend's proof has come to on this machine; none is started."""
+    if spec.proof is None:
+        return
+    try:
+        for verdict in spec.proof.known():
+            reason = verdict.reason and _machine.safe(verdict.reason)
+            yield verdict._asdict() | {"dtypes": list(verdict.dtypes), "reason": reason}
+    except Exception as error:  # of code that is not ours
+        problem = _machine.safe(f"its proof raised {type(error).__name__}: {error}")
+        yield {"op": "all", "dtypes": [], "n": None, "reason": problem}
 
 
 def _plugins() -> Iterator[dict[str, Any]]:
@@ -187,6 +205,27 @@ def _backend_lines(backend: Mapping[str, Any]) -> Iterator[str]:
         yield f"  no {name}: {why}"
     if backend["refuses"]:
         yield f"  does not take these sizes: it {backend['refuses']}"
+    yield from _proof_lines(backend["proofs"])
+
+
+def _proof_lines(proofs: Sequence[Mapping[str, Any]] | None) -> Iterator[str]:
+    """Name what is proven on this machine, and what is not, with the reason."""
+    if proofs is not None and not proofs:
+        yield "  nothing tried here yet: an op proves itself at its first call"
+    proofs = proofs or ()
+    held = [proof for proof in proofs if proof["reason"] is None]
+    for dtype in sorted({proof["dtypes"][0] for proof in held}):
+        mine = [proof for proof in held if proof["dtypes"][0] == dtype]
+        ops = ", ".join(dict.fromkeys(_proven_of(proof) for proof in mine))
+        yield f"  proven here, {dtype}: {ops}"
+    for proof in proofs:
+        if proof["reason"] is not None:
+            dtype = next(iter(proof["dtypes"]), "every dtype")
+            yield f"  not proven here, {dtype}: {_proven_of(proof)}: {proof['reason']}"
+
+
+def _proven_of(proof: Mapping[str, Any]) -> str:
+    return proof["op"] if proof["n"] is None else f"{proof['op']} n={proof['n']}"
 
 
 def _plugin_line(plugin: Mapping[str, Any]) -> str:

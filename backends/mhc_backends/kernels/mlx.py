@@ -139,7 +139,7 @@ class Kernels:
         texts = shorten(header(self.dialect), function(name), before + source(name, self.dialect))
         if self.dialect == "cuda":  # else it may need more registers than its threads have
             texts = texts[0] + bounds(*occupancy(name, dtype)), texts[1]
-        template = [(word, words[word]) for word in words if re.search(rf"\b{word}\b", texts[1])]
+        template = [(word, words[word]) for word in words if word in _words(texts[1])]
         called = f"{name}_{zlib.crc32(before.encode()):x}" if before else name
         kernel = self._kernel(called, texts, tuple(inputs), tuple(outputs), arrays, dtypes, memory)
         return list(
@@ -207,6 +207,11 @@ class Kernels:
             count = 1 if rows == 0 else shares("sum_rows", *sizes, self.dialect)
             (a,) = self("sum_rows", {"a": a}, {"out": Out((count, columns), mx.float32)}, sizes)
         return a
+
+
+@functools.cache
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text))
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

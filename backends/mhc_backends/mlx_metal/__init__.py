@@ -8,6 +8,7 @@ from typing import Any
 
 from mhc_backends import _mlx
 from mhc_backends.kernels.ops import OPS
+from mhc_backends.proof import KernelProof
 from mhc_core.backend import BackendSpec
 from mhc_core.hookspecs import hookimpl
 
@@ -42,6 +43,7 @@ SPEC = BackendSpec(
     priority=10,
     without={"vmap": NO_VMAP},
     missing=missing,
+    proof=KernelProof("mlx-metal", "mlx.core:fast.metal_kernel"),
 )
 
 

@@ -1,0 +1,93 @@
+"""How a backend of kernels proves itself on the machine that it has come to.
+
+Nobody can test kernels on every machine whose compiler will make them. So before such a backend
+answers a kind of call (an op, its dtypes, its n) for the first time on a machine, every kernel that
+the op needs, in every class of its launches, runs on small fixed inputs in a process of its own,
+and its numbers are held against the float64 oracle's. A process of its own, since a fault on a GPU
+ends the process: https://github.com/ml-explore/mlx/issues/3390.
+
+The verdict is kept in the user's cache. Importing this imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from mhc_core.backend import Verdict
+
+__all__ = ["KernelProof"]
+
+LIMIT = 120.0  # seconds for one kind of call
+
+Kind = tuple[str, tuple[str, ...], "int | None"]
+
+
+class KernelProof:
+    """The proof of a backend of kernels, as ``BackendSpec.proof`` wants it.
+
+    Parameters
+    ----------
+    name
+        The backend's.
+    launcher
+        Where the maker of kernels is, such as ``"mlx.core:fast.metal_kernel"``.
+    compiled
+        Whether its kernels may be called under ``mx.compile``.
+    limit
+        Seconds for one kind of call.
+    """
+
+    def __init__(
+        self, name: str, launcher: str, *, compiled: bool = True, limit: float = LIMIT
+    ) -> None:
+        self._name = name
+        self._launcher = launcher
+        self._compiled = compiled
+        self._limit = limit
+        self._verdicts: dict[Kind, str | None] = {}
+        self._hopeless: str | None = None
+        self._lock = threading.Lock()
+
+    def verdict(self, op: str, dtypes: tuple[str, ...], n: int | None) -> str | None:
+        """Return None where all kernels of a kind of call are right, or what is wrong with one."""
+        kind = (op, dtypes, n)
+        with self._lock:  # two threads would prove the same
+            if kind not in self._verdicts:
+                self._verdicts[kind] = self._kept_or_new(kind)
+            return self._verdicts[kind]
+
+    def known(self) -> Sequence[Verdict]:
+        """Return the verdicts in the cache, and those of this process that it does not have."""
+        from mhc_backends.proof.cache import Cache
+
+        verdicts = {kind: found["reason"] for kind, found in Cache(self._name)} | self._verdicts
+        return sorted(
+            (Verdict(*kind, reason) for kind, reason in verdicts.items()),
+            key=lambda verdict: (verdict.op, verdict.n or 0, verdict.dtypes),
+        )
+
+    def _kept_or_new(self, kind: Kind) -> str | None:
+        from mhc_backends.proof.cache import Cache
+
+        cache = Cache(self._name)
+        kept = cache.read(kind)
+        if kept is not None:
+            return kept["reason"]
+        if self._hopeless:
+            return self._hopeless
+        import logging
+
+        from mhc_backends.proof.process import prove
+
+        words = "%s tries the kernels of %s once on this machine (n=%s, %s), for up to %g s"
+        logging.getLogger("mhc_core").info(
+            words, self._name, kind[0], kind[2], kind[1][0], self._limit
+        )
+        found = prove(kind, self._launcher, self._compiled, self._limit)
+        if found.timed_out:
+            # what hangs once may hang always, and nobody waits so long for every op
+            self._hopeless = f"not tried, as {found.reason} for {kind[0]}"
+        if found.classes:  # else it never came to a kernel, which another process may
+            cache.write(kind, found.reason, found.classes, found.final)
+        return found.reason

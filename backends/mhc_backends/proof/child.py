@@ -1,0 +1,163 @@
+"""The program of a process of its own: an op's kernels on small inputs, held against the oracle.
+
+It tells what it does on its standard output, a line of JSON each, so that whoever started it knows
+how far it came if it never ends, or ends as a GPU's fault ends a process.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, Literal
+
+__all__ = ["FaultError", "main"]
+
+
+KINDS: tuple[Literal["forward"], Literal["gradient"]] = ("forward", "gradient")
+
+
+class FaultError(Exception):
+    """A kernel is wrong; the message says how, in a line."""
+
+
+def main(request: dict[str, Any]) -> None:
+    """Prove one kind of call.
+
+    Parameters
+    ----------
+    request
+        ``op``, ``dtypes`` and ``n``; ``launcher``, such as ``"mlx.core:fast.metal_kernel"``;
+        ``compiled``, whether kernels may be called under ``mx.compile``; ``limit``, the seconds
+        after which this process ends itself, should nobody else do so.
+    """
+    faulthandler.dump_traceback_later(request["limit"], exit=True)
+    # what libraries print must not come between the lines
+    lines = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+
+    def tell(**said: Any) -> None:
+        lines.write(json.dumps(said) + "\n")
+
+    module, _, name = request["launcher"].partition(":")
+    launcher: Any = import_module(module)
+    for part in name.split("."):
+        launcher = getattr(launcher, part)
+    kind = request["op"], tuple(request["dtypes"]), request["n"]
+    from mhc_backends.proof.launches import calls, launches
+
+    chosen = calls(*kind)
+    tell(classes=sorted({one.class_ for call in chosen for one in launches(call)}))
+    try:
+        for number, call in enumerate(chosen):
+            _prove(call, launcher, tell)
+            if number == 0:
+                _prove_whole(call, launcher, request["compiled"], tell)
+    except FaultError as fault:
+        tell(fault=str(fault))
+    else:
+        tell(proven=True)
+
+
+def _prove(call: Any, launcher: Any, tell: Any) -> None:
+    """Run a call's kernels one by one."""
+    import mlx.core as mx
+
+    from mhc_backends._mlx import as_tuple, to_host
+    from mhc_backends.kernels.mlx import Kernels
+    from mhc_backends.proof.launches import Launched, Watched, run
+    from mhc_backends.proof.numbers import fault, inputs, wanted
+
+    ran: list[Launched] = []
+
+    def told(kernel: Any, launched: Launched, arguments: Any) -> Any:
+        tell(at=f"kernel {launched.kernel}", trying=launched.class_)
+        ran.append(launched)
+        try:
+            outputs = kernel(**arguments)
+            mx.eval(*outputs)
+        except Exception as error:
+            tell(failed=[launched.class_])
+            raise FaultError(f"kernel {launched.kernel}: {_first_line(error)}") from error
+        return outputs
+
+    tell(at="the oracle")
+    given = inputs(call)
+    arrays = [_own(array, call.offset) for array in given.all_primals]
+    cotangents = [_own(array, call.offset) for array in given.all_cotangents]
+    kernels = Kernels(Watched(launcher, told), "metal")
+    results = [
+        [to_host(array) for array in as_tuple(result)[:count]]
+        for result, count in zip(run(kernels, call, arrays, cotangents), _counts(call), strict=True)
+    ]
+    tell(at="the oracle")
+    plain, saving, back = results
+    outputs = wanted(call, "forward", given, _stored(call, plain))
+    gradients = wanted(call, "gradient", given, _stored(call, plain))
+    for got, want in ((plain, outputs), (saving, outputs), (back, gradients)):
+        if wrong := fault(call, got, want):
+            names = ", ".join(dict.fromkeys(one.kernel for one in ran))
+            tell(failed=sorted({one.class_ for one in ran}))
+            raise FaultError(f"{wrong} ({call.name}; kernels {names})")
+    tell(held=sorted({one.class_ for one in ran}))
+
+
+def _prove_whole(call: Any, launcher: Any, compiled: bool, tell: Any) -> None:
+    """Run a call and its gradients as users do, compiled and differentiated by MLX."""
+    import mlx.core as mx
+
+    from mhc_backends._mlx import as_tuple, to_host
+    from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_backends.proof.numbers import fault, inputs, wanted
+
+    call = call.differentiated
+    given = inputs(call)
+    arrays = [_own(array, call.offset) for array in given.all_primals]
+    cotangents = [_own(array, call.offset) for array in given.all_cotangents]
+    op = getattr(Ops(Kernels(launcher, "metal"), mx.compile if compiled else None), call.op)
+
+    def function(*primals: Any) -> list[Any]:
+        return list(as_tuple(op(*primals, **call.options)))
+
+    tell(at=f"{call.op}, differentiated by MLX")
+    try:
+        results = [list(map(to_host, result)) for result in mx.vjp(function, arrays, cotangents)]
+    except Exception as error:
+        raise FaultError(f"{call.op}, differentiated by MLX: {_first_line(error)}") from error
+    stored = _stored(call, results[0])
+    for kind, got in zip(KINDS, results, strict=True):
+        if wrong := fault(call, got, wanted(call, kind, given, stored)):
+            raise FaultError(f"{wrong} ({call.name}; differentiated by MLX)")
+
+
+def _counts(call: Any) -> Sequence[int]:
+    outputs = len(call.dtypes) - call.given
+    return outputs, outputs, call.given
+
+
+def _stored(call: Any, outputs: Sequence[Any]) -> Any:
+    """Return the streams that an op stores and reads back, as they were rounded."""
+    return outputs[0] if call.op == "combine_pre" else None
+
+
+def _own(array: Any, offset: int) -> Any:
+    """Make MLX's array, which begins so many elements into its memory."""
+    import mlx.core as mx
+
+    from mhc_backends._mlx import from_host
+
+    whole = from_host(array)
+    if offset:
+        ahead = mx.zeros(offset, whole.dtype)
+        whole = mx.concatenate([ahead, whole.reshape(-1)])[offset:].reshape(whole.shape)
+    mx.eval(whole)
+    return whole
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the first line of a compiler's message, or of any."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    found = next((line for line in lines if "error:" in line), next(iter(lines), ""))
+    return f"{found or type(error).__name__}"

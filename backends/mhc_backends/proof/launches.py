@@ -1,0 +1,290 @@
+"""Which launches an op can come to, and a few small calls that make one of each kind.
+
+Nothing here knows how kernels are launched: it runs an op's launches with a launcher that computes
+nothing, and looks at what it was given. So it follows ``mhc_backends.kernels.launch`` and the ops.
+
+What is proven of a kernel is
+
+- its **launch class**: the elements of an access, the tokens of a threadgroup, and whether a thread
+  keeps one access, several, or not all of them (W, TOKENS, HELD, REST), together;
+- every input in each address space that it comes in, as fewer than 8 elements are ``constant``;
+- every other choice that is compiled in, such as a variant's;
+- one simdgroup in a threadgroup, several, and the most that the table allows; one threadgroup for a
+  token's channels, or several; several turns of a thread;
+- both sides of a choice by address: arrays that begin where vectors may, and that do not.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from mhc_backends.kernels import launch as table
+from mhc_backends.kernels import ops
+from mhc_backends.kernels.mlx import Kernels, dtype_name
+from mhc_core import DEEPSEEK_V4, LIGER, PAPER
+from mhc_core._signature import signature
+from mhc_core.math import load
+
+__all__ = ["Call", "Launched", "Watched", "calls", "candidates", "launches", "run"]
+
+PERIOD = 61  # tokens that differ; more are their repetition, so that the oracle is asked of these
+FEW_CHANNELS = 264  # more than a part of a product has, and no whole block more
+# an access more than so many turns of a whole threadgroup; then blocks of a product, whole or not
+MOST_CHANNELS = 40_000
+CHANNELS = (
+    *(W * (256 * turns + 1) for turns in (0, 1, 4, 16, 32, 64) for W in (1, 2, 4, 8)),
+    *(32, 33, 256, FEW_CHANNELS),
+)
+SIZES = (  # tokens and channels
+    *((1, C) for C in CHANNELS if C <= MOST_CHANNELS),
+    *((T, C) for T in (3, PERIOD) for C in CHANNELS if C <= FEW_CHANNELS),
+    *((times * PERIOD, C) for times in (9, 17, 269) for C in (1, 2, 4, 8, 32)),
+    (PERIOD, 2056),
+    (134 * PERIOD, FEW_CHANNELS),
+)
+MOST_NUMBERS = 1 << 25  # of the largest array of a call
+NUMBERS = frozenset({"K", "CHANNELS", "ITERATIONS"})  # template arguments that are only numbers
+
+VARIANTS = (
+    {"variant": DEEPSEEK_V4},
+    {"variant": PAPER},
+    {"variant": LIGER},
+    {"variant": replace(PAPER, sinkhorn_first="rows", res_transposed=True)},
+)
+STATICS: dict[str, Sequence[dict[str, Any]]] = {
+    "combine_pre": VARIANTS,
+    "contract": ({"how": "sum"}, {"how": "mean"}),
+    "head": VARIANTS[:2],
+    "mappings": VARIANTS,
+    "pre": VARIANTS,
+    "rms_norm": ({"eps": 1e-5},),
+    "sinkhorn": tuple(
+        {"iterations": 20, "eps": eps, "first": first}
+        for eps, first in itertools.product((0.0, 1e-6), ("columns", "rows"))
+    ),
+    "sinkhorn_knopp": tuple(
+        {"max_iterations": 20, "epsilon": 0.02, "log_space": log_space}
+        for log_space in (True, False)
+    ),
+    "static_layer": ({"eps": 0.1, "iterations": 20},),
+    "static_mappings": ({"iterations": 20},),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op that is made to prove it; ``offset`` is where its arrays begin."""
+
+    op: str
+    dtypes: tuple[str, ...]
+    T: int
+    n: int
+    C: int
+    static: tuple[tuple[str, Any], ...] = ()
+    shared: bool = False
+    offset: int = 0
+
+    @property
+    def name(self) -> str:
+        """How a reason names it."""
+        words = [f"T={self.T}", f"n={self.n}", f"C={self.C}"]
+        words += ["one mapping for all tokens"] if self.shared else []
+        words += ["arrays that begin anywhere"] if self.offset else []
+        return ", ".join(words)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The static arguments."""
+        return dict(self.static)
+
+    @property
+    def distinct(self) -> int:
+        """How many tokens differ."""
+        return min(self.T, PERIOD)
+
+    @property
+    def given(self) -> int:
+        """How many arrays the call has; the other dtypes are of cotangents."""
+        return len(self.dtypes) - len(load(self.op).OP.outputs)
+
+    @property
+    def differentiated(self) -> Call:
+        """The call as a library's autodiff makes it: cotangents have their outputs' dtypes."""
+        outputs = load(self.op).OP.outputs.values()
+        own = (self.dtypes[0] if out.dtype == "stream" else "float32" for out in outputs)
+        return replace(self, dtypes=(*self.dtypes[: self.given], *own))
+
+
+# ---- what is launched ----------------------------------------------------------------------------
+
+
+class Launched(NamedTuple):
+    """One launch, its class, and what it proves of its kernel."""
+
+    kernel: str
+    class_: str
+    proves: frozenset[tuple[Any, ...]]
+
+
+class Watched:
+    """A launcher around another one, or around none, that tells of each launch."""
+
+    def __init__(self, launcher: Any, told: Any) -> None:
+        self._launcher = launcher
+        self._told = told
+
+    def __call__(self, *, name: str, **texts: Any) -> Any:
+        """Make a kernel, as ``mx.fast.metal_kernel`` does."""
+        kernel = self._launcher and self._launcher(name=name, **texts)
+        names: Sequence[str] = texts["input_names"]
+
+        def launch(**arguments: Any) -> Any:
+            return self._told(kernel, _launched(name, names, arguments), arguments)
+
+        return launch
+
+
+def _launched(full: str, names: Sequence[str], arguments: Any) -> Launched:
+    kernel = _kernel(full)
+    words: dict[str, Any] = dict(arguments["template"])
+    threads, shape = arguments["threadgroup"][0], table.TABLE[kernel]
+    size = "one" if threads == table.SIMD else "most" if threads == shape.threads else "several"
+    class_ = {word: words.pop(word) for word in ("W", "TOKENS", "HELD", "REST") if word in words}
+    if "HELD" in class_:
+        class_["HELD"] = min(class_["HELD"], 2)  # a loop of several is one of two
+    spelt = ", ".join([kernel, *(f"{word}={int(value)}" for word, value in class_.items())])
+    facts: set[tuple[Any, ...]] = {("class", spelt), ("threads", size)}
+    facts.add(("threadgroups for a token", arguments["grid"][1] > 1))
+    facts |= {(word, value) for word, value in words.items() if word not in NUMBERS}
+    facts |= {
+        (name, dtype_name(array.dtype), "constant" if array.size < 8 else "device")
+        for name, array in zip(names, arguments["inputs"], strict=True)
+    }
+    return Launched(kernel, spelt, frozenset((kernel, *fact) for fact in facts))
+
+
+def _kernel(full: str) -> str:
+    """Find the kernel's name in the one that MLX gets."""
+    rest = full.removeprefix("mhc_") + "_"
+    return max((name for name in table.TABLE if rest.startswith(f"{name}_")), key=len)
+
+
+def launches(call: Call) -> list[Launched]:
+    """Return what a call and its gradients launch, computing nothing."""
+    found: list[Launched] = []
+
+    def told(_: Any, launched: Launched, arguments: Any) -> list[mx.array]:
+        found.append(_in_its_sizes(call, launched, arguments))
+        shapes, dtypes = arguments["output_shapes"], arguments["output_dtypes"]
+        return [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+
+    run(Kernels(Watched(None, told), "metal"), call, *_blank(call))
+    return found
+
+
+def _in_its_sizes(call: Call, launched: Launched, arguments: Any) -> Launched:
+    """Add what the sizes of a call prove of a kernel, beside how it is launched."""
+    W = dict(arguments["template"]).get("W", 1)
+    (threads, *_), (_, tiles, _) = arguments["threadgroup"], arguments["grid"]
+    facts: set[tuple[Any, ...]] = {
+        ("whole blocks", call.C % table.BLOCK_CHANNELS == 0),
+        ("parts", call.C > table.PART_CHANNELS),
+    }
+    facts |= {("several turns",)} if W * threads * tiles < call.C else set()
+    facts |= {("begins anywhere", W)} if call.offset else set()
+    more = {(launched.kernel, *fact) for fact in facts}
+    return launched._replace(proves=launched.proves | more)
+
+
+def _blank(call: Call) -> tuple[list[mx.array], list[mx.array]]:
+    """Make arrays and cotangents of a call's shapes and dtypes."""
+    dtypes = [getattr(mx, name) for name in call.dtypes]
+    declared = load(call.op).OP
+    names = list(declared.arrays)[: call.given]
+    arrays = [
+        mx.zeros(_shape(call, declared.patterns[name]), dtype)
+        for name, dtype in zip(names, dtypes, strict=False)
+    ]
+    checked = signature(lambda op: load(op).OP, call.op, arrays, call.options)
+    cotangents = [
+        mx.zeros(shape, dtype)
+        for shape, dtype in zip(checked.output_shapes, dtypes[call.given :], strict=True)
+    ]
+    return arrays, cotangents
+
+
+def _shape(call: Call, patterns: list[list[str]]) -> list[int]:
+    n, C = call.n, call.C
+    known = {"n": n, "C": C, "D": n * C, "m": n * n + 2 * n, "nC": n * C, "...": call.T}
+    words = patterns[-1 if call.shared else 0]
+    return [known[word] if word in known else int(word) for word in words]
+
+
+def run(
+    kernels: Kernels, call: Call, arrays: Sequence[mx.array], cotangents: Sequence[mx.array]
+) -> tuple[Any, Any, Any]:
+    """Run an op as it is in inference, as it is where gradients are wanted, and its gradients."""
+    module, options = ops.load(call.op), call.options
+    plain = module.forward(kernels, *arrays, **options)
+    if not hasattr(module, "saving"):
+        return plain, plain, module.vjp(kernels, tuple(arrays), tuple(cotangents), **options)
+    outputs, saved = module.saving(kernels, *arrays, **options)
+    back = module.vjp(kernels, tuple(arrays), tuple(cotangents), saved, **options)
+    return plain, outputs, back
+
+
+# ---- the calls -----------------------------------------------------------------------------------
+
+
+def calls(op: str, dtypes: tuple[str, ...], n: int | None) -> list[Call]:
+    """Choose calls, small ones first, until all that the candidates prove is proven."""
+    proves = {
+        call: frozenset[Any]().union(*(launched.proves for launched in launches(call)))
+        for call in candidates(op, dtypes, n)
+    }
+    left = set[Any]().union(*proves.values())
+    chosen: list[Call] = []
+    while left:
+        best = max(proves, key=lambda call: (len(proves[call] & left), -_numbers(call)))
+        chosen.append(best)
+        left -= proves[best]
+    return sorted(chosen or [next(iter(proves))], key=_numbers)
+
+
+def candidates(op: str, dtypes: tuple[str, ...], n: int | None) -> Iterator[Call]:
+    """Yield calls of every size class; static arguments take turns, but for the smallest sizes."""
+    declared = load(op).OP
+    statics = STATICS.get(op, ({},)) if op != "expand" else ({"n": n},)
+    has_channels = any(
+        word in ("C", "D", "nC") for patterns in declared.patterns.values() for word in patterns[0]
+    )
+    may_share = any(len(patterns) > 1 for patterns in declared.patterns.values())
+    turns = itertools.cycle(statics)
+    for T, C in SIZES if has_channels else [(T, 1) for T in dict(SIZES)]:
+        call = Call(op, dtypes, T, n or 1, C)
+        if _largest(call) > MOST_NUMBERS:
+            continue
+        small = T <= 3 and C <= table.BLOCK_CHANNELS
+        for static in statics if small else (next(turns),):
+            call = replace(call, static=tuple(static.items()))
+            yield call
+            if may_share and T <= PERIOD:
+                yield replace(call, shared=True)
+            if T == 3 or C == table.BLOCK_CHANNELS:
+                yield replace(call, offset=1)
+
+
+def _largest(call: Call) -> int:
+    """Count the numbers of the largest array: the streams, phi, or H_res."""
+    n, projects = call.n, "phi" in load(call.op).OP.arrays
+    return max(call.T * n * max(call.C, n), n * call.C * (n * n + 2 * n) * projects)
+
+
+def _numbers(call: Call) -> int:
+    n = call.n
+    return call.T * n * (call.C + n) + (n * n + 2 * n) * n * call.C

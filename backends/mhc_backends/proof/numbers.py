@@ -1,0 +1,124 @@
+"""A call's fixed inputs, and its results beside those of the float64 oracle on NumPy.
+
+The oracle and the tolerances are the conformance kit's, which share no code with any backend. It is
+asked of the tokens that differ; where there are more, they are these over and over again, so their
+results are too, and gradients that are sums over the tokens are so many times as large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mhc_backends.proof.launches import Call
+from mhc_conformance.cases import Case, Sizes, data, numpy_dtype
+from mhc_conformance.checks import answers, condition, size
+from mhc_conformance.tolerances import Kind, tolerance
+from mhc_core.math import load
+
+__all__ = ["Inputs", "Want", "fault", "inputs", "wanted"]
+
+Array = NDArray[Any]
+
+
+class Inputs(NamedTuple):
+    """A call's arrays and cotangents: of the tokens that differ, and of all."""
+
+    primals: list[Array]
+    cotangents: list[Array]
+    all_primals: list[Array]
+    all_cotangents: list[Array]
+
+
+def inputs(call: Call) -> Inputs:
+    """Draw a call's arrays as the kit does, in the call's dtypes."""
+    declared = load(call.op).OP
+    case = Case(
+        call.op,
+        "proof",
+        Sizes((call.distinct,), call.n, call.C, ""),
+        call.static,
+        shared=call.shared,
+        optional=call.given == len(declared.arrays),
+    )
+    drawn = data(case, call.dtypes[0], 0)
+    dtypes = [numpy_dtype(name) for name in call.dtypes]
+    primals, cotangents = (
+        [array.astype(dtype) for array, dtype in zip(arrays, own, strict=True)]
+        for arrays, own in zip(drawn, (dtypes[: call.given], dtypes[call.given :]), strict=True)
+    )
+    per_token = [_per_token(call, k) for k in range(call.given)]
+    return Inputs(
+        primals,
+        cotangents,
+        [_all(call, a) if every else a for a, every in zip(primals, per_token, strict=True)],
+        [_all(call, array) for array in cotangents],
+    )
+
+
+def _per_token(call: Call, index: int) -> bool:
+    """Return whether an array has something of its own for each token."""
+    patterns = list(load(call.op).OP.patterns.values())[index]
+    return patterns[-1 if call.shared else 0][0] == "..."
+
+
+def _all(call: Call, array: Array) -> Array:
+    return np.concatenate([array] * (call.T // call.distinct))
+
+
+# ---- comparing -----------------------------------------------------------------------------------
+
+
+class Want(NamedTuple):
+    """One result as the oracle has it: of the tokens that differ, or summed over all."""
+
+    name: str
+    value: Array
+    per_token: bool
+    dtype: np.dtype[Any]
+    allowed: float
+
+
+def wanted(call: Call, kind: Kind, given: Inputs, stored: Array | None = None) -> list[Want]:
+    """Ask the oracle for a call's outputs or gradients.
+
+    ``stored`` is x' as the backend rounded it, for an op that reads it back.
+    """
+    options = call.options
+    if stored is not None:
+        options["x_rounded"] = stored[: call.distinct]
+    streams, times = call.dtypes[0], call.T // call.distinct
+    asked = answers(call.op, kind, given.primals, given.cotangents, options, streams)
+    found: list[Want] = []
+    for index, (value, moved) in enumerate(zip(*asked, strict=True)):
+        every = kind == "forward" or _per_token(call, index)
+        value, moved = (value, moved) if every else (value * times, moved * times)
+        name, dtype = _result(call, kind, index)
+        allowed = tolerance(call.op, kind, dtype, condition(value, moved, streams))
+        found.append(Want(name, value, every, np.dtype(numpy_dtype(dtype)), allowed))
+    return found
+
+
+def _result(call: Call, kind: Kind, index: int) -> tuple[str, str]:
+    """Return the name of a result and its dtype's: a gradient's is that of its array."""
+    declared = load(call.op).OP
+    if kind == "gradient":
+        return f"d {list(declared.arrays)[index]}", call.dtypes[index]
+    name, out = list(declared.outputs.items())[index]
+    return name, call.dtypes[0] if out.dtype == "stream" else "float32"
+
+
+def fault(call: Call, got: Sequence[Array], want: Sequence[Want]) -> str | None:
+    """Return what is wrong with the first result that is not what it should be, or None."""
+    for one, right in zip(got, want, strict=True):
+        shape = (call.T, *right.value.shape[1:]) if right.per_token else right.value.shape
+        if (one.shape, one.dtype) != (shape, right.dtype):
+            return f"{right.name} is {one.dtype} {one.shape}; needs {right.dtype} {shape}"
+        folded = one.reshape(-1, *right.value.shape).astype(np.float64)
+        error = float(np.abs(folded - right.value).max(initial=0.0)) / size(right.value)
+        if not error <= right.allowed:  # NaN is not
+            return f"{right.name} is off by {error:.2g}, allowed {right.allowed:.2g}"
+    return None
