@@ -125,6 +125,9 @@ class Case:
     @property
     def iterations(self) -> int:
         """How many iterations of Sinkhorn it asks for at most; 0 where there are none."""
+        op = declaration(self.op)
+        if not {"h_res", "h_res_raw"} & {*op.outputs, *op.arrays}:
+            return 0  # head's variant says nothing of it
         static = {name: getattr(value, "sinkhorn_iterations", value) for name, value in self.static}
         named = ("iterations", "max_iterations", "variant")
         return max((static[name] for name in named if name in static), default=0)

@@ -26,6 +26,6 @@ for (int64_t tokens = first_tokens<N>(T, here); tokens < T; tokens += next_token
     sum = sum_lines<N>(sum, here);
     if (there && b == 0) {
         terms[token * (N + 1) + N] = inverse * sum;
-        pull[token] = by * sum * (inverse * inverse * inverse / float(K));
+        pull[token] = by * sum * inverse * inverse * (inverse / float(K)); // r^3 may be no float
     }
 }

@@ -61,6 +61,6 @@ for (int64_t tokens = first_tokens<N, KEEPERS>(T, here); tokens < T;
             dr += float(scale[group]) * sums.at[group];
             token_terms[M + group] = inverse * sums.at[group];
         }
-        pull[token] = dr * (inverse * inverse * inverse / float(K));
+        pull[token] = dr * inverse * inverse * (inverse / float(K)); // r^3 may be no float
     }
 }
