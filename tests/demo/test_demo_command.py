@@ -24,10 +24,11 @@ def _no_work(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 
 
 def refused(*arguments: str) -> str:
-    """Run a command that is refused; give what it says, without the box around it."""
+    """Run a command that is refused; give what it says, in its one line."""
     result = run(*arguments)
     assert result.exit_code == 2, result.output
-    return bare(result.output.replace("│", ""))
+    assert len(result.output.splitlines()) == 1
+    return bare(result.output)
 
 
 def bare(said: str) -> str:
@@ -52,8 +53,12 @@ def bare(said: str) -> str:
         (("--backend", "jaxx"), "'jax'"),
         (("--text", "no-such-file.txt"), "no-such-file.txt cannot be read: No such file"),
         (("--text", "."), "cannot be read: Is a directory"),
-        (("--plot", "no/folder/out.png"), "no/folder is no folder that can be written to"),
-        (("--json", "no/folder/out.json"), "no/folder is no folder that can be written to"),
+        (("--plot", "no/folder/out.png"), "--plot no/folder/out.png cannot be written: there is no"),
+        (("--json", "no/folder/out.json"), "--json no/folder/out.json cannot be written: there is"),
+        (("--plot", "out.xyz"), "--plot is 'out.xyz'; needs a name that ends in one of ."),
+        (("--batch", "999999999"), "GiB at least; here are"),
+        (("--steps", "9" * 5000), "--steps"),
+        (("--context", "²"), "--context"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(
