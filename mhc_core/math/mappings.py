@@ -45,12 +45,20 @@ def saving(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant) -> tupl
     return activated(xp, x.shape[-2], projected, scale, bias, variant), projected
 
 
-def vjp(primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant):
+def vjp(
+    primals: Any,
+    cotangents: Any,
+    saved: Any = None,
+    saved_cotangents: Any = None,
+    *,
+    variant: Variant,
+):
     """Through the activations, the division by the root mean square and the projection."""
     xp = _xp.namespace(primals[0])
     x, phi, scale, bias = (_xp.up(xp, array) for array in primals)
     projected = Projected(*saved) if saved else projection(xp, x, phi, variant.norm_eps)
-    gradients = back(xp, x, phi, scale, bias, projected, cotangents, variant)
+    more = Projected(*saved_cotangents) if saved_cotangents else None
+    gradients = back(xp, x, phi, scale, bias, projected, cotangents, variant, more)
     return tuple(_xp.cast(xp, g, p) for g, p in zip(gradients, primals, strict=True))
 
 
@@ -101,8 +109,12 @@ def back(
     projected: Projected,
     cotangents: Any,
     variant: Variant,
+    more: Projected | None = None,
 ) -> tuple[Any, Any, Any, Any]:
-    """Give dx, dphi, dscale and dbias in the dtype of computation."""
+    """Give dx, dphi, dscale and dbias in the dtype of computation.
+
+    ``more`` are cotangents of u and r beside those that come from the mappings.
+    """
     n = x.shape[-2]
     pre, post, logits = _activate(xp, n, projected, scale, bias, variant)
     g_pre, g_post, g_res = (_xp.up(xp, g) for g in cotangents)
@@ -117,22 +129,27 @@ def back(
         ],
         axis=-1,
     )
-    per_column = _xp.tokens(xp, dz * projected.u * projected.r, 1)
+    per_column = _xp.tokens(xp, dz * (projected.u * projected.r), 1)
     summed = xp.sum(per_column, axis=0)
     dscale = xp.stack([xp.sum(summed[:n]), xp.sum(summed[n : 2 * n]), xp.sum(summed[2 * n :])])
     dbias = xp.sum(_xp.tokens(xp, dz, 1), axis=0)
-    dx, dphi = back_projection(xp, x, phi, projected, dz * groups(xp, scale, n))
+    dx, dphi = back_projection(xp, x, phi, projected, dz * groups(xp, scale, n), more)
     return dx, dphi, dscale, dbias
 
 
-def back_projection(xp: Any, x: Any, phi: Any, projected: Projected, d_product: Any):
-    """Give dx and dphi from the cotangent of u * r.
+def back_projection(
+    xp: Any, x: Any, phi: Any, projected: Projected, d_product: Any, more: Projected | None = None
+):
+    """Give dx and dphi from the cotangent of u * r, and from ``more``, those of u and r.
 
     du = d r, dr = d . u, and the root mean square brings dx += -dr r^3 x / (n C).
     """
     u, r = projected
-    du = _xp.tokens(xp, d_product * r, 1)
-    pull = xp.sum(d_product * u * (r**3 / (x.shape[-2] * x.shape[-1])), axis=-1)
+    du, pull = d_product * r, xp.sum(d_product * u * (r**3 / (x.shape[-2] * x.shape[-1])), axis=-1)
+    if more is not None:
+        du = du + more.u
+        pull = pull + (more.r * (r**3 / (x.shape[-2] * x.shape[-1])))[..., 0]
+    du = _xp.tokens(xp, du, 1)
     through_u = xp.reshape(_xp.rows(xp, du, phi), x.shape)
     dphi = _xp.gram(xp, du, xp.reshape(x, (du.shape[0], phi.shape[1])))
     return through_u - pull[..., None, None] * x, dphi

@@ -51,22 +51,41 @@ def _forward(op: str, static: Static, device: Any) -> Callable[..., Any]:
     module, options = math.load(op), dict(static)
     count = len(module.OP.outputs)
 
+    places: tuple[int, ...] = ()  # of what is saved, among the outputs and what follows them
+
     def forward(*primals: mx.array) -> Any:
+        nonlocal places
         if not hasattr(module, "saving"):
             return as_tuple(module.forward(*primals, **options))
         outputs, saved = module.saving(*primals, **options)
-        return (*outputs, *saved)
+        places, every = _placed(outputs, saved)
+        return every
 
     def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
         # the cotangent of a sum is one number, broadcast: every pass over it would be strided
-        given = tuple(mx.contiguous(c) for c in as_tuple(cotangents)[:count])
-        gradients = module.vjp(as_tuple(primals), given, as_tuple(outputs)[count:], **options)
-        return _distinct(gradients)
+        cotangents, outputs = as_tuple(cotangents), as_tuple(outputs)
+        given = tuple(mx.contiguous(c) for c in cotangents[:count])
+        kept = (([a[k] for k in places] for a in (outputs, cotangents)) if places else ())
+        return _distinct(module.vjp(as_tuple(primals), given, *kept, **options))
 
     def again(*arrays: mx.array) -> Any:
         return _forward(op, static, device)(*arrays)
 
     return _compiled(differentiable(forward, back, module.OP, again), op, device)
+
+
+def _placed(outputs: Any, saved: Any) -> tuple[tuple[int, ...], tuple[mx.array, ...]]:
+    """Put what a vjp saves behind the outputs, unless it is one of them; say where it is.
+
+    MLX knows no other place for it. So where a vjp is differentiated in turn, what was saved has
+    cotangents of its own, zero at first; what is an output too has them there.
+    """
+    every = list(outputs)
+    for array in saved:
+        if not any(array is other for other in every):
+            every.append(array)
+    where = (next(k for k, a in enumerate(every) if a is array) for array in saved)
+    return tuple(where), tuple(every)
 
 
 def _distinct(gradients: Any) -> tuple[mx.array, ...]:
