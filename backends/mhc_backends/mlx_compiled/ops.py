@@ -17,7 +17,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from mhc_backends._mlx import as_tuple, checkpoint, compile, from_host, grad, to_host, vmap
+from mhc_backends._mlx import (
+    as_tuple,
+    checkpoint,
+    compile,
+    from_host,
+    grad,
+    placed,
+    to_host,
+    vmap,
+)
 from mhc_backends.mlx_compiled._vmap import differentiable
 from mhc_core import math
 
@@ -58,7 +67,7 @@ def _forward(op: str, static: Static, device: Any) -> Callable[..., Any]:
         if not hasattr(module, "saving"):
             return as_tuple(module.forward(*primals, **options))
         outputs, saved = module.saving(*primals, **options)
-        places, every = _placed(outputs, saved)
+        places, every = placed(outputs, saved)
         return every
 
     def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
@@ -72,20 +81,6 @@ def _forward(op: str, static: Static, device: Any) -> Callable[..., Any]:
         return _forward(op, static, device)(*arrays)
 
     return _compiled(differentiable(forward, back, module.OP, again), op, device)
-
-
-def _placed(outputs: Any, saved: Any) -> tuple[tuple[int, ...], tuple[mx.array, ...]]:
-    """Put what a vjp saves behind the outputs, unless it is one of them; say where it is.
-
-    MLX knows no other place for it. So where a vjp is differentiated in turn, what was saved has
-    cotangents of its own, zero at first; what is an output too has them there.
-    """
-    every = list(outputs)
-    for array in saved:
-        if not any(array is other for other in every):
-            every.append(array)
-    where = (next(k for k, a in enumerate(every) if a is array) for array in saved)
-    return tuple(where), tuple(every)
 
 
 def _distinct(gradients: Any) -> tuple[mx.array, ...]:
