@@ -95,7 +95,10 @@ class _Trial:
         step = 1e-5
         ends = [
             self.gradients(
-                [p.astype(np.float64) + s * d for p, d in zip(self.primals, self.along, strict=True)]
+                [
+                    p.astype(np.float64) + s * d
+                    for p, d in zip(self.primals, self.along, strict=True)
+                ]
             )
             for s in (step, -step)
         ]

@@ -15,10 +15,12 @@ __all__ = [
     "cast",
     "collapse",
     "dot",
+    "doubled",
     "fused",
     "gram",
     "log_sum_exp",
     "matmul",
+    "mean_square",
     "mix",
     "namespace",
     "outer",
@@ -118,6 +120,14 @@ def shift(xp: Any, logits: Array, axis: int) -> Array:
     if _is(xp, "jax"):
         return _lax().stop_gradient(largest)
     return xp.stop_gradient(largest) if _is(xp, "mlx") else largest
+
+
+def doubled(xp: Any, half: Array) -> Array:
+    """2 half, -inf where that is beyond the dtype: what is meant is its exponential, 0."""
+    if "numpy" in xp.__name__ and not _is(xp, "jax"):
+        with xp.errstate(over="ignore"):  # NumPy warns
+            return 2 * half
+    return 2 * half
 
 
 def log_sum_exp(xp: Any, logits: Array, axis: int) -> Array:
@@ -272,6 +282,32 @@ def _dot_all(xp: Any, a: Array, b: Array) -> Array:
     return xp.sum(xp.sum(products, axis=0), axis=-1)
 
 
+def mean_square(xp: Any, x: Array) -> Array:
+    """mean(x^2) over the last axis, which is kept.
+
+    Streams of 1e18 have squares of 1e36, of which float32 cannot hold the sum of 341. So either
+    the squares are divided by their number before they are added up, where that fuses, or the sums
+    of some, at most 256.
+    """
+    return _mean_square(xp, x)[..., None]
+
+
+@fused
+def _mean_square(xp: Any, x: Array) -> Array:
+    *ahead, size = x.shape
+    each = 1 / max(size, 1)
+    if _is(xp, "jax") or (_is(xp, "mlx") and (_unrolled.get() or _on_gpu(xp))):
+        if _folds(xp, size):
+            return _sum_last(xp, _folded(x * each, x, -1))
+        return xp.sum(x * each * x, axis=-1)
+    across = 16 if _folds(xp, size) else 1  # as _sum_last: MLX's CPU adds one number at a time
+    along = math.gcd(size // across, 256 // across)
+    if along == 1:
+        return xp.sum(x * each * x, axis=-1)
+    some = xp.reshape(x * x, (*ahead, size // (along * across), along, across))
+    return xp.sum(xp.sum(xp.sum(some, axis=-2) * each, axis=-1), axis=-1)
+
+
 def outer(xp: Any, g: Array, x: Array, like: Array) -> Array:
     """sum_C g[..., i, C] x[..., j, C] -> [..., i, j], also over the tokens that share ``like``."""
     return (_outer_all if like.ndim < g.ndim else _outer_each)(xp, g, x)
@@ -335,11 +371,15 @@ def project(xp: Any, x: Array, phi: Array) -> Array:
     return rows(xp, x, columns)
 
 
-def rows(xp: Any, a: Array, b: Array) -> Array:
-    """a[T, K] @ b[K, m] -> [T, m], the tokens spread over the cores."""
-    if not _spreads(xp, a.shape[0]):
-        return matmul(xp, a, b)
-    return xp.concat(_on_two_cores(xp, _matmul_by(b), a), axis=0)
+def rows(xp: Any, a: Array, b: Array, plus: Array | None = None) -> Array:
+    """a[T, K] @ b[K, m] (+ plus) -> [T, m], the tokens spread over the cores."""
+    given = (a,) if plus is None else (a, plus)
+    if _spreads(xp, a.shape[0]):
+        return xp.concat(_on_two_cores(xp, _matmul_by(b), *given), axis=0)
+    if _is(xp, "mlx") and not _on_gpu(xp):
+        return _matmul_by(b)(xp, *given)
+    product = matmul(xp, a, b)
+    return product if plus is None else product + plus
 
 
 def gram(xp: Any, du: Array, x: Array) -> Array:
@@ -351,8 +391,8 @@ def gram(xp: Any, du: Array, x: Array) -> Array:
 
 
 def _matmul_by(b: Array) -> Callable[..., Array]:
-    def times(mx: Any, a: Array) -> Array:
-        return mx.matmul(a, b)
+    def times(mx: Any, a: Array, plus: Array | None = None) -> Array:
+        return mx.matmul(a, b) if plus is None else mx.addmm(plus, a, b)
 
     return times
 

@@ -56,4 +56,4 @@ def vjp(
 
 
 def _sigmoid(xp: Any, projected: Projected, scale: Any, bias: Any) -> Any:
-    return _xp.sigmoid(xp, projected.u * projected.r * scale + bias)
+    return _xp.sigmoid(xp, (projected.u * projected.r) * scale + bias)

@@ -66,8 +66,8 @@ def projection(xp: Any, x: Any, phi: Any, norm_eps: float) -> Projected:
     """Project vec(x) and take its root mean square, over all n * C numbers of a token."""
     flat = xp.reshape(x, (*x.shape[:-2], x.shape[-2] * x.shape[-1]))
     u = _xp.project(xp, _xp.tokens(xp, flat, 1), phi)
-    square = _xp.dot(xp, flat, flat)[..., None] / flat.shape[-1]
-    return Projected(xp.reshape(u, (*x.shape[:-2], phi.shape[0])), 1 / xp.sqrt(square + norm_eps))
+    r = 1 / xp.sqrt(_xp.mean_square(xp, flat) + norm_eps)
+    return Projected(xp.reshape(u, (*x.shape[:-2], phi.shape[0])), r)
 
 
 def groups(xp: Any, scale: Any, n: int) -> Any:
@@ -78,7 +78,7 @@ def groups(xp: Any, scale: Any, n: int) -> Any:
 
 def _activate(xp: Any, n: int, projected: Projected, scale: Any, bias: Any, variant: Variant):
     """Give the two sigmoids and the logits of H_res, in H_res's orientation."""
-    z = projected.u * projected.r * groups(xp, scale, n) + bias
+    z = (projected.u * projected.r) * groups(xp, scale, n) + bias
     logits = xp.reshape(z[..., 2 * n :], (*z.shape[:-1], n, n))
     if variant.res_transposed:
         logits = _xp.swap(xp, logits)
@@ -142,14 +142,15 @@ def back_projection(
 ):
     """Give dx and dphi from the cotangent of u * r, and from ``more``, those of u and r.
 
-    du = d r, dr = d . u, and the root mean square brings dx += -dr r^3 x / (n C).
+    du = d r, dr = d . u, and the root mean square brings dx += -dr r^3 x / (n C). For streams of
+    1e18, r^3 is nothing in float32 and d . u beyond it; d . (u r), r x and dx / r are not.
     """
     u, r = projected
-    du, pull = d_product * r, xp.sum(d_product * u * (r**3 / (x.shape[-2] * x.shape[-1])), axis=-1)
+    pull = xp.sum(d_product * (u * r), axis=-1, keepdims=True)
+    du = d_product * r
     if more is not None:
-        du = du + more.u
-        pull = pull + (more.r * (r**3 / (x.shape[-2] * x.shape[-1])))[..., 0]
-    du = _xp.tokens(xp, du, 1)
-    through_u = xp.reshape(_xp.rows(xp, du, phi), x.shape)
-    dphi = _xp.gram(xp, du, xp.reshape(x, (du.shape[0], phi.shape[1])))
-    return through_u - pull[..., None, None] * x, dphi
+        d_product, du, pull = d_product + more.u / r, du + more.u, pull + more.r * r
+    pull = _xp.tokens(xp, pull * r / -(x.shape[-2] * x.shape[-1]), 1)
+    flat = xp.reshape(x, (pull.shape[0], phi.shape[1]))
+    dx = _xp.rows(xp, _xp.tokens(xp, d_product, 1), phi, pull * flat) * _xp.tokens(xp, r, 1)
+    return xp.reshape(dx, x.shape), _xp.gram(xp, _xp.tokens(xp, du, 1), flat)

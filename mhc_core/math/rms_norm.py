@@ -46,4 +46,4 @@ def back(xp: Any, x: Any, weight: Any, g: Any, eps: float) -> tuple[Any, Any, An
 
 
 def _inverse(xp: Any, x: Any, eps: float) -> Any:
-    return 1 / xp.sqrt(_xp.dot(xp, x, x)[..., None] / x.shape[-1] + eps)
+    return 1 / xp.sqrt(_xp.mean_square(xp, x) + eps)

@@ -74,7 +74,7 @@ def _forward(op: str, static: Static, device: Any) -> Callable[..., Any]:
         # the cotangent of a sum is one number, broadcast: every pass over it would be strided
         cotangents, outputs = as_tuple(cotangents), as_tuple(outputs)
         given = tuple(mx.contiguous(c) for c in cotangents[:count])
-        kept = (([a[k] for k in places] for a in (outputs, cotangents)) if places else ())
+        kept = ([a[k] for k in places] for a in (outputs, cotangents)) if places else ()
         return _distinct(module.vjp(as_tuple(primals), given, *kept, **options))
 
     def again(*arrays: mx.array) -> Any:

@@ -110,7 +110,9 @@ def test_forward_mode_names_the_op_and_the_way_out() -> None:
         return mhc.aggregate(x, h_pre, backend=BACKEND).sum()
 
     for function in (loss, mx.grad(loss)):
-        with pytest.raises(NotImplementedError, match="aggregate: kernels .*backend='mlx-compiled'"):
+        with pytest.raises(
+            NotImplementedError, match="aggregate: kernels .*backend='mlx-compiled'"
+        ):
             mx.jvp(function, [x], [x])
 
 
