@@ -67,7 +67,7 @@ def sinkhorn(
     logits
         ``[..., n, n]``, any float dtype. -inf is allowed where every line keeps a finite entry.
     iterations
-        Pairs of normalisations, at least 1.
+        Pairs of normalisations, from 1 to 1000.
     eps
         Added to the softmax and to every divisor, at least 0.
     first
@@ -450,7 +450,7 @@ def static_layer(
     eps
         Of the norm, at least 0.
     iterations
-        Of Sinkhorn, at least 1.
+        Of Sinkhorn, from 1 to 1000.
     backend
         A backend's name, instead of the one chosen elsewhere.
 
@@ -538,7 +538,7 @@ def static_mappings(
     h_pre_raw, h_post_raw, h_res_raw
         ``[..., n]``, ``[..., n]`` and ``[..., n, n]``.
     iterations
-        Of Sinkhorn, at least 1.
+        Of Sinkhorn, from 1 to 1000.
     backend
         A backend's name, instead of the one chosen elsewhere.
 
@@ -575,7 +575,7 @@ def sinkhorn_knopp(
     matrix
         ``[..., n, n]``, any float dtype.
     max_iterations
-        Steps at most, at least 1.
+        Steps at most, from 1 to 1000.
     epsilon
         At least 0.
     log_space

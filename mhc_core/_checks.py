@@ -10,19 +10,32 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["Check", "boolean", "non_negative", "one_of", "positive_int"]
+__all__ = ["Check", "boolean", "iterations", "non_negative", "one_of", "positive_int"]
 
 Check = Callable[[str, str, Any], Any]
+
+MOST_ITERATIONS = 1000  # of Sinkhorn; published models take 20, and libraries unroll the loop
+MOST_SHOWN = 200  # characters of a value in a message
 
 
 def positive_int(owner: str, name: str, value: Any) -> int:
     """Return ``value`` as an int of at least 1."""
     need = "needs an integer of at least 1"
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{owner}: {name} is {value!r}; {need}")
+        raise TypeError(f"{owner}: {name} is {_shown(value)}; {need}")
     number = int(value)
     if number < 1:
-        raise ValueError(f"{owner}: {name} is {number}; {need}")
+        raise ValueError(f"{owner}: {name} is {_shown(number)}; {need}")
+    return number
+
+
+def iterations(owner: str, name: str, value: Any) -> int:
+    """Return ``value`` as an int from 1 to 1000."""
+    number = positive_int(owner, name, value)
+    if number > MOST_ITERATIONS:
+        raise ValueError(
+            f"{owner}: {name} is {_shown(number)}; needs an integer of at most {MOST_ITERATIONS}"
+        )
     return number
 
 
@@ -30,8 +43,11 @@ def non_negative(owner: str, name: str, value: Any) -> float:
     """Return ``value`` as a finite float of at least 0."""
     need = "needs a finite number of at least 0"
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{owner}: {name} is {value!r}; {need}")
-    number = float(value)
+        raise TypeError(f"{owner}: {name} is {_shown(value)}; {need}")
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction beyond float's range
+        number = -math.inf if value < 0 else math.inf
     if not 0 <= number < math.inf:
         raise ValueError(f"{owner}: {name} is {number}; {need}")
     return number
@@ -40,7 +56,7 @@ def non_negative(owner: str, name: str, value: Any) -> float:
 def boolean(owner: str, name: str, value: Any) -> bool:
     """Return ``value``, which must be True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{owner}: {name} is {value!r}; needs True or False")
+        raise TypeError(f"{owner}: {name} is {_shown(value)}; needs True or False")
     return value
 
 
@@ -50,7 +66,16 @@ def one_of(*allowed: str) -> Check:
     def check(owner: str, name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in allowed:
             known = " or ".join(map(repr, allowed))
-            raise ValueError(f"{owner}: {name} is {value!r}; needs {known}")
+            raise ValueError(f"{owner}: {name} is {_shown(value)}; needs {known}")
         return value
 
     return check
+
+
+def _shown(value: Any) -> str:
+    """Return what came, for a message that it does not fill: a file may bring anything."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer too long to spell, or a deep list
+        return f"a {type(value).__name__}"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."

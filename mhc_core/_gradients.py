@@ -18,8 +18,12 @@ def no_grad() -> Generator[None]:
     The results are the same, bit for bit. Backends may leave out what only gradients need: the
     kernel backends of MLX save some 2 us for each output of a call, which decoding notices. A
     gradient through such a call is an error of the library's own (in MLX that of a custom kernel),
-    never zero; backends that save nothing still give it. Inside ``mx.compile`` what holds is what
-    held when the function was traced. Nests, and holds in its own thread alone.
+    never zero; backends that save nothing still give it. In JAX such a call is its plain formulas,
+    which JAX differentiates itself: the way to forward mode (``jax.jvp``, ``linearize``,
+    ``jacfwd``), which it has not for functions with a vjp of their own.
+
+    Inside ``mx.compile`` what holds is what held when the function was traced. Nests, and holds in
+    its own thread alone.
 
     Examples
     --------

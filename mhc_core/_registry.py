@@ -23,7 +23,12 @@ from mhc_core.errors import BackendUnavailableError, UnknownBackendError, Unsupp
 
 __all__ = ["Backend", "backends", "call", "call_vjp", "get_op", "module", "select", "use_backend"]
 
+BUILTINS = "mhc_backends"
+"""The package whose ``BUILTINS`` lists its plugins: all that the core knows of the layer above."""
+
 ENTRY_POINTS = "mhc_core.backends"
+"""The entry-point group through which everyone else's plugins come."""
+
 HOST_TYPE = "numpy.ndarray"
 
 _chosen: ContextVar[str | None] = ContextVar("mhc_backend", default=None)
@@ -63,60 +68,175 @@ class Backend:
         return self.reason is None
 
 
+@dataclass(frozen=True)
+class Plugin:
+    """One plugin as it was found, whether it could be loaded or not.
+
+    Attributes
+    ----------
+    name
+        What people write in ``MHC_DISABLE_PLUGINS``.
+    module
+        Where its hooks are, as an entry point spells it.
+    distribution
+        Who brings it, with the version; empty where nobody tells.
+    load
+        Import it.
+    """
+
+    name: str
+    module: str
+    distribution: str
+    load: Callable[[], Any]
+
+    @property
+    def left_out(self) -> bool:
+        """Whether ``MHC_DISABLE_PLUGINS`` has its name; of two of one name, it leaves out both."""
+        names = {name.strip() for name in os.environ.get("MHC_DISABLE_PLUGINS", "").split(",")}
+        return bool(names & {self.name, self.name.partition(" (")[0]})
+
+
 @dataclass
 class _Discovered:
     """Everything found at the first call of the process."""
 
+    plugins: list[Plugin] = field(default_factory=list[Plugin])
     specs: dict[str, BackendSpec] = field(default_factory=dict[str, BackendSpec])
     broken: dict[str, str] = field(default_factory=dict[str, str])
     missing: dict[str, str | None] = field(default_factory=dict[str, "str | None"])
-    hook: Any = None
+    manager: Any = None
+
+    def blame(self, plugin: str, problem: str) -> None:
+        """Note that a plugin is broken, and tell it once; the library works on."""
+        self.broken[plugin] = f"plugin {plugin!r} is broken: {problem}"
+        _warn(self.broken[plugin])
 
 
 _discovered: _Discovered | None = None
+_discovering: ContextVar[bool] = ContextVar("mhc_discovering", default=False)
 
 
 def _discover() -> _Discovered:
     global _discovered
     if _discovered is None:
-        from importlib.metadata import entry_points
-
-        found = _Discovered()
-        left_out = {name.strip() for name in os.environ.get("MHC_DISABLE_PLUGINS", "").split(",")}
-        plugins: dict[str, Callable[[], Any]] = {}
-        for point in entry_points(group=ENTRY_POINTS):
-            if point.name not in left_out:
-                taken = point.name in plugins
-                plugins[f"{point.name} ({point.value})" if taken else point.name] = point.load
-        _load(found, plugins)
+        if _discovering.get():
+            raise RuntimeError("a plugin asks for backends while they are being discovered")
+        token = _discovering.set(True)
+        try:
+            found = _Discovered()
+            found.plugins = list(_builtin(found))
+            found.plugins += _installed(found)
+            _load(found)
+        finally:
+            _discovering.reset(token)
         _discovered = found
     return _discovered
 
 
-def _load(found: _Discovered, plugins: Mapping[str, Callable[[], Any]]) -> None:
+def plugins() -> list[tuple[Plugin, str | None]]:
+    """Return every plugin, and why one is not used."""
+    found = _discover()
+    left_out = {plugin.name for plugin in found.plugins if plugin.left_out}
+    reasons = found.broken | dict.fromkeys(left_out, "left out by MHC_DISABLE_PLUGINS")
+    return [(plugin, reasons.get(plugin.name)) for plugin in found.plugins]
+
+
+def _builtin(found: _Discovered) -> Iterator[Plugin]:
+    """Return the plugins that come with the core; they need no metadata to be found."""
+    from mhc_core import __version__
+
+    try:
+        modules = tuple(importlib.import_module(BUILTINS).BUILTINS)
+    except BaseException as error:
+        found.blame(BUILTINS, _words(error))
+        return
+    for module in modules:
+        name = module.rpartition(".")[2].replace("_", "-")
+        load = functools.partial(importlib.import_module, module)
+        yield Plugin(name, module, f"mhc-core {__version__}", load)
+
+
+def _installed(found: _Discovered) -> Iterator[Plugin]:
+    """Return the plugins of the installed distributions; what was found already counts once.
+
+    Beside a newer mhc-core may lie the metadata of an older one, which named the built-ins too.
+    """
+    from importlib.metadata import entry_points
+
+    try:
+        points = list(entry_points(group=ENTRY_POINTS))
+    except BaseException as error:  # of somebody's damaged metadata
+        found.blame("entry points", _words(error))
+        return
+    names = {plugin.name for plugin in found.plugins}
+    seen: set[str] = set()
+    for point in points:
+        if point.value in seen or point.value.startswith(f"{BUILTINS}."):
+            continue
+        name = f"{point.name} ({point.value})" if point.name in names else point.name
+        names.add(name)
+        seen.add(point.value)
+        yield Plugin(name, point.value, _distribution(point), point.load)
+
+
+def _distribution(point: Any) -> str:
+    try:
+        return f"{point.dist.name} {point.dist.version}" if point.dist else ""
+    except Exception:  # its metadata may be damaged
+        return ""
+
+
+def _load(found: _Discovered) -> None:
     """Register each plugin and take in its specs; whatever fails is noted under its name."""
     import pluggy
 
     from mhc_core import hookspecs
 
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    found.manager = manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    found.hook = manager.hook
-    for name, load in plugins.items():
+    for one in found.plugins:
+        if one.left_out:
+            continue
         try:
-            plugin = load()
-            manager.register(plugin, name)
+            plugin = one.load()
+            manager.register(plugin, one.name)
             if not manager.get_hookcallers(plugin):
                 raise TypeError("it implements neither mhc_backend_specs nor mhc_select")
-            others = [p for p in manager.get_plugins() if p is not plugin]
-            brought = manager.subset_hook_caller("mhc_backend_specs", others)()
+            brought = _alone(manager, "mhc_backend_specs", plugin)()
             specs = _checked_specs(found.specs, [spec for specs in brought for spec in specs])
-        except Exception as error:  # anything may go wrong in code that is not ours
-            found.broken[name] = f"plugin {name!r} is broken: {type(error).__name__}: {error}"
-            if manager.has_plugin(name):
-                manager.unregister(name=name)
+        except BaseException as error:  # anything may go wrong in code that is not ours
+            found.blame(one.name, _words(error))
+            if manager.has_plugin(one.name):
+                manager.unregister(name=one.name)
             continue
         found.specs.update(specs)
+
+
+def _alone(manager: Any, hook: str, plugin: Any) -> Callable[..., Any]:
+    """Return a hook as one plugin implements it, so that what it does bears its name."""
+    others = [other for other in manager.get_plugins() if other is not plugin]
+    return manager.subset_hook_caller(hook, others)
+
+
+def _words(error: BaseException) -> str:
+    """Return an error of other people's code in words; Ctrl-C is not theirs, and goes on.
+
+    ``sys.exit`` is an error here: a plugin ends no program.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    try:
+        said = str(error)
+    except Exception:
+        said = "(a message that cannot be read)"
+    return f"{type(error).__name__}: {said}".removesuffix(": ")
+
+
+def _warn(message: str) -> None:
+    """Tell it through logging: nobody's program can mend it, and none is to end for it."""
+    import logging
+
+    logging.getLogger("mhc_core").warning("%s", message)
 
 
 def _checked_specs(known: Mapping[str, BackendSpec], brought: list[Any]) -> dict[str, BackendSpec]:
@@ -142,9 +262,13 @@ def _missing(spec: BackendSpec) -> str | None:
     found = _discover()
     if spec.name not in found.missing:
         try:
-            found.missing[spec.name] = spec.missing() or None
-        except Exception as error:
-            found.missing[spec.name] = f"missing() raised {type(error).__name__}: {error}"
+            reason: Any = spec.missing() or None
+            if reason is not None and not isinstance(reason, str):
+                reason = f"missing() gave {reason!r}; needs None or the reason"
+        except BaseException as error:
+            reason = f"missing() raised {_words(error)}"
+            _warn(f"backend {spec.name!r} is broken: {reason}")
+        found.missing[spec.name] = reason
     if spec.name == "mlx-metal" and os.environ.get("MHC_MLX_DISABLE_METAL") == "1":
         return "MHC_MLX_DISABLE_METAL=1 is set"
     return found.missing[spec.name]
@@ -340,20 +464,51 @@ def _automatic(call: Signature, arrays: Sequence[Any]) -> _Choice:
     if not candidates:
         why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
         raise UnsupportedError(f"{call.op.name}: no backend takes this call on {library} ({why})")
-    return _Choice(_preferred(found, call, candidates), convert=len(libraries) > len(device) > 0)
+    chosen = _importable(found, call, candidates)
+    return _Choice(chosen, convert=len(libraries) > len(device) > 0)
+
+
+def _importable(found: _Discovered, call: Signature, candidates: list[BackendSpec]) -> BackendSpec:
+    """Return the preferred candidate whose module can be imported; tell of those before it."""
+    failed: dict[str, BackendUnavailableError] = {}
+    while True:
+        spec = _preferred(found, call, candidates)
+        try:
+            module(spec)
+        except BackendUnavailableError as error:
+            failed[spec.name] = error
+            candidates = [other for other in candidates if other is not spec]
+            if not candidates:
+                raise next(iter(failed.values())) from None
+            continue
+        for name, error in failed.items():
+            found.missing[name] = _words(error.__cause__ or error)
+            _warn(f"{error}; its calls go to {spec.name!r}")
+        return spec
 
 
 def _preferred(found: _Discovered, call: Signature, candidates: list[BackendSpec]) -> BackendSpec:
-    name = found.hook.mhc_select(op=call.op.name, candidates=tuple(candidates))
-    if name is None:
-        return candidates[0]
-    for spec in candidates:
-        if spec.name == name:
-            return spec
-    known = ", ".join(spec.name for spec in candidates)
-    raise UnknownBackendError(
-        f"{call.op.name}: a plugin's mhc_select answered {name!r}; needs one of {known}"
-    )
+    """Ask the plugins one after another; the first answer counts, else the first candidate."""
+    manager = found.manager
+    for one in reversed(manager.hook.mhc_select.get_hookimpls()):
+        try:
+            ask = _alone(manager, "mhc_select", one.plugin)
+            name = ask(op=call.op.name, candidates=tuple(candidates))
+        except BaseException as error:  # of code that is not ours
+            found.blame(one.plugin_name, f"its mhc_select raised {_words(error)}")
+            manager.unregister(one.plugin)
+            continue
+        if name is None:
+            continue
+        for spec in candidates:
+            if spec.name == name:
+                return spec
+        known = ", ".join(spec.name for spec in candidates)
+        raise UnknownBackendError(
+            f"{call.op.name}: mhc_select of plugin {one.plugin_name!r} answered {name!r}; needs "
+            f"one of {known}"
+        )
+    return candidates[0]
 
 
 def _library(call: Signature, argument: str, array: Any, specs: Sequence[BackendSpec]) -> str:
@@ -391,9 +546,9 @@ def module(spec: BackendSpec) -> Any:
     """Import the backend's module with its functions."""
     try:
         return importlib.import_module(spec.module)
-    except Exception as error:  # of code that is not ours
+    except BaseException as error:  # of code that is not ours
         raise BackendUnavailableError(
-            f"backend {spec.name!r} cannot run here: {type(error).__name__}: {error}"
+            f"backend {spec.name!r} cannot run here: {_words(error)}"
         ) from error
 
 
@@ -473,8 +628,34 @@ def call(op: str, arrays: Sequence[Any], static: Mapping[str, Any], backend: str
 
 def answer(op: str, arrays: Sequence[Any], static: Mapping[str, Any], backend: str | None) -> Any:
     """Do so, which is all that a compiler leaves alone."""
-    checked = signature(get_op, op, arrays, static)
-    return select(op, checked, backend, arrays)(*arrays, **checked.static)
+    try:
+        checked = signature(get_op, op, arrays, static)
+        function = select(op, checked, backend, arrays)
+    except TypeError:
+        if (unwrapped := _unwrapped(arrays)) is None:
+            raise
+        return answer(op, unwrapped, static, backend)
+    return function(*arrays, **checked.static)
+
+
+def _unwrapped(values: Sequence[Any]) -> tuple[Any, ...] | None:
+    """Return arrays for objects with a backend's ``protocol``; None where there are none.
+
+    Only what no backend takes as it is comes here, so that calls on arrays pay nothing for it.
+    """
+    methods = {spec.protocol for spec in _discover().specs.values() if spec.protocol}
+    known = {name for spec in _discover().specs.values() for name in spec.array_types}
+
+    def unwrap(value: Any) -> Any:
+        if not any(_is_a(value, name) for name in known):
+            for method in methods:
+                if callable(getattr(type(value), method, None)):
+                    return getattr(value, method)()
+        return value
+
+    unwrapped = tuple(map(unwrap, values))
+    changed = any(new is not old for new, old in zip(unwrapped, values, strict=True))
+    return unwrapped if changed else None
 
 
 def call_vjp(
@@ -500,8 +681,14 @@ def answer_vjp(
     if len(declared.outputs) == 1 and not isinstance(cotangents, (tuple, list)):
         cotangents = (cotangents,)
     cotangents = _tuple(declared, "cotangents", cotangents)
-    checked = signature(get_op, name, primals, _with_defaults(declared, static), cotangents)
-    function = select("vjp", checked, backend, (*primals, *cotangents))
+    try:
+        checked = signature(get_op, name, primals, _with_defaults(declared, static), cotangents)
+        function = select("vjp", checked, backend, (*primals, *cotangents))
+    except TypeError:
+        if (unwrapped := _unwrapped((*primals, *cotangents))) is None:
+            raise
+        count = len(primals)
+        return answer_vjp(op, unwrapped[:count], unwrapped[count:], static, backend)
     return function(name, primals, cotangents, **checked.static)
 
 

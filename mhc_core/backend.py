@@ -15,6 +15,9 @@ and, for each transform in :data:`TRANSFORMS` that is not listed in ``BackendSpe
     def compile(function): ...
     def vmap(function, in_axes): ...
     def checkpoint(function): ...
+
+``"second"`` in ``without`` says that gradients cannot be differentiated again. Such a backend must
+raise an error there which names the op and the remedy; the conformance kit sees to it.
 """
 
 from __future__ import annotations
@@ -23,13 +26,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["API_VERSION", "DTYPES", "TRANSFORMS", "BackendSpec"]
+__all__ = ["API_VERSION", "CAPABILITIES", "DTYPES", "TRANSFORMS", "BackendSpec"]
 
 API_VERSION = 1
 """The version of this contract; a spec made for another one is refused with a sentence."""
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 TRANSFORMS = ("grad", "compile", "vmap", "checkpoint")
+CAPABILITIES = (*TRANSFORMS, "second")
+"""What a spec may list in ``without``: each transform, and second derivatives."""
 
 
 def _always_there() -> str | None:
@@ -60,9 +65,12 @@ class BackendSpec:
     automatic
         False for a backend that is only ever taken by name.
     without
-        Transforms that it does not have, each with the reason.
+        What it does not have out of :data:`CAPABILITIES`, each with the reason.
     missing
         Called once: ``None``, or the reason why the backend cannot run here.
+    protocol
+        The name of a method by which objects that are no arrays become the backend's own, such as
+        ``"__jax_array__"`` (``flax.nnx.Param`` has it); None for none.
     api_version
         The :data:`API_VERSION` that it was written for. A plugin of its own gives the number
         itself: the default is that of whatever mhc-core is installed.
@@ -83,6 +91,7 @@ class BackendSpec:
     automatic: bool = True
     without: Mapping[str, str] = field(default_factory=dict[str, str])
     missing: Callable[[], str | None] = _always_there
+    protocol: str | None = None
     api_version: int = API_VERSION
 
     def __post_init__(self) -> None:
@@ -99,12 +108,14 @@ class BackendSpec:
         self._require("priority", type(self.priority) is int, "an integer")
         self._require("automatic", type(self.automatic) is bool, "True or False")
         self._require("missing", callable(self.missing), "a function of no arguments")
+        good = self.protocol is None or _is_word(self.protocol)
+        self._require("protocol", good, "the name of a method, or None")
         good = (
             isinstance(self.without, Mapping)  # pyright: ignore[reportUnnecessaryIsInstance]
-            and set(self.without) <= set(TRANSFORMS)
+            and set(self.without) <= set(CAPABILITIES)
             and all(map(_is_word, self.without.values()))
         )
-        self._require("without", good, f"a mapping of names out of {TRANSFORMS} to reasons")
+        self._require("without", good, f"a mapping of names out of {CAPABILITIES} to reasons")
 
     def _require(self, name: str, good: bool, need: str) -> None:
         if not good:

@@ -4,8 +4,6 @@ Everything here stands on the uniform ops, so that it runs on whichever MLX back
 Nothing else imports this module: ``import mhc_core`` does without MLX.
 """
 
-from __future__ import annotations
-
 from mhc_backends._mlx import missing as _missing
 
 if _reason := _missing():

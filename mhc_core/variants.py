@@ -26,7 +26,7 @@ class Variant:
     post_scale
         H_post = ``post_scale * sigmoid``.
     sinkhorn_iterations
-        Pairs of normalisations, at least 1.
+        Pairs of normalisations, from 1 to 1000.
     sinkhorn_eps
         0 evaluates Sinkhorn in the log domain; above 0, it is added to every divisor and to the
         softmax that starts it.
@@ -62,7 +62,7 @@ class Variant:
             "norm_eps": _checks.non_negative,
             "pre_eps": _checks.non_negative,
             "post_scale": _checks.non_negative,
-            "sinkhorn_iterations": _checks.positive_int,
+            "sinkhorn_iterations": _checks.iterations,
             "sinkhorn_eps": _checks.non_negative,
             "sinkhorn_first": check_first,
             "res_transposed": _checks.boolean,

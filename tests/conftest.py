@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import mhc_backends
 from mhc_core import _registry, math
 from mhc_core.backend import BackendSpec
 from mhc_core.hookspecs import hookimpl
@@ -41,6 +42,7 @@ class Plugins:
         self._monkeypatch = monkeypatch
         self._points = list(importlib.metadata.entry_points(group=_registry.ENTRY_POINTS))
         monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: self._points)
+        monkeypatch.setattr(mhc_backends, "BUILTINS", mhc_backends.BUILTINS)
         self.module(LIBRARY, Array=FakeArray)
         self.forget()
 
@@ -52,6 +54,8 @@ class Plugins:
     def only(self, *names: str) -> None:
         """Leave of the installed plugins only these."""
         self._points = [point for point in self._points if point.name in names]
+        kept = [m for m in mhc_backends.BUILTINS if m.split(".")[1].replace("_", "-") in names]
+        self._monkeypatch.setattr(mhc_backends, "BUILTINS", tuple(kept))
 
     def module(self, name: str, **content: Any) -> None:
         """Make a module that can be imported."""

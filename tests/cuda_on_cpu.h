@@ -155,6 +155,14 @@ inline __half __ushort_as_half(unsigned short v) { return same_bits<__half>(v); 
 inline unsigned short __half_as_ushort(__half v) { return v.bits; }
 inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 v) { return v.bits; }
 
+// An address that a vector of so many bytes is loaded from or stored to: no GPU takes any other.
+static int misaligned;
+template <typename P>
+P at_vector(P p, int bytes) {
+    misaligned += reinterpret_cast<uintptr_t>(p) % bytes != 0;
+    return p;
+}
+
 // ---- the tensor core -----------------------------------------------------------------------------
 
 // Number k of [16, K] by [K, 8], of a row of the left factor or a column of the right one, as floats.

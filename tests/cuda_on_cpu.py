@@ -50,7 +50,7 @@ PTX = {
     "st.v2.u32": "memcpy(p, w, 8)",
     "st.v4.u32": "memcpy(p, w, 16)",
     "ld.global.": "v = *p",
-    "cp.async.cg.": "memcpy(to, from, 16)",
+    "cp.async.cg.": "memcpy(to, at_vector(from.p, 16), 16)",
     "cp.async.commit_group": "(void)0",
     "cp.async.wait_group": "(void)0",
 }
@@ -68,6 +68,15 @@ def without_ptx(text: str) -> str:
         (new,) = (cpp for ptx, cpp in PTX.items() if f'"{ptx}' in statement)
         text = text[: found.start()] + new + text[end:]
     return text
+
+
+def checked(text: str) -> str:
+    """Have every address looked at that a vector is loaded from or stored to."""
+    return re.sub(
+        r"reinterpret_cast<((?:const )?typename A::type\*)>\((.*?)\)",
+        r"at_vector(reinterpret_cast<\1>(\2), A::BYTES)",
+        text,
+    )
 
 
 def launcher(folder: Path) -> Callable[..., Any]:
@@ -113,9 +122,10 @@ class _Kernel:
         text = _program(self.header, parameters, constants + self.source, self.shared_memory)
         pointers = [array.ctypes.data for array in arguments]
         blocks = [-(-size // threads) for size, threads in zip(grid, threadgroup, strict=True)]
-        _compiled(self.folder, text).run(
+        misaligned = _compiled(self.folder, text).run(
             (ctypes.c_void_p * len(pointers))(*pointers), *blocks[:2], threadgroup[0]
         )
+        assert misaligned == 0, "a vector is misaligned"
         raw = arguments[len(arguments) - len(made) :]
         return [_to_mlx(array, *out) for array, out in zip(raw, made, strict=True)]
 
@@ -147,13 +157,13 @@ def _program(header: str, parameters: Sequence[str], body: str, memory: int) -> 
     return (
         '#include "cuda_on_cpu.h"\n'
         "struct Shape { int at[10]; int operator[](int k) const { return at[k]; } };\n"
-        f"{without_ptx(header)}\n"
+        f"{without_ptx(checked(header))}\n"
         f"static void kernel({', '.join(parameters)}) {{\n{without_ptx(body)}\n}}\n"
-        'extern "C" void run(void** a, unsigned x, unsigned y, unsigned threads) {\n'
+        'extern "C" int run(void** a, unsigned x, unsigned y, unsigned threads) {\n'
         "gridDim = {x, y, 1}, blockDim = {threads, 1, 1};\n"
         "for (unsigned k = 0; k < x * y; k++) {\n"
         "blockIdx = {k % x, k / x, 0};\n"
-        f"run_block(threads, [&] {{ kernel({given}); }});\n}}\n}}\n"
+        f"run_block(threads, [&] {{ kernel({given}); }});\n}}\nreturn misaligned;\n}}\n"
     )
 
 
@@ -176,9 +186,27 @@ def _type(dtype: mx.Dtype) -> str:
 
 
 def _to_host(array: mx.array) -> Any:
+    """Copy an array, as far from a multiple of 16 bytes as a view begins in its buffer."""
+    import mlx.core as mx
+
+    def address(array: mx.array) -> int:
+        bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+        mx.eval(bits)
+        view = np.asarray(memoryview(bits))
+        return view.ctypes.data if view.flags.c_contiguous else fresh
+
     from mhc_backends._mlx import to_host
 
-    return np.ascontiguousarray(to_host(array))
+    fresh = 0
+    fresh = address(mx.zeros(64))
+    host = np.ascontiguousarray(to_host(array))
+    if host.size == 0:
+        return host
+    room = np.empty(host.nbytes + 32, np.uint8)
+    start = -room.ctypes.data % 16 + (address(array) - fresh) % 16
+    placed = room[start : start + host.nbytes].view(host.dtype).reshape(host.shape)
+    placed[...] = host
+    return placed
 
 
 def _to_mlx(raw: Any, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:

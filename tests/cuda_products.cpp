@@ -9,8 +9,6 @@
 
 // ---- the products --------------------------------------------------------------------------------
 
-using namespace aligned;
-
 static std::mt19937 random_bits(7);
 template <typename T>
 static std::vector<float> draw(int count) {

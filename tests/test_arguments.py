@@ -296,6 +296,7 @@ def test_float64_beside_float32() -> None:
 # --- static arguments -------------------------------------------------------------------------
 
 INTEGER = "needs an integer of at least 1"
+MOST = "needs an integer of at most 1000"
 NUMBER = "needs a finite number of at least 0"
 ORDER = "needs 'columns' or 'rows'"
 VARIANT = "needs a mhc_core.Variant, such as PAPER or DEEPSEEK_V4"
@@ -319,6 +320,7 @@ INTEGERS: dict[Any, type[Exception]] = {
     None: TypeError,
     (2,): TypeError,
 }
+TOO_MANY: dict[Any, type[Exception]] = {1001: ValueError, 10**9: ValueError}
 NUMBERS: dict[Any, type[Exception]] = {
     -1e-6: ValueError,
     NAN: ValueError,
@@ -344,6 +346,10 @@ STATICS = [
     *_static("static_layer", [STREAMS, *RAW, (8,)], {-1.0: ValueError}, "eps", NUMBER),
     *_static("static_layer", [STREAMS, *RAW, (8,)], {0: ValueError}, "iterations", INTEGER),
     *_static("static_mappings", RAW, {0: ValueError}, "iterations", INTEGER),
+    *_static("sinkhorn", [(4, 4)], TOO_MANY, "iterations", MOST),
+    *_static("sinkhorn_knopp", [(4, 4)], TOO_MANY, "max_iterations", MOST),
+    *_static("static_layer", [STREAMS, *RAW, (8,)], TOO_MANY, "iterations", MOST),
+    *_static("static_mappings", RAW, TOO_MANY, "iterations", MOST),
     *_static("mappings", [STREAMS, *PROJECTION], {"PAPER": TypeError}, "variant", VARIANT),
     *_static("head", [STREAMS, *PROJECTION], {None: TypeError}, "variant", VARIANT),
 ]
@@ -386,6 +392,7 @@ def test_plain_numbers_of_every_kind_are_taken(eps: Any) -> None:
         ("post_scale", "2", TypeError, NUMBER),
         ("sinkhorn_iterations", 0, ValueError, INTEGER),
         ("sinkhorn_iterations", True, TypeError, INTEGER),
+        ("sinkhorn_iterations", 1001, ValueError, MOST),
         ("sinkhorn_eps", None, TypeError, NUMBER),
         ("sinkhorn_first", "colums", ValueError, ORDER),
         ("sinkhorn_first", np.zeros(2), ValueError, ORDER),
@@ -398,6 +405,34 @@ def test_a_wrong_variant_cannot_be_made(
     with pytest.raises(error) as caught:
         Variant(**{name: value})
     assert str(caught.value) == f"Variant: {name} is {value!r}; {need}"
+
+
+def test_every_op_with_iterations_has_the_bound() -> None:
+    checks = {
+        (op, name): check
+        for op in math.OPS
+        for name, check in math.load(op).OP.static.items()
+        if name.endswith("iterations")
+    }
+    assert set(checks) == {
+        ("sinkhorn", "iterations"),
+        ("sinkhorn_knopp", "max_iterations"),
+        ("static_layer", "iterations"),
+        ("static_mappings", "iterations"),
+    }
+    for (op, name), check in checks.items():
+        assert check(op, name, 1000) == 1000
+        with pytest.raises(ValueError, match=MOST):
+            check(op, name, 1001)
+    assert Variant(sinkhorn_iterations=1000).sinkhorn_iterations == 1000
+
+
+@pytest.mark.parametrize("value", [10**5000, -(10**5000)], ids=["large", "small"])
+def test_integers_beyond_what_python_spells_are_refused_in_our_words(value: int) -> None:
+    matrix = np.eye(2)
+    for name in ("iterations", "eps"):
+        with pytest.raises(ValueError, match=f"^sinkhorn: {name} is .*; needs"):
+            mhc.sinkhorn(matrix, **{name: value})  # pyright: ignore[reportArgumentType]
 
 
 # --- vjp --------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from mhc_core import _registry
 from mhc_core import math as ops
-from mhc_core.cli import app
+from mhc_core.cli import app, bench
 from mhc_core.cli._baselines import BASELINES, Baseline
 from mhc_core.cli.bench import _arrays, _library, _measure, _plot, _rows, _sides, _timing
 
@@ -651,12 +651,46 @@ def test_numbers_that_are_none_are_null_in_json() -> None:
         (("--mode", "train", "--row", "combine"), 2, "sublayer fwd+bwd"),
         (("--T", "1,0"), 2, "from 1 on"),
         (("--C", "many"), 2, "from 1 on"),
+        (("--T", "²"), 2, "from 1 on"),
+        (("--T", "٣"), 2, "from 1 on"),
+        (("--B", "9" * 5000), 2, "from 1 on"),
+        (("--C", "2147483647"), 2, "GiB for its inputs"),
+        (("--mode", "decode", "--depth", "10000", "--C", "100000"), 2, "GiB for its inputs"),
+        (("--plot", "out.xyz"), 2, ".png"),
+        (("--json", "/no/such/folder/out.json"), 2, "--json /no/such/folder/out.json cannot be"),
+        (("--report", "/dev/null/x"), 2, "--report /dev/null/x cannot be written"),
     ],
 )
 def test_errors(arguments: tuple[str, ...], code: int, words: str) -> None:
     result = run(*arguments)
     assert result.exit_code == code
     assert words in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+def test_the_help_lists_every_row() -> None:
+    assert tuple(_rows.rows()) == bench.ROWS
+    assert tuple(_rows.decode_rows(2)) == bench.CHAINS
+    told = " ".join(run("--help").output.replace("│", " ").split())
+    assert all(name in told for name in (*bench.ROWS, *bench.CHAINS))
+
+
+def test_numbers_that_cannot_be_written_are_kept(tmp_path: Path, monkeypatch: Any) -> None:
+    """A full disk after the run: /dev/full takes to be opened, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    result = run(*SMALL, *MLX, "--vs", "none", "--row", "aggregate", "--json", "/dev/full")
+    assert result.exit_code == 1
+    assert "GB/s" in result.output
+    said = result.output.splitlines()[-1]
+    start = "/dev/full cannot be written: No space left on device; it is kept in "
+    assert said.startswith(start)
+    assert json.loads(Path(said.removeprefix(start)).read_text())["rows"]
+
+
+def test_json_alone_on_the_screen() -> None:
+    done = run(*SMALL, *MLX, "--vs", "none", "--row", "aggregate", "--json")
+    assert json.loads(done.stdout)["rows"]
+    assert "GB/s" in done.stderr
 
 
 def test_the_command_imports_no_array_library() -> None:

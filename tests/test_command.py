@@ -5,8 +5,14 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+import multiprocessing
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +20,17 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
+import mhc_core
 from mhc_conformance import chain as chains
-from mhc_conformance import tolerances
+from mhc_conformance import pool, tolerances
+from mhc_conformance import run as run_module
 from mhc_conformance.report import Report
 from mhc_conformance.run import Plan
 from mhc_core import math
-from mhc_core.cli import app
+from mhc_core.cli import _files, app
 
 if TYPE_CHECKING:
     from conftest import Plugins
@@ -81,6 +90,14 @@ def test_nothing_run_is_no_success() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("--seed", "-1"), "--seed"),
+        (("--seed", "²"), "--seed"),
+        (("--report", "/no/such/folder/out.html"), "cannot be written"),
+        (("--report", "/"), "needs one of"),
+        (("--json", "/"), "--json / cannot be written"),
+        (("--json", "out.json", "--report", "out.json"), "needs two files"),
+        (("a[/b]\x1b[31m",), "no backend is named 'a[/b]"),
+        (("--jbos", "3"), "see mhc conformance --help"),
         (("--op", "combin"), "combine_pre"),
         (("--dtype", "float8"), "bfloat16"),
         (("--kind", "speed"), "checkpoint"),
@@ -96,14 +113,191 @@ def test_unknown_names_are_refused_with_the_known_ones(
     result = run(*arguments)
     assert result.exit_code == 2
     assert words in result.output
+    assert len(result.output.splitlines()) == 1
+    assert "\x1b" not in result.output
+
+
+@pytest.mark.parametrize("jobs", ["0", "-3", "1000000", "two", "9" * 5000])
+def test_jobs_are_a_number_of_processes(jobs: str) -> None:
+    result = CliRunner().invoke(app, ["conformance", "numpy", "--jobs", jobs])
+    assert result.exit_code == 2
+    assert "--jobs" in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+def test_the_version_and_the_help() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"mhc {mhc_core.__version__}\n"
+    alone = CliRunner().invoke(app, [])
+    assert alone.exit_code == 2
+    assert "conformance" in alone.output
+
+
+def test_json_means_the_same_everywhere() -> None:
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        for option in command.params:
+            if "--json" in option.opts:
+                assert option.metavar == "[FILE]", name
+                assert option.help.startswith("Write the numbers as JSON to this file"), name
+    words = ("numpy", "--op", "combine", "--dtype", "float64", "--kind", "forward")
+    for more in (("--json",), ("--json", "-")):
+        done = CliRunner().invoke(app, ["conformance", *words, "--jobs", "1", *more])
+        assert json.loads(done.stdout)["summary"] == {"passed": 1, "failed": 0, "skipped": 0}
+        assert "1 passed" in done.stderr
+
+
+# --- what comes from outside ------------------------------------------------------------------
+
+
+def test_names_and_reasons_are_shown_as_they_are(plugins: Plugins) -> None:
+    name, reason = "a[/b] :key: $x$", "[bold]no\x1b[31m\ndriver[/]"
+    plugins.plugin("odd", [plugins.spec(name, missing=lambda: reason)])
+    plugins.point("broken[/c]", "no_such[/d]")
+    for command in ("backends", "info"):
+        result = CliRunner().invoke(app, [command], env={"COLUMNS": "250"})
+        assert result.exit_code == 0, result.output
+        assert name in result.output
+        assert "broken[/c]" in result.output
+        assert "[bold]no\ufffd[31m" in result.output
+        assert "\x1b" not in result.output
+
+
+def test_a_backend_of_any_name_is_run(plugins: Plugins, tmp_path: Path) -> None:
+    from mhc_backends.numpy import ops as right
+
+    functions = {name: getattr(right, name) for name in (*math.OPS, "vjp", "from_host", "to_host")}
+    name = "a[/b] & <c>\x00"
+    taken: Any = {"array_types": ("numpy.ndarray",), "ops": ("expand", "contract")}
+    plugins.plugin("odd", [plugins.spec(name, functions, **taken)])
+    files = [tmp_path / f"out.{suffix}" for suffix in ("html", "json", "xml")]
+    options = [word for file in files for word in ("--report", str(file))]
+    result = run(name, "--kind", "forward", *options)
+    assert result.exit_code == 0, result.output
+    assert "a[/b] & <c>\ufffd: worst error" in result.output
+    assert "\x00" not in files[0].read_text()
+    ElementTree.fromstring(files[2].read_text())
+
+
+def test_what_two_ops_leave_out_is_grouped(plugins: Plugins) -> None:
+    from mhc_backends.numpy import ops as right
+
+    functions = {name: getattr(right, name) for name in (*math.OPS, "vjp", "from_host", "to_host")}
+    plugins.backend("two", functions, array_types=("numpy.ndarray",), ops=("expand", "contract"))
+    result = run("two", "--kind", "forward")
+    lines = [line for line in result.output.splitlines() if line.startswith("skipped")]
+    assert len(lines) == 2
+    assert lines[0].startswith("skipped 56 x all checks on two: two has no aggregate, ")
+    assert lines[1] == "skipped 6 x all checks on two: two has no float16, bfloat16, float64"
+
+
+# --- runs that end badly ----------------------------------------------------------------------
+
+
+def test_a_report_that_cannot_be_written_is_kept(tmp_path: Path, monkeypatch: Any) -> None:
+    """A full disk: /dev/full takes to be opened, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    result = run("numpy", "--op", "expand", "--kind", "forward", "--json", "/dev/full")
+    assert result.exit_code == 1
+    assert "4 passed" in result.output
+    said = result.output.splitlines()[-1]
+    start = "/dev/full cannot be written: No space left on device; it is kept in "
+    assert said.startswith(start)
+    assert json.loads(Path(said.removeprefix(start)).read_text())["summary"]["passed"] == 4
+
+
+def test_an_earlier_report_is_whole_or_replaced(tmp_path: Path, monkeypatch: Any) -> None:
+    file = tmp_path / "out.json"
+    file.write_text("earlier")
+
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert not _files.write(file, "new" * 9)
+    assert file.read_text() == "earlier"
+    (kept,) = (path for path in tmp_path.iterdir() if path != file)
+    assert kept.read_text() == "new" * 9
+    monkeypatch.undo()
+    assert _files.write(file, "new")
+    assert file.read_text() == "new"
+
+
+def _ends_or_sleeps(task: str) -> Iterator[str]:
+    yield f"{task} began"
+    if task == "ends":
+        os._exit(7)
+    if task == "raises":
+        raise mhc_core.UnsupportedError("no")
+    if task == "sleeps":
+        time.sleep(600)
+
+
+def test_a_process_that_ends_fails_its_task_alone() -> None:
+    events = list(pool.work(_ends_or_sleeps, ["ends", "goes on", "ends", "too"], 2))
+    died = [event for event in events if isinstance(event, pool.Died)]
+    assert [(event.task, event.exit_code) for event in died] == [("ends", 7)] * 2
+    told = [event.news for event in events if isinstance(event, pool.Told)]
+    assert sorted(told) == ["ends began", "ends began", "goes on began", "too began"]
+    with pytest.raises(mhc_core.UnsupportedError):
+        list(pool.work(_ends_or_sleeps, ["raises", "sleeps"], 2))
+    assert not multiprocessing.active_children()
+
+
+def test_what_a_dead_process_leaves_is_recorded() -> None:
+    unit = run_module.Unit("mine", "pre", "float32", ("forward", "gradient"))
+    records = [run_module._lost(unit, kind, 3, "forward", -11) for kind in unit.kinds]
+    again = "Again: mhc conformance mine --op pre --dtype float32 --kind {} --seed 3 --jobs 1"
+    assert [record.detail for record in records] == [
+        f"pre forward float32 on mine ended its process (exit code -11). {again.format('forward')}",
+        "pre gradient float32 on mine was not tried: the process ended in forward. "
+        + again.format("gradient"),
+    ]
+    assert not any(record.passed for record in records)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads processes from /proc")
+def test_ctrl_c_and_sigterm_end_the_run_and_its_processes() -> None:
+    """Some seconds on a machine with nothing else to do; the bound is for one that is busy."""
+    words = [sys.executable, "-c", "from mhc_core.cli import app; app()", "conformance", "numpy"]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        pipes: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen([*words, "--jobs", "2"], **pipes) as process:
+            until = time.monotonic() + 120
+            while len(workers := _children(process.pid)) < 3 and time.monotonic() < until:
+                time.sleep(0.05)  # two, and multiprocessing's own
+            assert len(workers) == 3
+            process.send_signal(number)
+            _, said = process.communicate(timeout=30)
+        assert process.returncode == 128 + number
+        assert "mhc conformance: stopped after " in said
+        assert "Traceback" not in said
+        until = time.monotonic() + 10
+        while any(map(_alive, workers)) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not [worker for worker in workers if _alive(worker)]
+
+
+def _children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(word) for word in found.read_text().split()] if found.exists() else []
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
 
 
 def test_what_is_left_out_is_counted_with_its_reasons() -> None:
     result = run("numpy", "--op", "combine")
-    assert "13 passed, 0 failed, 5 skipped" in result.output
+    assert "14 passed, 0 failed, 6 skipped" in result.output
     assert "skipped 1 x compile on numpy: NumPy has no compiler" in result.output
+    heads = re.search("op .*", result.output)
+    assert heads
+    assert re.findall(r"b?float\d+", heads[0]) == ["float32", "float16", "bfloat16", "float64"]
     counts = re.findall(r"skipped (\d+) x ", result.output)
-    assert sum(map(int, counts)) == 5
+    assert sum(map(int, counts)) == 6
 
 
 # --- reports ----------------------------------------------------------------------------------

@@ -104,3 +104,20 @@ def test_kernels_on_a_cpu(case: Case, folder: Path, monkeypatch: pytest.MonkeyPa
         cotangents = wide_given[0] if case.op == "head" else tuple(wide_given)
         want = mhc.vjp(case.op, tuple(wide), cotangents, variant=variant, backend="numpy")
         _close(gradients, want)
+
+
+def test_mappings_begin_anywhere(folder: Path) -> None:
+    """A view such as flat[1:5] is handed over as it is, whatever the streams' addresses are."""
+    from mhc_backends.kernels.mlx import Kernels, Ops
+
+    own = Ops(Kernels(launcher(folder), "cuda", 227 * 1024))
+    x, y = mx.arange(3 * 4 * 8.0).reshape(3, 4, 8), mx.ones((3, 8))
+    flat = mx.arange(40.0)
+    mx.eval(x, y, flat)
+    wide = np.arange(40.0)
+    for start in (0, 1, 2):
+        h_pre, h_res = flat[start : start + 4], flat[start : start + 16].reshape(4, 4)
+        weights, matrix = wide[start : start + 4], wide[start : start + 16].reshape(4, 4)
+        _close([own.aggregate(x, h_pre)], [np.einsum("n,tnc->tc", weights, _wide(x))])
+        want = np.einsum("ij,tjc->tic", matrix, _wide(x)) + weights[:, None]
+        _close([own.combine(x, y, h_pre, h_res)], [want])

@@ -24,8 +24,12 @@ def blocks(language: str) -> list[str]:
 
 @pytest.mark.parametrize("code", blocks("python"), ids=["numpy", "jax", "mlx"])
 def test_examples_run(code: str) -> None:
-    assert len(code.strip().splitlines()) <= 14
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    assert len(code.strip().splitlines()) <= 16
+    command = [sys.executable, "-W", "error", "-c", code]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    said = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
+    assert said, "a reader sees nothing"
+    assert " ".join(printed.split()) == " ".join(said)
 
 
 def test_ci_runs_the_commands_of_the_readme() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import inspect
 import re
 import subprocess
@@ -72,6 +73,11 @@ def test_a_numpy_call_imports_neither_jax_nor_mlx() -> None:
         "print(*sorted(sys.modules))"
     )
     assert not {"jax", "mlx", "torch"} & set(_in_a_new_process(code).split())
+
+
+@pytest.mark.parametrize("name", ["mhc_core", "mhc_core.mlx", "mhc_backends", "mhc_conformance"])
+def test_no_name_is_there_by_accident(name: str) -> None:
+    assert "annotations" not in dir(importlib.import_module(name))
 
 
 def _constants_classes_functions(name: str) -> tuple[bool, bool, str]:

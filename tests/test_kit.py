@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import re
@@ -19,8 +20,10 @@ from typer.testing import CliRunner
 import mhc_core
 from mhc_backends.numpy import SPEC
 from mhc_backends.numpy import ops as right
-from mhc_conformance import CHECKS, Subject, applies, check, grid, skips
+from mhc_conformance import CHECKS, Subject, applies, check, grid, mutants, skips
 from mhc_conformance.bugs import BUGS, Bug, Outcome, hunt, present
+from mhc_conformance.cases import cases
+from mhc_conformance.generated import MUTANTS, get, paths, published
 from mhc_core import math
 from mhc_core.backend import DTYPES, TRANSFORMS
 from mhc_core.cli import app
@@ -114,6 +117,11 @@ def test_one_command_prints_the_table() -> None:
     for bug in BUGS.values():
         assert bug.name in flat
     assert f"{len(BUGS)} caught, 0 missed, 0 skipped (seed 0" in flat
+    proved = sum(bool(mutant.proof) for mutant in MUTANTS.values())
+    counts = f"{len(MUTANTS) - proved} caught, 0 missed, {proved} cannot be told"
+    assert f"{len(MUTANTS)} made, {counts} (seed 0" in flat
+    for mutant in MUTANTS.values():
+        assert not mutant.proof or mutant.proof in flat
 
 
 def test_a_bug_that_the_kit_misses_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,9 +145,67 @@ def test_a_bug_in_a_library_that_is_not_here_is_skipped(
 
 def hunt_in(monkeypatch: pytest.MonkeyPatch, bug: Bug) -> Any:
     import mhc_conformance.bugs
+    import mhc_conformance.generated
 
     monkeypatch.setattr(mhc_conformance.bugs, "BUGS", {bug.name: bug})
+    monkeypatch.setattr(mhc_conformance.generated, "MUTANTS", {})
     return CliRunner().invoke(app, ["conformance", "--mutations"])
+
+
+def test_a_mutant_that_the_kit_misses_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mhc_conformance.bugs
+    import mhc_conformance.generated
+
+    one = next(mutant for mutant in MUTANTS.values() if mutant.half == "forward")
+    right_one = dataclasses.replace(
+        one, wrong=lambda op, *arrays, **static: mutants.right(op)(*arrays, **static)
+    )
+    monkeypatch.setattr(mhc_conformance.bugs, "BUGS", {})
+    monkeypatch.setattr(mhc_conformance.generated, "MUTANTS", {right_one.name: right_one})
+    found = CliRunner().invoke(app, ["conformance", "--mutations"])
+    assert found.exit_code == 1
+    assert f"MISSED {right_one.name}: passes the whole kit" in found.output
+    assert "1 made, 0 caught, 1 missed, 0 cannot be told" in found.output
+
+
+def test_every_declared_argument_has_mutants_of_both_halves() -> None:
+    made = {(mutant.op, mutant.argument, mutant.half) for mutant in MUTANTS.values()}
+    for op in math.OPS:
+        declared = math.load(op).OP
+        named = {".".join(path) for path in paths(op)} | set(declared.arrays)
+        assert {(op, name, half) for name in named for half in ("forward", "vjp")} <= made
+
+
+@pytest.mark.parametrize("op", [op for op in math.OPS if math.load(op).OP.static])
+def test_in_some_case_all_numbers_differ(op: str) -> None:
+    """From each other, and from all that is published: one may not stand for another."""
+    numbers = [path for path in paths(op) if type(published(op, path)[0]) in (int, float)]
+
+    def apart(static: dict[str, Any]) -> bool:
+        values = [get(static, path) for path in numbers]
+        new = all(get(static, path) not in published(op, path) for path in numbers)
+        return new and len(set(values)) == len(values)
+
+    found = [case for dtype in DTYPES for case in cases(op, dtype) if apart(case.options)]
+    assert found, op
+    if {"iterations", "max_iterations", "variant"} & math.load(op).OP.static.keys():
+        assert max(case.iterations for case in cases(op)) > 100
+
+
+def test_a_mutants_backend_is_run_by_its_name() -> None:
+    name = "head-forward-variant.norm_eps-pre_eps-s-value"
+    command = ["conformance", f"bug:{name}", "--op", "head", "--kind", "forward", "--jobs", "1"]
+    result = CliRunner().invoke(app, [*command, "--dtype", "float32"])
+    assert result.exit_code == 1
+    assert f"FAILED head forward float32 on bug:{name}" in result.output
+
+
+def test_a_first_check_tries_every_op() -> None:
+    result = CliRunner().invoke(app, ["conformance", "--quick", "numpy", "--jobs", "1"])
+    assert result.exit_code == 0, result.output
+    assert f"{2 * len(math.OPS)} passed, 0 failed, 0 skipped" in result.output
+    both = CliRunner().invoke(app, ["conformance", "--quick", "--full"])
+    assert both.exit_code == 2
 
 
 def test_a_bugs_backend_is_there_while_it_is_wanted() -> None:
@@ -187,10 +253,62 @@ def test_a_capability_left_out_is_skipped_with_its_reason(plugins: Plugins) -> N
     assert applies(subject, "aggregate", "float32", "vmap") == "no batching"
     assert applies(subject, "aggregate", "float32", "compile") is None
     tried = {kind for op, _, kind in grid(subject) if op == "aggregate"}
-    assert tried == {*CHECKS} - {"grad", "vmap", "checkpoint"}
+    assert tried == {*CHECKS} - {"grad", "vmap", "checkpoint", "second"}
     found = {(skip.kind, skip.reason) for skip in skips(subject) if skip.op == "aggregate"}
     assert {("grad", "no autodiff"), ("vmap", "no batching")} < found
     assert ("checkpoint", "no autodiff") in found
+
+
+# --- second derivatives -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["jax", "mlx-compiled"])
+def test_second_derivatives_are_not_left_out(backend: str) -> None:
+    assert "second" not in mhc_core.backends()[backend].spec.without  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("raises", "problem"),
+    [
+        ("pre: no second derivatives here; take backend='mlx-compiled'", ""),
+        ("pre: kernels cannot", ""),  # the declared reason
+        ("kernels cannot", "needs the op's name and the declared reason"),
+        ("pre: no", "needs the op's name and the declared reason"),
+        ("", "gave numbers, where mine has no second derivatives, and wrong ones"),
+    ],
+)
+def test_second_derivatives_left_out_are_refused(
+    plugins: Plugins, raises: str, problem: str
+) -> None:
+    from mhc_backends.mlx_compiled import SPEC as MLX
+    from mhc_backends.mlx_compiled import ops
+
+    def refusing(function: Callable[..., Any], argnums: Any) -> Callable[..., Any]:
+        def gradients(*arrays: Any) -> Any:
+            if raises and depth:
+                raise NotImplementedError(raises)
+            depth.append(1)
+            try:
+                return ops.grad(function, argnums)(*arrays)
+            finally:
+                depth.pop()
+
+        return gradients
+
+    depth: list[int] = []
+    functions = {name: getattr(ops, name) for name in ("vjp", "from_host", "to_host")}
+    functions |= {"pre": mutants.dropping_saved, "grad": refusing}
+    plugins.backend(
+        "mine",
+        functions,
+        ops=("pre",),
+        array_types=MLX.array_types,
+        without={"second": "kernels cannot", "compile": "no", "vmap": "no", "checkpoint": "no"},
+    )
+    assert applies(Subject("mine"), "pre", "float32", "second") is None
+    record = check(Subject("mine"), "pre", "float32", "second")
+    assert record.passed == (not problem), record.detail
+    assert problem in record.detail
 
 
 def test_ops_dtypes_and_sizes_left_out_are_skipped_and_counted(plugins: Plugins) -> None:
@@ -292,8 +410,9 @@ def test_two_lines_run_the_suite_on_a_plugin(elsewhere: Callable[..., Any]) -> N
     assert result.code == 0, result.text
     for kind in KINDS:
         assert f"TestMine::test_{kind}[aggregate-float32] PASSED" in result.text
-    # all kinds but the transforms; then four transforms, and three dtypes forward and gradient
-    assert "7 passed, 10 skipped" in result.text
+    # all kinds but the transforms and second derivatives; then those, and three dtypes forward
+    # and gradient
+    assert "7 passed, 11 skipped" in result.text
     assert "mine has no autodiff" in result.text
     assert "mine has no bfloat16" in result.text
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -91,6 +96,33 @@ def _wrong_arguments(plugins: Plugins) -> None:
     plugins.point("mine", "plugin_wrong_arguments")
 
 
+def _leaving(plugins: Plugins) -> None:
+    def specs() -> Any:
+        sys.exit("needs a licence")
+
+    plugins.plugin("mine", specs)
+
+
+def _skipping(plugins: Plugins) -> None:
+    """As ``pytest.importorskip`` at a module's top does: an error that is no Exception."""
+    plugins.plugin("mine", lambda: pytest.skip("no driver"))
+
+
+def _speechless(plugins: Plugins) -> None:
+    class SpeechlessError(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    def specs() -> Any:
+        raise SpeechlessError
+
+    plugins.plugin("mine", specs)
+
+
+def _asking(plugins: Plugins) -> None:
+    plugins.plugin("mine", lambda: [plugins.spec("good"), *mhc.backends()])
+
+
 BROKEN: list[tuple[Break, str]] = [
     (_no_module, "ModuleNotFoundError: No module named 'no_such_module'"),
     (_no_attribute, "AttributeError: module 'sys' has no attribute 'no_such_attribute'"),
@@ -106,6 +138,10 @@ BROKEN: list[tuple[Break, str]] = [
     ),
     (_taken_name, "ValueError: backend 'numpy' is already there, from mhc_backends.numpy.ops"),
     (_one_name_twice, "ValueError: backend 'twin' is already there, from ops_of_twin"),
+    (_leaving, "SystemExit: needs a licence"),
+    (_skipping, "Skipped: no driver"),
+    (_speechless, "SpeechlessError: (a message that cannot be read)"),
+    (_asking, "RuntimeError: a plugin asks for backends while they are being discovered"),
     (_wrong_arguments, "PluginValidationError: Plugin 'mine' for hook 'mhc_select'"),
 ]
 
@@ -148,23 +184,61 @@ def test_two_plugins_of_one_name_are_both_taken_in(plugins: Plugins) -> None:
     assert "backend 'first' is already there" in (known[other].reason or "")
 
 
-def test_the_same_plugin_twice_is_reported_once_it_is_known(plugins: Plugins) -> None:
-    plugins.point("again", "mhc_backends.numpy")
-    known = mhc.backends()
-    assert known["numpy"].available
-    assert "Plugin already registered" in (known["again"].reason or "")
+def test_an_older_distribution_that_names_built_ins_changes_nothing(plugins: Plugins) -> None:
+    before = list(mhc.backends())
+    for name, value in (
+        ("numpy", "mhc_backends.numpy"),
+        ("again", "mhc_backends.numpy"),
+        ("mlx-metal", "mhc_backends.mlx_metal:HOOKS"),
+        ("gone", "mhc_backends.gone"),
+    ):
+        plugins.point(name, value)
+    assert list(mhc.backends()) == before
+    assert all(problem is None for _, problem in _registry.plugins())
 
 
-def test_a_raising_missing_is_a_reason(plugins: Plugins, fake: type[FakeArray]) -> None:
-    def missing() -> str | None:
-        raise OSError("no driver")
+def test_one_module_counts_once_whoever_names_it(plugins: Plugins) -> None:
+    plugins.plugin("mine", [plugins.spec("mine")])
+    plugins.point("again", plugins._points[-1].value)
+    assert mhc.backends()["mine"].available
+    assert "again" not in mhc.backends()
 
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        (lambda: open("/no/driver"), "raised FileNotFoundError: [Errno 2] No such file or "),  # noqa: SIM115
+        (lambda: sys.exit("needs a licence"), "raised SystemExit: needs a licence"),
+        (lambda: True, "gave True; needs None or the reason"),
+    ],
+)
+def test_a_missing_that_goes_wrong_is_a_reason(
+    plugins: Plugins, fake: type[FakeArray], missing: Any, says: str
+) -> None:
     plugins.backend("mine", missing=missing, priority=9)
     plugins.backend("healthy")
-    assert mhc.backends()["mine"].reason == "missing() raised OSError: no driver"
+    assert (mhc.backends()["mine"].reason or "").startswith(f"missing() {says}")
     assert mhc.sinkhorn(fake(2, 2)) == "healthy"
-    with pytest.raises(mhc.BackendUnavailableError, match="OSError: no driver"):
+    with pytest.raises(mhc.BackendUnavailableError, match=re.escape(says)):
         mhc.sinkhorn(fake(2, 2), backend="mine")
+
+
+def test_a_plugin_that_leaves_the_program_at_import(plugins: Plugins, tmp_path: Path) -> None:
+    (tmp_path / "plugin_that_leaves.py").write_text("raise SystemExit(3)")
+    plugins._monkeypatch.syspath_prepend(str(tmp_path))
+    plugins.point("mine", "plugin_that_leaves")
+    assert mhc.backends()["mine"].reason == "plugin 'mine' is broken: SystemExit: 3"
+    assert mhc.backends()["numpy"].available
+
+
+def test_ctrl_c_is_nobodys_fault(plugins: Plugins) -> None:
+    def specs() -> Any:
+        raise KeyboardInterrupt
+
+    plugins.plugin("mine", specs)
+    with pytest.raises(KeyboardInterrupt):
+        mhc.backends()
+    assert _registry._discovered is None  # nothing half found is kept
 
 
 def test_missing_is_asked_once(plugins: Plugins, fake: type[FakeArray]) -> None:
@@ -208,6 +282,47 @@ def test_plugins_can_be_disabled(
     assert "numpy" in known
 
 
+# --- where nothing is installed ---------------------------------------------------------------
+
+ROOT = Path(_registry.__file__).parent.parent
+SHOW = """
+import numpy, mhc_core as mhc
+from mhc_core import _registry
+print(mhc.sinkhorn(numpy.zeros((2, 2))).tolist(), *mhc.backends())
+print([name for name, one in mhc.backends().items() if one.spec is None])
+"""
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["no metadata", "an older distribution"])
+def test_built_ins_need_no_metadata(tmp_path: Path, older: bool) -> None:
+    """A process that sees the three packages and the libraries, and no distribution of ours."""
+    for package in (_registry, importlib.import_module("mhc_backends")):
+        folder = Path(package.__file__ or "").parent
+        (tmp_path / folder.name).symlink_to(folder)
+    if older:
+        info = tmp_path / "mhc_core-0.0.9.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mhc-core\nVersion: 0.0.9\n")
+        lines = ("numpy = mhc_backends.numpy", "old = mhc_backends.old", "jax = mhc_backends.jax")
+        (info / "entry_points.txt").write_text("\n".join(["[mhc_core.backends]", *lines]) + "\n")
+    libraries = [
+        str(Path(importlib.import_module(name).__file__ or "").parent.parent)
+        for name in ("numpy", "pluggy", "array_api_compat")
+    ]
+    path = os.pathsep.join(dict.fromkeys((str(tmp_path), *libraries)))
+    code = f"import sys; sys.path[:0] = {path!r}.split({os.pathsep!r})\n{SHOW}"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    sums, broken = done.stdout.splitlines()
+    names = ("numpy", "jax", "mlx-compiled", "mlx-cuda", "mlx-metal")
+    assert sums.startswith("[[0.5, 0.5], [0.5, 0.5]] ")
+    assert set(names) <= set(sums.split())
+    assert broken == "[]"
+    assert done.stderr == ""
+
+
 # --- the ops module ---------------------------------------------------------------------------
 
 
@@ -216,6 +331,22 @@ def test_an_ops_module_that_cannot_be_imported(plugins: Plugins, fake: type[Fake
     plugins.plugin("mine", [spec])
     with pytest.raises(mhc.BackendUnavailableError, match="'mine' cannot run here: ModuleNotFound"):
         mhc.sinkhorn(fake(2, 2))
+
+
+def test_an_ops_module_that_cannot_be_imported_leaves_the_call_to_the_next(
+    plugins: Plugins, fake: type[FakeArray], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "ops_that_leave.py").write_text("raise SystemExit(3)")
+    plugins._monkeypatch.syspath_prepend(str(tmp_path))
+    plugins.plugin("mine", [replace(plugins.spec("mine", priority=9), module="ops_that_leave")])
+    plugins.backend("healthy")
+    for size in (2, 3):
+        assert mhc.sinkhorn(fake(size, size)) == "healthy"
+    (told,) = [record.message for record in caplog.records]
+    assert told == ("backend 'mine' cannot run here: SystemExit: 3; its calls go to 'healthy'")
+    assert mhc.backends()["mine"].reason == "SystemExit: 3"
+    with pytest.raises(mhc.BackendUnavailableError, match="'mine' cannot run here: SystemExit: 3"):
+        mhc.sinkhorn(fake(2, 2), backend="mine")
 
 
 @pytest.mark.parametrize("lacks", ["sinkhorn", "vjp"])
@@ -313,6 +444,31 @@ def test_mhc_select_may_leave_it_to_others(plugins: Plugins, fake: type[FakeArra
     assert mhc.sinkhorn(fake(2, 2)) == "second"
 
 
+@pytest.mark.parametrize("error", [ValueError("no"), SystemExit("no")])
+def test_a_raising_mhc_select_is_named_and_asked_no_more(
+    plugins: Plugins,
+    fake: type[FakeArray],
+    error: BaseException,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked: list[str] = []
+
+    def select(op: str, candidates: Any) -> str:
+        asked.append(op)
+        raise error
+
+    plugins.backend("first", priority=2)
+    plugins.backend("second")
+    plugins.plugin("decided", select=lambda op, candidates: "second")
+    plugins.plugin("chooser", select=select)  # the last that came is asked first
+    for size in (2, 3):
+        assert mhc.sinkhorn(fake(size, size)) == "second"
+    assert asked == ["sinkhorn"]
+    says = f"plugin 'chooser' is broken: its mhc_select raised {type(error).__name__}: no"
+    assert [record.message for record in caplog.records] == [says]
+    assert {p.name: problem for p, problem in _registry.plugins()}["chooser"] == says
+
+
 @pytest.mark.parametrize("answer", ["secnd", "numpy", 3])
 def test_a_wrong_answer_of_mhc_select_is_reported(
     plugins: Plugins, fake: type[FakeArray], answer: Any
@@ -322,8 +478,9 @@ def test_a_wrong_answer_of_mhc_select_is_reported(
     plugins.plugin("chooser", select=lambda op, candidates: answer)
     with pytest.raises(mhc.UnknownBackendError) as caught:
         mhc.sinkhorn(fake(2, 2))
-    says = f"sinkhorn: a plugin's mhc_select answered {answer!r}; needs one of first, second"
-    assert str(caught.value) == says
+    assert str(caught.value) == (
+        f"sinkhorn: mhc_select of plugin 'chooser' answered {answer!r}; needs one of first, second"
+    )
 
 
 # --- the declaration --------------------------------------------------------------------------

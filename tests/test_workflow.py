@@ -81,13 +81,22 @@ def test_metal_is_tried_before_anything_is_measured_and_reports_are_kept() -> No
     assert int(METAL["runs-on"].removeprefix("macos-")) >= 14  # the first on Apple silicon
     runs = [step["run"] for step in METAL["steps"] if "run" in step]
     words = [" ".join(shlex.split(run)[:2]) for run in runs]
-    assert words[1:] == ["mhc info", "python .ci/require_metal.py", "mhc conformance", "mhc bench"]
-    assert {"mlx-metal", "mlx-compiled"} <= set(shlex.split(runs[3]))
+    assert words[1:] == [
+        "python -m",
+        "python .ci/compile_metal.py",
+        "mhc info",
+        "python .ci/require_metal.py",
+        "mhc conformance",
+        "mhc bench",
+    ]
+    (*_, folder), (*_, compiled, log) = map(shlex.split, runs[1:3])
+    assert compiled == folder
+    assert {"mlx-metal", "mlx-compiled"} <= set(shlex.split(runs[5]))
     written = [
-        file for run in runs[3:] for option, file in pairs(shlex.split(run)) if option == "--report"
+        file for run in runs[5:] for option, file in pairs(shlex.split(run)) if option == "--report"
     ]
     *_, upload = METAL["steps"]
-    assert upload["with"]["path"].split() == written
+    assert upload["with"]["path"].split() == [log, *written]
     assert upload["with"]["if-no-files-found"] == "error"
 
 
@@ -106,7 +115,7 @@ def test_no_step_is_left_out_but_none_is_skipped() -> None:
 def require(command: str) -> None:
     """Raise unless a command line, word for word, is one that can run."""
     program, *words = shlex.split(command)
-    checks = {"mhc": mhc, "pip": pip, "pytest": files, "bash": files, "python": files}
+    checks = {"mhc": mhc, "pip": pip, "pytest": files, "bash": files, "python": python}
     assert program in checks, f"{program} is unknown; teach this test how to check it"
     checks[program](words)
 
@@ -121,11 +130,29 @@ def mhc(words: list[str]) -> None:
 
 
 def pip(words: list[str]) -> None:
-    assert words[:2] == ["install", "-e"], "only this project is installed by hand"
+    assert words[0] == "install"
+    assert words[1::2] == ["-e"] * (len(words) // 2), "only this project is installed by hand"
     found = re.fullmatch(r"\.\[([\w,-]+)\]", words[2])
     assert found, words[2]
-    assert len(words) == 3
     assert set(found[1].split(",")) <= set(metadata("mhc-core").get_all("Provides-Extra") or ())
+    for plugin in words[4::2]:
+        assert (ROOT / plugin / "pyproject.toml").exists(), f"there is no plugin {plugin}"
+
+
+def python(words: list[str]) -> None:
+    """Find the module or the script, and each file or folder that no earlier step writes."""
+    if words[0] == "-m":
+        package, _, module = words[1].partition(".")
+        assert (ROOT / "plugins" / package.replace("_", "-") / package / f"{module}.py").exists(), (
+            words
+        )
+        return
+    files(words[:1])
+    steps = [shlex.split(step["run"]) for step in METAL["steps"] if "run" in step]
+    if words[1:]:  # what it reads must be written before
+        assert ["python", *words] in steps, f"the workflow has no {words}"
+        before = steps[: steps.index(["python", *words])]
+        assert words[1] in {word for step in before for word in step}, words
 
 
 def files(words: list[str]) -> None:
@@ -155,7 +182,8 @@ def test_every_command_about_kernels_can_run(command: str) -> None:
 
 def test_the_docs_ask_of_a_mac_what_the_workflow_runs() -> None:
     runs = [step["run"] for step in METAL["steps"] if "run" in step]
-    assert set(runs[3:]) <= set(DOCS.splitlines())
+    commands = [run for run in runs[1:] if "require" not in run and run != "mhc info"]
+    assert set(commands) <= set(DOCS.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -168,6 +196,10 @@ def test_the_docs_ask_of_a_mac_what_the_workflow_runs() -> None:
         "mhc bench --dtype float8",
         "mhc info --T none",
         'pip install -e ".[mxl]"',
+        'pip install -e ".[mlx]" -e plugins/mhc-mettle',
+        'pip install -e ".[mlx]" numpy',
+        "python -m mhc_metal_simulator.text texts",
+        "python .ci/compile_metal.py text metal.log",
         "pip install mlx",
         "bash .ci/runn",
         "pytest tests/test_nothing.py",
@@ -205,3 +237,96 @@ def test_a_device_that_leaves_zeros_is_found_out() -> None:
 
     assert wrong(mx, launcher(2.0)) is None
     assert "doubles 1, 2, 3 gives [0.0, 0.0, 0.0]" in wrong(mx, launcher(0.0))
+
+
+# ---- Apple's compiler ----------------------------------------------------------------------------
+
+COMPILE = ROOT / ".ci" / "compile_metal.py"
+
+
+@pytest.fixture
+def toolchain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put commands of Apple's names on the path, which note how they are called."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    # refuses texts with the word BAD in them, and is not there before it was downloaded
+    (commands / "xcrun").write_text(
+        f"""#!/bin/sh
+echo "xcrun $*" >> {tmp_path}/calls
+if [ ! -e {tmp_path}/here ]; then echo "cannot execute tool 'metal'" >&2; exit 1; fi
+if [ "$4" = --version ]; then echo "Apple metal version 1"; exit 0; fi
+if grep -q BAD "$7"; then echo "$7:1:1: error: BAD" >&2; exit 1; fi
+"""
+    )
+    (commands / "xcodebuild").write_text(
+        f'#!/bin/sh\necho "xcodebuild $*" >> {tmp_path}/calls\ntouch {tmp_path}/here\n'
+    )
+    for command in commands.iterdir():
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:/usr/bin:/bin")
+    (tmp_path / "texts").mkdir()
+    return tmp_path
+
+
+def compile_texts(folder: Path, **texts: str) -> subprocess.CompletedProcess[str]:
+    for name, text in texts.items():
+        (folder / "texts" / f"{name}.metal").write_text(text)
+    command = [sys.executable, COMPILE, folder / "texts", folder / "metal.log"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_texts_are_compiled_in_both_versions_without_fast_math(toolchain: Path) -> None:
+    (toolchain / "here").touch()
+    done = compile_texts(toolchain, one="a", two="b")
+    assert (done.returncode, done.stdout) == (0, "4 of 4 taken, 0 refused\n")
+    log = (toolchain / "metal.log").read_text()
+    assert "Apple metal version 1" in log
+    assert log.count("taken: metal3.1 ") == log.count("taken: metal3.2 ") == 2
+    calls = (toolchain / "calls").read_text()
+    assert "xcodebuild" not in calls
+    for standard in ("metal3.1", "metal3.2"):
+        assert f"xcrun -sdk macosx metal -std={standard} -fno-fast-math -c " in calls
+
+
+def test_a_refused_text_fails_and_is_in_the_log(toolchain: Path) -> None:
+    (toolchain / "here").touch()
+    done = compile_texts(toolchain, one="a", two="BAD")
+    assert done.returncode == 1
+    assert "2 of 4 taken, 2 refused" in done.stdout
+    assert "two.metal:1:1: error: BAD" in done.stdout
+    log = (toolchain / "metal.log").read_text()
+    assert "refused: metal3.1 two.metal" in log
+    assert "error: BAD" in log
+
+
+def test_the_compiler_is_downloaded_where_xcode_comes_without(toolchain: Path) -> None:
+    done = compile_texts(toolchain, one="a")
+    assert done.returncode == 0, done.stderr
+    assert "xcodebuild -downloadComponent MetalToolchain" in (toolchain / "calls").read_text()
+
+
+def test_without_a_compiler_or_a_text_it_stops_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts").mkdir()
+    done = compile_texts(tmp_path)
+    assert done.returncode == 1
+    assert "there is no text in" in done.stderr
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = compile_texts(tmp_path, one="a")
+    assert done.returncode == 1
+    assert "Apple's compiler for Metal is not here" in done.stderr
+
+
+# ---- the oldest versions ------------------------------------------------------------------------
+
+
+def test_every_requirement_has_a_lower_bound_that_pip_takes() -> None:
+    bounds = runpy.run_path(str(ROOT / ".ci" / "lower_bounds.py"))
+    found = list(bounds["constraints"]())
+    assert all(re.fullmatch(r"[\w.-]+==[\d.]+(; .*)?", line) for line in found), found
+    assert {"typer", "safetensors", "hatchling", "hypothesis"} <= {
+        one.split("==")[0] for one in found
+    }
+    with pytest.raises(SystemExit, match="'rich' has no lower bound"):
+        bounds["lowest"]("rich")

@@ -257,10 +257,10 @@ def tanh(a: Operand) -> Value:
 
 
 def maximum(a: Operand, floor: float) -> Value:
-    """The larger of a and a constant; nothing flows back where the constant is taken."""
+    """The larger of a and a constant, NaN for NaN; nothing flows back where it is the constant."""
     a = value(a)
-    above = real_part(a.data) > floor
-    return node("maximum", np.where(above, a.data, floor), (a,), lambda g: (g * above,))
+    below = real_part(a.data) <= floor
+    return node("maximum", np.where(below, floor, a.data), (a,), lambda g: (g * ~below,))
 
 
 # --- sums and choices -------------------------------------------------------------------------

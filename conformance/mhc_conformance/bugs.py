@@ -32,7 +32,7 @@ Op = Callable[..., Any]
 
 # Checks of structure that compare values too, in the most ordinary case: they fail along with
 # forward or gradient where that case shows the bug.
-ALONG = {"strided", "host", "updated"}
+ALONG = {"strided", "repeated", "host", "updated"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ SHIPPED: tuple[Bug, ...] = (
         what="eps missing on H_pre",
         op="mappings",
         fails=("forward",),
-        says="h_pre of large eps everywhere",
+        says="h_pre of large",
         forward=on_other_variant("mappings", pre_eps=0.0),
     ),
     Bug(
@@ -347,7 +347,7 @@ SHIPPED: tuple[Bug, ...] = (
         name="captured-arrays",
         what="gradients dropped for captured arrays",
         op="rms_norm",
-        fails=("grad", "compile", "checkpoint"),
+        fails=("grad", "compile", "checkpoint", "second"),
         says="d weight of",
         forward=mutants.capturing,
         library="mlx-compiled",
@@ -413,6 +413,15 @@ THOUGHT_OF: tuple[Bug, ...] = tuple(
             ("gradient",),
             "d logits of",
             vjp=mutants.iteration_less,
+        ),
+        Bug(
+            name="saved-cotangents-dropped",
+            what="the cotangents of saved outputs dropped: second derivatives wrong",
+            op="pre",
+            fails=("second",),
+            says="d phi of second derivatives",
+            forward=mutants.dropping_saved,
+            library="mlx-compiled",
         ),
         # Sinkhorn
         _of_sinkhorn(
@@ -542,8 +551,8 @@ BUGS: Mapping[str, Bug] = {bug.name: bug for bug in (*SHIPPED, *THOUGHT_OF)}
 
 
 @contextlib.contextmanager
-def present(*backends: str) -> Generator[None]:
-    """Let those of the named backends that are ``bug:...`` exist for the length of a block.
+def present(*backends: str | Bug) -> Generator[None]:
+    """Let bugs, and those of the named backends that are ``bug:...``, exist in a block.
 
     Raises
     ------
@@ -553,16 +562,22 @@ def present(*backends: str) -> Generator[None]:
         Where the library that a bug is in is not installed.
     """
     with contextlib.ExitStack() as stack:
-        for name in backends:
-            if name.startswith(PREFIX) and name not in mhc_core.backends():
-                stack.enter_context(_one_present(_named(name)))
+        for one in backends:
+            if isinstance(one, Bug):
+                stack.enter_context(_one_present(one))
+            elif one.startswith(PREFIX) and one not in mhc_core.backends():
+                stack.enter_context(_one_present(_named(one)))
         yield
 
 
 def _named(backend: str) -> Bug:
     name = backend.removeprefix(PREFIX)
     if name not in BUGS:
-        near = get_close_matches(name, BUGS, n=1)
+        from mhc_conformance import generated  # made of what is here
+
+        if bug := generated.named(name):
+            return bug
+        near = get_close_matches(name, (*BUGS, *generated.MUTANTS), n=1)
         nearest = f"; the nearest is {PREFIX}{near[0]}" if near else ""
         raise mhc_core.UnknownBackendError(
             f"no bug is named {name!r}{nearest}; mhc conformance --mutations lists them all"

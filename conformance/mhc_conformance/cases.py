@@ -22,7 +22,7 @@ from mhc_conformance import oracle
 from mhc_core import DEEPSEEK_V4, DEEPSEEK_V41, LIGER, PAPER, math
 from mhc_core._signature import Op, signature
 
-__all__ = ["Case", "Data", "Sizes", "cases", "numpy_dtype"]
+__all__ = ["SMALL", "Case", "Data", "Draw", "Sizes", "Static", "cases", "numpy_dtype"]
 
 Array = NDArray[Any]
 Draw = Callable[[np.random.Generator, tuple[int, ...]], Array]
@@ -57,7 +57,8 @@ SIZES = (
     Sizes((1,), 64, 2, "two H_res of it take more than 32 KiB of threadgroup memory"),
 )
 SMALL = SIZES[0]
-EMPTY = Sizes((0,), 4, 8, "no tokens at all")  # beside the others: it shows nothing of a variant
+# beside the others, as it shows nothing of a variant; n C is a multiple of 64, as in real models
+EMPTY = Sizes((0,), 4, 64, "no tokens at all")
 
 
 # --- inputs -----------------------------------------------------------------------------------
@@ -108,15 +109,25 @@ class Case:
     static: tuple[tuple[str, Any], ...] = ()
     draws: tuple[tuple[str, Draw], ...] = ()  # instead of DRAWS
     shared: bool = False  # one H_pre, H_post, H_res for all tokens
+    for_all: tuple[str, ...] = ()  # or of these arguments alone, beside others per token
     optional: bool = False  # with the op's optional array
     narrow: bool = False  # parameters and mappings in the streams' dtype too
     gradient_scale: float = 1.0
+    quiet: tuple[str, ...] = ()  # outputs whose cotangent is 0
+    dtypes: tuple[str, ...] = ()  # those in which it is tried, where its values decide that
 
     @property
     def name(self) -> str:
         """How reports name it."""
         sizes = self.sizes
         return f"{self.label} (leading {sizes.leading}, n={sizes.n}, C={sizes.C})"
+
+    @property
+    def iterations(self) -> int:
+        """How many iterations of Sinkhorn it asks for at most; 0 where there are none."""
+        static = {name: getattr(value, "sinkhorn_iterations", value) for name, value in self.static}
+        named = ("iterations", "max_iterations", "variant")
+        return max((static[name] for name in named if name in static), default=0)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -154,8 +165,13 @@ def data(case: Case, dtype: str, seed: int) -> Data:
         primals = (_decided(rng, np.array(primals[0]), **case.options),)
     call = signature(declaration, case.op, primals, case.options)
     cotangents = tuple(
-        (rng.normal(size=shape) * case.gradient_scale).astype(numpy_dtype(name))
-        for shape, name in zip(call.output_shapes, call.output_dtypes, strict=True)
+        (rng.normal(size=shape) * scale).astype(numpy_dtype(dtype))
+        for shape, dtype, scale in zip(
+            call.output_shapes,
+            call.output_dtypes,
+            [0.0 if name in case.quiet else case.gradient_scale for name in op.outputs],
+            strict=True,
+        )
     )
     for array in (*primals, *cotangents):
         array.flags.writeable = False  # they are drawn once and shared by all checks
@@ -165,7 +181,7 @@ def data(case: Case, dtype: str, seed: int) -> Data:
 def _shape(op: Op, name: str, case: Case) -> tuple[int, ...]:
     leading, n, C, _ = case.sizes
     known = {"n": n, "C": C, "D": n * C, "m": n * n + 2 * n, "nC": n * C}
-    words = op.patterns[name][-1 if case.shared else 0]
+    words = op.patterns[name][-1 if case.shared or name in case.for_all else 0]
     ahead = leading if words[0] == "..." else ()
     return (*ahead, *(known[w] if w in known else int(w) for w in words if w != "..."))
 
@@ -235,7 +251,7 @@ STATICS: Mapping[str, list[tuple[str, Static]]] = {
     "mappings": _BY_VARIANT,
     "pre": _BY_VARIANT,
     "combine_pre": _BY_VARIANT,
-    "head": _BY_VARIANT[:2],
+    "head": [*_BY_VARIANT[:2], _BY_VARIANT[5]],  # the last has a pre_eps of its own
     "expand": [],  # n follows from the size class
     "contract": _statics(how=("sum", "mean")),
     "rms_norm": _statics(eps=(1e-5, 0.1)),
@@ -280,12 +296,136 @@ def _identity_init(_: np.random.Generator, shape: tuple[int, ...]) -> Array:
     return np.broadcast_to(np.eye(shape[-1]) * 12 - 12, shape)
 
 
+def _unknown(token: int) -> Draw:
+    """NaN in one number of one token of SMALL."""
+
+    def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+        values = rng.normal(0, 1, shape)
+        values[np.unravel_index(token, SMALL.leading)].reshape(-1)[1] = np.nan
+        return values
+
+    return draw
+
+
+def _unknowns(op: str) -> tuple[tuple[str, Draw], ...]:
+    """NaN in every argument that tokens have for themselves, each in another token."""
+    patterns = declaration(op).patterns
+    own = [name for name, words in patterns.items() if words[0][0] == "..."]
+    return tuple((name, _unknown(1 + at)) for at, name in enumerate(own))
+
+
+def _cancelling(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Streams of either sign in turn that nearly add up to nothing."""
+    signs = np.where(np.arange(shape[-2]) % 2, -1.0, 1.0)[:, None]
+    return signs * (256 + 2 * rng.integers(0, 4, shape))
+
+
+def _shared_in_part(op: str) -> list[tuple[str, ...]]:
+    """Every choice of an op's mappings that are one for all tokens, beside others per token."""
+    either = [name for name, words in declaration(op).patterns.items() if len(words) > 1]
+    counts = range(1, len(either))
+    return [some for count in counts for some in itertools.combinations(either, count)]
+
+
 V4 = (("variant", DEEPSEEK_V4),)
+
+
+def _some_wide(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Every second matrix beyond exp's range."""
+    values = rng.normal(0, 2, shape)
+    values.reshape(-1, *shape[-2:])[::2] *= 40
+    return values
+
+
+def _far_apart(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """One line of every matrix so far below the others that exp of both is beyond its range."""
+    values = rng.normal(0, 2, shape)
+    values[..., 0, :] -= 100
+    return values
+
+
+KNOPP = (("max_iterations", 20), ("epsilon", 0.0), ("log_space", True))
 LOG = (("iterations", 20), ("eps", 0.0), ("first", "columns"))
 EPS = (("iterations", 20), ("eps", 1e-6), ("first", "columns"))
 ZERO = _constant(0.0)
 
+# Beside SIZES, for the ops whose backends may do otherwise there: they split work by the number of
+# tokens, and channels into blocks, which many kernels take in whole ones where they can.
+BLOCKS = Sizes((5,), 4, 288, "channels in whole blocks of 32, as in real models")
+MORE_BLOCKS = Sizes((20,), 4, 96, "whole blocks, more than 16 tokens")
+BETWEEN = Sizes((16,), 6, 160, "streams between two powers of two")
+FULL = Sizes((8,), 4, 8, "as many matrices as fit side by side")
+MOST = SIZES[7]
+PROJECTED = ("mappings", "pre", "combine_pre", "head")
+ELEMENTWISE = ("aggregate", "combine", "gated_combine", "pre_scale", "residual_add_aggregate")
+LARGE: Sequence[tuple[Sizes, tuple[str, ...]]] = (
+    (BLOCKS, PROJECTED),
+    (MORE_BLOCKS, ("combine_pre",)),
+    (Sizes((18,), 9, 288, "whole blocks, many streams, more than 16 tokens"), ("combine_pre",)),
+    (Sizes((515,), 2, 64, "whole blocks, hundreds of tokens"), PROJECTED),
+    (BETWEEN, ("sinkhorn", "sinkhorn_knopp", "static_mappings", "static_layer")),
+    (Sizes((257,), 2, 257, "hundreds of tokens, an odd number of channels"), ELEMENTWISE),
+    (
+        Sizes((257,), 1, 257, "hundreds of tokens of one stream"),
+        ("pre", "combine_pre", "head"),
+    ),
+    (Sizes((2,), 2, 4128, "thousands of channels"), ("mappings", "pre", "head")),
+    (Sizes((3,), 3, 6, "channels in pairs"), ("combine", "gated_combine", "static_layer")),
+    (Sizes((2,), 4, 4100, "more channels than a thread can keep"), ("static_layer",)),
+    (Sizes((2,), 32, 40, "the most streams, each longer than a tile"), ("static_layer",)),
+    (Sizes((2,), 1, 16388, "more channels than a thread can keep"), ("rms_norm",)),
+)
+TOKENS: Sequence[tuple[Sizes, str, tuple[str, ...]]] = (  # so many that products go another way
+    (
+        Sizes((8192,), 1, 288, "thousands of tokens, whole blocks"),
+        *("mappings", ("float32", "bfloat16")),
+    ),
+    (Sizes((16385,), 3, 5, "tens of thousands of tokens"), "head", ("float32",)),
+)
+SOME_STATIC: Mapping[str, Static] = {
+    **{op: choices[0][1] for op, choices in STATICS.items() if choices},
+    **dict.fromkeys(PROJECTED, V4),
+}
+ONCE = (("variant", replace(DEEPSEEK_V4, sinkhorn_iterations=1)),)
+P20, P1 = ((("variant", variant),) for variant in (PAPER, replace(PAPER, sinkhorn_iterations=1)))
+NARROW = ("float32", "float16", "bfloat16", "float64")
+
 SPECIAL: Sequence[Case] = (
+    *(
+        Case(op, sizes.why, sizes, SOME_STATIC.get(op, ()), dtypes=NARROW if blocks else ())
+        for sizes, ops in LARGE
+        for blocks in (sizes in (BLOCKS, MORE_BLOCKS),)
+        for op in ops
+    ),
+    *(Case(op, sizes.why, sizes, ONCE, dtypes=dtypes) for sizes, op, dtypes in TOKENS),
+    # some matrices beyond exp's range, beside others: a backend may treat them in another way
+    *(
+        Case(op, "some beyond exp's range", SMALL, static, ((name, _some_wide),))
+        for op, static, name in (
+            ("sinkhorn", LOG, "logits"),
+            ("sinkhorn_knopp", KNOPP, "matrix"),
+            ("static_mappings", STATICS["static_mappings"][0][1], "h_res_raw"),
+        )
+    ),
+    *(
+        Case(op, "all beyond exp's range", FULL, static, ((name, _far_apart),))
+        for op, static, name in (
+            ("sinkhorn", LOG, "logits"),
+            ("sinkhorn_knopp", KNOPP, "matrix"),
+            ("static_mappings", STATICS["static_mappings"][0][1], "h_res_raw"),
+        )
+    ),
+    *(
+        Case(op, f"beyond exp's range, {sizes.why}", sizes, static, (("bias", _normal(25)),))
+        for op, sizes, static in (
+            ("mappings", FULL, P20),
+            ("mappings", MOST, P1),
+            ("pre", MOST, P1),
+            ("mappings", BETWEEN, P20),
+            ("pre", BETWEEN, P20),
+            ("combine_pre", BETWEEN, P20),
+        )
+    ),
     # exp without a max shift overflows above 88; a line that underflows is 0 / 0 by division
     Case("sinkhorn", "logits far beyond exp's range, eps 0", SMALL, LOG, (("logits", _dominated),)),
     Case("sinkhorn", "logits beyond exp's range, eps", SMALL, EPS, (("logits", _normal(60)),)),
@@ -318,6 +458,80 @@ SPECIAL: Sequence[Case] = (
         for op in ("aggregate", "combine", "gated_combine", "pre_scale", "residual_add_aggregate")
         for size in (SMALL, EMPTY, Sizes((33,), 3, 5, "odd"))
     ),
+    # or of some of them, beside others per token
+    *(
+        Case(op, f"{' and '.join(some)} shared", size, for_all=some)
+        for op in ("combine", "gated_combine")
+        for some in _shared_in_part(op)
+        for size in (SMALL, SIZES[1])
+    ),
+    *(
+        Case(
+            "combine_pre",
+            f"{' and '.join(some)} shared" + ", h_pre given" * given,
+            size,
+            V4,
+            for_all=some,
+            optional=given,
+        )
+        for some in _shared_in_part("combine_pre")
+        for given in ((True,) if "h_pre" in some else (False, True))
+        for size in ((SMALL, SIZES[1]) if "h_pre" not in some else (SMALL,))
+    ),
+    *(
+        Case("combine_pre", f"{name} shared, more than 16 tokens", MORE_BLOCKS, V4, for_all=(name,))
+        for name in ("h_post", "h_res")
+    ),
+    # NaN comes out, where it came in: in no other token
+    *(
+        Case(
+            op,
+            "NaN in some tokens"
+            + "".join(
+                f", {name}={value}" for name, value in static if name in ("eps", "log_space")
+            ),
+            SMALL,
+            static,
+            _unknowns(op),
+            optional=op == "combine_pre",
+        )
+        for op, static in (
+            *((op, ()) for op in ("aggregate", "combine", "gated_combine", "pre_scale")),
+            ("residual_add_aggregate", ()),
+            ("expand", (("n", SMALL.n),)),
+            ("contract", (("how", "sum"),)),
+            ("rms_norm", (("eps", 1e-5),)),
+            *((op, V4) for op in ("mappings", "pre", "combine_pre", "head")),
+            ("sinkhorn", LOG),
+            ("sinkhorn", EPS),
+            *(("sinkhorn_knopp", static) for _, static in STATICS["sinkhorn_knopp"][:2]),
+            ("static_layer", STATICS["static_layer"][0][1]),
+            ("static_mappings", STATICS["static_mappings"][0][1]),
+        )
+    ),
+    # what is rounded on the way shows where streams cancel
+    *(
+        Case(op, "streams that cancel", SMALL, static, draws, dtypes=NARROW)
+        for op, static, draws in (
+            ("aggregate", (), (("x", _cancelling), ("h_pre", _constant(1.3)))),
+            (
+                "combine",
+                (),
+                (("x", _cancelling), ("h_res", _constant(1.3)), ("h_post", _constant(0.7))),
+            ),
+            (
+                "residual_add_aggregate",
+                (),
+                (("x", _cancelling), ("h_pre", _constant(1.0)), ("res", _normal(0.4))),
+            ),
+            ("contract", (("how", "sum"),), (("x", _cancelling),)),
+            (
+                "static_layer",
+                STATICS["static_layer"][0][1],
+                (("x", _cancelling), ("h_pre_raw", _constant(0.4))),
+            ),
+        )
+    ),
     # parameters in the streams' dtype
     *(
         Case(op, "parameters as narrow as streams", SMALL, V4, narrow=True)
@@ -335,8 +549,8 @@ def cases(op: str, dtype: str = "float32", full: bool = False) -> Iterator[Case]
     """Give an op's cases: its sizes paired with its static choices in turn, then the special ones.
 
     Other dtypes than float32 differ from it in rounding alone, and bfloat16 stands for vector
-    loads of narrow numbers: they get the first case, bfloat16 the first two, and those with narrow
-    parameters. ``full`` gives all in every dtype.
+    loads of narrow numbers: they get the first case, bfloat16 the first two, and those that are
+    about narrow numbers. ``full`` gives all in every dtype.
     """
     choices = STATICS.get(op) or [("plain", ())]
     count = max(len(SIZES), len(choices))
@@ -347,6 +561,14 @@ def cases(op: str, dtype: str = "float32", full: bool = False) -> Iterator[Case]
         pairs.append((EMPTY, choices[0]))
     for sizes, (label, static) in pairs:
         yield Case(op, label, sizes, (("n", sizes.n),) if op == "expand" else static)
-    for case in SPECIAL:
-        if case.op == op and (full or dtype == "float32" or case.narrow):
+    from mhc_conformance.telling import CASES  # which are made of what is here
+
+    for case in (*SPECIAL, *CASES):
+        if case.op == op and _tried(case, dtype, full):
             yield case
+
+
+def _tried(case: Case, dtype: str, full: bool) -> bool:
+    if case.dtypes:
+        return dtype in case.dtypes
+    return full or dtype == "float32" or case.narrow

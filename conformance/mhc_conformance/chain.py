@@ -97,18 +97,26 @@ class _Run:
     def forward(self, p: Values) -> tuple[Any, list[Values], Any, Any]:
         """Give the loss, each sublayer's values, the last streams and the hidden states."""
         variant, name = self.chain.variant, self.name
-        x = mhc.expand(self.inputs @ p["embedding"], STREAMS, backend=name)
+        x = mhc.expand(self.product(self.inputs, p["embedding"]), STREAMS, backend=name)
         kept: list[Values] = []
         for i in range(SUBLAYERS):
             phi, scale, bias = p[f"phi{i}"], p[f"scale{i}"], p[f"bias{i}"]
             h, h_post, h_res = mhc.pre(x, phi, scale, bias, variant, backend=name)
-            inner = self.xp.tanh(h @ p[f"up{i}"])
-            y = inner @ p[f"down{i}"]
+            inner = self.xp.tanh(self.product(h, p[f"up{i}"]))
+            y = self.product(inner, p[f"down{i}"])
             kept.append({"x": x, "h": h, "h_post": h_post, "h_res": h_res, "inner": inner, "y": y})
             x = mhc.combine(x, y, h_post, h_res, backend=name)
         head = (p["head_phi"], p["head_scale"], p["head_bias"])
         hidden = mhc.head(x, *head, variant, backend=name)
-        return self.loss(hidden @ p["output"]), kept, x, hidden
+        return self.loss(self.product(hidden, p["output"])), kept, x, hidden
+
+    def product(self, a: Any, b: Any) -> Any:
+        """Multiply matrices as a sum of products, in full float32.
+
+        F is not what is held to the oracle here, and a library's own matmul may be in TF32 on a
+        GPU by default, in JAX as in MLX: 10 bits.
+        """
+        return self.xp.sum(a[:, :, None] * b[None, :, :], axis=1)
 
     def loss(self, logits: Any) -> Any:
         """Give the mean cross entropy of the next byte."""
@@ -119,29 +127,30 @@ class _Run:
     def backward(self, p: Values, kept: Sequence[Values], x: Any, hidden: Any) -> Values:
         """Compose the gradients of all parameters by mhc_core.vjp and the chain rule."""
         variant, name, xp = {"variant": self.chain.variant}, self.name, self.xp
-        logits = hidden @ p["output"]
+        logits = self.product(hidden, p["output"])
         powers = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
         softmax = powers / xp.sum(powers, axis=-1, keepdims=True)
         d_logits = (softmax - self.targets) / (len(self.chain.data) - 1)
-        d: Values = {"output": _t(xp, hidden) @ d_logits}
+        d: Values = {"output": self.product(_t(xp, hidden), d_logits)}
         head = (x, p["head_phi"], p["head_scale"], p["head_bias"])
-        d_hidden = d_logits @ _t(xp, p["output"])
+        d_hidden = self.product(d_logits, _t(xp, p["output"]))
         g, *d_head = mhc.vjp("head", head, d_hidden, **variant, backend=name)
         d |= dict(zip(("head_phi", "head_scale", "head_bias"), d_head, strict=True))
         for i in reversed(range(SUBLAYERS)):
             k, up, down = kept[i], p[f"up{i}"], p[f"down{i}"]
             combined = (k["x"], k["y"], k["h_post"], k["h_res"])
             dx, dy, *d_mapped = mhc.vjp("combine", combined, g, backend=name)
-            d_inner = (dy @ _t(xp, down)) * (1 - k["inner"] ** 2)
-            d |= {f"down{i}": _t(xp, k["inner"]) @ dy, f"up{i}": _t(xp, k["h"]) @ d_inner}
+            d_inner = self.product(dy, _t(xp, down)) * (1 - k["inner"] ** 2)
+            d[f"down{i}"] = self.product(_t(xp, k["inner"]), dy)
+            d[f"up{i}"] = self.product(_t(xp, k["h"]), d_inner)
             before = (k["x"], p[f"phi{i}"], p[f"scale{i}"], p[f"bias{i}"])
-            cotangents = (d_inner @ _t(xp, up), *d_mapped)
+            cotangents = (self.product(d_inner, _t(xp, up)), *d_mapped)
             more, *d_own = mhc.vjp("pre", before, cotangents, **variant, backend=name)
             d |= dict(zip((f"phi{i}", f"scale{i}", f"bias{i}"), d_own, strict=True))
             g = dx + more
-        embedded = self.inputs @ p["embedding"]
+        embedded = self.product(self.inputs, p["embedding"])
         (d_embedded,) = mhc.vjp("expand", (embedded,), g, n=STREAMS, backend=name)
-        return {**d, "embedding": _t(xp, self.inputs) @ d_embedded}
+        return {**d, "embedding": self.product(_t(xp, self.inputs), d_embedded)}
 
     def native(self) -> Values | None:
         """Take all gradients by the library's own grad, where it has one."""

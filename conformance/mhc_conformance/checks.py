@@ -15,10 +15,12 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+import mhc_core
 from mhc_conformance import oracle
 from mhc_conformance.cases import SIZES, Case, cases, data, declaration, numpy_dtype
 from mhc_conformance.subject import Subject, several
-from mhc_conformance.tolerances import Kind, eps, tolerance
+from mhc_conformance.telling import SECOND, quick
+from mhc_conformance.tolerances import Kind, eps, rounds, tolerance
 from mhc_core.backend import DTYPES
 from mhc_core.math import OPS
 
@@ -29,12 +31,15 @@ __all__ = [
     "Skip",
     "applies",
     "check",
+    "comparisons",
     "everything",
     "grid",
     "skips",
 ]
 
 Array = NDArray[Any]
+
+STEP = 2e-3  # of the differences in float64 that second derivatives are held to
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,12 @@ class Comparison:
         return not self.problem and self.error <= self.tolerance
 
     @property
+    def says(self) -> str:
+        """Which array it is, and what is wrong with it or how far it is off."""
+        what = self.problem or f"is off by {self.error:.3g}, allowed {self.tolerance:.3g}"
+        return f"{self.where} {what}"
+
+    @property
     def badness(self) -> float:
         """How it ranks: the share of the tolerance that is used up."""
         if self.problem or math.isnan(self.error):
@@ -107,7 +118,7 @@ class _Expected(NamedTuple):
     @property
     def size(self) -> float:
         """What errors are relative to."""
-        return float(np.abs(self.value).max(initial=0.0)) or 1.0
+        return float(np.abs(self.value[~np.isnan(self.value)]).max(initial=0.0)) or 1.0
 
 
 def _compare(op: str, kind: Kind, where: str, got: Array, want: _Expected) -> Comparison:
@@ -154,19 +165,18 @@ class _Trial:
     def function(self) -> Callable[..., Any]:
         return self.subject.function(self.case.op, self.case.options)
 
-    def _seam(self) -> dict[str, Any]:
+    def _seam(self) -> _Kept | None:
         """Give the oracle the streams as the backend rounded them, where the op reads them so."""
         if self.case.op != "combine_pre":
-            return {}
+            return None
         outputs = self.subject.give(self.function(*self.subject.take(self.primals)))
-        return {"x_rounded": outputs[0]}
+        return _Kept(outputs[0])
 
     def _expected(self, kind: Kind) -> list[_Expected]:
-        """Ask the oracle, which answers once where the backend has no say in the question."""
-        seam = self._seam()
-        asked = (self.case, self.dtype, self.seed, kind)
-        values, others = _answers(*asked, **seam) if seam else _kept_answers(*asked)
-        rounding = _rounding(self.dtype)
+        """Ask the oracle, which answers each question once."""
+        seam = None if kind == "second" else self._seam()
+        values, others = _kept_answers(self.case, self.dtype, self.seed, kind, seam)
+        rounding, often = _rounding(self.dtype), rounds(self.case.iterations)
         outputs = kind == "forward"
         declared = declaration(self.case.op)
         names = list(declared.outputs) if outputs else [f"d {name}" for name in declared.arrays]
@@ -176,7 +186,9 @@ class _Trial:
             for name, value, array in zip(names, values, like, strict=False)
         ]
         return [
-            want._replace(condition=1 + _distance(other, want.value) / want.size / rounding)
+            want._replace(
+                condition=often * (1 + _distance(other, want.value) / want.size / rounding)
+            )
             for want, other in zip(expected, others, strict=True)
         ]
 
@@ -190,13 +202,29 @@ class _Trial:
         got = self.subject.give(got)
         yield from _compare_all(self.case, "gradient", got, self._expected("gradient"))
 
-    def loss(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Give sum(cotangent * output) as a function of the primals."""
+    def called(
+        self, how: str, primals: tuple[Any, ...], cotangents: tuple[Any, ...]
+    ) -> Iterator[Comparison]:
+        """Hold outputs and gradients of the backend's own arrays, which came ``how``."""
+        outputs = self.function(*primals)
+        gradients = self.subject.vjp(self.case.op, primals, cotangents, self.case.options)
+        for comparison in (*self.forward(outputs), *self.gradients(gradients)):
+            yield replace(comparison, where=f"{comparison.where}, {how}")
+
+    def loss(self, function: Callable[..., Any], curved: bool = False) -> Callable[..., Any]:
+        """Give sum(cotangent * output) as a function of the primals.
+
+        A curved one has sum(cotangent * output^2 / 2) beside it, whose gradient depends on the
+        outputs: what a vjp makes of cotangents that are being differentiated counts too.
+        """
         own = self.subject.take(self.cotangents)  # outside, where no compiler traces it
 
         def loss(*arrays: Any) -> Any:
             outputs = several(function(*arrays))
-            parts = [(c * o).sum() for c, o in zip(own, outputs, strict=True)]
+            parts = [
+                (c * (o + o * o / 2) if curved else c * o).sum()
+                for c, o in zip(own, outputs, strict=True)
+            ]
             return sum(parts[1:], parts[0])
 
         return loss
@@ -207,19 +235,98 @@ class _Trial:
         loss = self.loss(wrap(self.function) if wrap else self.function)
         return self.subject.transform("grad")(loss, argnums)(*self.subject.take(self.primals))
 
+    def second(self) -> Iterator[Comparison]:
+        """Differentiate the gradients of the loss along a direction; hold them, or the refusal."""
+        refusal = self.subject.lacks("second")
+        try:
+            got = self.subject.give(self._hessian_vector())
+        except Exception as error:
+            if refusal is None:
+                raise
+            yield Comparison(self.case.name, 0.0, 0.0, self._unclear(error))
+            return
+        for one in _compare_all(self.case, "second", got, self._expected("second")):
+            declared = f"gave numbers, where {self.subject.name} has no second derivatives, and"
+            problem = f"{declared} {one.problem or 'wrong ones'}"
+            yield one if one.passed or refusal is None else replace(one, problem=problem)
+
+    def _hessian_vector(self) -> Any:
+        grad, count = self.subject.transform("grad"), range(len(self.primals))
+        along = self.subject.take(_directions(self.primals, self.seed))
+        gradients = grad(self.loss(self.function, curved=True), count)
+
+        def slope(*arrays: Any) -> Any:
+            parts = [(u * g).sum() for u, g in zip(along, gradients(*arrays), strict=True)]
+            return sum(parts[1:], parts[0])
+
+        return grad(slope, count)(*self.subject.take(self.primals))
+
+    def _unclear(self, error: Exception) -> str:
+        """Say what a refusal of second derivatives lacks, or nothing."""
+        reason, says = self.subject.lacks("second") or "", str(error)
+        others = [name for name in mhc_core.backends() if name != self.subject.name]
+        remedies = (reason, *(repr(name) for name in others))
+        if self.case.op in says and any(remedy in says for remedy in remedies):
+            return ""
+        raised = f"raised {type(error).__name__}: {error}"
+        return f"{raised}; needs the op's name and the declared reason or another backend's name"
+
+
+def _directions(primals: Sequence[Array], seed: int) -> tuple[Array, ...]:
+    """Draw the vector of a Hessian-vector product."""
+    rng = np.random.default_rng([seed, len(primals)])
+    return tuple(rng.normal(size=primal.shape).astype(primal.dtype) for primal in primals)
+
+
+def _hessian_vector(
+    case: Case, primals: Sequence[Array], cotangents: Sequence[Array], along: Sequence[Array]
+) -> tuple[Array, ...]:
+    """Take differences of the oracle's gradients of sum(c (o + o^2 / 2)), whose error is step^4."""
+    wide = [primal.astype(np.float64) for primal in primals]
+
+    def gradients(step: float) -> tuple[Array, ...]:
+        at = [primal + step * u.astype(np.float64) for primal, u in zip(wide, along, strict=True)]
+        outputs = oracle.forward(case.op, at, **case.options)
+        pulled = [c * (1 + o) for c, o in zip(cotangents, outputs, strict=True)]
+        return oracle.gradients(case.op, at, pulled, **case.options)
+
+    def difference(step: float) -> list[Array]:
+        pairs = zip(gradients(step), gradients(-step), strict=True)
+        return [(ahead - behind) / (2 * step) for ahead, behind in pairs]
+
+    pairs = zip(difference(STEP), difference(STEP / 2), strict=True)
+    return tuple((4 * narrow - wide) / 3 for wide, narrow in pairs)
+
+
+class _Kept:
+    """An array as a key: equal to another with the same bytes."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+        self._key = (array.tobytes(), array.shape, str(array.dtype))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Kept) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
 
 def _answers(
-    case: Case, dtype: str, seed: int, kind: Kind, **seam: Any
+    case: Case, dtype: str, seed: int, kind: Kind, rounded: _Kept | None = None
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """Ask the oracle, and ask again how far it moves when its input moves by one rounding."""
-    options = {**case.options, **seam}
+    options = {**case.options, **({"x_rounded": rounded.array} if rounded else {})}
 
     def ask(primals: Sequence[Array], cotangents: Sequence[Array]) -> tuple[Array, ...]:
+        if kind == "second":
+            return _hessian_vector(case, primals, cotangents, along)
         if kind == "forward":
             return oracle.forward(case.op, primals, **options)
         return oracle.gradients(case.op, primals, cotangents, **options)
 
     drawn = data(case, dtype, seed)
+    along = _directions(drawn.primals, seed)
     rng = np.random.default_rng(seed)
     moved = [[_moved(rng, array, _rounding(dtype)) for array in arrays] for arrays in drawn]
     return ask(*drawn), ask(*moved)
@@ -241,13 +348,15 @@ def _moved(rng: np.random.Generator, array: Array, rounding: float) -> Array:
 
 
 def _distance(one: Array, other: Array) -> float:
-    return float(np.abs(one - other).max(initial=0.0))
+    """Return the largest difference; NaN in both places is none, and in one of them is NaN."""
+    alike = np.isnan(one) & np.isnan(other)
+    return float(np.abs(np.where(alike, 0.0, one - other)).max(initial=0.0))
 
 
 def _trials(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[_Trial]:
     smallest, largest = subject.spec.sizes
-    for case in cases(op, dtype, subject.full):
-        if smallest <= case.sizes.n <= (largest or case.sizes.n):
+    for case in [quick(op)] if subject.quick else cases(op, dtype, subject.full):
+        if smallest <= case.sizes.n <= (largest or case.sizes.n) and subject.wants(case):
             subject.trying = case.name
             yield _Trial(subject, case, dtype, seed)
 
@@ -323,21 +432,62 @@ def checkpoint(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Com
     yield from trial.gradients(trial.native_gradients(wrapped))
 
 
+def second(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
+    """Hessian-vector products, reverse over reverse, against differences of the oracle's gradients.
+
+    A backend that declares not to have them must raise, and name the op and the remedy.
+    """
+    smallest, largest = subject.spec.sizes
+    for case in [case for case in SECOND if case.op == op]:
+        if smallest <= case.sizes.n <= (largest or case.sizes.n):
+            subject.trying = case.name
+            yield from _Trial(subject, case, dtype, seed).second()
+
+
 def strided(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
-    """Inputs that are views with gaps: every second number of arrays twice as long."""
+    """Inputs that are views: with gaps, or without them but from an odd number of an array on.
+
+    The latter begin where no vector of numbers may: all inputs do, and then each of them alone, as
+    a kernel that looks at one address may forget another.
+    """
     trial = _simple(subject, op, dtype, seed)
-    own = [array[..., ::2] for array in subject.take([np.repeat(p, 2, -1) for p in trial.primals])]
-    cotangents = [
-        c[..., ::2] for c in subject.take([np.repeat(c, 2, -1) for c in trial.cotangents])
+    gapped = [
+        tuple(a[..., ::2] for a in subject.take([np.repeat(a, 2, -1) for a in arrays]))
+        for arrays in (trial.primals, trial.cotangents)
     ]
-    yield from trial.forward(trial.function(*own))
-    yield from trial.gradients(subject.vjp(op, tuple(own), tuple(cotangents), trial.case.options))
+    yield from trial.called("every second number", *gapped)
+    trials = [trial]
+    whole_blocks = (t for t in _trials(subject, op, dtype, seed) if _in_blocks(t.case))
+    trials += itertools.islice(whole_blocks, 1)
+    for trial in trials:
+        count = len(trial.primals)
+        both = (*trial.primals, *trial.cotangents)
+        views, arrays = [_odd_view(subject, a) for a in both], subject.take(both)
+        for chosen in (range(len(both)), *((at,) for at in range(len(both)))):
+            mixed = [views[at] if at in chosen else arrays[at] for at in range(len(both))]
+            what = "all" if len(chosen) > 1 else f"number {chosen[0]}"
+            yield from trial.called(
+                f"{what} from an odd number on", tuple(mixed[:count]), tuple(mixed[count:])
+            )
+
+
+def _in_blocks(case: Case) -> bool:
+    """Whether channels come in whole blocks, as in real models: kernels have a branch for that."""
+    return case.sizes.C % 32 == 0 and 0 not in case.sizes.leading
+
+
+def _odd_view(subject: Subject, array: Array) -> Any:
+    """Make a contiguous view that begins at number 1 of a longer array."""
+    (flat,) = subject.take([np.concatenate([np.zeros(1, array.dtype), array.reshape(-1)])])
+    return flat[1:].reshape(array.shape)
 
 
 def repeated(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
-    """Two runs give the same bits, forward and gradient."""
+    """Two runs give the same bits, forward and gradient; a third, without gradients, holds too."""
     for trial in itertools.islice(_trials(subject, op, dtype, seed), 2):
         own, cotangents = subject.take(trial.primals), subject.take(trial.cotangents)
+        with mhc_core.no_grad():  # where backends may leave out what only a gradient needs
+            yield from trial.forward(trial.function(*own))
         runs = [
             [
                 *subject.give(trial.function(*own)),
@@ -429,6 +579,7 @@ CHECKS: Mapping[str, Check] = {
     "compile": compile,
     "vmap": vmap,
     "checkpoint": checkpoint,
+    "second": second,
     "strided": strided,
     "repeated": repeated,
     "host": host,
@@ -445,6 +596,7 @@ def dtypes_of(kind: str, dtypes: Sequence[str]) -> list[str]:
         "forward": dtypes,
         "gradient": dtypes,
         "grad": (one, "bfloat16"),
+        "strided": (one, "bfloat16"),  # narrow numbers make other vectors
         "properties": ("float64",) if "float64" in dtypes else (one,),  # the rounding is not it
     }
     return [dtype for dtype in dtypes if dtype in made.get(kind, (one,))]
@@ -456,8 +608,10 @@ def applies(subject: Subject, op: str, dtype: str, kind: str) -> str | None:
         return f"{subject.name} has no {op}"
     if dtype not in subject.spec.dtypes:
         return f"{subject.name} has no {dtype}"
-    if kind == "checkpoint" and subject.lacks("grad"):
+    if kind in ("checkpoint", "second") and subject.lacks("grad"):
         return subject.lacks("grad")
+    if kind == "second":  # where it is declared not to be there, an error must be
+        return None
     if kind == "properties":
         from mhc_conformance.properties import lacks
 
@@ -494,15 +648,24 @@ def skips(subject: Subject) -> Iterator[Skip]:
             yield Skip(subject.name, "all", "all", f"n={n}", reason)
 
 
-def check(subject: Subject, op: str, dtype: str, kind: str, seed: int = 0) -> Record:
-    """Run one check and keep the worst of its comparisons."""
+def comparisons(
+    subject: Subject, op: str, dtype: str, kind: str, seed: int = 0
+) -> Iterator[Comparison]:
+    """Give the comparisons of one check as they are made; what it raises ends them, as one."""
     subject.trying = op
     try:
         with subject.dtype_context(dtype):
-            found = list(CHECKS[kind](subject, op, dtype, seed))
-    except Exception as error:  # whatever a backend does, the report goes on
+            yield from CHECKS[kind](subject, op, dtype, seed)
+    except (Exception, SystemExit) as error:  # whatever a backend does, the report goes on
         raised = f"raised {type(error).__name__}: {error}"
-        found = [Comparison(subject.trying, math.nan, math.nan, raised)]
+        yield Comparison(subject.trying, math.nan, math.nan, raised)
+
+
+def check(subject: Subject, op: str, dtype: str, kind: str, seed: int = 0) -> Record:
+    """Run one check and keep the worst of its comparisons."""
+    found = list(comparisons(subject, op, dtype, kind, seed))
+    if found and found[-1].problem:  # where it raised, nothing else is said
+        found = found[-1:]
     if not found:
         found = [Comparison(op, math.nan, math.nan, f"has no case with {subject.spec.sizes=}")]
     worst = max(found, key=lambda comparison: comparison.badness)
@@ -521,6 +684,5 @@ def check(subject: Subject, op: str, dtype: str, kind: str, seed: int = 0) -> Re
 
 
 def _detail(subject: Subject, op: str, dtype: str, kind: str, seed: int, worst: Comparison) -> str:
-    what = worst.problem or f"is off by {worst.error:.3g}, allowed {worst.tolerance:.3g}"
     again = f"mhc conformance {subject.name} --op {op} --dtype {dtype} --kind {kind} --seed {seed}"
-    return f"{op} {kind} {dtype} on {subject.name}: {worst.where} {what}. Again: {again}"
+    return f"{op} {kind} {dtype} on {subject.name}: {worst.says}. Again: {again}"

@@ -480,6 +480,26 @@ def looking_at_values(matrix: Any, *, max_iterations: int, epsilon: float, log_s
     return right("sinkhorn_knopp")(matrix, max_iterations=max_iterations, **options)
 
 
+def dropping_saved(*arrays: Any, variant: Any) -> Any:
+    """MLX: save what the vjp needs as outputs of a custom function, and drop their cotangents.
+
+    First gradients are right. Where those are differentiated, what flows back into u, r and h_pre
+    is lost.
+    """
+    import mlx.core as mx
+
+    def saving(*primals: Any) -> Any:
+        outputs, saved = load("pre").saving(*primals, variant=variant)
+        return (*outputs, *saved)
+
+    def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        return load("pre").vjp(primals, cotangents[:3], outputs[3:], variant=variant)
+
+    function = mx.custom_function(saving)
+    function.vjp(back)
+    return tuple(function(*arrays)[:3])
+
+
 def through_where(op: str, primals: Any, cotangents: Any, **static: Any) -> Any:
     """MLX: differentiate a where whose other branch, at s = 0, is 0 times inf."""
     import mlx.core as mx
@@ -493,5 +513,5 @@ def through_where(op: str, primals: Any, cotangents: Any, **static: Any) -> Any:
 def _guarded_norm(mx: Any, x: Any, weight: Any, *, eps: float) -> Any:
     """1 / (s + eps) by 1 / s, and by 1 / eps where s is 0: forwards, that is right."""
     s = mx.mean(x * x, axis=-1, keepdims=True)
-    inverse = mx.where(s > 0, (1 / s) / (1 + eps / s), 1 / eps)
+    inverse = mx.where(s > 0, (1 / s) / (1 + eps / s), 1 / (eps or 1))
     return x * mx.sqrt(inverse) * weight

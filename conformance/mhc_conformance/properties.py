@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -114,10 +115,10 @@ def _replayable() -> Generator[None]:
     folder of them where the kit is run. It has no setting for that; where the method that draws
     them has another name, as in versions that did not yet do so, nothing is changed.
     """
-    from hypothesis.internal.conjecture import providers
-
-    owner: Any = providers.HypothesisProvider
-    name = "_maybe_draw_constant"
+    owner: Any = None
+    with contextlib.suppress(ImportError):  # a module of its own since 6.123, and nobody's promise
+        owner = import_module("hypothesis.internal.conjecture.providers")
+    owner, name = getattr(owner, "HypothesisProvider", None), "_maybe_draw_constant"
     kept = cast("Callable[..., Any] | None", getattr(owner, name, None))
     if kept is None:
         yield

@@ -12,22 +12,21 @@ import json
 import os
 import platform
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import mhc_core
 from mhc_conformance.cases import numpy_dtype
-from mhc_conformance.checks import Record, Skip
+from mhc_conformance.checks import CHECKS, Record, Skip
 from mhc_conformance.subject import Subject
-from mhc_core._registry import ENTRY_POINTS
+from mhc_core._registry import plugins
+from mhc_core.backend import DTYPES
 from mhc_core.cli import _machine
+from mhc_core.math import OPS
 
-__all__ = ["NUMERIC", "SUFFIXES", "Report", "reasons", "worst"]
+__all__ = ["NUMERIC", "SUFFIXES", "LeftOut", "Report", "in_order", "left_out", "worst"]
 
 NUMERIC = {"forward": "forward", "gradient": "gradient", "grad": "gradient"}
 """The checks whose errors the matrix shows, and in which of its two columns."""
@@ -86,9 +85,9 @@ class Report:
             "skipped": [asdict(skip) for skip in self.skips],
         }
 
-    def write(self, path: Path) -> None:
-        """Write it in the format that the file's suffix asks for."""
-        path.write_text(SUFFIXES[path.suffix.lower()](self), encoding="utf-8")
+    def spelled(self, suffix: str) -> str:
+        """Give it in the format that a file's suffix asks for."""
+        return SUFFIXES[suffix.lower()](self)
 
 
 def _safe(record: dict[str, Any]) -> dict[str, Any]:
@@ -100,9 +99,46 @@ def worst(records: Iterable[Record]) -> Record | None:
     return max(records, key=lambda r: (not r.passed, r.error), default=None)
 
 
-def reasons(skips: Iterable[Skip]) -> Mapping[tuple[str, str, str], int]:
-    """Count the checks that were left out, by backend, check and reason."""
-    return Counter((skip.backend, skip.kind, skip.reason) for skip in skips)
+class LeftOut(NamedTuple):
+    """Checks of one backend that were left out for one reason."""
+
+    backend: str
+    checks: str
+    count: int
+    reason: str
+
+
+def left_out(skips: Iterable[Skip]) -> list[LeftOut]:
+    """Group the checks that were left out: a backend with two ops has one line for all others."""
+    groups: dict[tuple[str, str], list[Skip]] = {}
+    for skip in skips:
+        lacking = {
+            f"{skip.backend} has no {skip.op}": "op",
+            f"{skip.backend} has no {skip.dtype}": "dtype",
+        }
+        groups.setdefault((skip.backend, lacking.get(skip.reason, skip.reason)), []).append(skip)
+    found: list[LeftOut] = []
+    for (backend, reason), ones in groups.items():
+        checks = ", ".join(dict.fromkeys(skip.kind for skip in ones))
+        if reason in ("op", "dtype"):
+            names = dict.fromkeys(getattr(skip, reason) for skip in ones)
+            checks, reason = "all checks", f"{backend} has no {', '.join(names)}"
+        found.append(LeftOut(backend, checks, len(ones), reason))
+    return found
+
+
+def in_order(records: Iterable[Record], backends: Sequence[str]) -> list[Record]:
+    """Sort records by backend, op, dtype and check, however they came."""
+
+    def place(record: Record) -> tuple[int, ...]:
+        lists = (backends, (*OPS, "chain"), DTYPES, tuple(CHECKS))
+        words = (record.backend, record.op, record.dtype, record.kind)
+        return tuple(
+            known.index(word) if word in known else len(known)
+            for known, word in zip(lists, words, strict=True)
+        )
+
+    return sorted(records, key=place)
 
 
 # --- where ------------------------------------------------------------------------------------
@@ -127,15 +163,17 @@ def _device_of_array(subject: Subject) -> str:
     import numpy as np
 
     (array,) = subject.take([np.zeros(1, numpy_dtype(subject.spec.dtypes[0]))])
-    return str(getattr(array, "device", "unknown"))
+    unsaid = "cpu" if isinstance(array, np.ndarray) else "unknown"  # as in NumPy before 2.0
+    return str(getattr(array, "device", unsaid))
 
 
 def versions() -> dict[str, str]:
     """Give the versions of Python, of what matters here, and of every plugin."""
     found = {"python": platform.python_version(), **_machine.versions()}
-    for point in metadata.entry_points(group=ENTRY_POINTS):
-        if point.dist is not None:
-            found[point.dist.name] = point.dist.version
+    for plugin, _ in plugins():
+        name, _, version = plugin.distribution.partition(" ")
+        if name:
+            found[name] = version
     return found
 
 
@@ -160,7 +198,7 @@ def as_json(report: Report) -> str:
 def as_junit(report: Report) -> str:
     """Give a test case per check, as CI systems read them."""
     whole = report.as_dict()
-    root = ElementTree.Element("testsuites", name=whole["command"])
+    root = ElementTree.Element("testsuites", name=_plain(whole["command"]))
     for name in report.backends:
         _suite(root, name, report, whole)
     ElementTree.indent(root)
@@ -175,7 +213,7 @@ def _suite(root: Any, name: str, report: Report, whole: Mapping[str, Any]) -> No
         "failures": str(sum(not record.passed for record in records)),
         "skipped": str(len(skips)),
     }
-    named = {"name": name, "timestamp": report.date, **counts}
+    named = {"name": _plain(name), "timestamp": report.date, **counts}
     suite = ElementTree.SubElement(root, "testsuite", named)
     about = ElementTree.SubElement(suite, "properties")
     for key, value in _facts(whole):
@@ -191,7 +229,8 @@ def _suite(root: Any, name: str, report: Report, whole: Mapping[str, Any]) -> No
 
 
 def _case(suite: Any, one: Record | Skip) -> Any:
-    named = {"classname": _plain(f"{one.backend}.{one.op}"), "name": f"{one.kind}[{one.dtype}]"}
+    name = _plain(f"{one.kind}[{one.dtype}]")
+    named = {"classname": _plain(f"{one.backend}.{one.op}"), "name": name}
     return ElementTree.SubElement(suite, "testcase", named)
 
 
@@ -221,7 +260,10 @@ def as_html(report: Report) -> str:
     parts += [_matrix(name, report.records) for name in report.backends]
     parts.append(_chain(report.records))
     parts.append(_skipped(report.skips))
-    parts.append("<h2>Where</h2>" + _table(("", ""), [_row(pair) for pair in _facts(whole)]))
+    parts.append(
+        "<h2>Where</h2>"
+        + _table(("", ""), [[_escaped(word) for word in pair] for pair in _facts(whole)])
+    )
     return _PAGE.format(title=_escaped(title), style=_STYLE, body="\n".join(filter(None, parts)))
 
 
@@ -229,14 +271,17 @@ def _escaped(text: Any) -> str:
     return html.escape(_plain(str(text)))
 
 
-def _row(cells: Iterable[str]) -> str:
-    return "<tr>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in cells) + "</tr>"
-
-
-def _table(heads: Sequence[str], rows: Iterable[str]) -> str:
-    head = "".join(f"<th>{_escaped(text)}</th>" for text in heads)
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Give a table of cells in HTML; a narrow screen shows each row as a list of its own."""
+    labels = [_escaped(text) for text in heads]
+    head = "".join(f"<th>{label}</th>" for label in labels)
     head = f"<thead><tr>{head}</tr></thead>" if any(heads) else ""
-    return f'<div class="wide"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
+    body: list[str] = []
+    for first, *others in rows:
+        cells = zip(labels[1:], others, strict=True)
+        told = "".join(f'<td data-head="{label}">{cell}</td>' for label, cell in cells)
+        body.append(f"<tr><th>{first}</th>{told}</tr>")
+    return f"<table>{head}<tbody>{''.join(body)}</tbody></table>"
 
 
 def _failure(record: Record) -> str:
@@ -247,12 +292,12 @@ def _failure(record: Record) -> str:
 
 def _matrix(name: str, records: Sequence[Record]) -> str:
     mine = [record for record in records if record.backend == name and record.op != "chain"]
-    dtypes = list(dict.fromkeys(record.dtype for record in mine))
-    rows: list[str] = []
+    dtypes = [dtype for dtype in DTYPES if any(record.dtype == dtype for record in mine)]
+    rows: list[list[str]] = []
     for op in sorted({record.op for record in mine}):
         of_op = [record for record in mine if record.op == op]
         cells = [_errors([r for r in of_op if r.dtype == dtype]) for dtype in dtypes]
-        rows.append(f"<tr><th>{_escaped(op)}</th>{''.join(cells)}{_others(of_op)}</tr>")
+        rows.append([_escaped(op), *cells, _others(of_op)])
     what = "worst error, forward | gradient, against the float64 oracle"
     heading = f"<h2>{_escaped(name)}</h2><p>{what}</p>"
     return heading + _table(("op", *dtypes, "other checks"), rows) if rows else ""
@@ -264,7 +309,7 @@ def _errors(records: Sequence[Record]) -> str:
         one = worst(r for r in records if NUMERIC.get(r.kind) == column)
         text = f"{one.error:.0e}" if one else "-"
         shown.append(f'<span class="{_outcome(one)}">{text}</span>')
-    return f"<td>{' | '.join(shown)}</td>"
+    return " | ".join(shown)
 
 
 def _outcome(record: Record | None) -> str:
@@ -277,26 +322,27 @@ def _others(records: Sequence[Record]) -> str:
         for record in records
         if record.kind not in NUMERIC
     ]
-    return f"<td>{' '.join(cells)}</td>"
+    return " ".join(cells)
 
 
 def _chain(records: Sequence[Record]) -> str:
     rows = [
-        f"<tr><th>{_escaped(r.backend)}</th><td>{_escaped(r.kind)}</td>"
-        f'<td class="{_outcome(r)}">{r.error:.0e}</td><td>{r.tolerance:.0e}</td></tr>'
+        (
+            _escaped(r.backend),
+            _escaped(r.kind),
+            f'<span class="{_outcome(r)}">{r.error:.0e}</span>',
+            f"{r.tolerance:.0e}",
+        )
         for r in records
         if r.op == "chain"
     ]
-    heads = ("backend", "", "distance", "allowed")
+    heads = ("backend", "check", "distance", "allowed")
     return "<h2>A text model against NumPy in float64</h2>" + _table(heads, rows) if rows else ""
 
 
 def _skipped(skips: Sequence[Skip]) -> str:
-    rows = [
-        _row((name, kind, str(count), reason))
-        for (name, kind, reason), count in reasons(skips).items()
-    ]
-    heads = ("backend", "check", "skipped", "because")
+    rows = [[_escaped(cell) for cell in group] for group in left_out(skips)]
+    heads = ("backend", "checks", "skipped", "because")
     return "<h2>Skipped</h2>" + _table(heads, rows) if rows else ""
 
 
@@ -308,10 +354,17 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --good: #7ee29a; --bad: #ff8a80; } }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { text-align: left; padding: .2rem .6rem; border-bottom: 1px solid var(--line); }
-td { font-variant-numeric: tabular-nums; } tbody th { font-weight: 600; white-space: nowrap; }
-@media (max-width: 40rem) { th, td { padding: .2rem .3rem; } } /* a phone has the reasons too */
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { text-align: left; padding: .2rem .6rem; border-bottom: 1px solid var(--line);
+  vertical-align: top; overflow-wrap: anywhere; }
+td { font-variant-numeric: tabular-nums; } tbody th { font-weight: 600; }
+@media (min-width: 64rem) { tbody th, td { overflow-wrap: normal; } }
+@media (max-width: 63.99rem) { /* no room for all columns: a row becomes a list */
+  thead { display: none; } table, tbody, tr, th, td { display: block; }
+  tr { border-bottom: 1px solid var(--line); padding: .3rem 0; }
+  th, td { border: 0; padding: .1rem 0; }
+  td[data-head]:not([data-head=""])::before { content: attr(data-head) ": "; opacity: .7; }
+}
 .good { color: var(--good); } .bad { color: var(--bad); font-weight: 700; }
 .failure { border-left: 4px solid var(--bad); padding-left: .8rem; overflow-wrap: anywhere; }
 pre { background: var(--soft); padding: .5rem; white-space: pre-wrap; overflow-wrap: anywhere; }

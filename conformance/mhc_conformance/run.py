@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import functools
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mhc_conformance import pool
 from mhc_conformance.bugs import present
 from mhc_conformance.chain import OPS, TOLERANCE, Chain, compare, run_chain
 from mhc_conformance.checks import Record, Skip, check, grid, skips
 from mhc_conformance.subject import Subject
 
 __all__ = ["Plan", "Unit", "run"]
+
+
+NUMERIC_KINDS = ("forward", "gradient")
 
 
 class Unit(NamedTuple):
@@ -24,6 +27,7 @@ class Unit(NamedTuple):
     op: str
     dtype: str
     kinds: tuple[str, ...]
+    quick: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,19 +41,27 @@ class Plan:
     seed: int = 0
     full: bool = False
     chain: bool = True
+    quick: bool = False  # one case of every op, forward and gradient, in one dtype, and no chain
 
     def units(self) -> list[Unit]:
         """Split the grid, the slowest first."""
         units: list[Unit] = []
         for name in self.backends:
-            found = [triple for triple in grid(Subject(name)) if self._wants(*triple)]
+            found = [triple for triple in self._grid(name) if self._wants(*triple)]
             for op, dtype in dict.fromkeys((op, dtype) for op, dtype, _ in found):
                 kinds = tuple(kind for *both, kind in found if both == [op, dtype])
-                units.append(Unit(name, op, dtype, kinds))
-        if self.chain:
+                units.append(Unit(name, op, dtype, kinds, self.quick))
+        if self.chain and not self.quick:
             whole = [name for name in self.backends if set(OPS) <= set(Subject(name).spec.ops)]
             units += [Unit(name, "chain", "float32", ("forward", "gradient")) for name in whole]
         return sorted(units, key=lambda unit: -_weight(unit))
+
+    def _grid(self, name: str) -> Iterator[tuple[str, str, str]]:
+        subject = Subject(name)
+        for op, dtype, kind in grid(subject):
+            first = kind in NUMERIC_KINDS and dtype == subject.spec.dtypes[0]
+            if first or not self.quick:
+                yield op, dtype, kind
 
     def _wants(self, op: str, dtype: str, kind: str) -> bool:
         pairs = ((self.ops, op), (self.dtypes, dtype), (self.kinds, kind))
@@ -57,6 +69,8 @@ class Plan:
 
     def skips(self) -> list[Skip]:
         """Give what is left out of it, with the reasons that the backends declare."""
+        if self.quick:
+            return []
         found = [skip for name in self.backends for skip in skips(Subject(name))]
         return [skip for skip in found if self._wants(skip.op, skip.dtype, skip.kind)]
 
@@ -73,31 +87,77 @@ def _weight(unit: Unit) -> int:
     return 2 * compiled + heavy
 
 
-def run(plan: Plan, jobs: int | None = None) -> Iterator[Record]:
-    """Give the records as they come."""
+def run(
+    plan: Plan, jobs: int | None = None, began: Callable[[str], None] = lambda what: None
+) -> Iterator[Record]:
+    """Give the records as they come; ``began`` is told of each check before it runs.
+
+    A process that ends in a check is no end of the run: the check has failed, and those after it
+    in its unit have not been tried.
+    """
     units = plan.units()
+    records_of = functools.partial(_records_of, seed=plan.seed, full=plan.full)
     jobs = min(jobs or os.cpu_count() or 1, len(units))
     if jobs <= 1:
         for unit in units:
-            yield from _run_unit(unit, plan.seed, plan.full)
+            yield from _told(unit, records_of(unit), began)
         return
-    # fresh processes: JAX and MLX keep threads, which do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = [pool.submit(_run_unit, unit, plan.seed, plan.full) for unit in units]
-        try:
-            for future in as_completed(futures):
-                yield from future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    done: dict[Unit, int] = {}
+    for event in pool.work(records_of, units, jobs):
+        unit = event.task
+        if isinstance(event, pool.Told):
+            for record in _told(unit, [event.news], began):
+                done[unit] = done.get(unit, 0) + 1
+                yield record
+        elif isinstance(event, pool.Died):
+            kinds = unit.kinds[done.get(unit, 0) :]
+            for kind in kinds:
+                yield _lost(unit, kind, plan.seed, kinds[0], event.exit_code)
 
 
-def _run_unit(unit: Unit, seed: int, full: bool) -> list[Record]:
+def _told(
+    unit: Unit, news: Iterable[str | Record], began: Callable[[str], None]
+) -> Iterator[Record]:
+    for one in news:
+        if isinstance(one, str):
+            began(f"{unit.backend} {unit.op} {unit.dtype} {one}")
+        else:
+            yield one
+
+
+def _records_of(unit: Unit, seed: int, full: bool) -> Iterator[str | Record]:
+    """Give, for each check, its name before it runs and its record after it."""
     with present(unit.backend):
         if unit.op == "chain":
-            return _chain_records(unit.backend, seed)
-        subject = Subject(unit.backend, full)
-        return [check(subject, unit.op, unit.dtype, kind, seed) for kind in unit.kinds]
+            yield "forward and gradient"
+            yield from _chain_records(unit.backend, seed)
+            return
+        subject = Subject(unit.backend, full, unit.quick)
+        for kind in unit.kinds:
+            yield kind
+            yield check(subject, unit.op, unit.dtype, kind, seed)
+
+
+def _lost(unit: Unit, kind: str, seed: int, died: str, exit_code: int | None) -> Record:
+    """Record a check in which, or before which, its process ended."""
+    what = f"ended its process (exit code {exit_code})" if kind == died else "was not tried"
+    after = "" if kind == died else f": the process ended in {died}"
+    words = ["mhc conformance", unit.backend]
+    if unit.op != "chain":
+        words += [f"--op {unit.op} --dtype {unit.dtype} --kind {kind}"]
+    again = f"{' '.join(words)} --seed {seed} --jobs 1"
+    return Record(
+        backend=unit.backend,
+        op=unit.op,
+        dtype=unit.dtype,
+        kind=kind,
+        error=float("nan"),
+        tolerance=float("nan"),
+        passed=False,
+        cases=0,
+        seed=seed,
+        detail=f"{unit.op} {kind} {unit.dtype} on {unit.backend} {what}{after}. Again: {again}",
+    )
 
 
 def _chain_records(backend: str, seed: int) -> list[Record]:
@@ -107,7 +167,7 @@ def _chain_records(backend: str, seed: int) -> list[Record]:
     try:
         errors = compare(run_chain(backend, chain), reference)
         problem = ""
-    except Exception as error:  # whatever a backend does, the report goes on
+    except (Exception, SystemExit) as error:  # whatever a backend does, the report goes on
         errors, problem = (float("nan"),) * 2, f"raised {type(error).__name__}: {error}"
     return [
         Record(

@@ -26,7 +26,7 @@ def several(arrays: Any) -> tuple[Any, ...]:
 class Subject:
     """One backend: its declaration, and its ops on its own arrays."""
 
-    def __init__(self, name: str, full: bool = False) -> None:
+    def __init__(self, name: str, full: bool = False, quick: bool = False) -> None:
         known = mhc_core.backends()
         if name not in known:
             with mhc_core.use_backend(name):  # raises, with the nearest name
@@ -36,6 +36,8 @@ class Subject:
             raise mhc_core.BackendUnavailableError(f"backend {name!r} cannot run: {backend.reason}")
         self.name = name
         self.full = full
+        self.quick = quick
+        self.wants: Callable[[Any], bool] = lambda _: True  # of a case: whether to try it
         self.trying = ""  # the case that a check is at, for what the backend may raise there
         self.spec: BackendSpec = backend.spec
         self.module: Any = module(backend.spec)

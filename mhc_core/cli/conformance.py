@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mhc_core.cli import _files, _screen
+from mhc_core.cli._command import Stopped, stoppable
+
 if TYPE_CHECKING:
     from mhc_conformance import Record, Skip
 
 __all__ = ["conformance"]
+
+MOST_JOBS = 256
 
 
 def conformance(
@@ -23,16 +28,23 @@ def conformance(
     op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype.")] = None,
     kind: Annotated[list[str] | None, typer.Option(help="Only this check.")] = None,
-    seed: Annotated[int, typer.Option(help="Of all inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of all inputs.")] = 0,
     full: Annotated[bool, typer.Option("--full", help="All cases in every dtype.")] = False,
-    jobs: Annotated[int | None, typer.Option(help="Processes; one per core if left out.")] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="A first check: one case of every op, in half a minute."),
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, max=MOST_JOBS, help="Processes; one per core if left out.")
+    ] = None,
     report: Annotated[
         list[Path] | None,
         typer.Option(
-            "--report",
-            "--json",
-            help="Write a report to this file: .html, .json, or .xml or .junit for JUnit's.",
+            help="Write a report to this file: .html, .json, or .xml or .junit for JUnit's."
         ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help=f"Write {_files.JSON_HELP}.", metavar="[FILE]")
     ] = None,
     mutations: Annotated[
         bool, typer.Option("--mutations", help="Show which check fails for each known bug.")
@@ -40,14 +52,17 @@ def conformance(
 ) -> None:
     """Hold every backend's forwards and gradients against the float64 oracle."""
     if mutations:
-        others = (backends, op, dtype, kind, map(str, report or ()))
+        files = [*(report or ()), *([json_file] if json_file else [])]
+        others = (backends, op, dtype, kind, map(str, files))
         _mutations(seed, unwanted=[word for words in others for word in words or ()])
         return
+    if quick and full:
+        raise typer.BadParameter("--quick came with --full; needs one of them")
     import mhc_core
     from mhc_conformance import CHECKS
     from mhc_conformance.bugs import present
-    from mhc_conformance.report import SUFFIXES, Report
-    from mhc_conformance.run import Plan, run
+    from mhc_conformance.report import SUFFIXES, Report, in_order
+    from mhc_conformance.run import Plan
     from mhc_core import math
     from mhc_core.backend import DTYPES
 
@@ -60,28 +75,63 @@ def conformance(
         for word in chosen or ():
             if word not in known:
                 raise typer.BadParameter(f"{name} is {word!r}; needs one of {', '.join(known)}")
+    _files.check(
+        {**{f"--report {k}": file for k, file in enumerate(report or ())}, "--json": json_file}
+    )
     named = backends or [b.name for b in mhc_core.backends().values() if b.available and _taken(b)]
+    named = list(dict.fromkeys(named))
     everything = not (op or dtype or kind)
     try:
-        with present(*named):
-            plan = Plan(named, op or (), dtype or (), kind or (), seed, full, chain=everything)
-            started = time.perf_counter()
-            records = _with_progress(run(plan, jobs), plan.size)
+        with _files.only_json(json_file), present(*named):
+            for name in named:
+                with mhc_core.use_backend(name):  # raises with the reason, or the nearest name
+                    pass
+            chosen = (op or (), dtype or (), kind or ())
+            plan = Plan(named, *chosen, seed, full, chain=everything, quick=quick)
+            records, seconds = _run(plan, jobs)
             whole = Report(
                 command=_command(plan),
                 seed=seed,
-                seconds=time.perf_counter() - started,
+                seconds=seconds,
                 backends=named,
-                records=records,
+                records=in_order(records, named),
                 skips=plan.skips(),
             )
-            for file in report or ():
-                whole.write(file)
+            _show(whole)
+            texts = [(file, whole.spelled(file.suffix)) for file in report or ()]
+            texts += [(json_file, whole.spelled(".json"))] if json_file else []
     except mhc_core.BackendError as error:
         raise typer.BadParameter(str(error)) from None
-    _show(whole)
-    if not records or not all(record.passed for record in records):
+    written = [_files.write(file, content) for file, content in texts]
+    if not records or not all(written) or not all(record.passed for record in records):
         raise typer.Exit(1)
+
+
+def _run(plan: Any, jobs: int | None) -> tuple[list[Record], float]:
+    """Run the plan with a bar; Ctrl-C or SIGTERM ends it, and says how far it came."""
+    from mhc_conformance.run import run
+
+    started, total = time.perf_counter(), 0
+    done: list[Record] = []
+    try:
+        with stoppable(), _screen.progress(44) as bars:
+            bar = bars.add_task("loading the backends", total=None)
+            total = plan.size
+            bars.update(bar, total=total, description="starting processes")
+
+            def began(what: str) -> None:
+                bars.update(bar, description=what)
+
+            for record in run(plan, jobs, began):
+                done.append(record)
+                bars.update(bar, advance=1)
+    except Stopped:
+        failed = [record for record in done if not record.passed]
+        _failures(failed)
+        said = f"stopped after {len(done)} of {total} checks, {len(failed)} failed"
+        typer.echo(f"mhc conformance: {said}", err=True)
+        raise
+    return done, time.perf_counter() - started
 
 
 def _command(plan: Any) -> str:
@@ -91,6 +141,7 @@ def _command(plan: Any) -> str:
         for word in getattr(plan, f"{name}s"):
             words += [f"--{name}", word]
     words += ["--seed", str(plan.seed), *(["--full"] if plan.full else [])]
+    words += ["--quick"] if plan.quick else []
     return shlex.join(words)
 
 
@@ -98,58 +149,43 @@ def _taken(backend: Any) -> bool:
     return backend.spec is not None and backend.spec.automatic
 
 
-def _with_progress(records: Any, total: int) -> list[Record]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn())
-    done: list[Record] = []
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("starting", total=total)
-        for record in records:
-            done.append(record)
-            progress.update(task, advance=1, description=f"{record.backend} {record.op}")
-    return done
-
-
 def _show(whole: Any) -> None:
-    console = _console()
+    console = _screen.console()
     records: list[Record] = whole.records
     for name in whole.backends:
         _matrix(console, name, [r for r in records if r.backend == name and r.op != "chain"])
     _chain(console, [r for r in records if r.op == "chain"])
-    _skipped(console, whole.skips)
-    for record in records:
-        if not record.passed:
-            console.print(f"FAILED {record.detail}", style="red", markup=False, soft_wrap=True)
+    _skipped(whole.skips)
+    _failures([record for record in records if not record.passed])
     counts = ", ".join(f"{count} {what}" for what, count in whole.summary.items())
     console.print(f"{counts} (seed {whole.seed}, {whole.seconds:.0f} s)")
 
 
-def _console() -> Any:
-    from rich.console import Console
+def _failures(records: Sequence[Record]) -> None:
+    for record in records:
+        _screen.say(f"FAILED {record.detail}", "red")
 
-    return Console() if sys.stdout.isatty() else Console(width=100)
 
-
-def _skipped(console: Any, skips: list[Skip]) -> None:
+def _skipped(skips: list[Skip]) -> None:
     """Count what was left out, by the reasons that the backends declare."""
-    from mhc_conformance.report import reasons
+    from mhc_conformance.report import left_out
 
-    for (name, kind, reason), count in reasons(skips).items():
-        line = f"skipped {count} x {kind} on {name}: {reason}"
-        console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+    for group in left_out(skips):
+        what = f"skipped {group.count} x {group.checks} on {group.backend}: {group.reason}"
+        _screen.say(what, "dim")
 
 
 def _matrix(console: Any, name: str, records: list[Record]) -> None:
     """One backend's ops and dtypes, each with the worst forward and gradient error."""
     from rich.table import Table
 
+    from mhc_core.backend import DTYPES
+
     if not records:
         return
-    dtypes = list(dict.fromkeys(record.dtype for record in records))
+    dtypes = [dtype for dtype in DTYPES if any(record.dtype == dtype for record in records)]
     title = f"{name}: worst error forward | gradient against the float64 oracle"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=_screen.text(title), title_justify="left")
     table.add_column("op", no_wrap=True)
     for dtype in dtypes:
         table.add_column(dtype, no_wrap=True)
@@ -185,6 +221,8 @@ def _others(records: list[Record]) -> str:
 
     others = [record for record in records if record.kind not in NUMERIC]
     failed = [record.kind for record in others if not record.passed]
+    if not others:
+        return "-"
     return f"[red]{', '.join(failed)}[/red]" if failed else f"[green]{len(others)} hold[/green]"
 
 
@@ -198,7 +236,7 @@ def _chain(console: Any, records: list[Record]) -> None:
     console.print(title)
     for name in dict.fromkeys(record.backend for record in records):
         mine = {r.kind: _worst([r]) for r in records if r.backend == name}
-        table.add_row(name, mine["forward"], mine["gradient"])
+        table.add_row(_screen.text(name), mine["forward"], mine["gradient"])
     console.print(table)
 
 
@@ -211,7 +249,7 @@ def _mutations(seed: int, unwanted: list[str]) -> None:
             f"--mutations came with {unwanted[0]!r}; it takes --seed alone, and "
             "mhc conformance bug:NAME runs the kit on one of its backends"
         )
-    console, started = _console(), time.perf_counter()
+    console, started = _screen.console(), time.perf_counter()
     found = [hunt(bug, seed) for bug in BUGS.values()]
     titles = ("bugs that shipped in this field", "other bugs")
     for title, shipped in zip(titles, (True, False), strict=True):
@@ -219,20 +257,67 @@ def _mutations(seed: int, unwanted: list[str]) -> None:
     missed = [outcome for outcome in found if outcome.problem]
     for outcome in missed:
         line = f"MISSED {outcome.bug.name}: {outcome.problem}"
-        console.print(line, style="red", markup=False, soft_wrap=True)
+        _screen.say(line, "red")
     untried = sum(bool(outcome.reason) for outcome in found)
     caught = len(found) - len(missed) - untried
     seconds = time.perf_counter() - started
     console.print(
         f"{caught} caught, {len(missed)} missed, {untried} skipped (seed {seed}, {seconds:.0f} s)"
     )
-    if missed:
+    if _made(console, seed) or missed:
         raise typer.Exit(1)
 
 
-def _table_of_bugs(console: Any, title: str, outcomes: list[Any]) -> None:
-    from rich.markup import escape
+def _made(console: Any, seed: int) -> int:
+    """Run the kit on the mutants that are made of the ops' declarations; say how many it missed."""
+    from rich.console import Console
+    from rich.progress import track
     from rich.table import Table
+
+    from mhc_conformance.generated import MUTANTS, hunt
+
+    started, others = time.perf_counter(), Console(stderr=True)
+    every = track(list(MUTANTS.values()), "made mutants", console=others, transient=True)
+    found = [hunt(mutant, seed) for mutant in every]
+    title = (
+        "made of the declarations: each argument taken for something else, forward and in the vjp"
+    )
+    table = Table("op", "argument", title=title, title_justify="left")
+    for column in ("made", "caught", "missed", "cannot be told"):
+        table.add_column(column, justify="right")
+    rows: dict[tuple[str, str], list[Any]] = {}
+    for one in found:
+        rows.setdefault((one.mutant.op, one.mutant.argument), []).append(one)
+    for (op, argument), some in rows.items():
+        table.add_row(op, argument, *map(str, _counts(some)))
+    console.print(table)
+    for proof in dict.fromkeys(one.mutant.proof for one in found if one.mutant.proof):
+        names = [one.mutant.name for one in found if one.mutant.proof == proof]
+        line = f"{len(names)} cannot be told, such as {names[0]}: {proof}"
+        console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+    for one in found:
+        if one.problem:
+            line = f"MISSED {one.mutant.name}: {one.problem}"
+            console.print(line, style="red", markup=False, soft_wrap=True)
+    made, caught, missed, cannot = _counts(found)
+    seconds = time.perf_counter() - started
+    console.print(
+        f"{made} made, {caught} caught, {missed} missed, {cannot} cannot be told "
+        f"(seed {seed}, {seconds:.0f} s)"
+    )
+    return missed
+
+
+def _counts(found: list[Any]) -> tuple[int, int, int, int]:
+    """Count mutants: made, caught, missed, and those that nothing can tell."""
+    missed = sum(bool(one.problem) for one in found)
+    cannot = sum(bool(one.mutant.proof) and not one.problem for one in found)
+    return len(found), len(found) - missed - cannot, missed, cannot
+
+
+def _table_of_bugs(console: Any, title: str, outcomes: list[Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title, title_justify="left", show_lines=True, expand=True)
     table.add_column("bug", width=26, overflow="fold")
@@ -241,8 +326,8 @@ def _table_of_bugs(console: Any, title: str, outcomes: list[Any]) -> None:
     for outcome in outcomes:
         bug = outcome.bug
         note = f" (beside the kit: {bug.note})" if bug.note else ""
-        name = f"[bold]{bug.name}[/bold]\n{escape(bug.what + note)}"
+        name = Text.assemble((bug.name, "bold"), f"\n{bug.what}{note}")
         fails = "\n".join(record.kind for record in outcome.failed)
         says = outcome.message or f"skipped: {outcome.reason}"
-        table.add_row(name, fails, escape(says))
+        table.add_row(name, fails, _screen.text(says))
     console.print(table)

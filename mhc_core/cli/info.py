@@ -7,16 +7,19 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mhc_core.cli import _machine
+from mhc_core.cli import _files, _machine, _screen
 
 if TYPE_CHECKING:
     from mhc_core.backend import BackendSpec
 
 __all__ = ["info"]
+
+LARGEST = 2**31 - 1  # size of an axis in MLX
 
 
 class Dtype(str, Enum):
@@ -28,17 +31,22 @@ class Dtype(str, Enum):
 
 
 def info(
-    tokens: Annotated[int, typer.Option("--T", min=1, help="Tokens of a launch.")] = 4096,
-    n: Annotated[int, typer.Option("--n", min=1, help="Its streams.")] = 4,
-    channels: Annotated[int, typer.Option("--C", min=1, help="Its channels.")] = 4096,
+    tokens: Annotated[
+        int, typer.Option("--T", min=1, max=LARGEST, help="Tokens of a launch.")
+    ] = 4096,
+    n: Annotated[int, typer.Option("--n", min=1, max=LARGEST, help="Its streams.")] = 4,
+    channels: Annotated[int, typer.Option("--C", min=1, max=LARGEST, help="Its channels.")] = 4096,
     dtype: Annotated[Dtype, typer.Option(help="Its streams' dtype.")] = Dtype.bfloat16,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help=f"Write {_files.JSON_HELP}.", metavar="[FILE]")
+    ] = None,
 ) -> None:
     """Show versions, devices, backends, plugins, kernel launches and settings.
 
     It prints no path of a home folder, no user's or host's name, and no settings but this
     project's and MLX's.
     """
+    _files.check({"--json": json_file})
     sizes = {"T": tokens, "n": n, "C": channels, "dtype": dtype.value}
     found = {
         "machine": _machine.machine(),
@@ -49,10 +57,10 @@ def info(
         "environment": _environment(),
         "launches": {**sizes, **_launches(tokens, n, channels, dtype.value)},
     }
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-    else:
+    if json_file != _files.STDOUT:
         _show(found)
+    if json_file and not _files.write(json_file, json.dumps(found, indent=2) + "\n"):
+        raise typer.Exit(1)
 
 
 # ---- backends and plugins -----------------------------------------------------------------------
@@ -83,22 +91,14 @@ def _declared(spec: BackendSpec, n: int, dtype: str) -> dict[str, Any]:
 
 
 def _plugins() -> Iterator[dict[str, Any]]:
-    """Describe every entry point, whether it could be loaded or not."""
-    from importlib.metadata import entry_points
+    """Describe every plugin, whether it could be loaded or not."""
+    from mhc_core import _registry
 
-    import mhc_core
-    from mhc_core._registry import ENTRY_POINTS
-
-    left_out = {name.strip() for name in os.environ.get("MHC_DISABLE_PLUGINS", "").split(",")}
-    broken = {name: b.reason for name, b in mhc_core.backends().items() if b.spec is None}
-    for point in entry_points(group=ENTRY_POINTS):
-        problem = broken.get(point.name) or broken.get(f"{point.name} ({point.value})")
-        if point.name in left_out:
-            problem = "left out by MHC_DISABLE_PLUGINS"
+    for plugin, problem in _registry.plugins():
         yield {
-            "name": point.name,
-            "module": point.value,
-            "from": f"{point.dist.name} {point.dist.version}" if point.dist else "",
+            "name": plugin.name,
+            "module": plugin.module,
+            "from": plugin.distribution,
             "problem": problem and _machine.safe(problem),
         }
 
@@ -168,7 +168,7 @@ def _show(found: Mapping[str, Any]) -> None:
     for title, lines in sections.items():
         typer.secho(title, bold=True)
         for line in lines:
-            typer.echo(f"  {line}")
+            typer.echo(f"  {_screen.plain(line)}")
 
 
 def _backend_lines(backend: Mapping[str, Any]) -> Iterator[str]:

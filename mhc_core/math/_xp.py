@@ -25,15 +25,16 @@ __all__ = [
     "namespace",
     "outer",
     "project",
-    "rows",
     "scan",
     "scan_back",
     "scan_while",
     "shift",
     "sigmoid",
     "sum_to",
+    "sum_tokens",
     "swap",
     "tokens",
+    "unproject",
     "up",
 ]
 
@@ -78,9 +79,47 @@ def cast(xp: Any, array: Array, like: Array) -> Array:
 
 def _as(xp: Any, array: Array, dtype: Any) -> Array:
     """Cast without a copy where nothing changes; NumPy and PyTorch would make one."""
-    # JAX makes none, and its astype takes away what is weak about the dtype of a filled array
-    same = array.dtype == dtype and not _is(xp, "jax")
-    return array if same else xp.astype(array, dtype)
+    if _is(xp, "jax"):  # it makes none, and takes away what is weak about a filled array's dtype
+        return xp.astype(_rounded(array, dtype), dtype)
+    return array if array.dtype == dtype else xp.astype(array, dtype)
+
+
+def _rounded(array: Array, dtype: Any) -> Array:
+    """Round a JAX array to what a narrower dtype can hold, for good.
+
+    XLA drops the rounding of float32 -> bfloat16 -> float32 on GPUs (xla_allow_excess_precision is
+    on by default there); jax.lax.reduce_precision is the cast that it must keep
+    (https://docs.jax.dev/en/latest/_autosummary/jax.lax.reduce_precision.html).
+    """
+    if str(dtype) not in _NARROW or str(array.dtype) not in ("float32", "float64"):
+        return array
+    return _narrowing()(array, str(dtype))
+
+
+# exponent and mantissa bits, and the step of float16's numbers below 2^-14, which reduce_precision
+# would take for 0; bfloat16's are float32's own
+_NARROW = {"bfloat16": (8, 7, 0), "float16": (5, 10, 24)}
+
+
+@functools.cache
+def _narrowing() -> Callable[[Array, str], Array]:
+    import jax
+    import jax.numpy as jnp
+
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+    def narrowed(array: Array, dtype: str) -> Array:
+        exponent, mantissa, step = _NARROW[dtype]
+        rounded = jax.lax.reduce_precision(array, exponent, mantissa)
+        if not step:
+            return rounded
+        small = jnp.abs(array) < 2.0**-14
+        return jnp.where(small, jnp.round(array * 2.0**step) * 2.0**-step, rounded)
+
+    @narrowed.defjvp
+    def _(dtype: str, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+        return narrowed(primals[0], dtype), tangents[0]
+
+    return narrowed
 
 
 # ------------------------------------------------------------------------------ shapes and sums
@@ -91,6 +130,15 @@ def swap(xp: Any, array: Array) -> Array:
     return xp.matrix_transpose(array)
 
 
+# JAX may have sharded any axis over devices. Axes that are sharded apart cannot be merged without a
+# gather, and its Explicit meshes refuse to: there, leading axes stay as they are.
+
+
+def keeps_axes(xp: Any) -> bool:
+    """Return whether leading axes must not be merged."""
+    return _is(xp, "jax")
+
+
 def tokens(xp: Any, array: Array, last: int) -> Array:
     """Flatten all but the last ``last`` axes into one; unlike -1 it works for zero tokens."""
     split = array.ndim - last
@@ -98,10 +146,17 @@ def tokens(xp: Any, array: Array, last: int) -> Array:
     return xp.reshape(array, (count, *array.shape[split:]))
 
 
+def sum_tokens(xp: Any, array: Array, last: int) -> Array:
+    """Sum over all but the last ``last`` axes."""
+    if keeps_axes(xp):
+        return xp.sum(array, axis=tuple(range(array.ndim - last)))
+    return xp.sum(tokens(xp, array, last), axis=0)
+
+
 def sum_to(xp: Any, gradient: Array, like: Array) -> Array:
     """Sum a gradient over the tokens that shared ``like``, and cast it to its dtype."""
     if gradient.ndim > like.ndim:
-        gradient = xp.sum(tokens(xp, gradient, like.ndim), axis=0)
+        gradient = sum_tokens(xp, gradient, like.ndim)
     return cast(xp, gradient, like)
 
 
@@ -277,26 +332,32 @@ def _dot_each(xp: Any, a: Array, b: Array) -> Array:
 
 @fused
 def _dot_all(xp: Any, a: Array, b: Array) -> Array:
+    if keeps_axes(xp):
+        return xp.sum(sum_tokens(xp, a * b, 2), axis=-1)
     a, b = tokens(xp, a, 2), tokens(xp, b, 2)
     products = _folded(a, b, 0) if _unrolled.get() and a.shape[0] % FOLDS == 0 else a * b
     return xp.sum(xp.sum(products, axis=0), axis=-1)
 
 
-def mean_square(xp: Any, x: Array) -> Array:
-    """mean(x^2) over the last axis, which is kept.
+def mean_square(xp: Any, x: Array, axes: int = 1) -> Array:
+    """mean(x^2) over the last axis, or the last two, as one that is kept.
 
     Streams of 1e18 have squares of 1e36, of which float32 cannot hold the sum of 341. So either
     the squares are divided by their number before they are added up, where that fuses, or the sums
     of some, at most 256.
     """
-    return _mean_square(xp, x)[..., None]
+    count = math.prod(x.shape[x.ndim - axes :])
+    if keeps_axes(xp):
+        last = tuple(range(-axes, 0))
+        return xp.sum(x * (1 / max(count, 1)) * x, axis=last)[..., None]
+    return _mean_square(xp, xp.reshape(x, (*x.shape[: x.ndim - axes], count)))[..., None]
 
 
 @fused
 def _mean_square(xp: Any, x: Array) -> Array:
     *ahead, size = x.shape
     each = 1 / max(size, 1)
-    if _is(xp, "jax") or (_is(xp, "mlx") and (_unrolled.get() or _on_gpu(xp))):
+    if _is(xp, "mlx") and (_unrolled.get() or _on_gpu(xp)):
         if _folds(xp, size):
             return _sum_last(xp, _folded(x * each, x, -1))
         return xp.sum(x * each * x, axis=-1)
@@ -322,6 +383,8 @@ def _outer_each(xp: Any, g: Array, x: Array) -> Array:
 
 @fused
 def _outer_all(xp: Any, g: Array, x: Array) -> Array:
+    if keeps_axes(xp):
+        return sum_tokens(xp, _times_transposed(xp, g, x), 2)
     g, x = tokens(xp, g, 2), tokens(xp, x, 2)
     if _unrolled.get() and x.shape[-2] <= 8 and x.shape[0] % FOLDS == 0:
         products = _folded(g[:, :, None, :], x[:, None, :, :], 0)
@@ -360,18 +423,77 @@ def _folded(a: Array, b: Array, axis: int) -> Array:
 
 def _sum_last(mx: Any, a: Array) -> Array:
     """Sum the last axis in two steps, the first of which runs along contiguous numbers."""
-    return mx.sum(mx.sum(mx.reshape(a, (*a.shape[:-1], -1, 16)), axis=-2), axis=-1)
+    *ahead, size = a.shape  # named, as MLX infers no axis of an array without elements
+    return mx.sum(mx.sum(mx.reshape(a, (*ahead, size // 16, 16)), axis=-2), axis=-1)
 
 
 def project(xp: Any, x: Array, phi: Array) -> Array:
-    """x[T, K] @ phi[m, K].T -> [T, m] in full float32; phi stays as checkpoints store it."""
+    """vec(x)[..., n C] @ phi[m, n C].T -> [..., m] in full float32.
+
+    phi stays as checkpoints store it, and x[..., n, C] as it is.
+    """
+    if keeps_axes(xp):
+        both = ((x.ndim - 2, x.ndim - 1), (1, 2))
+        return _dot_general(x, _by_stream(xp, phi, x), both)
     columns = swap(xp, phi)
-    if _is(xp, "mlx") and x.shape[0] > 2 and not _on_gpu(xp):
+    flat = xp.reshape(x, (math.prod(x.shape[:-2]), phi.shape[1]))
+    if _is(xp, "mlx") and flat.shape[0] > 2 and not _on_gpu(xp):
         columns = xp.contiguous(columns)  # MLX's CPU matmul is 1.5x slower along a strided phi
-    return rows(xp, x, columns)
+    return xp.reshape(_rows(xp, flat, columns), (*x.shape[:-2], phi.shape[0]))
 
 
-def rows(xp: Any, a: Array, b: Array, plus: Array | None = None) -> Array:
+def unproject(xp: Any, du: Array, phi: Array, x: Array, plus: Array) -> Array:
+    """du[..., m] @ phi[m, n C] + plus -> [..., n, C], the shape of x and of plus."""
+    if keeps_axes(xp):
+        return _dot_general(du, _by_stream(xp, phi, x), ((du.ndim - 1,), (0,))) + plus
+    du = tokens(xp, du, 1)
+    plus = xp.reshape(plus, (du.shape[0], phi.shape[1]))
+    return xp.reshape(_rows(xp, du, phi, plus), x.shape)
+
+
+def gram(xp: Any, du: Array, x: Array, like: Array) -> Array:
+    """Sum du[..., m] (outer) vec(x)[..., n C] over all tokens -> [m, n C], as phi is."""
+    if keeps_axes(xp):
+        leading = tuple(range(x.ndim - 2))
+        return xp.reshape(_dot_general(du, x, (leading, leading), like), like.shape)
+    du = tokens(xp, du, 1)
+    x = xp.reshape(x, (du.shape[0], like.shape[1]))
+    if not _spreads(xp, x.shape[0]):
+        return matmul(xp, swap(xp, du), x)
+    first, second = _on_two_cores(xp, _gram_in_blocks, du, x)
+    return first + second
+
+
+def _by_stream(xp: Any, phi: Array, x: Array) -> Array:
+    """phi[m, n C] -> [m, n, C]: neither x's axes nor what shards them are merged."""
+    return xp.reshape(phi, (phi.shape[0], *x.shape[-2:]))
+
+
+def _dot_general(a: Array, b: Array, contracted: Any, like: Array | None = None) -> Array:
+    """Contract axes of JAX arrays; a sum over tokens is on every device that ``like`` is on."""
+    lax = _lax()
+    options: dict[str, Any] = {}
+    if like is not None and (sharding := _explicit_sharding(like)) is not None:
+        options["out_sharding"] = _split_last(sharding)
+    return lax.dot_general(a, b, (contracted, ((), ())), precision="highest", **options)
+
+
+def _explicit_sharding(array: Array) -> Any:
+    """Return the sharding in an array's type, which it has on a mesh with Explicit axes."""
+    jax = import_module("jax")
+    typeof = getattr(jax, "typeof", None)  # JAX 0.6
+    sharding = getattr(typeof(array), "sharding", None) if typeof else None
+    kinds = getattr(getattr(sharding, "mesh", None), "axis_types", ())
+    return sharding if any(kind.name == "Explicit" for kind in kinds) else None
+
+
+def _split_last(sharding: Any) -> Any:
+    """Return the sharding of [m, n, C] for that of [m, n C], whose last axis is in one piece."""
+    rows = tuple(sharding.spec)[:1]
+    return type(sharding)(sharding.mesh, type(sharding.spec)(*rows))
+
+
+def _rows(xp: Any, a: Array, b: Array, plus: Array | None = None) -> Array:
     """a[T, K] @ b[K, m] (+ plus) -> [T, m], the tokens spread over the cores."""
     given = (a,) if plus is None else (a, plus)
     if _spreads(xp, a.shape[0]):
@@ -380,14 +502,6 @@ def rows(xp: Any, a: Array, b: Array, plus: Array | None = None) -> Array:
         return _matmul_by(b)(xp, *given)
     product = matmul(xp, a, b)
     return product if plus is None else product + plus
-
-
-def gram(xp: Any, du: Array, x: Array) -> Array:
-    """du[T, m].T @ x[T, K] -> [m, K]."""
-    if not _spreads(xp, x.shape[0]):
-        return matmul(xp, swap(xp, du), x)
-    first, second = _on_two_cores(xp, _gram_in_blocks, du, x)
-    return first + second
 
 
 def _matmul_by(b: Array) -> Callable[..., Array]:
@@ -401,8 +515,10 @@ def _gram_in_blocks(mx: Any, du: Array, x: Array, block: int = 32) -> Array:
     """Sum over blocks of tokens, which stay in the cache and lose fewer bits."""
     if x.shape[0] % block:
         return mx.matmul(swap(mx, du), x)
-    du = mx.reshape(du, (-1, block, du.shape[-1]))
-    return mx.sum(mx.matmul(swap(mx, du), mx.reshape(x, (-1, block, x.shape[-1]))), axis=0)
+    count = x.shape[0] // block
+    du = mx.reshape(du, (count, block, du.shape[-1]))
+    x = mx.reshape(x, (count, block, x.shape[-1]))
+    return mx.sum(mx.matmul(swap(mx, du), x), axis=0)
 
 
 # MLX's CPU computes a stream of operations on one thread. The products with phi are most of a

@@ -48,7 +48,7 @@ def vjp(
     dx, dw = aggregate.back(xp, x, s + variant.pre_eps, g)
     dz = dw * s * (1 - s)
     dscale = xp.reshape(xp.sum(dz * (projected.u * projected.r)), (1,))
-    dbias = xp.sum(_xp.tokens(xp, dz, 1), axis=0)
+    dbias = _xp.sum_tokens(xp, dz, 1)
     given = Projected(*saved_cotangents) if saved_cotangents else None
     more, dphi = mappings.back_projection(xp, x, phi, projected, dz * scale, given)
     gradients = (dx + more, dphi, dscale, dbias)

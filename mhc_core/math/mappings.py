@@ -64,10 +64,8 @@ def vjp(
 
 def projection(xp: Any, x: Any, phi: Any, norm_eps: float) -> Projected:
     """Project vec(x) and take its root mean square, over all n * C numbers of a token."""
-    flat = xp.reshape(x, (*x.shape[:-2], x.shape[-2] * x.shape[-1]))
-    u = _xp.project(xp, _xp.tokens(xp, flat, 1), phi)
-    r = 1 / xp.sqrt(_xp.mean_square(xp, flat) + norm_eps)
-    return Projected(xp.reshape(u, (*x.shape[:-2], phi.shape[0])), r)
+    mean = _xp.mean_square(xp, x, axes=2)
+    return Projected(_xp.project(xp, x, phi), 1 / xp.sqrt(mean + norm_eps))
 
 
 def groups(xp: Any, scale: Any, n: int) -> Any:
@@ -129,10 +127,9 @@ def back(
         ],
         axis=-1,
     )
-    per_column = _xp.tokens(xp, dz * (projected.u * projected.r), 1)
-    summed = xp.sum(per_column, axis=0)
+    summed = _xp.sum_tokens(xp, dz * (projected.u * projected.r), 1)
     dscale = xp.stack([xp.sum(summed[:n]), xp.sum(summed[n : 2 * n]), xp.sum(summed[2 * n :])])
-    dbias = xp.sum(_xp.tokens(xp, dz, 1), axis=0)
+    dbias = _xp.sum_tokens(xp, dz, 1)
     dx, dphi = back_projection(xp, x, phi, projected, dz * groups(xp, scale, n), more)
     return dx, dphi, dscale, dbias
 
@@ -150,7 +147,6 @@ def back_projection(
     du = d_product * r
     if more is not None:
         d_product, du, pull = d_product + more.u / r, du + more.u, pull + more.r * r
-    pull = _xp.tokens(xp, pull * r / -(x.shape[-2] * x.shape[-1]), 1)
-    flat = xp.reshape(x, (pull.shape[0], phi.shape[1]))
-    dx = _xp.rows(xp, _xp.tokens(xp, d_product, 1), phi, pull * flat) * _xp.tokens(xp, r, 1)
-    return xp.reshape(dx, x.shape), _xp.gram(xp, _xp.tokens(xp, du, 1), flat)
+    pull = (pull * r / -(x.shape[-2] * x.shape[-1]))[..., None]
+    dx = _xp.unproject(xp, d_product, phi, x, pull * x) * r[..., None]
+    return dx, _xp.gram(xp, du, x, like=phi)

@@ -14,14 +14,15 @@ OP = Op(
     arrays={"logits": "... n n"},
     outputs={"h_res": Out("... n n", "mapping")},
     static={
-        "iterations": _checks.positive_int,
+        "iterations": _checks.iterations,
         "eps": _checks.non_negative,
         "first": check_first,
     },
 )
 
-# Inside, a matrix is [a, b, T]: the axis that is normalised first, the other, all tokens. So every
-# sum runs over a leading axis, along contiguous tokens, and there is one loop for both orders.
+# Inside, a matrix is [a, b, T]: the axis that is normalised first, the other, all tokens (in JAX
+# the leading axes one by one). So every sum runs over a leading axis, along contiguous tokens, and
+# there is one loop for both orders.
 
 
 def forward(logits: Any, *, iterations: int, eps: float, first: str) -> Any:
@@ -50,14 +51,18 @@ def vjp(
 
 def enter(xp: Any, matrix: Any, first: str) -> Any:
     """[..., n, n] -> [a, b, T]."""
-    flat = _xp.tokens(xp, matrix, 2)
-    return xp.permute_dims(flat, (1, 2, 0) if first == "columns" else (2, 1, 0))
+    if not _xp.keeps_axes(xp):
+        matrix = _xp.tokens(xp, matrix, 2)
+    last = matrix.ndim - 2
+    a, b = (last, last + 1) if first == "columns" else (last + 1, last)
+    return xp.permute_dims(matrix, (a, b, *range(last)))
 
 
 def leave(xp: Any, inside: Any, shape: tuple[int, ...], first: str) -> Any:
     """[a, b, T] -> [..., n, n]."""
-    flat = xp.permute_dims(inside, (2, 0, 1) if first == "columns" else (2, 1, 0))
-    return xp.reshape(flat, shape)
+    leading = range(2, inside.ndim)
+    out = xp.permute_dims(inside, (*leading, 0, 1) if first == "columns" else (*leading, 1, 0))
+    return out if _xp.keeps_axes(xp) else xp.reshape(out, shape)
 
 
 def _normalise(xp: Any, logits: Any, iterations: int, eps: float, keep: bool) -> tuple[Any, Any]:

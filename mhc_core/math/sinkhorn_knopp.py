@@ -15,7 +15,7 @@ OP = Op(
     arrays={"matrix": "... n n"},
     outputs={"h_res": Out("... n n", "mapping")},
     static={
-        "max_iterations": _checks.positive_int,
+        "max_iterations": _checks.iterations,
         "epsilon": _checks.non_negative,
         "log_space": _checks.boolean,
     },
@@ -94,7 +94,7 @@ def _iterate(xp: Any, logits: Any, max_iterations: int, epsilon: float, log_spac
         line, column = xp.zeros_like(state.half[:1]), xp.zeros_like(state.half[:, :1])
         return state, (line, line, column, column, state.active)
 
-    start = _State(logits / 2, xp.ones_like(logits[:1, :1, :]) > 0)
+    start = _State(logits / 2, xp.ones_like(logits[:1, :1]) > 0)
     return _xp.scan_while(xp, step, idle, start, max_iterations)
 
 

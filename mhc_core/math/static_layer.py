@@ -18,7 +18,7 @@ OP = Op(
         "rms_weight": "C",
     },
     outputs={"x": Out("... n C", "stream")},
-    static={"eps": _checks.non_negative, "iterations": _checks.positive_int},
+    static={"eps": _checks.non_negative, "iterations": _checks.iterations},
 )
 
 

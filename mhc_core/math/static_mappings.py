@@ -16,7 +16,7 @@ OP = Op(
         "h_post": Out("... n", "mapping"),
         "h_res": Out("... n n", "mapping"),
     },
-    static={"iterations": _checks.positive_int},
+    static={"iterations": _checks.iterations},
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from dataclasses import replace
@@ -279,6 +280,18 @@ def test_a_damaged_checkpoint_is_refused(damage: Any, said: str, tmp_path: Path)
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(CheckpointError, match=said):
         _checkpoint.load(file, settings(), "HC")
+
+
+@pytest.mark.parametrize("bit", [0, 5])
+def test_any_flipped_bit_is_seen(bit: int, tmp_path: Path) -> None:
+    """The step and the settings too: 29 steps must not become 39 unseen."""
+    file = tmp_path / "HC.safetensors"
+    _checkpoint.save(file, checkpoint(), settings(), "HC")
+    whole = file.read_bytes()
+    for k in range(len(whole)):
+        file.write_bytes(whole[:k] + bytes([whole[k] ^ (1 << bit)]) + whole[k + 1 :])
+        with pytest.raises(CheckpointError, match=re.escape(str(file))):
+            _checkpoint.load(file, settings(), "HC")
 
 
 def test_a_checkpoint_of_other_settings_is_refused_and_says_which(tmp_path: Path) -> None:

@@ -564,3 +564,370 @@ def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"b\.safetensors is not there"):
         load_hyper_connections(tmp_path)
+
+
+# ---- names that others write -------------------------------------------------------------------
+
+HEADS = {
+    "released": "hc_head_{}",
+    "mlx": "hc_head.{}",
+    "transformers": "hc_head.hc_{}",
+    "with .weight": "hc_head.hc_{}.weight",
+}
+LAYERS_OF = {
+    "released": ".hc_{}_{}",
+    "mlx, transformers": ".{}_hc.{}",
+    "torchtitan": ".hc_{}.{}",
+    "torchtitan's modules": ".hc_{}_pre.hc_{}",
+    "with .weight": ".{}_hc.{}.weight",
+}
+PREFIXES = (
+    "model.language_model.",
+    "language_model.model.",
+    "transformer.",
+    "base_model.model.",
+    "base_model.model.model.",
+    "module._orig_mod.model.",
+    "_orig_mod.module.",
+)
+
+
+def spelled(weights: Weights, layer: str, head: str, prefix: str = "") -> Weights:
+    """The same checkpoint under other names."""
+    found: Weights = {}
+    for name, array in weights.items():
+        own = re.fullmatch(r"(layers\.\d+)\.hc_(attn|ffn)_(\w+)", name)
+        if own:
+            name = own[1] + layer.format(*own.groups()[1:])
+        elif name.startswith("hc_head_"):
+            name = head.format(name.removeprefix("hc_head_"))
+        found |= prefixed({name: array}, prefix)
+    return found
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("layer", LAYERS_OF.values(), ids=LAYERS_OF)
+def test_names_of_the_field_are_known(head: str, layer: str) -> None:
+    weights = released()
+    check(load_hyper_connections(spelled(weights, layer, head)), weights)
+    model = Text()
+    load_hyper_connections(spelled(weights, layer, head), model)
+    assert mx.array_equal(model.hc_head.fn, weights["hc_head_fn"])
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_the_field_are_known(prefix: str) -> None:
+    weights = released()
+    check(load_hyper_connections(spelled(weights, ".{}_hc.{}", "hc_head.hc_{}", prefix)), weights)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module"])
+def test_wrappers_of_pytorch_are_known_anywhere(wrapper: str) -> None:
+    weights = released()
+    wrapped = {re.sub(r"(layers\.\d+\.)", rf"\1{wrapper}.", n): a for n, a in weights.items()}
+    check(load_hyper_connections(wrapped), weights)
+
+
+UNKNOWN = (
+    "decoder.hc_head_fn",
+    "hc_head_gamma",
+    "hc_head_fn.bias",
+    "layers.0.hc_attn_fn.weight.scales",
+    "layers.0.mhc.phi",
+    "visual.layers.0.attn_hc.fn",
+    "blk.0.hc_attn_fn.weight",
+    "layers.00.hc_attn_fn",
+    "layers.0.mlp_hc.fn",
+    "layers.0.hyper_connection.alpha",
+    "HC_HEAD_FN",
+)
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+@pytest.mark.parametrize("as_file", [True, False], ids=["file", "mapping"])
+def test_what_would_be_lost_is_listed(name: str, as_file: bool, tmp_path: Path) -> None:
+    weights = released()
+    more = weights | {name: mx.zeros((4, 24)), "layers.0.attn.hca.weight": mx.zeros((1,))}
+    source: Any = save(tmp_path / "w.safetensors", more) if as_file else more
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} in .*allow_unused=True"):
+        load_hyper_connections(source)
+    check(load_hyper_connections(source, allow_unused=True), weights)
+
+
+def test_many_that_would_be_lost_are_counted() -> None:
+    weights = {f"decoder.{name}": array for name, array in released().items()}
+    with pytest.raises(ValueError, match=r"decoder\.layers\.0\.hc_attn_fn, .* and \d+ more in"):
+        load_hyper_connections(weights)
+    with pytest.raises(ValueError, match="no tensor in the mapping is named as"):
+        load_hyper_connections(weights, allow_unused=True)
+
+
+@pytest.mark.parametrize("name", ["mtp.0.hc_head.hc_fn", "model.mtp_layers.0.hc_attn_fn"])
+def test_drafting_is_left_alone_under_any_name(name: str) -> None:
+    weights = released()
+    check(load_hyper_connections(weights | {name: mx.zeros((2, 2))}), weights)
+
+
+def test_a_head_of_a_drafting_layer_is_left_alone(tmp_path: Path) -> None:
+    """torchtitan's layers beyond the model's have one each."""
+    weights = released()
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": LAYERS}))
+    drafting = {f"layers.{LAYERS}.hc_head.hc_fn": mx.zeros((2, 2))}
+    check(load_hyper_connections(save(tmp_path / "w.safetensors", weights | drafting)), weights)
+
+
+@pytest.mark.parametrize("number", ["10000", "30000000", "9" * 5000])
+@pytest.mark.parametrize("as_file", [True, False], ids=["file", "mapping"])
+def test_a_layer_beyond_any_model_is_refused_at_once(
+    number: str, as_file: bool, tmp_path: Path
+) -> None:
+    weights = released() | {f"layers.{number}.hc_attn_fn": mx.zeros((24, 24))}
+    source: Any = save(tmp_path / "w.safetensors", weights) if as_file else weights
+    with pytest.raises(ValueError, match=rf"layers\.{number[:100]}.* needs a layer below 10000"):
+        load_hyper_connections(source)
+
+
+def test_the_three_ways_of_transformers(tmp_path: Path) -> None:
+    """What ``save_pretrained`` itself writes; the numbers of the head come back."""
+    transformers = pytest.importorskip("transformers", minversion="5.24", reason="needs 5.24")
+    pytest.importorskip("torch")
+    sizes = {
+        "vocab_size": 16,
+        "hidden_size": 16,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+        "q_lora_rank": 4,
+        "o_groups": 1,
+        "o_lora_rank": 4,
+        "moe_intermediate_size": 4,
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+        "index_n_heads": 1,
+        "index_head_dim": 8,
+    }
+    config = transformers.DeepseekV4Config(**sizes)
+    for k, (kind, original) in enumerate(
+        [("ForCausalLM", True), ("ForCausalLM", False), ("Model", True), ("Model", False)]
+    ):
+        model = getattr(transformers, f"DeepseekV4{kind}")(config)
+        model.save_pretrained(tmp_path / str(k), save_original_format=original)
+        own = getattr(model, "model", model)
+        for loaded in (
+            load_hyper_connections(tmp_path / str(k)),
+            load_hyper_connections(model.state_dict()),
+        ):
+            assert loaded.head is not None
+            for got, want in [
+                (loaded.head.fn, own.hc_head.hc_fn),
+                (loaded.layers[1].ffn.fn, own.layers[1].ffn_hc.fn),
+            ]:
+                assert np.array_equal(np.array(got), want.detach().numpy())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_torch_tensors_are_taken_in(dtype: str) -> None:
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    weights = released()
+    theirs = {
+        name: torch.nn.Parameter(torch.tensor(np.array(w)).to(getattr(torch, dtype)))
+        for name, w in weights.items()
+    }
+    theirs["layers.0.hc_attn_fn"] = theirs["layers.0.hc_attn_fn"].t().contiguous().t()
+    rounded = {n: w.astype(getattr(mx, dtype)) for n, w in weights.items()}
+    check(load_hyper_connections(theirs), rounded)
+    with pytest.raises(TypeError, match="hc_head_fn has dtype float64"):
+        load_hyper_connections(theirs | {"hc_head_fn": theirs["hc_head_fn"].double()})
+    with pytest.raises(ValueError, match="hc_head_fn cannot be read"):
+        load_hyper_connections(theirs | {"hc_head_fn": theirs["hc_head_fn"].to("meta")})
+
+
+# ---- what is promised and did not come -----------------------------------------------------------
+
+
+def layers(*which: int, head: bool = False) -> Weights:
+    one = {n.removeprefix("layers.0."): a for n, a in released().items() if ".0.hc_" in n}
+    found = {f"layers.{k}.{n}": a for k in which for n, a in one.items() if n.startswith("hc_")}
+    return found | (
+        {n: a for n, a in released().items() if n.startswith("hc_head")} if head else {}
+    )
+
+
+def folder(
+    at: Path, stored: Weights, config: Any = None, index: Weights | dict[str, str] | None = None
+) -> Path:
+    save(at / "model.safetensors", stored)
+    if config is not None:
+        (at / "config.json").write_text(json.dumps(config))
+    if index is not None:
+        named = {
+            name: f if isinstance(f, str) else "model.safetensors" for name, f in index.items()
+        }
+        (at / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+    return at
+
+
+FOUR: dict[str, Any] = {"hc_mult": 4, "num_hidden_layers": 4}
+INCOMPLETE: dict[str, tuple[Weights, Any, Any, str]] = {
+    "config": (
+        layers(0, 1),
+        FOUR,
+        None,
+        r"layers\.2\.hc_attn_fn is .*config\.json counts 4 layers",
+    ),
+    "index": (layers(0, 1), None, layers(0, 1, 2), r"layers\.2\.hc_attn_fn is .*index.* names it"),
+    "head by index": (
+        layers(0, 1),
+        None,
+        layers(0, 1, head=True),
+        r"hc_head_fn is missing.*index.* names it",
+    ),
+    "head by config": (
+        layers(0, 1),
+        {"model_type": "deepseek_v4"},
+        None,
+        r"hc_head_fn is missing.*is of deepseek_v4",
+    ),
+    "a shard": (
+        layers(0, 1),
+        FOUR,
+        layers(0, 1) | dict.fromkeys(layers(2, 3), "model-2.safetensors"),
+        r"model-2\.safetensors is not there",
+    ),
+}
+
+
+@pytest.mark.parametrize(("stored", "config", "index", "says"), INCOMPLETE.values(), ids=INCOMPLETE)
+def test_what_a_folder_promises_must_be_there(
+    stored: Weights, config: Any, index: Any, says: str, tmp_path: Path
+) -> None:
+    at = folder(tmp_path, stored, config, index)
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        load_hyper_connections(at)
+    for source in (at / "model.safetensors", at):
+        loaded = load_hyper_connections(source, allow_missing=source == at)
+        assert (len(loaded.layers), loaded.head) == (2, None)
+
+
+COMPLETE: dict[str, tuple[Weights, Any, Any, int]] = {
+    "a stale index": (layers(0, 1, 2, 3), None, layers(0, 1), 4),
+    "a stale index beside a config": (layers(0, 1, 2, 3), FOUR, layers(0, 1), 4),
+    "drafting layers in the index": (layers(0, 1, 2, 3), FOUR, layers(*range(6)), 4),
+    "other names in the index": (layers(0, 1), None, renamed(layers(0, 1)), 2),
+    "V4.1 has no head": (layers(0, 1), {"model_type": "deepseek_v41"}, None, 2),
+}
+
+
+@pytest.mark.parametrize(("stored", "config", "index", "count"), COMPLETE.values(), ids=COMPLETE)
+def test_what_is_whole_is_taken(
+    stored: Weights, config: Any, index: Any, count: int, tmp_path: Path
+) -> None:
+    assert len(load_hyper_connections(folder(tmp_path, stored, config, index)).layers) == count
+
+
+@pytest.mark.parametrize("missing", ["layers.1.hc_ffn_fn", "layers.0.hc_attn_base", "hc_head_fn"])
+def test_parts_are_never_taken_for_whole(missing: str, tmp_path: Path) -> None:
+    stored = without(missing)(layers(0, 1, 2, head=True))
+    at = folder(tmp_path, stored)
+    for source in (at, at / "model.safetensors", stored):
+        with pytest.raises(ValueError, match=f"{missing} is missing"):
+            load_hyper_connections(source, allow_missing=True)
+
+
+def test_a_model_keeps_what_has_no_tensor_if_that_is_allowed() -> None:
+    model = Text()
+    before = parameters(model)
+    load_hyper_connections(layers(0), model, allow_missing=True)
+    after = parameters(model)
+    changed = {name for name in before if after[name] is not before[name]}
+    assert changed == {f"layers.0.{p}_hc.{n}" for p in ("attn", "ffn") for n in Foreign()}
+
+
+# ---- hostile and damaged files -------------------------------------------------------------------
+
+OUTSIDE = ("../s.safetensors", "/etc/passwd", "a/../../s", "..\\s", "C:s", "\\s", "", ".", "a/..")
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_an_index_leads_nowhere_outside_its_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    save(tmp_path / "s.safetensors", layers(0))
+    for index in (dict.fromkeys(layers(0), name), layers(0) | {"embed.weight": name}):
+        at = folder(tmp_path / "model", layers(0), None, index)
+        with pytest.raises(ValueError, match=r"index\.json names the file .*inside its folder"):
+            load_hyper_connections(at)
+
+
+def test_links_are_followed_as_in_the_cache_of_hugging_face(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshots" / "one").mkdir(parents=True)
+    at = folder(tmp_path / "blobs", layers(0), {"num_hidden_layers": 1}, layers(0))
+    for file in at.iterdir():
+        (tmp_path / "snapshots" / "one" / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert len(load_hyper_connections(tmp_path / "snapshots" / "one").layers) == 1
+
+
+DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "half": (lambda data: data[: len(data) // 2], "cannot be read as safetensors"),
+    "empty": (lambda data: b"", "cannot be read as safetensors"),
+    "pointer": (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    "page": (lambda data: b"<!DOCTYPE html><html>" * 9, "is a web page"),
+    "dtype": (lambda data: data.replace(b"F32", b"F99"), "cannot be read as safetensors"),
+}
+
+
+@pytest.mark.parametrize(("damage", "says"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_shard_is_named(
+    damage: Callable[[bytes], bytes], says: str, tmp_path: Path
+) -> None:
+    sharded(tmp_path, released())
+    file = tmp_path / "b.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=rf"b\.safetensors .*{says}"):
+        load_hyper_connections(tmp_path)
+
+
+CONFIGS: dict[str, str] = {
+    "truncated": '{"hc_mult": 4,',
+    "BOM": '\ufeff{"hc_mult": 4}',
+    "deep": "[" * 100_000,
+    "long number": '{"hc_mult": ' + "1" * 5000 + "}",
+    "list": "[]",
+    "null": '{"num_hidden_layers": null}',
+    "null text": '{"text_config": null}',
+    "null eps": '{"hc_eps": null}',
+    "word": '{"rms_norm_eps": "1e-6"}',
+    "beyond float": '{"rms_norm_eps": 1' + "0" * 400 + "}",
+    "NaN": '{"hc_eps": NaN}',
+    "boolean": '{"hc_mult": true}',
+    "iterations": '{"hc_sinkhorn_iters": 1000000000}',
+    "layers": '{"num_hidden_layers": 1000000000}',
+    "no layers": '{"num_hidden_layers": 0}',
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS.values(), ids=CONFIGS)
+def test_a_wrong_config_is_named(text: str, tmp_path: Path) -> None:
+    folder(tmp_path, released())
+    (tmp_path / "config.json").write_text(text)
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises((TypeError, ValueError), match=rf"^{OWNER}: \S*config\.json"):
+            load_hyper_connections(source)
+
+
+OWNER = "load_hyper_connections"
+INDEXES = ('{"metadata": {}}', "[]", '{"weight_map": []}', '{"weight_map": {"hc_head_fn": 3}}', "{")
+
+
+@pytest.mark.parametrize("text", INDEXES)
+def test_a_wrong_index_is_named(text: str, tmp_path: Path) -> None:
+    folder(tmp_path, released())
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises((TypeError, ValueError), match=rf"^{OWNER}: \S*index\.json"):
+        load_hyper_connections(tmp_path)
+
+
+@pytest.mark.parametrize("source", [None, 3, {1: mx.zeros((1,))}, "a\0b", "a" * 5000], ids=repr)
+def test_what_is_no_source_is_refused(source: Any) -> None:
+    with pytest.raises((TypeError, ValueError, FileNotFoundError), match=OWNER):
+        load_hyper_connections(source)

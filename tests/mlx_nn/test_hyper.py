@@ -294,6 +294,68 @@ def test_what_comes_in_lower_precision_is_widened() -> None:
     assert mx.array_equal(connection.fn, fn.astype(mx.float32))
 
 
+def assigned(module: Any, values: dict[str, mx.array]) -> None:
+    for name, value in values.items():
+        setattr(module, name, value)
+
+
+def loaded(module: Any, values: dict[str, mx.array]) -> None:
+    module.load_weights(list(values.items()))
+
+
+def inside(wrap: Callable[[Any], nn.Module], prefix: str) -> Any:
+    def load(module: Any, values: dict[str, mx.array]) -> None:
+        weights = [(prefix + name, value) for name, value in values.items()]
+        wrap(module).load_weights(weights, strict=False)
+
+    return load
+
+
+def in_a_stack(module: Any) -> nn.Module:
+    other = HyperConnectedBlock(nn.Identity(), DIMS, 4, mhc.DEEPSEEK_V4)
+    if isinstance(module, HyperHead):
+        return nn.Sequential(HyperConnectedStack([other], 4, head=module))
+    other.connection = module
+    return nn.Sequential(HyperConnectedStack([other], 4))
+
+
+WAYS: dict[str, Any] = {
+    "load_weights": loaded,
+    "update": lambda module, values: module.update(values),
+    "assignment": assigned,
+    "a model's load_weights": inside(lambda m: nn.Sequential(nn.Linear(2, 2), m), "layers.1."),
+    "a stack's": lambda module, values: inside(
+        in_a_stack,
+        "layers.0.head." if isinstance(module, HyperHead) else "layers.0.blocks.0.connection.",
+    )(module, values),
+}
+
+
+@modules
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_what_is_loaded_is_what_is_held(module: type[Any], way: str, dtype: mx.Dtype) -> None:
+    """Also over weights that round to it, from which a run may have come a little way."""
+    connection = trained(module, 4, mhc.DEEPSEEK_V4)
+    values = {name: p.astype(dtype) for name, p in connection.parameters().items()}
+    WAYS[way](connection, values)
+    for name, value in values.items():
+        assert connection[name].dtype == mx.float32
+        assert mx.array_equal(connection[name], value.astype(mx.float32)), name
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_applying_a_cast_rounds_nothing_and_another_function_is_held(dtype: mx.Dtype) -> None:
+    connection = trained(HyperConnection, 4, mhc.DEEPSEEK_V4)
+    connection.base = 1e5 * connection.base  # float16 has no such numbers
+    before = mx.array(connection.base)
+    nn.Sequential(connection).apply(lambda p: p.astype(dtype))
+    assert mx.array_equal(connection.base, before)
+    scale = mx.array(connection.scale)
+    connection.apply(lambda p: (2 * p).astype(dtype))
+    assert mx.array_equal(connection.scale, (2 * scale).astype(dtype).astype(mx.float32))
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 def test_casting_inside_a_loss_lets_gradients_through(compiled: bool) -> None:
     connection, x = trained(HyperConnection, 4, mhc.DEEPSEEK_V4), streams(4, 3)

@@ -163,6 +163,28 @@ def written_into(module: ManifoldHyperConnection) -> None:
         getattr(module, name)[:] = array
 
 
+def written_by_item(module: ManifoldHyperConnection) -> None:
+    for name, array in other(module).items():
+        module[name][:] = array
+
+
+def written_by_parameters(module: ManifoldHyperConnection) -> None:
+    held = nn.Sequential(module).parameters()["layers"][0]
+    for name, array in other(module).items():
+        held[name][:] = array
+
+
+def loaded_again(module: ManifoldHyperConnection) -> None:
+    """The same arrays, with other content: only the loading can be noticed."""
+    new = other(module)
+    arrays = dict(dict.items(module))
+    x = mx.ones((1, 12))
+    module.post_combine(x, module.pre_scale(x))
+    for name, array in new.items():
+        arrays[name][:] = array
+    module.load_weights([(name, arrays[name]) for name in new])
+
+
 CHANGES: dict[str, Any] = {
     "update": lambda module: module.update(other(module)),
     "load_weights": lambda module: module.load_weights(list(other(module).items())),
@@ -170,6 +192,9 @@ CHANGES: dict[str, Any] = {
     "set_dtype": lambda module: module.set_dtype(mx.bfloat16),
     "assignment": assigned,
     "writing into it": written_into,
+    "writing into it, by item": written_by_item,
+    "writing into it, by parameters": written_by_parameters,
+    "loading the same arrays": loaded_again,
 }
 
 

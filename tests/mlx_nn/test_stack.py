@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable
@@ -547,7 +548,7 @@ def test_weights_survive_a_file(tmp_path: Any) -> None:
     assert mx.array_equal(one(hidden(2)), other(hidden(2)))
 
 
-# ---- threads, what knows a layer from elsewhere, second derivatives -------------------------------
+# ---- threads, what knows a layer by itself, second derivatives -------------------------------
 
 
 def test_threads_take_gradients_through_one_stack_and_leave_it_as_it_was() -> None:
@@ -566,7 +567,7 @@ def test_threads_take_gradients_through_one_stack_and_leave_it_as_it_was() -> No
         return [gradient() for _ in range(5)]
 
     with ThreadPoolExecutor(2) as threads:
-        for got in sum(threads.map(several, range(2)), []):
+        for got in itertools.chain(*threads.map(several, range(2))):
             assert mx.array_equal(got, want)
     after = flat(stack.parameters())
     assert all(after[name] is array for name, array in before.items())

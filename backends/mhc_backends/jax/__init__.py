@@ -21,6 +21,7 @@ SPEC = BackendSpec(
     array_types=("jax.Array",),
     ops=math.OPS,
     dtypes=DTYPES,
+    protocol="__jax_array__",
     missing=_missing,
 )
 

@@ -1,7 +1,7 @@
 """The ops on JAX arrays: jitted once per static configuration, their vjps joined by custom_vjp.
 
-Forward-mode differentiation (jax.jvp) is not defined for custom_vjp functions, by JAX's rule;
-``mhc_core.math.<op>.forward`` under plain JAX has it.
+JAX has no forward mode (jvp, linearize, jacfwd) for custom_vjp functions. Inside
+``mhc_core.no_grad()`` an op is its plain formulas, which JAX differentiates itself, in both modes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.experimental
 import jax.numpy as jnp
 import numpy
 
-from mhc_core import math
+from mhc_core import _gradients, math
 
 Static = tuple[tuple[str, Any], ...]
 
@@ -26,9 +26,75 @@ def __getattr__(name: str) -> Callable[..., Any]:
         raise AttributeError(name)
 
     def op(*arrays: jax.Array, **static: Any) -> Any:
-        return _forward(name, tuple(static.items()))(*arrays)
+        made = _forward if _gradients.wanted() else _plain
+        try:
+            return made(name, tuple(static.items()))(*_varying_alike(arrays))
+        except TypeError as error:
+            if "forward-mode" in str(error):
+                raise TypeError(f"{name}: {FORWARD_MODE}") from error
+            raise
 
     return op
+
+
+FORWARD_MODE = (
+    "JAX has no forward mode (jvp, linearize, jacfwd) for functions with a vjp of their own; call "
+    "the op inside `with mhc_core.no_grad():`, where JAX differentiates its plain formulas, or use "
+    "reverse mode (grad, vjp, jacrev)"
+)
+
+
+def _varying_alike(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Let every array vary over the mesh axes of shard_map that any of them varies over.
+
+    A vjp of our own must return gradients that vary as their primals do, so a parameter that all
+    devices share is spread before it: JAX then sums its gradient over the devices, where it also
+    knows how (``check_vma``, https://docs.jax.dev/en/latest/notebooks/shard_map.html).
+    """
+    if not any(isinstance(array, jax.core.Tracer) for array in arrays):
+        return arrays
+    axes = [_varying_axes(array) for array in arrays]
+    union: frozenset[str] = frozenset().union(*axes)
+    if not union:
+        return arrays
+    return tuple(
+        _spread(array, tuple(sorted(union - own))) for array, own in zip(arrays, axes, strict=True)
+    )
+
+
+def _varying_axes(array: jax.Array) -> frozenset[str]:
+    typeof = getattr(jax, "typeof", None)  # JAX 0.6
+    kind: Any = typeof(array) if typeof else None
+    axes = getattr(kind, "vma", None)  # JAX 0.7
+    if axes is None:  # JAX 0.10
+        axes = getattr(getattr(kind, "manual_axis_type", None), "varying", frozenset())
+    return axes
+
+
+def _spread(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    if not axes:
+        return array
+    lax: Any = jax.lax
+    if hasattr(lax, "pcast"):  # JAX 0.8
+        return lax.pcast(array, axes, to="varying")
+    return lax.pvary(array, axes)
+
+
+def _by_our_rules(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Trace a function under JAX's default promotions, however strict the caller's are."""
+
+    @functools.wraps(function)
+    def traced(*arrays: Any) -> Any:
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*arrays)
+
+    return traced
+
+
+@functools.cache
+def _plain(op: str, static: Static) -> Callable[..., Any]:
+    """Return the formulas alone, which JAX differentiates by itself."""
+    return jax.jit(_by_our_rules(functools.partial(math.load(op).forward, **dict(static))))
 
 
 @functools.cache
@@ -50,21 +116,23 @@ def _forward(op: str, static: Static) -> Callable[..., Any]:
         return module.vjp(primals, cotangents if several else (cotangents,), saved, **options)
 
     custom_vjp: Any = jax.custom_vjp  # its own stubs leave the type open
-    differentiable = custom_vjp(forward)
-    differentiable.defvjp(saving, back)
+    differentiable = custom_vjp(_by_our_rules(forward))
+    differentiable.defvjp(_by_our_rules(saving), _by_our_rules(back))
     return jax.jit(differentiable)
 
 
 @functools.cache
 def _vjp(op: str, static: Static) -> Callable[..., Any]:
-    return jax.jit(functools.partial(math.load(op).vjp, **dict(static)))
+    return jax.jit(_by_our_rules(functools.partial(math.load(op).vjp, **dict(static))))
 
 
 def vjp(
     op: str, primals: tuple[jax.Array, ...], cotangents: tuple[jax.Array, ...], **static: Any
 ) -> tuple[jax.Array, ...]:
     """Pull cotangents back by the hand-written vjp, jitted."""
-    return _vjp(op, tuple(static.items()))(primals, cotangents)
+    spread = _varying_alike((*primals, *cotangents))
+    count = len(primals)
+    return _vjp(op, tuple(static.items()))(spread[:count], spread[count:])
 
 
 def from_host(array: numpy.ndarray[Any, Any]) -> jax.Array:

@@ -13,8 +13,9 @@ import re
 import struct
 from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
+from typing import NamedTuple
 
-__all__ = ["DIALECTS", "KERNELS", "bounds", "declarations", "header", "source"]
+__all__ = ["DIALECTS", "KERNELS", "bounds", "declarations", "function", "header", "source"]
 
 DIALECTS = ("metal", "cuda")
 _FIRST_LINES = "//// the first lines of every kernel ////\n"
@@ -39,46 +40,89 @@ _COMMON = (
 )  # later ones use earlier
 
 
-_TWICE = (
-    "//// twice: where vectors begin anywhere, and where all begin at their own multiples ////\n"
-)
 _WITHOUT = re.compile(r"^//// may be without (.*) ////\n", re.MULTILINE)
-_FAST = re.compile(r"^//// fast where (.*?) ////\n", re.MULTILINE | re.DOTALL)
+_DIRECTIVE = re.compile(r"^//// (.*?) ////\n", re.MULTILINE | re.DOTALL)
+_ALIGNED = re.compile(
+    r"(?P<name>\w+)<(?P<constants>.*)>\((?P<arguments>[^()]*)\): aligned where (?P<where>.*)"
+)
 
 
 @functools.cache
 def header(dialect: str) -> str:
-    """Return what comes before the kernel's function: the dialect's words and the common parts.
+    """Return the dialect's words and the common parts, which come before the kernel's function."""
+    return _dialect(dialect)[0] + "\n".join(_read(f"common{part}.h") for part in _COMMON)
 
-    They come twice, in namespaces ``anywhere`` and ``aligned``. A load that may have to take
-    scalars is a branch, and what follows a branch waits for it; so a body that names what must hold
-    for vectors everywhere, ``//// fast where ... ////``, is compiled with the words of either.
+
+class _Work(NamedTuple):
+    """The parts of a body: what comes first, and what is done with vectors where they may be.
+
+    The latter is a function of `arguments`, with `constants` as template arguments.
     """
-    once, _, twice = _dialect(dialect)[0].partition(_TWICE)
-    words = "\n".join([twice, *(_read(f"common{part}.h") for part in _COMMON)])
-    return once + "".join(
-        f"namespace {name} {{\nenum {{ ALIGNED = {value} }};\n{words}}}  // namespace {name}\n"
-        for value, name in enumerate(("anywhere", "aligned"))
-    )
+
+    before: str
+    name: str
+    constants: Sequence[str]
+    arguments: Sequence[str]
+    where: str
+    work: str
+
+    @classmethod
+    def of(cls, name: str) -> _Work | None:
+        """Read a body's; None where a body does nothing but once."""
+        if name not in KERNELS:
+            raise ValueError(f"no kernel is named {name!r}; known are {', '.join(KERNELS)}")
+        body = _read(f"{name}.h")
+        for directive in _DIRECTIVE.finditer(body):
+            words = " ".join(directive[1].replace("\n//", "").split())
+            if words.startswith("may be without "):
+                continue
+            found = _ALIGNED.fullmatch(words)
+            if found is None:
+                raise ValueError(f"{name}.h: no directive is {words!r}")
+            return cls(
+                body[: directive.start()],
+                found["name"],
+                found["constants"].split(", "),
+                found["arguments"].split(", "),
+                found["where"],
+                body[directive.end() :],
+            )
+        return None
+
+    def function(self) -> str:
+        """Return the function's definition."""
+        constants = [word if " " in word else f"int {word}" for word in self.constants]
+        types = [f"typename A{k}" for k in range(len(self.arguments))]
+        given = [f"A{k} {word}" for k, word in enumerate(self.arguments)]
+        return (
+            f"template <{', '.join([*constants, *types])}>\n"
+            f"FUNCTION void {self.name}({', '.join([*given, 'Place here'])}) {{\n{self.work}}}\n"
+        )
+
+    def calls(self) -> str:
+        """Return what asks `where`, and calls it: with the arrays known to be aligned, or not."""
+        name = f"{self.name}<{', '.join(word.split()[-1] for word in self.constants)}>"
+        asked = set(re.findall(r"\bvectors<[^()]*>\((\w+)", self.where))
+        known = [f"aligned({word})" if word in asked else word for word in self.arguments]
+        return (
+            f"if ({self.where})\n{name}({', '.join([*known, 'here'])});\n"
+            f"else\n{name}({', '.join([*self.arguments, 'here'])});\n"
+        )
+
+
+@functools.cache
+def function(name: str) -> str:
+    """Return the function that a kernel's text calls, which comes after the header; "" if none."""
+    work = _Work.of(name)
+    return work.function() if work else ""
 
 
 @functools.cache
 def source(name: str, dialect: str) -> str:
     """Return the text inside the function of a kernel."""
-    if name not in KERNELS:
-        raise ValueError(f"no kernel is named {name!r}; known are {', '.join(KERNELS)}")
-    before, *fast = _FAST.split(_read(f"{name}.h"))
-    first_lines = _dialect(dialect)[1] + "\n"
-    if not fast:
-        return f"{first_lines}using namespace anywhere;\n{before}"
-    condition, work = fast
-    condition = condition.replace("\n//", "")
-    return (
-        f"{first_lines}{before}bool whole;\n"
-        f"{{\nusing namespace anywhere;\nwhole = {condition};\n}}\n"
-        f"if (whole) {{\nusing namespace aligned;\n{work}}} else {{\n"
-        f"using namespace anywhere;\n{work}}}\n"
-    )
+    work = _Work.of(name)
+    body = work.before + work.calls() if work else _read(f"{name}.h")
+    return f"{_dialect(dialect)[1]}\n{body}"
 
 
 def declarations(name: str, names: Collection[str], numbers: Mapping[str, Sequence[float]]) -> str:

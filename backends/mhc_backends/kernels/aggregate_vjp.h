@@ -7,7 +7,8 @@ const int64_t T = x_shape[0];
 const int C = x_shape[2];
 threadgroup float shared[N * MOST_SIMDGROUPS];
 
-//// fast where vectors<W>(x) && vectors<W>(g) && vectors<W>(dx) ////
+//// aggregate_vjp<N, W>(x, h_pre, h_pre_shape, g, dx, dh_pre, shared, T, C): aligned where
+// vectors<W>(x) && vectors<W>(g) && vectors<W>(dx) && vectors<N>(h_pre) ////
 for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     const auto streams = x + token * N * C;
     const auto dstreams = dx + token * N * C;
@@ -18,7 +19,7 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     for (int c = first_channel<W>(here); c < C; c += next_channel<W>(here)) {
         const Floats<W> dh = load<W>(g + token * C + c);
         UNROLL for (int i = 0; i < N; i++) {
-            dweights[i] = dot(dweights[i], load<W>(streams + i * C + c), dh);
+            dweights[i] = add_dot(dweights[i], load<W>(streams + i * C + c), dh);
             store(dstreams + i * C + c, times(value(weights, i), dh));
         }
     }

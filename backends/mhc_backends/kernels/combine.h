@@ -6,7 +6,8 @@
 const int64_t T = x_shape[0];
 const int C = x_shape[2];
 
-//// fast where vectors<W>(x) && vectors<W>(y) && vectors<W>(out) ////
+//// combine<N, W>(x, y, h_post, h_post_shape, h_res, h_res_shape, out, T, C): aligned where
+// vectors<W>(x) && vectors<W>(y) && vectors<W>(out) && vectors<N>(h_post) && vectors<N * N>(h_res) ////
 for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     const auto streams = x + token * N * C;
     const auto post = hold<N, N <= 4>(h_post + row(h_post_shape[0], token) * N);

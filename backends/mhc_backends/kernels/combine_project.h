@@ -13,9 +13,12 @@ const bool KEPT = N <= 4;            // the streams are in registers; others are
 const int MADE = KEPT ? N : BLOCKS;  // streams at a time
 threadgroup LAUNCHED uint4 factors[LAUNCH_SIZE(STAGE * RIGHT_QUADS(TILES) * SIMD + SLOTS)];
 
-//// fast where C % BLOCK_CHANNELS == 0 && vectors<8>(x) && vectors<8>(y) && vectors<8>(out) &&
-// vectors<4>(phi) && vectors<N>(h_post) && vectors<N>(h_res) ////
+//// combine_project<N, TILES, BLOCKS, STAGE, AHEAD, bool KEPT, MADE>(x, y, h_post, h_post_shape,
+// h_res, h_res_shape, phi, out, parts, factors, T, C, M, K): aligned where C % BLOCK_CHANNELS == 0
+// && vectors<8>(x) && vectors<8>(y) && vectors<8>(out) && vectors<4>(phi) && vectors<N>(h_post) &&
+// vectors<N * N>(h_res) ////
 typedef decltype(load_raw<8>(x)) Row;
+const bool ALIGNED = Address<decltype(x)>::ALIGNED;
 const int FACTOR = decltype(factor_for(Row(), RightTiles<TILES>()))::QUADS * SIMD;
 const int lane = here.id % SIMD, simdgroup = here.id / SIMD, channel = 4 * tile_pair(lane);
 const Work work = work_of(C, here.threads / SIMD * TILE_TOKENS, here);
@@ -70,7 +73,7 @@ for (int64_t turn = work.begin; turn < T; turn += work.step) {
                 UNROLL for (int k = 0; k < 2 * MADE; k++) {
                     const int r = k / MADE, stream = k % MADE;
                     const Floats<8> sum =
-                        mix<N, KEPT>(times(value(post[r], i + stream), floats(given.layer[r])),
+                        mix_streams<N, KEPT>(times(value(post[r], i + stream), floats(given.layer[r])),
                                      res[r], (i + stream) * N, given.streams[r], from.at[0][r] + c,
                                      C, rest);
                     mixed.at[stream][0].in_half[r] = packed(out, sum);

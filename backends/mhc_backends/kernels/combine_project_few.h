@@ -8,8 +8,9 @@ const int C = x_shape[2], M = phi_shape[0];
 const int64_t K = int64_t(N) * C;
 threadgroup float numbers[LEAF_NUMBERS];
 
-//// fast where C % BLOCK_CHANNELS == 0 && vectors<8>(x) && vectors<8>(y) && vectors<8>(out) &&
-// vectors<4>(phi) && vectors<N>(h_res) ////
+//// combine_project_few<N, TILES, BLOCKS>(x, y, h_post, h_post_shape, h_res, h_res_shape, phi, out,
+// parts, numbers, T, C, M, K): aligned where C % BLOCK_CHANNELS == 0 && vectors<8>(x) &&
+// vectors<8>(y) && vectors<8>(out) && vectors<4>(phi) && vectors<N>(h_res) ////
 typedef decltype(load_raw<8>(x)) Row;
 const int lane = here.id % SIMD, simdgroup = here.id / SIMD, channel = 4 * tile_pair(lane);
 const int simdgroups = here.threads / SIMD;
@@ -44,7 +45,7 @@ for (int64_t item = here.group_x; item < (T + TILE_TOKENS - 1) / TILE_TOKENS * P
                     const auto from = x + token * K + c + channel;
                     const Floats<8> layer =
                         floats(load_raw_within<8>(y + token * C + c + channel, rest));
-                    const Floats<8> sum = mix<N, false>(times(post, layer), res, 0,
+                    const Floats<8> sum = mix_streams<N, false>(times(post, layer), res, 0,
                                                         RawStreams<1, Row>(), from, C, rest);
                     const Row mixed = packed(out, sum);
                     const auto to = out + token * K + int64_t(i) * C + c + channel;

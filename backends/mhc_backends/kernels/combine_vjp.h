@@ -11,8 +11,9 @@ const int C = x_shape[2];
 const int SUMS = N + N * N;  // dh_post, then dH_res
 threadgroup float shared[SUMS * MOST_SIMDGROUPS];
 
-//// fast where vectors<W>(x) && vectors<W>(y) && vectors<W>(g) && vectors<W>(dx) &&
-// vectors<W>(dy) ////
+//// combine_vjp<N, W, SUMS>(x, y, h_post, h_post_shape, h_res, h_res_shape, g, dx, dy, dh_post,
+// dh_res, shared, T, C): aligned where vectors<W>(x) && vectors<W>(y) && vectors<W>(g) &&
+// vectors<W>(dx) && vectors<W>(dy) && vectors<N>(h_post) && vectors<N * N>(h_res) ////
 for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     const int64_t streams = token * N * C;
     const auto post = hold<N>(h_post + row(h_post_shape[0], token) * N);
@@ -32,10 +33,10 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         UNROLL for (int i = 0; i < N; i++) {
             const Floats<W> g_i = load<W>(g + streams + i * C + c);
             dlayer = add(dlayer, value(post, i), g_i);
-            sums[i] = dot(sums[i], g_i, layer);
+            sums[i] = add_dot(sums[i], g_i, layer);
             UNROLL for (int j = 0; j < N; j++) {
                 dxs[j] = add(dxs[j], value(res, i * N + j), g_i);
-                sums[N + i * N + j] = dot(sums[N + i * N + j], g_i, xs[j]);
+                sums[N + i * N + j] = add_dot(sums[N + i * N + j], g_i, xs[j]);
             }
         }
         UNROLL for (int j = 0; j < N; j++) store(dx + streams + j * C + c, dxs[j]);

@@ -21,7 +21,7 @@ FUNCTION Floats<W> add(Floats<W> sum, float factor, Floats<W> v) {
 
 // sum + a . b
 template <int W>
-FUNCTION float dot(float sum, Floats<W> a, Floats<W> b) {
+FUNCTION float add_dot(float sum, Floats<W> a, Floats<W> b) {
     UNROLL for (int k = 0; k < W; k++) sum = fma(a.at[k], b.at[k], sum);
     return sum;
 }
@@ -80,7 +80,7 @@ FUNCTION float value(Held<COUNT, KEEP, P> held, int k) {
 
 // 1 / sqrt(mean(x^2) + eps), over `count` numbers whose squares' sum is given
 FUNCTION float inverse_rms(float squares, float count, float eps) {
-    return 1.0f / sqrt(squares / count + eps);
+    return 1.0f / precise::sqrt(squares / count + eps);
 }
 
 // ---- sums over a threadgroup -------------------------------------------------------------------

@@ -4,7 +4,7 @@ enum { PARTS_AT_ONCE = 8 };  // that a thread has under way
 
 // 1 / (1 + exp(-z)), exact far below zero and without overflow
 FUNCTION float sigmoid(float z) {
-    const float small = exp(z < 0.0f ? z : -z);
+    const float small = precise::exp(z < 0.0f ? z : -z);
     return (z < 0.0f ? small : 1.0f) / (1.0f + small);
 }
 

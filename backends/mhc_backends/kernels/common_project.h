@@ -15,13 +15,14 @@ enum {
 
 // ---- rows that end anywhere --------------------------------------------------------------------
 
-// The first `rest` numbers from p on, and zeros. Where all is aligned, there are whole blocks alone.
+// The first `rest` numbers from p on, and zeros. Where that is known to be aligned, there are whole blocks
+// alone.
 template <int W, typename P>
 FUNCTION Floats<W> load_within(P p, int rest) {
     Floats<W> out = zeros<W>();
-    if (rest >= W || (ALIGNED && rest > 0)) {
+    if (rest >= W || (Address<P>::ALIGNED && rest > 0)) {
         out = load<W>(p);
-    } else if (!ALIGNED) {
+    } else if (!Address<P>::ALIGNED) {
         UNROLL for (int k = 0; k < W; k++)
             if (k < rest) out.at[k] = float(p[k]);
     }
@@ -31,9 +32,9 @@ FUNCTION Floats<W> load_within(P p, int rest) {
 template <int W, typename P>
 FUNCTION auto load_raw_within(P p, int rest) {
     decltype(load_raw<W>(p)) out = {};
-    if (rest >= W || (ALIGNED && rest > 0)) {
+    if (rest >= W || (Address<P>::ALIGNED && rest > 0)) {
         out = fetch_raw<W>(p);
-    } else if (!ALIGNED) {
+    } else if (!Address<P>::ALIGNED) {
         UNROLL for (int k = 0; k < W; k++)
             if (k < rest) out.word[k / out.PER_WORD] |= bits(p[k]) << (k % out.PER_WORD * 16);
     }
@@ -42,9 +43,9 @@ FUNCTION auto load_raw_within(P p, int rest) {
 
 template <int W, typename P>
 FUNCTION void store_within(P p, Floats<W> v, int rest) {
-    if (rest >= W || (ALIGNED && rest > 0)) {
+    if (rest >= W || (Address<P>::ALIGNED && rest > 0)) {
         store(p, v);
-    } else if (!ALIGNED) {
+    } else if (!Address<P>::ALIGNED) {
         UNROLL for (int k = 0; k < W; k++) {
             Floats<1> one;
             one.at[0] = v.at[k];
@@ -69,8 +70,8 @@ FUNCTION void start_row(R, S to, P from, int lane) {
     enum { COUNT = RowQuads<R>::COUNT, NUMBERS = 8 / COUNT };
     const int own = tile_pair(lane) / 2;
     UNROLL for (int k = 0; k < COUNT; k++) {
-        const int quad = 4 * k + own, owner = row_lane(lane, quad / COUNT);
-        start_copy(to + quad % COUNT * SIMD + owner, from + (quad - COUNT * own) * NUMBERS);
+        const int four = 4 * k + own, owner = row_lane(lane, four / COUNT);
+        start_copy(to + four % COUNT * SIMD + owner, from + (four - COUNT * own) * NUMBERS);
     }
 }
 template <typename R, typename S>
@@ -88,7 +89,7 @@ FUNCTION Raw<T, 8> take_row(Raw<T, 8>, S from, int lane) {
 
 template <typename F, typename S>
 FUNCTION void put(S shared, F factor, int lane) {
-    UNROLL for (int k = 0; k < F::QUADS; k++) shared[k * SIMD + lane] = factor.quad[k];
+    UNROLL for (int k = 0; k < F::QUADS; k++) shared[k * SIMD + lane] = factor.four[k];
 }
 // Those from `from` on, of rows like one that is given, which only names their type.
 template <int TILES, typename T, typename S>
@@ -157,8 +158,8 @@ struct Factors {
     F at[BLOCKS];
 };
 template <typename F, int BLOCKS>
-FUNCTION uint4 quad(Factors<F, BLOCKS> factors, int block, int k) {
-    return factors.at[block].quad[k];
+FUNCTION uint4 four(Factors<F, BLOCKS> factors, int block, int k) {
+    return factors.at[block].four[k];
 }
 template <int N, int AT_ONCE, int TILES, int BLOCKS, typename R, typename P>
 FUNCTION auto load_factors(R like, P phi, int64_t K, int M, int C, int column, int begin, int block,
@@ -311,7 +312,7 @@ FUNCTION Sums<TILES, HEIGHT> add_leaf(Sums<TILES, HEIGHT> sums, Rows<R, BLOCKS, 
         float squares = 0.0f;
         UNROLL for (int b = 0; b < BLOCKS; b++) {
             const Floats<8> row = floats(rows.at[b][k / 2].in_half[k % 2]);
-            squares = dot(squares, row, row);
+            squares = add_dot(squares, row, row);
         }
         sums.squares[k / 2].at[k % 2] += squares;
     }
@@ -394,20 +395,23 @@ FUNCTION Unmixed<COUNT, R> take_unmixed(R like, S slot, int lane) {
 }
 // sum + sum_j res_{first + j} x_j, for streams that are in registers, or else from `token` on.
 template <int N, bool KEPT, int COUNT, typename R, typename H, typename P>
-FUNCTION Floats<8> mix(Floats<8> sum, H res, int first, RawStreams<COUNT, R> streams, P token,
+FUNCTION Floats<8> mix_streams(Floats<8> sum, H res, int first, RawStreams<COUNT, R> streams, P token,
                        int C, int rest) {
     UNROLL_SMALL for (int j = 0; j < N; j++) {
-        const R stream =
-            KEPT ? streams.at[KEPT ? j : 0] : load_raw_within<8>(token + int64_t(j) * C, rest);
+        R stream;
+        if (KEPT)
+            stream = streams.at[KEPT ? j : 0];
+        else
+            stream = load_raw_within<8>(token + int64_t(j) * C, rest);
         sum = add(sum, value(res, first + j), floats(stream));
     }
     return sum;
 }
 template <typename P, typename T>
 FUNCTION void store_raw_within(P p, Raw<T, 8> v, int rest) {
-    if (rest >= 8 || (ALIGNED && rest > 0))
+    if (rest >= 8 || (Address<P>::ALIGNED && rest > 0))
         store_raw(p, v);
-    else if (!ALIGNED)
+    else if (!Address<P>::ALIGNED)
         store_within(p, floats(v), rest);
 }
 

@@ -39,25 +39,25 @@ FUNCTION Floats<1> one(float v) {
 
 // A lane's line from and to such an array; zeros where there is none.
 template <int N, bool FIRST_COLUMNS, bool TRANSPOSED, typename P>
-FUNCTION Floats<N> load_line(P matrix, bool there, Place here) {
+FUNCTION Floats<N> load_line(P entries, bool there, Place here) {
     const int b = line<N>(here);
     if (!there || !inside<N>(here)) return zeros<N>();
     Floats<N> v;
     if (FIRST_COLUMNS == TRANSPOSED) {
-        v = load<N>(matrix + b * N);
+        v = load<N>(entries + b * N);
     } else {
-        UNROLL for (int a = 0; a < N; a++) v.at[a] = float(matrix[a * N + b]);
+        UNROLL for (int a = 0; a < N; a++) v.at[a] = float(entries[a * N + b]);
     }
     return v;
 }
 template <int N, bool FIRST_COLUMNS, bool TRANSPOSED, typename P>
-FUNCTION void store_line(P matrix, Floats<N> v, bool there, Place here) {
+FUNCTION void store_line(P entries, Floats<N> v, bool there, Place here) {
     const int b = line<N>(here);
     if (!there || !inside<N>(here)) return;
     if (FIRST_COLUMNS == TRANSPOSED) {
-        store(matrix + b * N, v);
+        store(entries + b * N, v);
     } else {
-        UNROLL for (int a = 0; a < N; a++) store(matrix + a * N + b, one(v.at[a]));
+        UNROLL for (int a = 0; a < N; a++) store(entries + a * N + b, one(v.at[a]));
     }
 }
 
@@ -94,12 +94,12 @@ FUNCTION float sum_a(Floats<N> v) {
 template <int N>
 FUNCTION float largest_a(Floats<N> v) {
     float out = v.at[0];
-    UNROLL for (int a = 1; a < N; a++) out = max(out, v.at[a]);
+    UNROLL for (int a = 1; a < N; a++) out = precise::max(out, v.at[a]);
     return out;
 }
 template <int N>
 FUNCTION Floats<N> exps(Floats<N> v, float shift) {
-    UNROLL for (int a = 0; a < N; a++) v.at[a] = exp(v.at[a] - shift);
+    UNROLL for (int a = 0; a < N; a++) v.at[a] = precise::exp(v.at[a] - shift);
     return v;
 }
 
@@ -109,7 +109,7 @@ struct Plus {
     static FUNCTION float of(float u, float v) { return u + v; }
 };
 struct Larger {
-    static FUNCTION float of(float u, float v) { return max(u, v); }
+    static FUNCTION float of(float u, float v) { return precise::max(u, v); }
 };
 
 // Lane a gets v.at[a] of all lanes together: in each round lanes swap the halves that the others
@@ -121,13 +121,13 @@ FUNCTION float fold(Floats<1> v, int) {
 template <typename OPERATION, int COUNT>
 FUNCTION float fold(Floats<COUNT> v, int lane) {
     const bool upper = (lane & (COUNT / 2)) != 0;
-    Floats<COUNT / 2> half;
+    Floats<COUNT / 2> kept;
     UNROLL for (int a = 0; a < COUNT / 2; a++) {
         const float lower_one = v.at[a], upper_one = v.at[COUNT / 2 + a];
-        const float other = simd_xor(upper ? lower_one : upper_one, COUNT / 2);
-        half.at[a] = OPERATION::of(upper ? upper_one : lower_one, other);
+        const float other = simd_partner(upper ? lower_one : upper_one, COUNT / 2);
+        kept.at[a] = OPERATION::of(upper ? upper_one : lower_one, other);
     }
-    return fold<OPERATION>(half, lane);
+    return fold<OPERATION>(kept, lane);
 }
 template <typename OPERATION, int N>
 FUNCTION float over_lines(Floats<N> v, float nothing, Place here) {
@@ -140,7 +140,7 @@ FUNCTION float over_lines(Floats<N> v, float nothing, Place here) {
 template <int N>
 FUNCTION float sum_lines(float v, Place here) {
     if (!inside<N>(here)) v = 0.0f;
-    for (int step = 1; step < Places<N>::COUNT; step *= 2) v += simd_xor(v, step);
+    for (int step = 1; step < Places<N>::COUNT; step *= 2) v += simd_partner(v, step);
     return v;
 }
 
@@ -158,8 +158,8 @@ template <int N>
 FUNCTION Floats<N> sums_b(Floats<N> v, Place here) {
     if (Places<N>::FEW) {
         UNROLL for (int a = 0; a < N; a++) {
-            if (Places<N>::COUNT >= 2) v.at[a] += simd_xor(v.at[a], 1);
-            if (Places<N>::COUNT >= 4) v.at[a] += simd_xor(v.at[a], 2);
+            if (Places<N>::COUNT >= 2) v.at[a] += simd_partner(v.at[a], 1);
+            if (Places<N>::COUNT >= 4) v.at[a] += simd_partner(v.at[a], 2);
         }
     } else {
         v = of_lanes<N>(over_lines<Plus>(v, 0.0f, here), here);
@@ -226,22 +226,22 @@ struct Logarithms {
     static FUNCTION float nothing() { return 0.0f; }
     static FUNCTION float inverse(float divisor) { return -divisor; }
     static FUNCTION float scaled(float v, float factor) { return v + factor; }
-    static FUNCTION float value(float v) { return exp(v); }
+    static FUNCTION float value(float v) { return precise::exp(v); }
 
     template <int N>
     static FUNCTION float divisor_a(Floats<N> v, float) {
         const float shift = largest_a(v);
-        return shift + log(sum_a(exps(v, shift)));
+        return shift + precise::log(sum_a(exps(v, shift)));
     }
     template <int N>
     static FUNCTION Divided<N> divide_b(Floats<N> v, float, bool active, Place here) {
         const float shift = over_lines<Larger>(v, MINUS_INFINITY, here);
         const Floats<N> shifts = of_lanes<N>(shift, here);
         Floats<N> powers;
-        UNROLL for (int a = 0; a < N; a++) powers.at[a] = exp(v.at[a] - shifts.at[a]);
+        UNROLL for (int a = 0; a < N; a++) powers.at[a] = precise::exp(v.at[a] - shifts.at[a]);
         const float sum = over_lines<Plus>(powers, 0.0f, here);
         Divided<N> out;
-        out.divisor = active ? shift + log(sum) : nothing();
+        out.divisor = active ? shift + precise::log(sum) : nothing();
         out.v = scale_b<Logarithms>(v, inverse(out.divisor), here);
         return out;
     }
@@ -345,8 +345,8 @@ FUNCTION bool narrow(Floats<N> logits, Place here) {
     float high = largest_a(logits), low = -largest_a(times(-1.0f, logits));
     if (!inside<N>(here)) high = MINUS_INFINITY, low = -MINUS_INFINITY;
     for (int step = 1; step < Places<N>::COUNT; step *= 2) {
-        high = max(high, simd_xor(high, step));
-        low = min(low, simd_xor(low, step));
+        high = precise::max(high, simd_partner(high, step));
+        low = precise::min(low, simd_partner(low, step));
     }
     return high - low <= float(NARROW);  // false for infinities
 }
@@ -354,7 +354,8 @@ FUNCTION bool narrow(Floats<N> logits, Place here) {
 // What iterations start from. Padding has none of it.
 template <int N>
 FUNCTION Floats<N> powers(Floats<N> logits, Place here) {
-    return inside<N>(here) ? exps(logits, largest_a(logits)) : zeros<N>();
+    if (!inside<N>(here)) return zeros<N>();
+    return exps(logits, largest_a(logits));
 }
 template <int N>
 FUNCTION Floats<N> logarithms(Floats<N> logits, Place here) {
@@ -374,7 +375,8 @@ FUNCTION Floats<N> take_steps(Floats<N> v, int steps, float eps, Place here) {
 template <int N>
 FUNCTION Floats<N> softmax(Floats<N> logits, Place here) {
     const Floats<N> v = powers(logits, here);
-    return inside<N>(here) ? times(reciprocal(sum_a(v)), v) : v;
+    if (!inside<N>(here)) return v;
+    return times(reciprocal(sum_a(v)), v);
 }
 template <int N>
 FUNCTION Floats<N> started(Floats<N> softmax, float eps, Place here) {
@@ -451,9 +453,9 @@ struct Solved {
 template <int N>
 FUNCTION float largest_error(Floats<N> v, Place here) {
     const float b = over_lines<Plus>(v, 0.0f, here);
-    float error = inside<N>(here) ? max(fabs(sum_a(v) - 1.0f), fabs(b - 1.0f)) : 0.0f;
+    float error = inside<N>(here) ? precise::max(fabs(sum_a(v) - 1.0f), fabs(b - 1.0f)) : 0.0f;
     for (int step = 1; step < Places<N>::COUNT; step *= 2)
-        error = max(error, simd_xor(error, step));
+        error = precise::max(error, simd_partner(error, step));
     return error;
 }
 
@@ -486,7 +488,10 @@ FUNCTION float smallest_power() { return 1e-10f; }
 template <int N>
 FUNCTION Floats<N> floored_powers(Floats<N> logits, Place here) {
     if (!inside<N>(here)) return zeros<N>();
-    UNROLL for (int a = 0; a < N; a++) logits.at[a] = max(exp(logits.at[a]), smallest_power());
+    UNROLL for (int a = 0; a < N; a++) {
+        const float power = precise::exp(logits.at[a]);  // NaN stays, which max would drop
+        logits.at[a] = power <= smallest_power() ? smallest_power() : power;
+    }
     return logits;
 }
 
@@ -530,7 +535,7 @@ FUNCTION Floats<N> sinkhorn_knopp_vjp(Floats<N> logits, Floats<N> g, Place here,
         const Floats<N> start = floored_powers(logits, here);
         out = solution_vjp<Numbers>(start, g, true, most, epsilon, kept, here);
         UNROLL for (int a = 0; a < N; a++)
-            out.at[a] = exp(logits.at[a]) > smallest_power() ? out.at[a] : 0.0f;
+            out.at[a] = precise::exp(logits.at[a]) <= smallest_power() ? 0.0f : out.at[a];
     }
     return out;
 }

@@ -29,10 +29,10 @@ FUNCTION Floats<W> static_back(
         store(dx + int64_t(j) * C, dx_j);
     }
     UNROLL for (int i = 0; i < N; i++) {
-        sums[i] = dot(sums[i], x.at[i], dh);
-        sums[N + i] = dot(sums[N + i], g.at[i], y);
+        sums[i] = add_dot(sums[i], x.at[i], dh);
+        sums[N + i] = add_dot(sums[N + i], g.at[i], y);
         UNROLL for (int j = 0; j < N; j++)
-            sums[2 * N + i * N + j] = dot(sums[2 * N + i * N + j], g.at[i], x.at[j]);
+            sums[2 * N + i * N + j] = add_dot(sums[2 * N + i * N + j], g.at[i], x.at[j]);
     }
     return product(dy, scaled);
 }

@@ -28,11 +28,20 @@ FUNCTION float simd_sum(float v) {
 }
 
 // The number of the lane whose place differs in the bits of `step`.
-FUNCTION float simd_xor(float v, int step) { return __shfl_xor_sync(0xffffffffu, v, step); }
+FUNCTION float simd_partner(float v, int step) { return __shfl_xor_sync(0xffffffffu, v, step); }
 // The number of a lane, which need not be the same for all.
 FUNCTION float simd_from(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 // simd_any(q): whether any lane says so.
 FUNCTION bool simd_any(bool q) { return __any_sync(0xffffffffu, q); }
+
+// The functions as the dialect for Metal has to call them, for floats.
+struct precise {
+    static FUNCTION float exp(float v) { return ::exp(v); }
+    static FUNCTION float log(float v) { return ::log(v); }
+    static FUNCTION float sqrt(float v) { return ::sqrt(v); }
+    static FUNCTION float max(float u, float v) { return ::max(u, v); }
+    static FUNCTION float min(float u, float v) { return ::min(u, v); }
+};
 
 // 1 / v for v > 0, to the last place or the one before.
 FUNCTION float reciprocal(float v) {
@@ -53,8 +62,6 @@ enum { SIMD = 32, MOST_SIMDGROUPS = 32 };
 // uint4 a lane's share of a left factor takes, and at most of TILES tiles of a long right one.
 enum { DEPTH = 8, TILE_COLUMNS = 8, LEFT_QUADS = 2 };
 #define RIGHT_QUADS(TILES) (4 * (TILES))
-
-//// twice: where vectors begin anywhere, and where all begin at their own multiples ////
 
 // ---- numbers in memory and in registers --------------------------------------------------------
 
@@ -117,52 +124,34 @@ FUNCTION float number(unsigned word, int k, __nv_bfloat16) {
     return __uint_as_float(k ? word & 0xffff0000u : word << 16);
 }
 
-// A view may begin anywhere, so the address decides, for a whole row alike.
-template <typename T, int W>
-FUNCTION bool takes_vectors(const T* p) {
-    typedef Access<T, W> A;
-    return A::ELEMENTS > 1 && (ALIGNED || reinterpret_cast<unsigned long long>(p) % A::BYTES == 0);
-}
-// Whether load<W> and store need not look at addresses that are whole multiples of W from p on.
+// vectors<W>(p): whether load<W> and store may take vectors at addresses that are whole multiples of W
+// from p on. A view may begin anywhere, so the address decides.
 template <int W, typename T>
 FUNCTION bool vectors(const T* p) {
-    return Access<T, W>::ELEMENTS == 1 || takes_vectors<T, W>(p);
+    typedef Access<T, W> A;
+    return A::ELEMENTS == 1 || reinterpret_cast<unsigned long long>(p) % A::BYTES == 0;
 }
 
-// load<W>(p): the W numbers from p on, as floats.
-template <int W, typename T>
-FUNCTION Floats<W> load(const T* p) {
-    typedef Access<T, W> A;
-    Floats<W> out;
-    if (takes_vectors<T, W>(p)) {
-        UNROLL for (int k = 0; k < W; k += A::ELEMENTS) {
-            const typename A::type words = *reinterpret_cast<const typename A::type*>(p + k);
-            UNROLL for (int e = 0; e < A::ELEMENTS; e++)
-                out.at[k + e] =
-                    number(word(words, e / A::PER_WORD), e % A::PER_WORD, static_cast<T>(0.0f));
-        }
-    } else {
-        UNROLL for (int k = 0; k < W; k++) out.at[k] = static_cast<float>(p[k]);
-    }
-    return out;
+// Where `vectors` has been asked already, so that load and store do not look at the address: a branch
+// there would have all wait that follows. Address<P>::ALIGNED is whether a type is one of these.
+template <typename P>
+struct Aligned {
+    P p;
+    FUNCTION Aligned operator+(int64_t k) const { return {p + k}; }
+    FUNCTION auto operator[](int64_t k) const -> decltype(p[k]) { return p[k]; }
+};
+template <typename P>
+FUNCTION Aligned<P> aligned(P p) {
+    return {p};
 }
-
-// store(p, v): v's numbers from p on, each rounded to the nearest of p's type.
-template <int W, typename T>
-FUNCTION void store(T* p, Floats<W> v) {
-    typedef Access<T, W> A;
-    if (takes_vectors<T, W>(p)) {
-        UNROLL for (int k = 0; k < W; k += A::ELEMENTS) {
-            unsigned words[A::WORDS] = {};
-            UNROLL for (int e = 0; e < A::ELEMENTS; e++)
-                words[e / A::PER_WORD] |= bits(static_cast<T>(v.at[k + e]))
-                                          << (e % A::PER_WORD * 16);
-            store_words(reinterpret_cast<typename A::type*>(p + k), words);
-        }
-    } else {
-        UNROLL for (int k = 0; k < W; k++) p[k] = static_cast<T>(v.at[k]);
-    }
-}
+template <typename P>
+struct Address {
+    enum { ALIGNED = 0 };
+};
+template <typename P>
+struct Address<Aligned<P>> {
+    enum { ALIGNED = 1 };
+};
 
 // W numbers of memory as they are there, in words of 32 bits: a narrow one is half a register.
 template <typename T, int W>
@@ -170,16 +159,21 @@ struct Raw {
     enum { PER_WORD = 4 / int(sizeof(T)), WORDS = (W + PER_WORD - 1) / PER_WORD };
     unsigned word[WORDS];
 };
+template <typename T, int W>
+FUNCTION Floats<W> floats(Raw<T, W> raw) {
+    enum { PER_WORD = Raw<T, W>::PER_WORD };
+    Floats<W> out;
+    UNROLL for (int k = 0; k < W; k++)
+        out.at[k] = number(raw.word[k / PER_WORD], k % PER_WORD, static_cast<T>(0.0f));
+    return out;
+}
 
-// load_raw<W>(p): what floats(load_raw<W>(p)) makes load<W>(p) of. Where several are loaded before
-// the first becomes floats, all are under way at once: a load that may have to take scalars is a
-// branch, behind which the next one would wait.
 template <int W, typename T>
-FUNCTION Raw<T, W> load_raw(const T* p) {
+FUNCTION Raw<T, W> read(const T* p, bool by_vectors) {
     typedef Access<T, W> A;
     enum { PER_WORD = A::PER_WORD };
     Raw<T, W> out;
-    if (takes_vectors<T, W>(p)) {
+    if (A::ELEMENTS > 1 && by_vectors) {
         UNROLL for (int k = 0; k < W; k += A::ELEMENTS) {
             const typename A::type words = *reinterpret_cast<const typename A::type*>(p + k);
             UNROLL for (int e = 0; e < A::WORDS; e++)
@@ -191,6 +185,22 @@ FUNCTION Raw<T, W> load_raw(const T* p) {
             out.word[k / PER_WORD] |= bits(p[k]) << (k % PER_WORD * 16);
     }
     return out;
+}
+// load_raw<W>(p): what floats(load_raw<W>(p)) makes load<W>(p) of. Where several are loaded before
+// the first becomes floats, all are under way at once: a load that may have to take scalars is a
+// branch, behind which the next one would wait.
+template <int W, typename P>
+FUNCTION auto load_raw(P p) {
+    return read<W>(p, vectors<W>(p));
+}
+template <int W, typename P>
+FUNCTION auto load_raw(Aligned<P> from) {
+    return read<W>(from.p, true);
+}
+// load<W>(p): the W numbers from p on, as floats.
+template <int W, typename P>
+FUNCTION Floats<W> load(P p) {
+    return floats(load_raw<W>(p));
 }
 // fetch_raw<W>(p): load_raw<W>(p) from an input whose rows a simdgroup reads in pieces of 64 bytes, many
 // rows at a time: the memory is asked for their whole lines, as the other half is read soon after.
@@ -210,10 +220,10 @@ FUNCTION uint2 fetch_words(const uint2* p) {
 }
 FUNCTION uint1 fetch_words(const uint1* p) { return *p; }
 template <int W, typename T>
-FUNCTION Raw<T, W> fetch_raw(const T* p) {
+FUNCTION Raw<T, W> fetch(const T* p, bool by_vectors) {
     typedef Access<T, W> A;
     enum { PER_WORD = A::PER_WORD };
-    if (!takes_vectors<T, W>(p)) return load_raw<W>(p);
+    if (A::ELEMENTS == 1 || !by_vectors) return read<W>(p, false);
     Raw<T, W> out;
     UNROLL for (int k = 0; k < W; k += A::ELEMENTS) {
         const typename A::type words = fetch_words(reinterpret_cast<const typename A::type*>(p + k));
@@ -221,15 +231,26 @@ FUNCTION Raw<T, W> fetch_raw(const T* p) {
     }
     return out;
 }
+template <int W, typename P>
+FUNCTION auto fetch_raw(P p) {
+    return fetch<W>(p, vectors<W>(p));
+}
+template <int W, typename P>
+FUNCTION auto fetch_raw(Aligned<P> from) {
+    return fetch<W>(from.p, true);
+}
 // start_copy(to, from): begins to copy 16 bytes of an input, which begin at a multiple of 16, to
 // threadgroup memory. end_copies<LEFT>() waits for this thread's, but for those of the last LEFT times
 // that it said mark_copies(). Until then a row on its way needs no registers, nor a place in the cache,
-// where rows that lie a power of two apart would drive out each other.
-template <typename T>
-FUNCTION void start_copy(uint4* to, const T* from) {
+// where rows that lie a power of two apart would drive out each other. Nothing is copied from what is not
+// Aligned.
+template <typename P>
+FUNCTION void start_copy(uint4*, P) {}
+template <typename P>
+FUNCTION void start_copy(uint4* to, Aligned<P> from) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
                      static_cast<unsigned>(__cvta_generic_to_shared(to))),
-                 "l"(__cvta_generic_to_global(from))
+                 "l"(__cvta_generic_to_global(from.p))
                  : "memory");
 }
 FUNCTION void mark_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -244,13 +265,29 @@ FUNCTION Raw<T, 8> raw_of(const uint4* quads, T) {
     UNROLL for (int k = 0; k < Raw<T, 8>::WORDS; k++) out.word[k] = word(quads[k / 4], k % 4);
     return out;
 }
-template <typename T, int W>
-FUNCTION Floats<W> floats(Raw<T, W> raw) {
-    enum { PER_WORD = Raw<T, W>::PER_WORD };
-    Floats<W> out;
-    UNROLL for (int k = 0; k < W; k++)
-        out.at[k] = number(raw.word[k / PER_WORD], k % PER_WORD, T(0.0f));
-    return out;
+template <int W, typename T>
+FUNCTION void write(T* p, Floats<W> v, bool by_vectors) {
+    typedef Access<T, W> A;
+    if (A::ELEMENTS > 1 && by_vectors) {
+        UNROLL for (int k = 0; k < W; k += A::ELEMENTS) {
+            unsigned words[A::WORDS] = {};
+            UNROLL for (int e = 0; e < A::ELEMENTS; e++)
+                words[e / A::PER_WORD] |= bits(static_cast<T>(v.at[k + e]))
+                                          << (e % A::PER_WORD * 16);
+            store_words(reinterpret_cast<typename A::type*>(p + k), words);
+        }
+    } else {
+        UNROLL for (int k = 0; k < W; k++) p[k] = static_cast<T>(v.at[k]);
+    }
+}
+// store(p, v): v's numbers from p on, each rounded to the nearest of p's type.
+template <int W, typename P>
+FUNCTION void store(P p, Floats<W> v) {
+    write(p, v, vectors<W>(p));
+}
+template <int W, typename P>
+FUNCTION void store(Aligned<P> to, Floats<W> v) {
+    write(to.p, v, true);
 }
 
 // v as it would be in memory of p's type.
@@ -271,18 +308,30 @@ FUNCTION Raw<T, W> packed(const T*, Floats<W> v) {
         out.word[k / PER_WORD] = pair(v.at[k], v.at[k + PER_WORD - 1], static_cast<T>(0.0f));
     return out;
 }
-// store_raw(p, v): v's numbers from p on.
+template <int W, typename P>
+FUNCTION auto packed(Aligned<P> like, Floats<W> v) {
+    return packed(like.p, v);
+}
 template <int W, typename T>
-FUNCTION void store_raw(T* p, Raw<T, W> v) {
+FUNCTION void write_raw(T* p, Raw<T, W> v, bool by_vectors) {
     typedef Access<T, W> A;
     enum { PER_WORD = A::PER_WORD };
-    if (takes_vectors<T, W>(p)) {
+    if (A::ELEMENTS > 1 && by_vectors) {
         UNROLL for (int k = 0; k < W; k += A::ELEMENTS)
             store_words(reinterpret_cast<typename A::type*>(p + k), v.word + k / PER_WORD);
     } else {
         UNROLL for (int k = 0; k < W; k++)
             p[k] = static_cast<T>(number(v.word[k / PER_WORD], k % PER_WORD, static_cast<T>(0.0f)));
     }
+}
+// store_raw(p, v): v's numbers from p on.
+template <typename P, typename T, int W>
+FUNCTION void store_raw(P p, Raw<T, W> v) {
+    write_raw(p, v, vectors<W>(p));
+}
+template <typename P, typename T, int W>
+FUNCTION void store_raw(Aligned<P> to, Raw<T, W> v) {
+    write_raw(to.p, v, true);
 }
 
 // ---- products of matrices ------------------------------------------------------------------------
@@ -297,18 +346,18 @@ FUNCTION int tile_pair(int lane) { return lane % 4 * 2; }
 FUNCTION int row_lane(int lane, int k) { return lane / 4 * 4 + k; }
 // The sum over the four lanes that hold a row.
 FUNCTION float row_sum(float v) {
-    v += simd_xor(v, 1);
-    return v + simd_xor(v, 2);
+    v += simd_partner(v, 1);
+    return v + simd_partner(v, 2);
 }
 FUNCTION int right_row(int lane, int e) { return tile_pair(lane) + e % 2; }
 FUNCTION int right_column(int lane, int) { return tile_row(lane); }
 
 // Factors are in words, so that they can be in threadgroup memory.
 struct Left {
-    uint4 quad[LEFT_QUADS];
+    uint4 four[LEFT_QUADS];
 };
 struct Right {
-    uint4 quad;
+    uint4 four;
 };
 
 // The tensor cores multiply numbers of 11 significant bits (TF32), and of others leave off the last 13.
@@ -330,26 +379,26 @@ FUNCTION Floats<4> tensor_multiply(Floats<4> sum, uint4 a, unsigned b0, unsigned
 // The upper row's two numbers, then the lower row's.
 FUNCTION Left left(float upper, float upper_next, float lower, float lower_next) {
     Left out;
-    out.quad[0] = make_uint4(tensor_float(upper), tensor_float(lower), tensor_float(upper_next),
+    out.four[0] = make_uint4(tensor_float(upper), tensor_float(lower), tensor_float(upper_next),
                              tensor_float(lower_next));
-    out.quad[1] = make_uint4(
-        tensor_rest(upper, out.quad[0].x), tensor_rest(lower, out.quad[0].y),
-        tensor_rest(upper_next, out.quad[0].z), tensor_rest(lower_next, out.quad[0].w));
+    out.four[1] = make_uint4(
+        tensor_rest(upper, out.four[0].x), tensor_rest(lower, out.four[0].y),
+        tensor_rest(upper_next, out.four[0].z), tensor_rest(lower_next, out.four[0].w));
     return out;
 }
 FUNCTION Right right(float first, float second) {
     Right out;
-    out.quad.x = tensor_float(first), out.quad.y = tensor_float(second);
-    out.quad.z = tensor_rest(first, out.quad.x), out.quad.w = tensor_rest(second, out.quad.y);
+    out.four.x = tensor_float(first), out.four.y = tensor_float(second);
+    out.four.z = tensor_rest(first, out.four.x), out.four.w = tensor_rest(second, out.four.y);
     return out;
 }
 
 // sum + a b, in full float32, and the smallest products first: a tensor core does not round a sum but
 // cuts it off.
 FUNCTION Floats<4> multiply(Floats<4> sum, Left a, Right b) {
-    sum = tensor_multiply(sum, a.quad[0], b.quad.z, b.quad.w);
-    sum = tensor_multiply(sum, a.quad[1], b.quad.x, b.quad.y);
-    return tensor_multiply(sum, a.quad[0], b.quad.x, b.quad.y);
+    sum = tensor_multiply(sum, a.four[0], b.four.z, b.four.w);
+    sum = tensor_multiply(sum, a.four[1], b.four.x, b.four.y);
+    return tensor_multiply(sum, a.four[0], b.four.x, b.four.y);
 }
 
 // The longer product, of 16 rows of 32 numbers of T, is [16, 32] by [32, 8 TILES]. A lane holds 8
@@ -395,14 +444,14 @@ struct Rows {
 };
 
 // Factors in threadgroup memory, where quad k of a lane is beside the next one's, so that no two lanes
-// meet in a bank. (Others may be in registers: quad(factors, block, k) is what a product asks for.)
+// meet in a bank. (Others may be in registers: four(factors, block, k) is what a product asks for.)
 template <int QUADS, typename S>
 struct Shared {
     S from;
     int lane;
 };
 template <int QUADS, typename S>
-FUNCTION uint4 quad(Shared<QUADS, S> factors, int block, int k) {
+FUNCTION uint4 four(Shared<QUADS, S> factors, int block, int k) {
     return factors.from[(block * QUADS + k) * SIMD + factors.lane];
 }
 
@@ -420,7 +469,7 @@ FUNCTION Piece piece_of(Raw<T, 8> row, int t) {
     const Floats<8> v = floats(row);
     if (sizeof(T) < 4) return {{bits(v.at[t]), bits(v.at[4 + t])}, {}};  // they are whole
     const Right both = right(v.at[t], v.at[4 + t]);
-    return {{both.quad.x, both.quad.y}, {both.quad.z, both.quad.w}};
+    return {{both.four.x, both.four.y}, {both.four.z, both.four.w}};
 }
 // The first part of the numbers, which keep the rest.
 template <typename T>
@@ -468,7 +517,7 @@ struct RightFactor {
         PAIRS = (PARTS * TILES + 1) / 2,
         QUADS = PAIRS * STEPS
     };
-    uint4 quad[QUADS];
+    uint4 four[QUADS];
 };
 // The last argument only names the type.
 template <int TILES, typename T>
@@ -479,11 +528,11 @@ FUNCTION RightFactor<T, TILES> right_factor(RightTiles<TILES> tiles, T t) {
         unsigned words[Factor::STEPS][2];
         split_off(words, tiles.at[eight % TILES], t);
         UNROLL for (int k = 0; k < Factor::STEPS; k++) {
-            uint4& quad = out.quad[eight / 2 * Factor::STEPS + k];
+            uint4& four = out.four[eight / 2 * Factor::STEPS + k];
             if (eight % 2 == 0)
-                quad.x = words[k][0], quad.z = words[k][1];
+                four.x = words[k][0], four.z = words[k][1];
             else
-                quad.y = words[k][0], quad.w = words[k][1];
+                four.y = words[k][0], four.w = words[k][1];
         }
     }
     return out;
@@ -500,7 +549,7 @@ FUNCTION Products<TILES, HEIGHT> multiply(Rows<Raw<T, 8>, BLOCKS, HEIGHT> rows, 
         UNROLL for (int whole = sizeof(T) == 4 && 2 * pair < TILES ? 0 : 1; whole < 2; whole++) {
             UNROLL for (int k = 0; k < BLOCKS * Factor::STEPS; k++) {
                 const int block = k / Factor::STEPS, step = k % Factor::STEPS;
-                const uint4 a = quad(factors, block, pair * Factor::STEPS + step);
+                const uint4 a = four(factors, block, pair * Factor::STEPS + step);
                 UNROLL for (int h = 0; h < 2 * HEIGHT; h++) {
                     const Piece b = piece_of(rows.at[block][h / 2].in_half[h % 2], step);
                     sums[h] = step_multiply(sums[h], a, whole ? b.whole : b.rest, T(0.0f));

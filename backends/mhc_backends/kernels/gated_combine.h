@@ -7,7 +7,9 @@ const int64_t T = x_shape[0];
 const int C = x_shape[2];
 const int YS = N <= 4 ? N : 1;  // streams of y that are loaded together with those of x
 
-//// fast where vectors<W>(x) && vectors<W>(y) && vectors<W>(out) ////
+//// gated_combine<N, W, YS>(x, y, h_pre, h_pre_shape, h_post, h_post_shape, h_res, h_res_shape,
+// out, T, C): aligned where vectors<W>(x) && vectors<W>(y) && vectors<W>(out) && vectors<N>(h_pre)
+// && vectors<N>(h_post) && vectors<N * N>(h_res) ////
 for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     const int64_t at = token * N * C;
     const auto pre = hold<N, N <= 4>(h_pre + row(h_pre_shape[0], token) * N);

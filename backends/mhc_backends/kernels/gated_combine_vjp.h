@@ -13,8 +13,10 @@ const int C = x_shape[2];
 const int SUMS = N + N * N;  // Y, then G
 threadgroup float shared[SUMS * MOST_SIMDGROUPS];
 
-//// fast where vectors<W>(x) && vectors<W>(y) && vectors<W>(g) &&
-// vectors<W>(dx) && vectors<W>(dy) ////
+//// gated_combine_vjp<N, W, SUMS>(x, y, h_pre, h_pre_shape, h_post, h_post_shape, h_res,
+// h_res_shape, g, dx, dy, dh_pre, dh_post, dh_res, shared, T, C): aligned where vectors<W>(x) &&
+// vectors<W>(y) && vectors<W>(g) && vectors<W>(dx) && vectors<W>(dy) && vectors<N>(h_pre) &&
+// vectors<N>(h_post) && vectors<N * N>(h_res) ////
 for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     const int64_t at = token * N * C;
     const auto pre = hold<N>(h_pre + row(h_pre_shape[0], token) * N);
@@ -35,10 +37,10 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
             const Floats<W> g_i = floats(raw_g.at[i]);
             const Floats<W> dz_i = times(value(post, i), g_i);
             store(dy + at + int64_t(i) * C + c, dz_i);
-            sums[i] = dot(sums[i], g_i, floats(raw_y.at[i]));
+            sums[i] = add_dot(sums[i], g_i, floats(raw_y.at[i]));
             UNROLL for (int j = 0; j < N; j++) {
                 dgated.at[j] = add(dgated.at[j], value(res, i * N + j), dz_i);
-                sums[N + i * N + j] = dot(sums[N + i * N + j], g_i, xs.at[j]);
+                sums[N + i * N + j] = add_dot(sums[N + i * N + j], g_i, xs.at[j]);
             }
         }
         UNROLL for (int j = 0; j < N; j++)

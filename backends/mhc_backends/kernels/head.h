@@ -9,7 +9,8 @@ const int64_t T = parts_shape[0];
 const int C = x_shape[2];
 threadgroup float sums[TOKENS * (N + 1)];
 
-//// fast where vectors<W>(x) && vectors<W>(h) ////
+//// head<N, W, TOKENS, bool SAVES>(x, parts, parts_shape, scale, bias, h, u, w, r, settings, sums,
+// T, C): aligned where vectors<W>(x) && vectors<W>(h) ////
 for (int64_t first = int64_t(here.group_x) * TOKENS; first < T;
      first += int64_t(here.groups_x) * TOKENS) {
     sum_parts<TOKENS, N + 1>(parts, parts_shape[1], first, T, sums, here);

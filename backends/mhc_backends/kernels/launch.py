@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import os
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -38,7 +39,9 @@ __all__ = [
 VARIABLE = "MHC_METAL_TUNING"
 
 SIMD = 32
-MOST_THREADS = 1024  # of a threadgroup
+# Of a threadgroup. An Apple GPU refuses more threads than it has registers for: with the most that
+# one can have, 256 of 16 bits, there are 384 (dougallj.github.io/applegpu/docs.html).
+MOST_THREADS = {"metal": 256, "cuda": 1024}
 MOST_GRID = 2**31 - 1  # threads along one axis, which MLX takes as an int
 ACCESS_BYTES = 16  # the widest access to memory
 REGISTERS = 64  # numbers of the streams that a thread may hold
@@ -55,7 +58,7 @@ COLUMNS_AT_ONCE = 64  # of phi, whose sums a simdgroup keeps in registers
 HEIGHT = {"float32": 1, "float16": 2, "bfloat16": 2}
 AHEAD = {"metal": 0, "cuda": 2}  # leaves of the streams that are on their way meanwhile
 BUSY = 512  # simdgroups from which on a GPU is busy with products
-MOST_GROUPS = {"metal": MOST_GRID // MOST_THREADS, "cuda": 128}  # with a part of phi each
+MOST_GROUPS = {"metal": MOST_GRID // 1024, "cuda": 128}  # with a part of phi each
 MOST_TOKENS = 4  # whose parts a threadgroup adds up
 SHARED = 2048  # floats of threadgroup memory for the sums of some tokens
 SHARE_TOKENS = 128  # that a strip's simdgroup takes at least, where there are more
@@ -85,7 +88,8 @@ class Shape:
         - ``"strips"``: strips of 32 channels of a stream, one in each simdgroup, for a share of the
           tokens
     threads
-        The most threads of a threadgroup; fewer where there is less to do.
+        The most threads of a threadgroup; fewer where there is less to do, and in Metal never more
+        than MOST_THREADS.
     elements
         The most elements that a thread loads and stores at a time; fewer where C, the dtype or
         many streams ask for it.
@@ -185,7 +189,7 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
     The grid is a multiple of the threadgroup, which is a multiple of 32, in both dialects: no
     kernel meets a simdgroup with missing threads.
     """
-    shape = _shape(kernel)
+    shape = _shape(kernel, dialect)
     if shape.groups == "rows":
         return _rows(shape, T, C)
     if shape.groups == "matrices":
@@ -217,7 +221,7 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
 
 def occupancy(kernel: str, dtype: str) -> tuple[int, int]:
     """Return the most threads of a kernel's threadgroup, and how many of those must fit at once."""
-    shape = _shape(kernel)
+    shape = _shape(kernel, "cuda")
     wide = shape.resident if shape.wide is None else shape.wide
     return shape.threads, wide if dtype == "float32" else shape.resident
 
@@ -262,11 +266,11 @@ def few(T: int, C: int) -> bool:
     return -(-T // (max(HEIGHT.values()) * TILE_TOKENS)) * parts(C) < BUSY
 
 
-def shares(kernel: str, T: int, n: int, C: int) -> int:
+def shares(kernel: str, T: int, n: int, C: int, dialect: str = "metal") -> int:
     """Return how many shares of the tokens a kernel sums by themselves."""
-    made = launch(kernel, T, n, C, "float32")
+    made = launch(kernel, T, n, C, "float32", dialect)
     groups = made.grid[0] // made.threadgroup[0]
-    shape = _shape(kernel)
+    shape = _shape(kernel, dialect)
     return groups // _strip_groups(shape, n, C) if shape.groups == "strips" else groups
 
 
@@ -297,9 +301,9 @@ def factor_bytes(tiles: int, dtype: str, dialect: str) -> int:
     return quads * SIMD * ACCESS_BYTES
 
 
-def slot_bytes(rows: int, dtype: str, kernel: str) -> int:
+def slot_bytes(rows: int, dtype: str, kernel: str, dialect: str) -> int:
     """Return what so many rows of 8 numbers take, for each thread of a kernel's threadgroup."""
-    return rows * 8 * ITEMSIZE[dtype] * _shape(kernel).threads
+    return rows * 8 * ITEMSIZE[dtype] * _shape(kernel, dialect).threads
 
 
 def stage(blocks: int, unit: int, most: int) -> int:
@@ -341,11 +345,12 @@ def _launch(groups: int, tiles: int, threads: int, elements: int) -> Launch:
 # ---- tuning --------------------------------------------------------------------------------------
 
 
-def _shape(kernel: str) -> Shape:
+def _shape(kernel: str, dialect: str) -> Shape:
     if kernel not in TABLE:
         raise ValueError(f"no kernel is named {kernel!r}; known are {', '.join(TABLE)}")
     path = os.environ.get(VARIABLE)
-    return _tuned(path).get(kernel, TABLE[kernel]) if path else TABLE[kernel]
+    shape = _tuned(path).get(kernel, TABLE[kernel]) if path else TABLE[kernel]
+    return replace(shape, threads=min(shape.threads, MOST_THREADS[dialect]))
 
 
 @functools.cache
@@ -353,7 +358,7 @@ def _tuned(path: str) -> dict[str, Shape]:
     """Read a tuning file, once; a wrong one raises ValueError with what it needs."""
     try:
         content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{VARIABLE}={path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f'{VARIABLE}={path}: needs an object such as {{"combine": {{...}}}}')
@@ -362,7 +367,7 @@ def _tuned(path: str) -> dict[str, Shape]:
 
 
 def _thread_count(value: int) -> bool:
-    return value % SIMD == 0 and SIMD <= value <= MOST_THREADS
+    return value % SIMD == 0 and SIMD <= value <= max(MOST_THREADS.values())
 
 
 def _power_of_two(value: int) -> bool:
@@ -370,7 +375,7 @@ def _power_of_two(value: int) -> bool:
 
 
 _NEEDS: Mapping[str, tuple[Callable[[int], bool], str]] = {
-    "threads": (_thread_count, f"a multiple of {SIMD} up to {MOST_THREADS}"),
+    "threads": (_thread_count, f"a multiple of {SIMD} up to {max(MOST_THREADS.values())}"),
     "elements": (_power_of_two, "1, 2, 4, 8 or 16"),
     "turns": (lambda value: value >= 1, "an integer of at least 1"),
     "resident": (lambda value: 1 <= value <= 16, "an integer from 1 to 16"),
@@ -380,16 +385,18 @@ assert set(_NEEDS) | _FIXED == {field.name for field in fields(Shape)}
 
 
 def _override(path: str, kernel: str, entry: Any) -> Shape:
-    where = f"{VARIABLE}={path}: {kernel!r}"
+    where = f"{VARIABLE}={path}: {reprlib.repr(kernel)}"
     if kernel not in TABLE:
         raise ValueError(f"{where} is no kernel; known are {', '.join(TABLE)}")
     if not isinstance(entry, dict):
-        raise ValueError(f"{where} is {entry!r}; needs an object with {', '.join(_NEEDS)}")
+        raise ValueError(
+            f"{where} is {reprlib.repr(entry)}; needs an object with {', '.join(_NEEDS)}"
+        )
     changes: dict[str, Any] = entry  # pyright: ignore[reportUnknownVariableType]
     for name, value in changes.items():
         if name not in _NEEDS:
-            raise ValueError(f"{where} has {name!r}; known are {', '.join(_NEEDS)}")
+            raise ValueError(f"{where} has {reprlib.repr(name)}; known are {', '.join(_NEEDS)}")
         good, need = _NEEDS[name]
         if type(value) is not int or not good(value):
-            raise ValueError(f"{where}: {name} is {value!r}; needs {need}")
+            raise ValueError(f"{where}: {name} is {reprlib.repr(value)}; needs {need}")
     return replace(TABLE[kernel], **changes)

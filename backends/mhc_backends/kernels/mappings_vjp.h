@@ -48,7 +48,7 @@ for (int64_t tokens = first_tokens<N, KEEPERS>(T, here); tokens < T;
     const Floats<N> dres = load_line<N, FIRST_COLUMNS, false>(g_res + token * N * N, there, here);
     const Floats<N> z = add(biases, by, times(inverse, product));
     const Floats<N> dz = sinkhorn_vjp<N, LOG>(z, dres, here, ITERATIONS, eps, own);
-    if (mine) sums.at[2] = dot(0.0f, dz, product);
+    if (mine) sums.at[2] = add_dot(0.0f, dz, product);
     store_line<N, FIRST_COLUMNS, TRANSPOSED>(dproducts + 2 * N, times(by * inverse, dz), there,
                                              here);
     store_line<N, FIRST_COLUMNS, TRANSPOSED>(token_terms + 2 * N, dz, there, here);

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mhc_backends._mlx import as_tuple, placed
-from mhc_backends.kernels import bounds, declarations, header, ops, source
+from mhc_backends.kernels import bounds, declarations, function, header, ops, source
 from mhc_backends.kernels.launch import ACCESS_BYTES, launch, occupancy, shares
 from mhc_backends.kernels.shorten import shorten
 from mhc_core import _gradients
@@ -137,7 +137,7 @@ class Kernels:
             if self.dialect == "metal":  # where the text says how much it takes
                 words["SLOTS"] = stage.rows // ACCESS_BYTES
         before = declarations(name, {*inputs, *outputs}, numbers or {})
-        texts = shorten(header(self.dialect), before + source(name, self.dialect))
+        texts = shorten(header(self.dialect), function(name), before + source(name, self.dialect))
         if self.dialect == "cuda":  # else it may need more registers than its threads have
             texts = texts[0] + bounds(*occupancy(name, dtype)), texts[1]
         template = [(word, words[word]) for word in words if re.search(rf"\b{word}\b", texts[1])]
@@ -205,7 +205,7 @@ class Kernels:
         while a.shape[0] != 1:
             rows, columns = a.shape
             sizes = Sizes(rows, 1, columns)
-            count = 1 if rows == 0 else shares("sum_rows", *sizes)
+            count = 1 if rows == 0 else shares("sum_rows", *sizes, self.dialect)
             (a,) = self("sum_rows", {"a": a}, {"out": Out((count, columns), mx.float32)}, sizes)
         return a
 

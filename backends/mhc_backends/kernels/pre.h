@@ -11,7 +11,10 @@ const int64_t T = parts_shape[0];
 const int C = x_shape[2], M = N * N + 2 * N;
 threadgroup float sums[TOKENS * (M + 1)];
 
-//// fast where vectors<W>(x) && vectors<W>(h) ////
+//// pre<N, W, TOKENS, bool GIVEN, bool SAVES, ITERATIONS, bool LOG, bool FIRST_COLUMNS, bool
+// TRANSPOSED, M>(x, parts, parts_shape, scale, bias, h, h_pre, h_post, h_res, u, r, given,
+// given_shape, settings, sums, T, C): aligned where vectors<W>(x) && vectors<W>(h) &&
+// vectors<N>(h_res) ////
 const int own = first_channel<W>(here), step = next_channel<W>(here);
 // from the last tokens back to the first: the last ones may still be in the cache
 const int64_t turns = (T + TOKENS - 1) / TOKENS;

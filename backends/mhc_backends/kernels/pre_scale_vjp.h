@@ -7,7 +7,8 @@ const int64_t T = x_shape[0];
 const int C = x_shape[2];
 threadgroup float shared[N * MOST_SIMDGROUPS];
 
-//// fast where vectors<W>(x) && vectors<W>(g) && vectors<W>(dx) ////
+//// pre_scale_vjp<N, W>(x, h_pre, h_pre_shape, g, dx, dh_pre, shared, T, C): aligned where
+// vectors<W>(x) && vectors<W>(g) && vectors<W>(dx) && vectors<N>(h_pre) ////
 for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     const int64_t at = token * N * C;
     const auto weights = hold<N>(h_pre + row(h_pre_shape[0], token) * N);
@@ -19,7 +20,7 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         const auto raw_g = load_raw_streams<N, W>(g + at, C, c);
         UNROLL for (int i = 0; i < N; i++) {
             const Floats<W> g_i = floats(raw_g.at[i]);
-            dweights[i] = dot(dweights[i], floats(raw_x.at[i]), g_i);
+            dweights[i] = add_dot(dweights[i], floats(raw_x.at[i]), g_i);
             store(dx + at + int64_t(i) * C + c, times(value(weights, i), g_i));
         }
     }

@@ -11,8 +11,10 @@ const int C = x_shape[2], M = phi_shape[0];
 const int64_t K = int64_t(N) * C;
 threadgroup LAUNCHED uint4 factors[LAUNCH_SIZE(STAGE * RIGHT_QUADS(TILES) * SIMD + SLOTS)];
 
-//// fast where C % BLOCK_CHANNELS == 0 && vectors<8>(x) && vectors<4>(phi) ////
+//// project<N, TILES, HEIGHT, AT_ONCE, STAGE, AHEAD>(x, phi, parts, factors, T, C, M, K): aligned
+// where C % BLOCK_CHANNELS == 0 && vectors<8>(x) && vectors<4>(phi) ////
 typedef decltype(load_raw<8>(x)) Row;
+const bool ALIGNED = Address<decltype(x)>::ALIGNED;
 const int FACTOR = decltype(factor_for(Row(), RightTiles<TILES>()))::QUADS * SIMD;
 const int SLOT = Slot<AT_ONCE, HEIGHT, Row>::QUADS, LEAF = AT_ONCE * BLOCK_CHANNELS;
 const int lane = here.id % SIMD, simdgroup = here.id / SIMD, channel = 4 * tile_pair(lane);

@@ -10,7 +10,8 @@ const int C = x_shape[2], M = du_shape[1];
 const int64_t K = int64_t(N) * C;
 threadgroup LAUNCHED uint4 factors[LAUNCH_SIZE(STAGE * RIGHT_QUADS(TILES) * SIMD)];
 
-//// fast where C % BLOCK_CHANNELS == 0 && vectors<4>(x) && vectors<4>(dphi) ////
+//// project_dphi<N, TILES, STAGE, AHEAD>(x, du, dphi, factors, T, C, M, K): aligned where C %
+// BLOCK_CHANNELS == 0 && vectors<4>(x) && vectors<4>(dphi) ////
 typedef decltype(load_raw<8>(x)) Row;
 const int FACTOR = decltype(factor_for(Row(), RightTiles<TILES>()))::QUADS * SIMD;
 const int lane = here.id % SIMD, simdgroup = here.id / SIMD, simdgroups = here.threads / SIMD;

@@ -13,8 +13,9 @@ const int M = COLUMNS, DEPTHS = (M + DEPTH - 1) / DEPTH, STAGE = 4;  // tiles of
 const bool KEPT = DEPTHS <= 4;
 threadgroup uint4 factors[KEPT ? STAGE * DEPTHS * LEFT_QUADS * SIMD : 1];
 
-//// fast where C % BLOCK_CHANNELS == 0 && vectors<8>(x) && vectors<4>(phi) && vectors<8>(dx) &&
-// (!WITH_H || vectors<8>(dh)) && (!WITH_G || vectors<8>(g)) ////
+//// project_dx<N, bool WITH_H, bool WITH_G, M, DEPTHS, STAGE, bool KEPT>(x, phi, du, pull, w,
+// w_shape, dh, g, dx, factors, T, C, K): aligned where C % BLOCK_CHANNELS == 0 && vectors<8>(x) &&
+// vectors<4>(phi) && vectors<8>(dx) && (!WITH_H || vectors<8>(dh)) && (!WITH_G || vectors<8>(g)) ////
 const int lane = here.id % SIMD, simdgroup = here.id / SIMD, simdgroups = here.threads / SIMD;
 const int channel = 4 * tile_pair(lane), FACTOR = LEFT_QUADS * SIMD;
 const int strips = strip_count<N>(C, simdgroups);
@@ -36,7 +37,7 @@ for (int64_t stage = here.group_x / strips * STAGE; stage < tiles; stage += turn
             const int64_t upper = (stage + slot / DEPTHS) * TILE_TOKENS + tile_row(lane);
             const Left a = load_left(du, M, slot % DEPTHS * DEPTH, upper, T, lane);
             UNROLL for (int k = 0; k < LEFT_QUADS; k++)
-                factors[slot * FACTOR + k * SIMD + lane] = a.quad[k];
+                factors[slot * FACTOR + k * SIMD + lane] = a.four[k];
         }
         BARRIER;
     }
@@ -64,7 +65,7 @@ for (int64_t stage = here.group_x / strips * STAGE; stage < tiles; stage += turn
             if (KEPT) {
                 const auto shared = &factors[int(tile - stage) * DEPTHS * FACTOR + depth * FACTOR];
                 Left a;
-                UNROLL for (int k = 0; k < LEFT_QUADS; k++) a.quad[k] = shared[k * SIMD + lane];
+                UNROLL for (int k = 0; k < LEFT_QUADS; k++) a.four[k] = shared[k * SIMD + lane];
                 TOGETHER;
                 UNROLL for (int t = 0; t < 4; t++)
                     products[t] = multiply(products[t], a, kept.at[KEPT ? depth : 0].at[t]);

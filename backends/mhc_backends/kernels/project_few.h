@@ -8,7 +8,8 @@ const int C = x_shape[2], M = phi_shape[0];
 const int64_t K = int64_t(N) * C;
 threadgroup float numbers[LEAF_NUMBERS];
 
-//// fast where C % BLOCK_CHANNELS == 0 && vectors<8>(x) && vectors<4>(phi) ////
+//// project_few<N, TILES, AT_ONCE>(x, phi, parts, numbers, T, C, M, K): aligned where C %
+// BLOCK_CHANNELS == 0 && vectors<8>(x) && vectors<4>(phi) ////
 typedef decltype(load_raw<8>(x)) Row;
 const int lane = here.id % SIMD, simdgroup = here.id / SIMD, channel = 4 * tile_pair(lane);
 const int simdgroups = here.threads / SIMD;

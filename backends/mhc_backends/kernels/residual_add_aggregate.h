@@ -7,7 +7,8 @@
 const int64_t T = x_shape[0];
 const int C = x_shape[2];
 
-//// fast where vectors<W>(x) && vectors<W>(res) && vectors<W>(total) && vectors<W>(h) ////
+//// residual_add_aggregate<N, W>(x, res, h_pre, h_pre_shape, total, h, T, C): aligned where
+// vectors<W>(x) && vectors<W>(res) && vectors<W>(total) && vectors<W>(h) && vectors<N>(h_pre) ////
 for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     const int64_t at = token * N * C;
     const auto weights = hold<N>(h_pre + row(h_pre_shape[0], token) * N);

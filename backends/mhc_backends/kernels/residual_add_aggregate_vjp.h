@@ -8,8 +8,9 @@ const int64_t T = x_shape[0];
 const int C = x_shape[2];
 threadgroup float shared[N * MOST_SIMDGROUPS];
 
-//// fast where vectors<W>(x) && vectors<W>(res) && vectors<W>(g) && vectors<W>(g_h) &&
-// vectors<W>(dx) ////
+//// residual_add_aggregate_vjp<N, W>(x, res, h_pre, h_pre_shape, g, g_h, dx, dh_pre, shared, T, C):
+// aligned where vectors<W>(x) && vectors<W>(res) && vectors<W>(g) && vectors<W>(g_h) &&
+// vectors<W>(dx) && vectors<N>(h_pre) ////
 for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     const int64_t at = token * N * C;
     const auto weights = hold<N>(h_pre + row(h_pre_shape[0], token) * N);
@@ -23,7 +24,7 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         const Floats<W> dh = load<W>(g_h + token * C + c);
         UNROLL for (int i = 0; i < N; i++) {
             const Floats<W> total = add(floats(raw_x.at[i]), 1.0f, floats(raw_res.at[i]));
-            dweights[i] = dot(dweights[i], total, dh);
+            dweights[i] = add_dot(dweights[i], total, dh);
             store(dx + at + int64_t(i) * C + c, add(floats(raw_g.at[i]), value(weights, i), dh));
         }
     }

@@ -6,7 +6,8 @@
 const int64_t T = x_shape[0];
 const int C = x_shape[1];
 threadgroup float shared[2 * MOST_SIMDGROUPS];
-//// fast where vectors<W>(x) && vectors<W>(weight) && vectors<W>(y) ////
+//// rms_norm<W, HELD, REST>(x, weight, eps, y, shared, T, C): aligned where vectors<W>(x) &&
+// vectors<W>(weight) && vectors<W>(y) ////
 const int first = first_channel<W>(here), step = next_channel<W>(here);
 const int rest = REST ? first + HELD * step : C;
 int turn = 0;  // tokens take turns with the halves of `shared`
@@ -21,11 +22,11 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         kept[k] = load_raw_streams<1, W>(from, C, first + k * step);
     UNROLL for (int k = 0; k < HELD; k++) {
         const Floats<W> v = floats(kept[k]).at[0];
-        squares.at[0] = dot(squares.at[0], v, v);
+        squares.at[0] = add_dot(squares.at[0], v, v);
     }
     for (int c = rest; c < C; c += step) {
         const Floats<W> again = load<W>(from + c);
-        squares.at[0] = dot(squares.at[0], again, again);
+        squares.at[0] = add_dot(squares.at[0], again, again);
     }
     squares = sums_for_all(squares, shared + turn * MOST_SIMDGROUPS, here);
     turn = 1 - turn;

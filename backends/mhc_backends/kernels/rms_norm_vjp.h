@@ -7,8 +7,8 @@
 const int64_t T = x_shape[0];
 const int C = x_shape[1];
 threadgroup float shared[2 * 2 * MOST_SIMDGROUPS];
-//// fast where vectors<W>(x) && vectors<W>(weight) && vectors<W>(g) && vectors<W>(dx) &&
-// vectors<W>(dweight) ////
+//// rms_norm_vjp<W, HELD, REST>(x, weight, eps, g, dx, dweight, shared, T, C): aligned where
+// vectors<W>(x) && vectors<W>(weight) && vectors<W>(g) && vectors<W>(dx) && vectors<W>(dweight) ////
 const int first = first_channel<W>(here), step = next_channel<W>(here);
 const int rest = REST ? first + HELD * step : C;
 const auto row_of_dweight = dweight + int64_t(here.group_x) * C;
@@ -32,13 +32,13 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     UNROLL for (int k = 0; k < HELD; k++) {
         const int c = first + k * step;
         const Floats<W> v = floats(xs[k]).at[0], dy = floats(gs[k]).at[0];
-        norm.at[0] = dot(norm.at[0], v, v);
-        if (c < C) norm.at[1] = dot(norm.at[1], product(v, load<W>(weight + c)), dy);
+        norm.at[0] = add_dot(norm.at[0], v, v);
+        if (c < C) norm.at[1] = add_dot(norm.at[1], product(v, load<W>(weight + c)), dy);
     }
     for (int c = rest; c < C; c += step) {
         const Floats<W> again = load<W>(x + at + c);
-        norm.at[0] = dot(norm.at[0], again, again);
-        norm.at[1] = dot(norm.at[1], product(again, load<W>(weight + c)), load<W>(g + at + c));
+        norm.at[0] = add_dot(norm.at[0], again, again);
+        norm.at[1] = add_dot(norm.at[1], product(again, load<W>(weight + c)), load<W>(g + at + c));
     }
     norm = sums_for_all(norm, shared + turn * 2 * MOST_SIMDGROUPS, here);
     turn = 1 - turn;

@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
 
 __all__ = ["shorten"]
 
-_NAMESPACE = re.compile(
-    r"^namespace (\w+) \{\n(.*?)^\}  // namespace \1\n", re.MULTILINE | re.DOTALL
-)
 _DEFINES = re.compile(
     r"""
     ^(?:template\s*<[^\n]*>\s)?\s*
@@ -31,37 +27,19 @@ _CALL = re.compile(r"([A-Za-z_]\w*)\s*[(<]")
 
 
 @functools.cache
-def shorten(header: str, body: str) -> tuple[str, str]:
-    """Return the header's definitions that a body needs, and the body, both without comments."""
-    body = _compact(body)
-    parts: list[str] = []
-    needs = _uses(body)
-    for name, text in reversed(list(_sections(_compact(header)))):
-        if name and f"using namespace {name};" not in body:
-            continue
-        kept = _needed(text, needs)
-        needs |= _uses(kept)
-        parts.append(f"namespace {name} {{\n{kept}}}\n" if name else kept)
-    return "".join(reversed(parts)), body
+def shorten(header: str, function: str, body: str) -> tuple[str, str]:
+    """Return the definitions that a function and a body need, with the function, and the body.
+
+    All are without comments.
+    """
+    function, body = _compact(function), _compact(body)
+    return _needed(_compact(header), _uses(function) | _uses(body)) + function, body
 
 
 def _compact(text: str) -> str:
-    """Take out comments, but for those that close namespaces, indentation and empty lines."""
-    lines = (
-        (line if line.startswith("}  // namespace") else line.partition("//")[0]).strip()
-        for line in text.splitlines()
-    )
+    """Take out comments, indentation and empty lines."""
+    lines = (line.partition("//")[0].strip() for line in text.splitlines())
     return "".join(f"{line}\n" for line in lines if line)
-
-
-def _sections(header: str) -> Iterator[tuple[str, str]]:
-    """Give a header's namespaces with their names, and what stands between them without one."""
-    end = 0
-    for found in _NAMESPACE.finditer(header):
-        yield "", header[end : found.start()]
-        yield found[1], found[2]
-        end = found.end()
-    yield "", header[end:]
 
 
 def _needed(text: str, needs: set[str]) -> str:

@@ -18,7 +18,8 @@ for (int k = here.id; k < N; k += here.threads) {
 for (int k = here.id; k < N * N; k += here.threads) res[k] = float(h_res[k]);
 BARRIER;
 
-//// fast where vectors<W>(x) && vectors<W>(weight) && vectors<W>(out) ////
+//// static_layer<N, W, HELD, REST>(x, weight, eps, out, pre, post, res, shared, T, C): aligned
+// where vectors<W>(x) && vectors<W>(weight) && vectors<W>(out) ////
 const int first = first_channel<W>(here), step = next_channel<W>(here);
 const int rest = REST ? first + HELD * step : C;
 int turn = 0;  // tokens take turns with the halves of `shared`
@@ -34,11 +35,11 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         kept[k] = load_raw_streams<N, W>(streams, C, first + k * step);
     UNROLL for (int k = 0; k < HELD; k++) {
         const Floats<W> h = collapse(pre, floats(kept[k]));
-        squares.at[0] = dot(squares.at[0], h, h);
+        squares.at[0] = add_dot(squares.at[0], h, h);
     }
     for (int c = rest; c < C; c += step) {
         const Floats<W> h = collapse(pre, load_streams<N, W>(streams, C, c));
-        squares.at[0] = dot(squares.at[0], h, h);
+        squares.at[0] = add_dot(squares.at[0], h, h);
     }
     squares = sums_for_all(squares, shared + turn * MOST_SIMDGROUPS, here);
     turn = 1 - turn;

@@ -21,8 +21,9 @@ for (int k = here.id; k < N; k += here.threads) {
 for (int k = here.id; k < N * N; k += here.threads) res[k] = float(h_res[k]);
 BARRIER;
 
-//// fast where vectors<W>(x) && vectors<W>(weight) && vectors<W>(g) && vectors<W>(dx) &&
-// SUMS % W == 0 && vectors<W>(sums + SUMS) ////
+//// static_layer_vjp<N, W, HELD, REST, SUMS>(x, weight, eps, g, dx, sums, pre, post, res, shared,
+// norms, T, C): aligned where vectors<W>(x) && vectors<W>(weight) && vectors<W>(g) &&
+// vectors<W>(dx) && SUMS % W == 0 && vectors<W>(sums + SUMS) ////
 const int first = first_channel<W>(here), step = next_channel<W>(here);
 const int rest = REST ? first + HELD * step : C;
 const auto row_of_sums = sums + int64_t(here.group_x) * (SUMS + C);
@@ -49,14 +50,14 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     UNROLL for (int k = 0; k < HELD; k++) {
         const int c = first + k * step;
         const Floats<W> h = collapse(pre, floats(xs[k])), dy = collapse(post, floats(gs[k]));
-        norm.at[0] = dot(norm.at[0], h, h);
-        if (c < C) norm.at[1] = dot(norm.at[1], product(h, load<W>(weight + c)), dy);
+        norm.at[0] = add_dot(norm.at[0], h, h);
+        if (c < C) norm.at[1] = add_dot(norm.at[1], product(h, load<W>(weight + c)), dy);
     }
     for (int c = rest; c < C; c += step) {
         const Floats<W> h = collapse(pre, load_streams<N, W>(x + at, C, c));
         const Floats<W> dy = collapse(post, load_streams<N, W>(g + at, C, c));
-        norm.at[0] = dot(norm.at[0], h, h);
-        norm.at[1] = dot(norm.at[1], product(h, load<W>(weight + c)), dy);
+        norm.at[0] = add_dot(norm.at[0], h, h);
+        norm.at[1] = add_dot(norm.at[1], product(h, load<W>(weight + c)), dy);
     }
     norm = sums_for_all(norm, norms + turn * 2 * MOST_SIMDGROUPS, here);
     turn = 1 - turn;

@@ -11,7 +11,7 @@ const int64_t begin = here.group_x * share, end = begin + share < R ? begin + sh
 const int width = K < int(here.threads) ? K : int(here.threads);
 const int lanes = here.threads / width;  // threads per column; a rest of the threads has no column
 const int lane = here.id / width;
-const int column = here.group_y * width + here.id % width;
+const int column = int(here.group_y) * width + int(here.id) % width;
 threadgroup float shared[SIMD * MOST_SIMDGROUPS];
 
 float sum = 0.0f;

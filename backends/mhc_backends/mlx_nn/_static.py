@@ -23,14 +23,39 @@ class StaticModule(nn.Module):
     an optimizer, an assignment, or the tracers of ``mx.grad`` and ``mx.compile``.
     """
 
-    # Writing into an array leaves the same object there, so handing one out forgets as well. What
-    # is written into one that was handed out before the last call goes unnoticed.
+    # Writing into an array leaves the same object there, so handing one out forgets as well, and so
+    # does taking one in, which may be the same with other content. What is written into one that
+    # was handed out before the last call goes unnoticed.
     raw: ClassVar[tuple[str, ...]] = ()
 
-    def __getattr__(self, key: str) -> Any:
-        if key in self.raw:
+    def _forget(self, *names: str) -> None:
+        if not names or any(name in self.raw for name in names):
             vars(self).pop("_kept", None)
-        return cast("Any", super()).__getattr__(key)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Take a parameter in."""
+        self._forget(name)
+        super().__setitem__(name, value)
+
+    def __getitem__(self, name: str) -> Any:
+        """Hand a parameter out."""
+        self._forget(name)
+        return cast("Any", super()).__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Hand a parameter out, also for ``module.name``."""
+        self._forget(name)
+        return cast("Any", super()).get(name, default)
+
+    def items(self) -> Any:
+        """Hand all of them out, also for ``parameters()`` of any module around."""
+        self._forget()
+        return cast("Any", super()).items()
+
+    def values(self) -> Any:
+        """Hand all of them out."""
+        self._forget()
+        return cast("Any", super()).values()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is kept: it may belong to a trace that is over."""
@@ -38,7 +63,8 @@ class StaticModule(nn.Module):
 
     def _held(self, *names: str) -> tuple[Any, ...]:
         """Give parameters without forgetting anything: nobody here writes into them."""
-        return tuple(cast("Any", self)[name] for name in names)
+        held = cast("Any", super())
+        return tuple(held.__getitem__(name) for name in names)
 
     def _once(self, name: str, compute: Callable[..., Any], *sources: Any) -> Any:
         """Compute a mapping from its sources, or give the one that came from the same."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -54,20 +55,42 @@ class Projection(nn.Module):
         return own[phi], own[scale], own[bias]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Keep every parameter in float32, whatever the rest of a model is cast to."""
+        """Keep every parameter in float32, whatever the rest of a model is cast to.
+
+        What is given, loaded or assigned is what is held afterwards. Only where the module itself
+        is cast is the value no news but the present one rounded, and then the present one stays.
+        """
         if isinstance(value, mx.array) and value.dtype != mx.float32:
             if not mx.issubdtype(value.dtype, mx.floating):
                 raise TypeError(
                     f"{type(self).__name__}: {name} has dtype {value.dtype}; needs a floating one"
                 )
-            value = _as_float32(value, cast("mx.array | None", self.get(name)))
+            present = cast("mx.array | None", self.get(name))
+            value = value.astype(mx.float32) if not _is_applied() else _unrounded(value, present)
         super().__setitem__(name, value)
 
     def _extra_repr(self) -> str:
         return f"dims={self.dims}, n={self.n}"
 
 
-def _as_float32(value: mx.array, present: mx.array | None) -> mx.array:
+def _is_applied() -> bool:
+    """Return whether ``nn.Module.apply``, which ``set_dtype`` calls, is what assigns here.
+
+    An array does not tell where it comes from, and a module inside a model is only ever given
+    arrays: ``apply`` and ``load_weights`` both end in ``update``. So the callers tell.
+    """
+    code = nn.Module.apply.__code__
+    frame = inspect.currentframe()
+    for _ in range(2):  # to who called __setitem__
+        frame = frame and frame.f_back
+    while frame is not None and frame.f_code.co_filename == code.co_filename:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _unrounded(value: mx.array, present: mx.array | None) -> mx.array:
     """Widen ``value``; where it is but the present one rounded, take that rounding back.
 
     The gradient is that of widening, so that casting the parameters inside a loss works.
@@ -79,7 +102,11 @@ def _as_float32(value: mx.array, present: mx.array | None) -> mx.array:
         rounded = mx.array_equal(present.astype(value.dtype), value).item()
     except (RuntimeError, ValueError):  # mx.compile traces: there are no values to look at
         return wide
-    return wide + mx.stop_gradient(present - wide) if rounded else wide
+    if not rounded:
+        return wide
+    finite = mx.isfinite(wide)  # float16 ends at 65504
+    kept = wide + mx.stop_gradient(mx.where(finite, present - wide, 0))
+    return mx.where(finite, kept, mx.stop_gradient(present))
 
 
 class HyperConnection(Projection):
@@ -105,8 +132,8 @@ class HyperConnection(Projection):
     phi, alpha, bias
         ``[n * n + 2 n, n * dims]``, ``[3]`` and ``[n * n + 2 n]``. With the DeepSeek variants they
         are named ``fn``, ``scale`` and ``base``, as in released checkpoints. They are float32 and
-        stay it: a value of another float dtype is widened, and where it is only the present value
-        rounded, as ``set_dtype`` makes it, nothing changes. ``nn.quantize`` leaves them alone.
+        stay it: what is loaded or assigned in another float dtype is widened. ``set_dtype``, and
+        ``apply`` with a cast, change nothing of them, and neither does ``nn.quantize``.
 
     Raises
     ------

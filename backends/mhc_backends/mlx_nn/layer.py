@@ -34,7 +34,7 @@ class MHCLayer(StaticModule):
     n, C
         The streams, and the channels of each.
     sinkhorn_iters
-        Iterations of Sinkhorn, at least 1.
+        Iterations of Sinkhorn, from 1 to 1000.
     eps
         Of the norm, at least 0.
     use_metal
@@ -93,7 +93,7 @@ throughput_allow_fused_n32_small_C, fused_backward, mix_kernel
         super().__init__()
         self.n = _checks.positive_int("MHCLayer", "n", n)
         self.C = _checks.positive_int("MHCLayer", "C", C)
-        self.sinkhorn_iters = _checks.positive_int("MHCLayer", "sinkhorn_iters", sinkhorn_iters)
+        self.sinkhorn_iters = _checks.iterations("MHCLayer", "sinkhorn_iters", sinkhorn_iters)
         self.eps = _checks.non_negative("MHCLayer", "eps", eps)
         self.use_metal = bool(use_metal)
         self.identity_init = bool(identity_init)

@@ -33,7 +33,7 @@ class ManifoldHyperConnection(StaticModule):
     expansion
         n, the slices.
     sinkhorn_iterations
-        Iterations of Sinkhorn at most, at least 1.
+        Iterations of Sinkhorn at most, from 1 to 1000.
     init
         ``"mlx-mhc"``: H_pre 1/2, H_post 1, H_res random, as mlx-mhc starts. ``"residual"``:
         ``x' = F(x) + x`` to 1e-3, for a network that was trained with plain residuals.
@@ -73,7 +73,7 @@ class ManifoldHyperConnection(StaticModule):
         owner = type(self).__name__
         self.dims = _checks.positive_int(owner, "dims", dims)
         self.expansion = n = _checks.positive_int(owner, "expansion", expansion)
-        self.sinkhorn_iterations = _checks.positive_int(
+        self.sinkhorn_iterations = _checks.iterations(
             owner, "sinkhorn_iterations", sinkhorn_iterations
         )
         _checks.one_of("mlx-mhc", "residual")(owner, "init", init)

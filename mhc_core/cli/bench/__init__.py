@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mhc_core.cli import _files, _screen
 from mhc_core.cli._baselines import BASELINES
 
 if TYPE_CHECKING:
@@ -24,6 +25,29 @@ if TYPE_CHECKING:
     from mhc_core.cli.bench._sides import Side
 
 __all__ = ["bench"]
+
+LARGEST = 2**31 - 1  # size of an axis in MLX
+MOST = 1_000_000  # turns, and calls in one
+
+# _rows has their formulas, which takes NumPy to import
+ROWS = (
+    "pre",
+    "combine",
+    "combine_pre",
+    "aggregate",
+    "sublayer",
+    "sublayer fwd+bwd",
+    "static_layer",
+    "static_layer fwd+bwd",
+    "gated_layer",
+    "gated_layer fwd+bwd",
+    "pre vjp",
+    "combine vjp",
+    "combine_pre vjp",
+    "aggregate vjp",
+    "static_layer vjp",
+)
+CHAINS = ("combine_pre chain", "static_layer chain")
 
 
 class Mode(str, Enum):
@@ -78,7 +102,13 @@ def bench(
             help=f"Streams' dtypes: {', '.join(DTYPES)}.",
         ),
     ] = None,
-    row: Annotated[list[str] | None, typer.Option(help="Only this row; may be repeated.")] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Only this row; may be repeated. {', '.join(ROWS)}; "
+            f"in the mode decode {', '.join(CHAINS)}."
+        ),
+    ] = None,
     backend: Annotated[
         list[str] | None, typer.Option(help="Measure only this backend; may be repeated.")
     ] = None,
@@ -88,20 +118,27 @@ def bench(
             help=f"Compare only with this: {', '.join(BASELINES)}, or {NOBODY}; may be repeated."
         ),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Turns of each side.")] = 9,
+    repeats: Annotated[int, typer.Option(min=1, max=MOST, help="Turns of each side.")] = 9,
     calls: Annotated[
         int | None,
         typer.Option(
-            "--calls", "--iters", min=1, help="Calls in a turn; as many as it needs if left out."
+            "--calls",
+            "--iters",
+            min=1,
+            max=MOST,
+            help="Calls in a turn; as many as it needs if left out.",
         ),
     ] = None,
-    warmup: Annotated[int, typer.Option(min=1, help="Calls before each turn.")] = 1,
-    depth: Annotated[int, typer.Option(min=2, help="Sublayers of the mode decode.")] = 86,
+    warmup: Annotated[int, typer.Option(min=1, max=MOST, help="Calls before each turn.")] = 1,
+    depth: Annotated[
+        int, typer.Option(min=2, max=10_000, help="Sublayers of the mode decode.")
+    ] = 86,
     check: Annotated[
         bool, typer.Option("--check", help="First hold the ops to the float64 oracle.")
     ] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", "--out", help="Write the numbers to this file.")
+        Path | None,
+        typer.Option("--json", "--out", help=f"Write {_files.JSON_HELP}.", metavar="[FILE]"),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw GB/s against the copy's to this picture.")
@@ -118,20 +155,24 @@ def bench(
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from mhc_core.cli.bench import _plot, _record, _run, _sides
 
-    if plot and (reason := _plot.missing()):
+    if plot and (reason := _plot.missing() or _files.no_picture(plot)):
         raise typer.BadParameter(reason)
+    _files.check({"--json": json_file, "--plot": plot, "--report": report})
     given = _sizes(batches, ["1"] if mode is Mode.decode else tokens, n, channels, dtype or [])
     try:
         names, good = _sides.runnable(backend), True
         if mode is Mode.dispatch:
-            made = _run.dispatched(names, repeats)
+            with _files.only_json(json_file):
+                made, points = _run.dispatched(names, repeats), None
         else:
             ours = [_sides.our_side(name) for name in names]
             theirs, notes = _theirs(vs, {side.library.name for side in ours})
+            rows = _chosen_rows(mode, row, depth)
+            _check_memory(rows, given, [*ours, *theirs])
             run = _run.Run(
                 mode=mode.value,
                 sides=[*ours, *theirs],
-                rows=_chosen_rows(mode, row, depth),
+                rows=rows,
                 sizes=given,
                 repeats=repeats,
                 calls=calls,
@@ -139,14 +180,16 @@ def bench(
                 check=check or report is not None,
                 notes=notes,
             )
-            made, good = _run.measured(run, plot)
+            with _files.only_json(json_file):
+                made, good, points = _run.measured(run)
     except BackendError as error:
-        typer.echo(f"mhc bench: {error}", err=True)
+        typer.echo(f"mhc bench: {_screen.one_line(error)}", err=True)
         raise typer.Exit(1) from error
-    for file in (json_file, report):
-        if file:
-            _record.write(file, made)
-    if not good:
+    texts = [(file, _record.spelled(made)) for file in (json_file, report) if file]
+    written = [_files.write(file, content) for file, content in texts]
+    if plot and points:
+        written.append(_files.write(plot, _plot.plot(plot, points)))
+    if not good or not all(written):
         raise typer.Exit(1)
 
 
@@ -156,10 +199,28 @@ def bench(
 def _numbers(option: str, words: Sequence[str] | None, default: int) -> list[int]:
     found: list[int] = []
     for word in ",".join(words or [str(default)]).split(","):
-        if not word.strip().isdigit() or int(word) < 1:
-            raise typer.BadParameter(f"{option} is {word!r}; needs numbers from 1 on, as 1,1024")
-        found.append(int(word))
+        number = word.strip().lstrip("0")
+        good = number.isascii() and number.isdigit() and len(number) <= len(str(LARGEST))
+        if not good or int(number) > LARGEST:
+            raise typer.BadParameter(
+                f"{option} is {word!r}; needs numbers from 1 on, to {LARGEST}, as 1,1024"
+            )
+        found.append(int(number))
     return list(dict.fromkeys(found))
+
+
+def _check_memory(rows: Sequence[Row], sizes: Sequence[Sizes], sides: Sequence[Side]) -> None:
+    """Refuse what cannot fit: the inputs on the host, and once in every library."""
+    from mhc_core.cli._machine import machine
+
+    there = machine()["memory_gib"]
+    libraries = {side.library.name for side in sides if not side.library.accelerator}
+    for row, here in itertools.product(rows, sizes):
+        needed = row.held(here) * (1 + len(libraries)) / 2**30
+        if there and needed > there:
+            raise typer.BadParameter(
+                f"{row.name} at {here} needs {needed:.3g} GiB for its inputs; here are {there} GiB"
+            )
 
 
 def _sizes(

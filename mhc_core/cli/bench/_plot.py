@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from mhc_core.cli import _screen
 from mhc_core.cli.bench._measure import Measured
 
-__all__ = ["missing", "plot"]
+__all__ = ["Points", "missing", "plot"]
 
-BESIDE: Mapping[str, Any] = {"xytext": (3, 3), "textcoords": "offset points"}
+MARKERS = "osD^vP*X"
+
+
+@dataclass(frozen=True)
+class Points:
+    """What a picture shows.
+
+    Attributes
+    ----------
+    title
+        What stands above it.
+    rows
+        What was measured, each with the bytes that a call must move.
+    copy
+        Bytes a second of a copy, by library.
+    """
+
+    title: str
+    rows: Sequence[tuple[Measured, int]]
+    copy: Mapping[str, float]
 
 
 def missing() -> str | None:
@@ -21,41 +43,79 @@ def missing() -> str | None:
     return None if there else "--plot needs matplotlib: pip install 'mhc-core[plot]'"
 
 
-def plot(file: Path, rows: Sequence[tuple[Measured, int]], copy: Mapping[str, float]) -> None:
-    """Draw the GB/s achieved over the bytes that a call must move, under the copy's line."""
+def plot(file: Path, points: Points) -> bytes:
+    """Draw the GB/s achieved over the bytes that a call must move, under the copy's line.
+
+    Each row has a number, which stands at its points and, with its name, beside the picture.
+    """
     figures: Any = import_module("matplotlib.figure")  # no pyplot: it would look for a screen
-    figure = figures.Figure(figsize=(9, 5.5), layout="constrained")
+    figure = figures.Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots()
-    _draw_copies(axes, copy)
-    timed = [(row, traffic) for row, traffic in rows if not row.failed]
-    sides = list(dict.fromkeys((row.ours, row.side) for row, _ in timed))
-    for k, side in enumerate(sides):
+    timed = [(row, traffic) for row, traffic in points.rows if not row.failed]
+    numbers = {name: k for k, name in enumerate(dict.fromkeys(row.row for row, _ in timed), 1)}
+    _draw_copies(axes, points.copy)
+    for k, side in enumerate(dict.fromkeys((row.ours, row.side) for row, _ in timed)):
         mine = [(row, traffic / 1e6) for row, traffic in timed if (row.ours, row.side) == side]
-        _draw_side(axes, k, mine, named=k == 0)
-    axes.set(xscale="log", yscale="log", ylabel="GB/s achieved")
+        _draw_side(axes, k, mine)
+    _number_points(axes, timed, numbers)
+    axes.set(xscale="log", yscale="log", ylabel="GB/s achieved", title=_words(points.title))
     axes.set_xlabel("MB that a call must move: every input once, every output once")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(alpha=0.3)
-    axes.margins(x=0.2)
-    axes.legend(fontsize=7, loc="lower right")
-    figure.savefig(file, dpi=150)
+    axes.margins(x=0.15, y=0.15)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    listed = "\n".join(f"{k}  {name}" for name, k in numbers.items())
+    axes.text(1.02, 0, listed, transform=axes.transAxes, fontsize=8, va="bottom", in_layout=True)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=150, format=file.suffix.lower().removeprefix("."))
+    return drawn.getvalue()
 
 
-def _draw_side(axes: Any, k: int, mine: Sequence[tuple[Measured, float]], named: bool) -> None:
-    """Draw a side's points, filled for ours; the first side's say which row they are."""
+def _words(value: str) -> str:
+    """Return text that Matplotlib does not take for a formula."""
+    return _screen.one_line(value).replace("$", r"\$")
+
+
+def _speed(gb_per_s: float) -> str:
+    """Spell a speed with the digits that it has: 1.6 and 1.4 are not both 2."""
+    return f"{gb_per_s:.0f}" if gb_per_s >= 100 else f"{gb_per_s:.3g}"
+
+
+def _draw_side(axes: Any, k: int, mine: Sequence[tuple[Measured, float]]) -> None:
+    """Draw a side's points, filled for ours."""
     first = mine[0][0]
     x, y = [megabytes for _, megabytes in mine], [row.gb_per_s for row, _ in mine]
-    label = first.side if first.ours else f"vs {first.side}"
+    label = _words(first.side if first.ours else f"vs {first.side}")
     colour = f"C{k % 10}"
     inside = colour if first.ours else "none"
-    marker = "osD^vP*X"[k % 8]
-    axes.scatter(x, y, marker=marker, edgecolors=colour, facecolors=inside, label=label)
-    for row, megabytes in mine if named else ():
-        axes.annotate(row.row, (megabytes, row.gb_per_s), fontsize=6, **BESIDE)
+    marker = MARKERS[k % len(MARKERS)]
+    drawn = axes.scatter(x, y, marker=marker, edgecolors=colour, facecolors=inside)
+    drawn.set_label(label if not label.startswith("_") else f" {label}")  # _x would not be shown
+
+
+def _number_points(
+    axes: Any, timed: Sequence[tuple[Measured, int]], numbers: Mapping[str, int]
+) -> None:
+    """Number every point; two rows that move as much stand on either side of theirs."""
+    columns: dict[int, list[str]] = {}
+    for row, traffic in timed:
+        column = columns.setdefault(traffic, [])
+        column += [row.row] if row.row not in column else []
+        left = columns[traffic].index(row.row) % 2
+        axes.annotate(
+            str(numbers[row.row]),
+            (traffic / 1e6, row.gb_per_s),
+            xytext=(-4 if left else 4, 3),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=6,
+        )
 
 
 def _draw_copies(axes: Any, copy: Mapping[str, float]) -> None:
-    for name, speed in copy.items():
+    for k, (name, speed) in enumerate(copy.items()):
         axes.axhline(speed / 1e9, linestyle="--", color="black", linewidth=1)
-        label = f"copy, measured in this run ({name}): {speed / 1e9:.0f} GB/s"
-        where = (0.01, speed / 1e9)
+        label = f"copy, measured in this run ({_words(name)}): {_speed(speed / 1e9)} GB/s"
+        where = (0.01 + 0.5 * (k % 2), speed / 1e9)  # two copies are often as fast
         axes.annotate(label, where, xycoords=("axes fraction", "data"), va="bottom", fontsize=7)

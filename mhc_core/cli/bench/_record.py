@@ -7,12 +7,12 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from mhc_core.cli import _machine
+from mhc_core.cli._command import with_places
 
-__all__ = ["header", "record", "write"]
+__all__ = ["header", "record", "spelled"]
 
 SCHEMA = 1
 FILE_OPTIONS = ("--json", "--out", "--plot", "--report")
@@ -33,7 +33,7 @@ def record(mode: str, libraries: Sequence[str]) -> dict[str, Any]:
 
 def _arguments(argv: Sequence[str]) -> list[str]:
     """Give the command's own words, without files: their paths are nobody's business."""
-    words = iter(argv[2:] if argv[1:2] == ["bench"] else [])
+    words = iter(with_places(argv[2:]) if argv[1:2] == ["bench"] else [])
     kept: list[str] = []
     for word in words:
         if word in FILE_OPTIONS:
@@ -52,6 +52,6 @@ def header(made: Mapping[str, Any]) -> list[str]:
     return [*lines, f"Python {hardware['python']}, {versions}"]
 
 
-def write(file: Path, made: Mapping[str, Any]) -> None:
-    """Write a record."""
-    file.write_text(json.dumps(made, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+def spelled(made: Mapping[str, Any]) -> str:
+    """Return a record as JSON."""
+    return json.dumps(made, indent=2, allow_nan=False) + "\n"

@@ -78,6 +78,12 @@ class Row:
         given += [("cotangent", *_output(word, sizes)) for word in self.outputs]
         return [draw(name, shape, dtype, rng) for name, shape, dtype in given]
 
+    def held(self, sizes: Sizes) -> int:
+        """Count the bytes of the inputs and cotangents themselves."""
+        given = [_input(word, sizes) for word in self.inputs]
+        given += [_output(word, sizes) for word in self.outputs]
+        return sum(nbytes(*one) for one in given)
+
     def traffic(self, sizes: Sizes) -> int:
         """Count the bytes that must be moved: the one declaration behind every GB/s."""
         moved = sum(_op_bytes(part, sizes, self.shared) for part in self.parts)

@@ -6,15 +6,15 @@ import itertools
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy
 
-from mhc_core.cli.bench import _check, _dispatch, _measure, _plot, _record, _table
+from mhc_core.cli.bench import _check, _dispatch, _measure, _record, _table
 from mhc_core.cli.bench._arrays import Sizes, draw
 from mhc_core.cli.bench._check import Checked
 from mhc_core.cli.bench._measure import Measured
+from mhc_core.cli.bench._plot import Points
 from mhc_core.cli.bench._rows import Row
 from mhc_core.cli.bench._sides import Side
 from mhc_core.cli.bench._timing import copy_speed
@@ -39,8 +39,8 @@ class Run:
     notes: Sequence[str]
 
 
-def measured(run: Run, plot: Path | None) -> tuple[dict[str, Any], bool]:
-    """Measure; give the record, and whether everything of ours ran and was right."""
+def measured(run: Run) -> tuple[dict[str, Any], bool, Points]:
+    """Measure; give the record, whether everything of ours ran and was right, and what to draw."""
     libraries = list(dict.fromkeys(side.library.name for side in run.sides))
     made = _record.record(run.mode, libraries)
     _table.print_lines(_record.header(made))
@@ -49,9 +49,10 @@ def measured(run: Run, plot: Path | None) -> tuple[dict[str, Any], bool]:
     rows = _all_rows(run, copy)
     notes = [*run.notes, *_left_out(run)]
     _table.print_lines([*_legend(run, copy), *_failures(rows), *notes])
-    if plot:
-        traffic = {row.name: row.traffic for row in run.rows}
-        _plot.plot(plot, [(row, traffic[row.row](row.sizes)) for row in rows], copy)
+    traffic = {row.name: row.traffic for row in run.rows}
+    measured = [(row, traffic[row.row](row.sizes)) for row in rows]
+    title = f"mhc bench, {run.mode}: {made['machine']['processor']}"
+    points = Points(title, measured, copy)
     made |= {
         "repeats": run.repeats,
         "copy_gb_per_s": {name: speed / 1e9 for name, speed in copy.items()},
@@ -60,7 +61,7 @@ def measured(run: Run, plot: Path | None) -> tuple[dict[str, Any], bool]:
         "notes": notes,
     }
     good = not any(row.wrong or (row.failed and row.ours) for row in rows)
-    return made, good and all(one.passed for one in checks)
+    return made, good and all(one.passed for one in checks), points
 
 
 def _all_rows(run: Run, copy: Mapping[str, float]) -> list[Measured]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from mhc_core.cli import _screen
 from mhc_core.cli.bench._dispatch import Dispatched
 from mhc_core.cli.bench._measure import Measured
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-__all__ = ["console", "print_dispatched", "print_lines", "print_measured", "track"]
+__all__ = ["print_dispatched", "print_lines", "print_measured", "track"]
 
 Step = TypeVar("Step")
 
@@ -21,40 +18,27 @@ WIDE = 132  # columns where the output is no terminal
 BAR = 10  # cells of a bar of 100 %
 
 
-def console() -> Console:
-    """Give the screen, or a wide page where the output goes elsewhere."""
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=WIDE)
-
-
 def track(steps: Sequence[Step], names: Sequence[str]) -> Iterator[tuple[Step, str]]:
     """Give each step with its name, and show on stderr how far the run is."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:44}"), BarColumn(), MofNCompleteColumn())
-    screen = Console(stderr=True)
-    with Progress(*columns, TimeElapsedColumn(), console=screen, transient=True) as progress:
-        task = progress.add_task("", total=len(steps))
+    with _screen.progress(44, transient=True) as bars:
+        bar = bars.add_task("", total=len(steps))
         for step, name in zip(steps, names, strict=True):
-            progress.update(task, description=name)
+            bars.update(bar, description=name)
             yield step, name
-            progress.advance(task)
+            bars.advance(bar)
 
 
 def print_lines(lines: Iterable[str]) -> None:
     """Print text as it is."""
-    screen = console()
     for line in lines:
-        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+        _screen.say(line)
 
 
 def print_measured(title: str, rows: Sequence[Measured]) -> None:
     """Print the rows at one size, a block for each; columns of which nothing is known are not."""
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=_screen.text(title), title_justify="left")
     memory = any(row.extra_bytes is not None for row in rows)
     for heading in ("row", "who", "how"):
         table.add_column(heading, no_wrap=True)
@@ -69,14 +53,14 @@ def print_measured(title: str, rows: Sequence[Measured]) -> None:
             table.add_section()
         table.add_row(*_cells(row, row.row != before, memory))
         before = row.row
-    console().print(table)
+    _screen.console(WIDE).print(table)
 
 
 def _cells(row: Measured, first: bool, memory: bool) -> list[Any]:
     who = row.side if row.ours else f"vs {row.side}"
-    names = [row.row if first else "", who, row.way]
+    names = [_screen.text(word) for word in (row.row if first else "", who, row.way)]
     if row.failed:
-        return [*names, "[red]wrong[/red]" if row.wrong else "[red]failed[/red]"]
+        return [*names, _screen.text("wrong" if row.wrong else "failed", "red")]
     numbers = [_number(row.ms), _number(row.gb_per_s), _number(row.percent_of_copy)]
     ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
     extra = "" if row.extra_bytes is None else f"{row.extra_bytes / 1e6:.0f}"
@@ -102,12 +86,14 @@ def print_dispatched(rows: Sequence[Dispatched]) -> None:
     from rich.table import Table
 
     title = "nanoseconds of a small call, without array work"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=_screen.text(title), title_justify="left")
     for heading in ("op", "backend"):
         table.add_column(heading)
     for heading in ("arrays", "selection", "validation", "whole call"):
         table.add_column(heading, justify="right")
     for row in rows:
         times = (row.selection_ns, row.validation_ns, row.call_ns)
-        table.add_row(row.op, row.backend, str(row.arrays), *(f"{t:.0f}" for t in times))
-    console().print(table)
+        table.add_row(
+            row.op, _screen.text(row.backend), str(row.arrays), *(f"{t:.0f}" for t in times)
+        )
+    _screen.console(WIDE).print(table)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mhc_core.cli import _machine
-from mhc_core.cli.demo._settings import VARIANTS, Settings
+from mhc_core.cli import _files, _machine, _screen
+from mhc_core.cli.demo._settings import STREAMS, VARIANTS, Settings
 
 if TYPE_CHECKING:
     from mhc_core import Backend
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["demo"]
 
+MOST = 1_000_000_000  # of any size
 STOPPED = 130  # what a shell says of a command that Ctrl-C ended
 ALL = ",".join(VARIANTS)
 STANDARD_LIBRARY = "the sources of Python's standard library"
@@ -36,16 +37,21 @@ def demo(
         str | None, typer.Option(help="The backend; the fastest that trains here if left out.")
     ] = None,
     variants: Annotated[str, typer.Option(help="Which to train, separated by commas.")] = ALL,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Steps of each.")] = 200,
     depth: Annotated[
-        int, typer.Option(min=2, help="Layers, attention and MLP in turn; an even number.")
+        int,
+        typer.Option(min=2, max=MOST, help="Layers, attention and MLP in turn; an even number."),
     ] = 12,
-    width: Annotated[int, typer.Option(min=1, help="Channels; a multiple of --heads.")] = 64,
-    heads: Annotated[int, typer.Option(min=1, help="Heads of attention.")] = 4,
-    context: Annotated[int, typer.Option(min=2, help="Bytes of a sequence.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 4,
+    width: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Channels; a multiple of --heads.")
+    ] = 64,
+    heads: Annotated[int, typer.Option(min=1, max=MOST, help="Heads of attention.")] = 4,
+    context: Annotated[int, typer.Option(min=2, max=MOST, help="Bytes of a sequence.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, max=MOST, help="Sequences of a step.")] = 4,
     rate: Annotated[float, typer.Option(help="The largest learning rate.")] = 0.006,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same numbers.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same numbers.")
+    ] = 0,
     out: Annotated[Path, typer.Option(help="A folder for the report and the checkpoints.")] = Path(
         "mhc-demo"
     ),
@@ -58,7 +64,7 @@ def demo(
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw a picture to this file too.")] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the report's numbers to this file too.")
+        Path | None, typer.Option("--json", help=f"Write {_files.JSON_HELP}.", metavar="[FILE]")
     ] = None,
 ) -> None:
     """Train one small transformer four ways on this machine, and write a report to look at.
@@ -69,13 +75,17 @@ def demo(
     from mhc_core.cli.demo._checkpoint import CheckpointError
     from mhc_core.errors import BackendError
 
-    for reason in (_report.missing(), _plot.missing() if plot else None):
+    for reason in (
+        _report.missing(),
+        (_plot.missing() or _files.no_picture(plot)) if plot else None,
+    ):
         if reason:
             raise typer.BadParameter(reason)
     if resume and overwrite:
         raise typer.BadParameter("--resume goes on and --overwrite starts anew; needs one of them")
     names = _chosen(variants)
     _check_sizes(depth, width, heads, rate)
+    _check_memory(depth, width, heads, context, batch)
     try:
         content = _data.read(text, context)
         name, library = _backend(backend)
@@ -91,19 +101,28 @@ def demo(
             text=_data.digest(content),
             backend=name,
         )
-        _check_places(out, (plot, json_file))
+        page = _check_places(out, plot, json_file)
         before = _checkpoints(out, names, settings, resume, overwrite)
     except (BackendError, _data.TextError, CheckpointError) as error:
         raise typer.BadParameter(str(error)) from None
-    trained = _train_all(settings, content, library, out, save_every, before)
+    try:
+        trained = _train_all(settings, content, library, out, save_every, before)
+    except OSError as error:
+        said = f"mhc demo: stopped, {out} cannot be written: {error.strerror or error}"
+        typer.echo(_screen.one_line(said), err=True)
+        raise typer.Exit(1) from None
     told = _results.results(settings, text.name if text else STANDARD_LIBRARY, _command(), trained)
-    page = out / "report.html"
-    page.write_text(_report.page(told), encoding="utf-8")
-    if plot:
-        _plot.plot(plot, told)
+    with _files.only_json(json_file):
+        _show(told)
+        written = [_files.write(page, _report.page(told))]
+        if written[0]:
+            _screen.say(f"The report: {page}")
     if json_file:
-        json_file.write_text(json.dumps(told) + "\n", encoding="utf-8")
-    _show(told, page)
+        written.append(_files.write(json_file, json.dumps(told) + "\n"))
+    if plot:
+        written.append(_files.write(plot, _plot.plot(plot, told)))
+    if not all(written):
+        raise typer.Exit(1)
 
 
 # ---- what was asked for -------------------------------------------------------------------------
@@ -128,15 +147,31 @@ def _check_sizes(depth: int, width: int, heads: int, rate: float) -> None:
         raise typer.BadParameter(f"--rate is {rate}; needs a number above 0, as 0.006")
 
 
-def _check_places(out: Path, files: Sequence[Path | None]) -> None:
-    """Make the folder, and find out now what cannot be written later."""
+def _check_memory(depth: int, width: int, heads: int, context: int, batch: int) -> None:
+    """Refuse a model that cannot fit, by the least that it takes.
+
+    Of the parameters (12 C^2 for attention and MLP together) four copies: their gradients and the
+    optimizer's moments are as large. Of a step, the streams and the attention of every layer.
+    """
+    parameters = 4 * (depth // 2) * 12 * width * width
+    kept = depth * batch * context * (STREAMS * width + heads * context // 2)
+    needed, there = 4 * (parameters + kept) / 2**30, _machine.machine()["memory_gib"]
+    if there and needed > there:
+        raise typer.BadParameter(
+            f"a model of these sizes needs {needed:.3g} GiB at least; here are {there} GiB: "
+            "smaller --batch, --context, --width or --depth fit"
+        )
+
+
+def _check_places(out: Path, plot: Path | None, json_file: Path | None) -> Path:
+    """Make the folder, find out now what cannot be written later, and give the report's place."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise typer.BadParameter(f"--out {out} cannot be made: {error.strerror}") from None
-    for folder in (out, *(file.parent for file in files if file)):
-        if not os.access(folder, os.W_OK):
-            raise typer.BadParameter(f"{folder} is no folder that can be written to")
+    page = out / "report.html"
+    _files.check({"--out": page, "--plot": plot, "--json": json_file})
+    return page
 
 
 def _backend(chosen: str | None) -> tuple[str, str]:
@@ -273,8 +308,7 @@ def _command() -> str:
     return _machine.safe(shlex.join(["mhc", *kept]))
 
 
-def _show(told: Mapping[str, Any], page: Path) -> None:
-    from rich.console import Console
+def _show(told: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     steps, depth = told["settings"]["steps"], told["settings"]["depth"]
@@ -288,6 +322,4 @@ def _show(told: Mapping[str, Any], page: Path) -> None:
         memory = "" if one["memory"] is None else f"{one['memory'] / 1e6:.0f}"
         numbers = (one["final_loss"], *gains, 1e3 * one["seconds"])
         table.add_row(name, *("-" if n is None else f"{n:.4g}" for n in numbers), memory)
-    console = Console() if sys.stdout.isatty() else Console(width=100)
-    console.print(table)
-    console.print(f"The report: {page}", markup=False, highlight=False, soft_wrap=True)
+    _screen.console().print(table)

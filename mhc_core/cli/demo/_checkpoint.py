@@ -23,6 +23,7 @@ from mhc_core.cli.demo._settings import Settings
 __all__ = ["Checkpoint", "CheckpointError", "load", "path", "save"]
 
 FORMAT = "mhc-demo 1"  # another number where an old file would be misread
+LONGEST = 300  # characters of an error that may quote the file
 GROUPS = ("parameters", "first", "second", "history")
 
 Arrays = dict[str, numpy.ndarray[Any, Any]]
@@ -72,8 +73,8 @@ def save(file: Path, checkpoint: Checkpoint, settings: Settings, variant: str) -
         "variant": variant,
         "step": str(checkpoint.step),
         "settings": json.dumps(asdict(settings)),
-        "content": _content(arrays),
     }
+    about["content"] = _content(about, arrays)
     beside = file.with_suffix(".partial")
     with beside.open("wb") as stream:
         stream.write(serialised(arrays, metadata=about))
@@ -95,9 +96,9 @@ def _sync_folder(folder: Path) -> None:
         os.close(number)
 
 
-def _content(arrays: Mapping[str, Any]) -> str:
-    """Name arrays by their content: safetensors itself does not see a flipped bit."""
-    found = hashlib.sha256()
+def _content(about: Mapping[str, str], arrays: Mapping[str, Any]) -> str:
+    """Name all that is stored by its content: safetensors itself does not see a flipped bit."""
+    found = hashlib.sha256(json.dumps(sorted(about.items())).encode())
     for name in sorted(arrays):
         found.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         found.update(arrays[name].tobytes())
@@ -105,18 +106,14 @@ def _content(arrays: Mapping[str, Any]) -> str:
 
 
 def load(file: Path, settings: Settings, variant: str) -> Checkpoint:
-    """Read a checkpoint, which must be whole and of the same settings."""
-    safetensors: Any = import_module("safetensors")
-    try:
-        with safetensors.safe_open(file, framework="numpy") as stored:
-            about: dict[str, str] = stored.metadata() or {}
-            names: list[str] = stored.keys()
-            arrays: Arrays = {name: stored.get_tensor(name) for name in names}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    """Read a checkpoint, which must be whole and of the same settings.
+
+    Nothing of it is interpreted before it is known to be what was saved.
+    """
+    about, arrays = _stored(file)
     if about.get("format") != FORMAT:
         raise CheckpointError(f"{file} is no checkpoint of this version of mhc demo")
-    if about["content"] != _content(arrays):
+    if about.pop("content", None) != _content(about, arrays):
         raise CheckpointError(f"{file} is damaged: its numbers are not those that were saved")
     found = {**json.loads(about["settings"]), "variant": about["variant"]}
     _compare(file, found, {**asdict(settings), "variant": variant})
@@ -125,6 +122,20 @@ def load(file: Path, settings: Settings, variant: str) -> Checkpoint:
         group, _, own = name.partition("/")
         groups[group][own] = array
     return Checkpoint(step=int(about["step"]), **groups)
+
+
+def _stored(file: Path) -> tuple[dict[str, str], Arrays]:
+    """Return what a file holds."""
+    safetensors: Any = import_module("safetensors")
+    try:
+        with safetensors.safe_open(file, framework="numpy") as stored:
+            about: dict[str, str] = stored.metadata() or {}
+            names: list[str] = stored.keys()
+            return about, {name: stored.get_tensor(name) for name in names}
+    # A damaged header may name a dtype that NumPy lacks (AttributeError, TypeError), or a shape
+    # that it refuses; safetensors says neither which errors it raises nor that these are all.
+    except Exception as error:
+        raise CheckpointError(f"{file} cannot be read: {str(error)[:LONGEST]}") from None
 
 
 def _compare(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def missing() -> str | None:
     return None if there else "--plot needs matplotlib: pip install 'mhc-core[plot]'"
 
 
-def plot(file: Path, told: Mapping[str, Any]) -> None:
+def plot(file: Path, told: Mapping[str, Any]) -> bytes:
     """Draw loss, gradient norm, the gains and Sinkhorn's error."""
     figures: Any = import_module("matplotlib.figure")  # no pyplot: it would look for a screen
     figure = figures.Figure(figsize=(12, 7), layout="constrained")
@@ -48,7 +49,9 @@ def plot(file: Path, told: Mapping[str, Any]) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
-    figure.savefig(file, dpi=130)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=130, format=file.suffix.lower().removeprefix("."))
+    return drawn.getvalue()
 
 
 def _gaps(numbers: list[float | None]) -> list[float]:

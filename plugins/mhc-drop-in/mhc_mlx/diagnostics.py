@@ -1,13 +1,47 @@
-"""The command ``mhc-mlx-info``."""
+"""The command ``mhc-mlx-info``: what mhc-mlx's says, of what runs here."""
 
-from mhc_core.mlx import diagnostics
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+
+import mlx.core as mx
+
+import mhc_core
 
 __all__ = ["diagnostics", "main"]
 
 
+def diagnostics() -> None:
+    """Print versions, the device and the backends of MLX arrays; ``mhc info`` says more."""
+    for line in _lines():
+        print(line)
+
+
+def _lines() -> Iterator[str]:
+    yield f"mhc-core version: {version('mhc-core')} (as mhc-mlx 0.6.3)"
+    yield f"MLX version:      {version('mlx')}"
+    yield f"Python version:   {sys.version.split()[0]}"
+    yield f"Platform:         {platform.platform()}"
+    yield f"Machine:          {platform.machine()}"
+    yield f"Device:           {mx.default_device()}"
+    for name, backend in mhc_core.backends().items():
+        if backend.spec is not None and "mlx.core.array" in backend.spec.array_types:
+            yield f"{name + ':':17} {backend.reason or 'available'}"
+    yield "More: mhc info"
+
+
 def main() -> None:
-    """Run ``mhc info``."""
-    diagnostics()
+    """Print it; a reader that has seen enough, such as ``head``, ends it without a word."""
+    try:
+        diagnostics()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # what is still held would be written at exit and raise again (docs.python.org, SIGPIPE)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

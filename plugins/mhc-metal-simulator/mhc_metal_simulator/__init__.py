@@ -5,8 +5,6 @@ Apple's compiler is compiled by clang and run thread by thread, and what a GPU l
 an error that names the kernel, the thread and the array.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -6,6 +6,7 @@ It is only ever taken by name. Importing this module imports neither MLX nor the
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 from mhc_backends import _mlx
@@ -23,6 +24,8 @@ _NO_COMPILE = (
 
 def missing() -> str | None:
     """Say what the simulator lacks here, or None."""
+    if sys.platform != "linux":  # its fibers, and the loading of what it compiles
+        return f"the simulator runs on Linux, and this is {sys.platform}"
     if reason := _mlx.missing():
         return reason
     from mhc_metal_simulator.compiler import find_compiler

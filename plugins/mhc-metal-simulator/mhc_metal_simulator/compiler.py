@@ -21,10 +21,18 @@ from pathlib import Path
 from mhc_metal_simulator.errors import CompileError, SimulatorError, SimulatorUnavailableError
 from mhc_metal_simulator.source import Prepared
 
-__all__ = ["Compiler", "cache_folder", "compile_kernel", "find_compiler"]
+__all__ = [
+    "Compiler",
+    "cache_folder",
+    "compile_kernel",
+    "find_compiler",
+    "front_end",
+    "readable",
+]
 
 OLDEST_CLANG = 18
 _HERE = Path(__file__).parent
+_SEAL = b"\0mhc-sha256\0"  # what an entry of the cache ends with, and then its hash
 _STACK_BYTES = 200_000  # of a thread's 256 KiB stack, for the kernel's own variables
 
 _LANGUAGE = """
@@ -108,8 +116,8 @@ def _zig() -> Compiler | None:
     return Compiler((zig, "clang"), (zig, "ld.lld", "-shared"), version)
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: list[str], given: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, input=given, capture_output=True, text=True, check=False)
 
 
 # ---- the cache -----------------------------------------------------------------------------------
@@ -149,49 +157,66 @@ def compile_kernel(prepared: Prepared) -> Path:
     compiler = find_compiler()
     folder = cache_folder()
     library = folder / f"{_key(compiler, prepared.text)}.so"
-    if library.exists():
+    if _is_whole(library):
         return library
     runtime = _runtime_object(compiler, folder)
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        built = _build(compiler, prepared, runtime, Path(work))
-        os.replace(built, library)
+        _keep(_build(compiler, prepared, runtime, Path(work)), library)
     return library
 
 
 def _runtime_object(compiler: Compiler, folder: Path) -> Path:
     target = folder / f"{_key(compiler, 'runtime')}.o"
-    if target.exists():
+    if _is_whole(target):
         return target
     with tempfile.TemporaryDirectory(dir=folder) as work:
         built = Path(work) / "runtime.o"
         source = str(_HERE / "runtime" / "runtime.cpp")
         _check([*compiler.clang, *_LANGUAGE.split(), *_RUNTIME.split(), source, "-o", str(built)])
-        os.replace(built, target)
+        _keep(built, target)
     return target
+
+
+def _keep(built: Path, entry: Path) -> None:
+    """Put a file into the cache, sealed with its hash; linkers do not look behind an ELF file."""
+    with built.open("ab") as stream:
+        stream.write(_SEAL + _digest(built.read_bytes()))
+    os.replace(built, entry)
+
+
+def _is_whole(entry: Path) -> bool:
+    """Whether an entry is there and as it was kept: a library cut short would be a bus error."""
+    try:
+        content = entry.read_bytes()
+    except OSError:
+        return False
+    built, seal, digest = content.rpartition(_SEAL)
+    return bool(seal) and digest == _digest(built)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 # ---- compiling -----------------------------------------------------------------------------------
 
 
+def front_end(text: str, file: str, original: str) -> str:
+    """Return clang's intermediate code of a prepared text, if Metal takes it."""
+    flags = f"{_LANGUAGE} {_FRONT_END} -I{_HERE / 'metal'} -o - -"
+    done = _run([*find_compiler().clang, *flags.split()], text)
+    if done.returncode != 0:
+        raise CompileError(readable(done.stderr))
+    _require_explicit_bfloat(done.stderr)
+    _require_one_space(done.stdout, file, original)
+    return done.stdout
+
+
 def _build(compiler: Compiler, prepared: Prepared, runtime: Path, work: Path) -> Path:
-    source, code, plain, object_, library = (
-        work / name for name in ("kernel.cpp", "kernel.ll", "plain.ll", "kernel.o", "kernel.so")
-    )
-    source.write_text(prepared.text)
-    shim = f"-I{_HERE / 'metal'}"
-    said = _check(
-        [
-            *compiler.clang,
-            *_LANGUAGE.split(),
-            *_FRONT_END.split(),
-            shim,
-            str(source),
-            "-o",
-            str(code),
-        ]
-    )
-    _require_explicit_bfloat(said)
-    plain.write_text(_erase_spaces(code.read_text(), prepared))
+    plain, object_, library = (work / name for name in ("plain.ll", "kernel.o", "kernel.so"))
+    code = front_end(prepared.text, prepared.file, prepared.original)
+    # every pointer in the plain address space
+    plain.write_text(re.sub(r" addrspace\(\d+\)", "", code))
     said = _check([*compiler.clang, *_BACK_END.split(), str(plain), "-o", str(object_)])
     _require_small_frames(said, prepared)
     _check([*compiler.linker, str(object_), str(runtime), "-o", str(library)])
@@ -201,23 +226,24 @@ def _build(compiler: Compiler, prepared: Prepared, runtime: Path, work: Path) ->
 def _check(command: list[str]) -> str:
     done = _run(command)
     if done.returncode != 0:
-        raise CompileError(_readable(done.stderr))
+        raise CompileError(readable(done.stderr))
     return done.stderr
 
 
-def _readable(said: str) -> str:
+def readable(said: str) -> str:
+    """Return what clang said in Metal's words."""
     for number, name in ((1, "device"), (2, "constant"), (3, "threadgroup")):
         said = said.replace(f"__attribute__((address_space({number})))", name)
-    return said.strip()
+    return said.replace("_Float16", "half").replace("__bf16", "bfloat").strip()
 
 
 def _require_explicit_bfloat(said: str) -> None:
     """Refuse what Apple's compiler refuses and clang allows: float to bfloat without a cast."""
     for line in said.splitlines():
-        if "implicit conversion" in line and re.search(
+        if "loses floating-point precision" in line and re.search(
             r"to '(?:\w+' \(aka ')?(?:__bf16|bfloat)", line
         ):
-            raise CompileError(_readable(line.replace("warning:", "error:")) + "; write bfloat(x)")
+            raise CompileError(readable(line.replace("warning:", "error:")) + "; write bfloat(x)")
 
 
 def _require_small_frames(said: str, prepared: Prepared) -> None:
@@ -229,21 +255,15 @@ def _require_small_frames(said: str, prepared: Prepared) -> None:
         )
 
 
-def _erase_spaces(code: str, prepared: Prepared) -> str:
-    """Put every pointer in the plain address space, after a last check.
-
-    clang allows a C-style cast from one space to another, which Metal does not; it shows here as
-    an instruction of its own.
-    """
+def _require_one_space(code: str, file: str, original: str) -> None:
+    """Refuse a C-style cast from one space to another, which clang allows and Metal does not."""
     for line in code.splitlines():
         if "addrspacecast" in line:
             where = _location(line, code)
-            text = prepared.original.splitlines()[where - 1].strip() if where else line.strip()
+            text = original.splitlines()[where - 1].strip() if where else line.strip()
             raise CompileError(
-                f"{prepared.file}:{where}: error: cast converts between mismatching address "
-                f"spaces: {text}"
+                f"{file}:{where}: error: cast converts between mismatching address spaces: {text}"
             )
-    return re.sub(r" addrspace\(\d+\)", "", code)
 
 
 def _location(instruction: str, code: str) -> int | None:

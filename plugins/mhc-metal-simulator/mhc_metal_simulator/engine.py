@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mhc_metal_simulator.branches import MOST
 from mhc_metal_simulator.errors import LaunchError
 from mhc_metal_simulator.faults import Array, explain
 from mhc_metal_simulator.source import Prepared
 
 __all__ = [
+    "ALIGNMENT",
     "MAX_BUFFERS",
     "MAX_THREADGROUP_BYTES",
     "MAX_THREADS",
@@ -33,6 +35,7 @@ MAX_THREADS = 1024
 MAX_BUFFERS = 31
 MAX_THREADGROUP_BYTES = 32 * 1024
 _MAX_SHARED = 128  # MAX_SHARED of runtime/memory.h
+ALIGNMENT = 16  # of the widest vector in memory
 _PAGE = 4096
 _GAP = 1 << 20  # unused addresses around each buffer; costs no memory
 _STACK = 256 * 1024
@@ -81,6 +84,8 @@ class Argument:
         ``"input"``, ``"output"`` or ``"metadata"`` (shapes and strides).
     initialised
         Whether an output may be read before it is written, and may stay unwritten.
+    skew
+        How many bytes after a multiple of 16 ``data`` begins in memory.
     """
 
     name: str
@@ -89,6 +94,7 @@ class Argument:
     start: int = 0
     role: str = "input"
     initialised: bool = True
+    skew: int = 0
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,7 @@ class _Launch(ctypes.Structure):
         ("group", ctypes.c_uint32 * 3),
         ("order", ctypes.c_uint32),
         ("seed", ctypes.c_uint32),
+        ("marks", ctypes.c_void_p),
         ("fault", _Fault),
     )
 
@@ -215,8 +222,8 @@ class _Arena:
         starts: list[int] = []
         at = _GAP
         for argument in arguments:
-            starts.append(at)
-            at += -(-argument.data.size // _PAGE) * _PAGE + _GAP
+            starts.append(at + argument.skew)
+            at += -(-(argument.skew + argument.data.size) // _PAGE) * _PAGE + _GAP
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         memory = mmap.mmap(-1, at, flags=flags)
         owner = np.zeros(at // _PAGE, np.uint16)
@@ -284,12 +291,13 @@ class Library:
 
     def launch(
         self, name: str, arguments: list[Argument], grid: Triple, group: Triple, schedule: Schedule
-    ) -> tuple[dict[str, Traffic], dict[str, npt.NDArray[np.bool_]]]:
+    ) -> tuple[dict[str, Traffic], dict[str, npt.NDArray[np.bool_]], npt.NDArray[np.uint8]]:
         """Run the grid. Outputs change in place.
 
         Returns
         -------
-        The traffic of each buffer, and for each output which of its bytes the kernel stored.
+        The traffic of each buffer, for each output which of its bytes the kernel stored, and the
+        marks of its branches.
         """
         self.check_limits(name, grid, group)
         arena = _Arena.holding(arguments)
@@ -297,6 +305,7 @@ class Library:
         buffers = (_Buffer * len(arguments))()
         for i, (argument, shadow) in enumerate(zip(arguments, shadows, strict=True)):
             buffers[i] = _buffer(argument, arena.address + arena.starts[i], shadow)
+        marks = np.zeros(MOST, np.uint8)
         with _stacks() as stacks, self._lock:
             launch = _Launch(
                 buffers=buffers,
@@ -310,6 +319,7 @@ class Library:
                 group=(ctypes.c_uint32 * 3)(*group),
                 order=schedule.order,
                 seed=schedule.seed,
+                marks=marks.ctypes.data,
             )
             failed = self._handle.mhc_launch(ctypes.byref(launch))
         if failed:
@@ -320,7 +330,8 @@ class Library:
             if argument.role == "output":
                 argument.data[:] = arena.bytes_of(i, argument.data.size)
                 written[argument.name] = shadows[i].stored_bytes(argument.data.size)
-        return {a.name: _traffic(a, b) for a, b in zip(arguments, buffers, strict=True)}, written
+        moved = {a.name: _traffic(a, b) for a, b in zip(arguments, buffers, strict=True)}
+        return moved, written, marks
 
     def check_limits(self, name: str, grid: Triple, group: Triple) -> None:
         """Refuse what Metal refuses before any thread runs."""

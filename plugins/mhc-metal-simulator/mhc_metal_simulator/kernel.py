@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mhc_metal_simulator.capture import capture_source
+from mhc_metal_simulator.engine import ALIGNMENT
 from mhc_metal_simulator.errors import SimulatorError, TracedCallError
 from mhc_metal_simulator.launch import HostArray, Output, simulate
 
@@ -104,7 +106,7 @@ class SimulatedKernel:
         return list(_without_gradient(run)(*arrays))
 
     def _run(self, arrays: list[Any], static: dict[str, Any], verbose: bool) -> list[Any]:
-        hosts = [self._to_host(x) for x in arrays]
+        hosts, offsets = zip(*map(self._to_host, arrays), strict=True) if arrays else ((), ())
         text = self._text(arrays, static)
         if verbose:
             print(f"Generated source code for `{self.name}`:\n```\n{text}\n```")
@@ -115,24 +117,33 @@ class SimulatedKernel:
             )
         ]
         named = dict(zip(self.input_names, hosts, strict=True))
-        made = simulate(self.name, text, named, outputs, static["grid"], static["threadgroup"])
+        placed = dict(zip(self.input_names, offsets, strict=True))
+        made = simulate(
+            self.name, text, named, outputs, static["grid"], static["threadgroup"], placed
+        )
         return [
             _from_host(host, dtype)
             for host, dtype in zip(made, static["output_dtypes"], strict=True)
         ]
 
-    def _to_host(self, array: Any) -> HostArray:
+    def _to_host(self, array: Any) -> tuple[HostArray, int]:
+        """Return an array on the host, and how many bytes after a multiple of 16 it begins.
+
+        That is counted from the start of the buffer of which it may be a view: MLX binds a buffer
+        with an offset. Where MLX copies it first, it begins at the start of another one.
+        """
         try:
             mx.eval(array)
         except ValueError as error:
             raise TracedCallError(_NO_VALUES.format(self.name)) from error
         shape: tuple[int, ...] = array.shape
         if array.size == 0:
-            host = np.zeros(shape, _host_dtype(array.dtype))
-        else:
-            bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-            host = np.asarray(memoryview(bits))
-        return np.asarray(host, order="C") if self._contiguous else host
+            return np.zeros(shape, _host_dtype(array.dtype)), 0
+        bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+        host = np.asarray(memoryview(bits))
+        if self._contiguous and not host.flags.c_contiguous:
+            return np.asarray(host, order="C"), 0
+        return host, (_address(host) - _first_address()) % ALIGNMENT
 
     def _text(self, arrays: list[Any], static: dict[str, Any]) -> str:
         """Return MLX's text, captured once for everything that it depends on."""
@@ -152,6 +163,18 @@ class SimulatedKernel:
             return self._kernel(inputs=list(placeholders), verbose=True, **static)
 
         return capture_source(call, about)
+
+
+def _address(host: HostArray) -> int:
+    return host.__array_interface__["data"][0]
+
+
+@functools.cache
+def _first_address() -> int:
+    """Return where a buffer of MLX's begins; on a CPU that is 8 bytes after a multiple of 16."""
+    array = mx.zeros(64)
+    mx.eval(array)
+    return _address(np.asarray(memoryview(array))) % ALIGNMENT
 
 
 def _host_dtype(dtype: Any) -> np.dtype[Any]:

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,8 +14,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mhc_metal_simulator.branches import Branch
 from mhc_metal_simulator.compiler import compile_kernel
-from mhc_metal_simulator.engine import MAX_THREADS, Argument, Library, Schedule, Traffic, Triple
+from mhc_metal_simulator.engine import (
+    ALIGNMENT,
+    MAX_THREADS,
+    Argument,
+    Library,
+    Schedule,
+    Traffic,
+    Triple,
+)
 from mhc_metal_simulator.errors import KernelFaultError, LaunchError
 from mhc_metal_simulator.source import Parameter, prepare
 
@@ -95,6 +104,9 @@ class LaunchRecord:
         Of each buffer by name, shapes and strides included (their role is ``"metadata"``).
     source
         The text that MLX generated.
+    branches, took
+        Its choices, as :mod:`mhc_metal_simulator.branches` has them, and those with the sides that
+        any thread took.
     """
 
     kernel: str
@@ -103,6 +115,8 @@ class LaunchRecord:
     threadgroup_bytes: int
     traffic: dict[str, Traffic] = field(repr=False)
     source: str = field(repr=False)
+    branches: tuple[Branch, ...] = field(default=(), repr=False)
+    took: frozenset[tuple[Branch, str]] = field(default=frozenset(), repr=False)
 
     @property
     def loaded(self) -> int:
@@ -172,10 +186,12 @@ def simulate(
     outputs: Sequence[Output],
     grid: Triple,
     threadgroup: Triple,
+    offsets: Mapping[str, int] | None = None,
 ) -> list[HostArray]:
     """Run the kernel whose generated text is ``source`` and return its outputs.
 
-    Inputs may be strided; the kernel gets a pointer to their first element and their strides.
+    Inputs may be strided; the kernel gets a pointer to their first element and their strides. That
+    pointer is ``offsets`` bytes after a multiple of 16, for inputs that are named there.
 
     Raises
     ------
@@ -189,20 +205,29 @@ def simulate(
     chosen = current_options()
     results: list[HostArray] = []
     for i, schedule in enumerate(map(Schedule.parse, chosen.schedules)):
-        arguments = [_argument(p, inputs, outputs) for p in library.prepared.buffers]
-        traffic, written = library.launch(
+        arguments = [_argument(p, inputs, outputs, offsets or {}) for p in library.prepared.buffers]
+        traffic, written, marks = library.launch(
             name, arguments, grid, (group[0], group[1], group[2]), schedule
         )
         made = _outputs_of(arguments, outputs)
         if i == 0:
             results = made
-            done = LaunchRecord(name, grid, threadgroup, library.threadgroup_bytes, traffic, source)
+            choices = library.prepared.branches
+            size, took = library.threadgroup_bytes, _sides(choices, marks)
+            done = LaunchRecord(name, grid, threadgroup, size, traffic, source, choices, took)
             _record(done)
             if chosen.unwritten == "error":
                 _require_written(name, outputs, written)
         else:
             _require_equal(name, outputs, results, made, chosen.schedules[0], schedule.name)
     return results
+
+
+def _sides(
+    branches: Sequence[Branch], marks: npt.NDArray[np.uint8]
+) -> frozenset[tuple[Branch, str]]:
+    taken = zip(branches, marks.tolist(), strict=False)
+    return frozenset((branch, side) for branch, mark in taken for side in branch.sides(mark))
 
 
 def _check_threads(name: str, threadgroup: Triple) -> None:
@@ -224,13 +249,17 @@ def _record(done: LaunchRecord) -> None:
 
 
 def _argument(
-    parameter: Parameter, inputs: dict[str, HostArray], outputs: Sequence[Output]
+    parameter: Parameter,
+    inputs: dict[str, HostArray],
+    outputs: Sequence[Output],
+    offsets: Mapping[str, int],
 ) -> Argument:
     for output in outputs:
         if output.name == parameter.name:
             return _output_argument(output)
     if parameter.name in inputs:
-        return _input_argument(parameter.name, inputs[parameter.name])
+        array, offset = inputs[parameter.name], offsets.get(parameter.name, 0)
+        return _input_argument(parameter.name, array, offset)
     name, _, what = parameter.name.rpartition("_")
     about: dict[str, Callable[[HostArray], npt.NDArray[Any]]] = {
         "shape": lambda a: np.asarray(a.shape, np.int32),
@@ -241,7 +270,7 @@ def _argument(
     return Argument(parameter.name, values.view(np.uint8), values.itemsize, role="metadata")
 
 
-def _input_argument(name: str, array: HostArray) -> Argument:
+def _input_argument(name: str, array: HostArray, offset: int) -> Argument:
     """Take the stretch of memory that a strided array spans, as it lies there."""
     if array.size == 0:
         return Argument(name, np.zeros(0, np.uint8), array.itemsize)
@@ -249,7 +278,7 @@ def _input_argument(name: str, array: HostArray) -> Argument:
     low, high = sum(min(r, 0) for r in reach), sum(max(r, 0) for r in reach)
     first = array.__array_interface__["data"][0]
     data = np.frombuffer(ctypes.string_at(first + low, high - low + array.itemsize), np.uint8)
-    return Argument(name, data, array.itemsize, start=-low)
+    return Argument(name, data, array.itemsize, start=-low, skew=(offset + low) % ALIGNMENT)
 
 
 def _output_argument(output: Output) -> Argument:

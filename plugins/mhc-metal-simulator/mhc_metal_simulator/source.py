@@ -7,7 +7,12 @@ The text itself stays as it is but for these edits, none of which moves a line:
 * ``float4(...)``, ``(float4)x`` and ``static_cast<float4>(x)`` become calls of the shim, which
   convert as Metal does (clang's own vector casts reinterpret the bits);
 * ``0.5h`` and ``0.5bf`` become ``half(0.5f)`` and ``bfloat(0.5f)``;
-* the attributes of the explicit instantiation that MLX appends are dropped.
+* the attributes of the explicit instantiation that MLX appends are dropped;
+* a parameter ``device T x[4]`` becomes the pointer that it is, which clang has in OpenCL alone;
+* ``*(to) = *(from);`` becomes a call of the shim, which copies structs between address spaces;
+* ``[[function_constant(3)]]`` becomes a value, zero, and ``[[threadgroup(0)]]`` nothing;
+* of member functions for objects in another space than ``thread`` (``T f() const device {...}``),
+  which clang has in OpenCL alone, nothing is kept.
 """
 
 from __future__ import annotations
@@ -15,9 +20,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from mhc_metal_simulator import branches, rules
 from mhc_metal_simulator.errors import CompileError, SimulatorError
 
-__all__ = ["ATTRIBUTES", "Parameter", "Prepared", "prepare"]
+__all__ = [
+    "ATTRIBUTES",
+    "Parameter",
+    "Prepared",
+    "prepare",
+    "prepare_declarations",
+    "prepare_opencl",
+    "require_metal",
+]
 
 # In this order runtime/schedule.h numbers them.
 ATTRIBUTES = (
@@ -46,6 +60,7 @@ ATTRIBUTES = (
 _SCALARS = (
     "float|half|bfloat|char|uchar|short|ushort|int|uint|long|ulong|bool"  # the vectors' elements
 )
+_SPACES = ("device", "constant", "threadgroup")
 _VECTOR = re.compile(rf"(?:packed_)?(?:{_SCALARS})[234]\Z")
 _ALIAS = re.compile(
     rf"\busing\s+(\w+)\s*=\s*(?:metal::)?(?:vec\s*<[^;]*>|(?:{_SCALARS})[234])\s*;"
@@ -89,6 +104,7 @@ class Prepared:
     buffers: tuple[Parameter, ...]
     original: str
     file: str
+    branches: tuple[branches.Branch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,17 +121,59 @@ _Edits = list[tuple[int, int, str]]
 def prepare(original: str, name: str) -> Prepared:
     """Turn MLX's text for the kernel ``name`` into a C++ translation unit."""
     tokens = _tokens(original)
-    _require_constant_space(tokens, original, name)
+    require_metal(original, name)
     edits: _Edits = []
     edits += _shared_declarations(tokens)
     edits += _vector_calls(tokens, original)
     edits += _narrow_literals(tokens)
     edits += _instantiation_attributes(original)
+    edits += _members_of_other_spaces(tokens, original)
+    edits += _parameters_of_arrays(tokens) + _attributes(original) + _whole_copies(tokens)
+    marks, choices = branches.find(original, _tokens)
+    edits += marks
     file = f"{name}.metal"
     parameters, kernel = _signature(original)
     text = _PRELUDE.format(file) + _apply(original, edits) + _entry(parameters, kernel)
     buffers = tuple(p for p in parameters if p.role == "buffer")
-    return Prepared(text, buffers, original, file)
+    return Prepared(text, buffers, original, file, choices)
+
+
+def prepare_declarations(original: str, name: str) -> str:
+    """Turn a text of Metal that may lack a kernel of MLX's form into C++ for the front end."""
+    tokens = _tokens(original)
+    edits = _shared_declarations(tokens) + _vector_calls(tokens, original)
+    edits += _narrow_literals(tokens) + _members_of_other_spaces(tokens, original)
+    edits += _parameters_of_arrays(tokens) + _attributes(original) + _whole_copies(tokens)
+    edits += _instantiation_attributes(original)
+    prelude = f'#define MHC_WITH_MLX_HEADERS\n#include <metal_stdlib>\n#line 1 "{name}.metal"\n'
+    return prelude + _apply(original, edits)
+
+
+def prepare_opencl(original: str, name: str) -> str:
+    """Turn MLX's text for a kernel into C++ for OpenCL, which has no kernels that are templates."""
+    text = _apply(original, _vector_calls(_tokens(original), original))
+    instance = _INSTANTIATION.search(text)
+    constants = ""
+    if instance:
+        given = instance[2].partition("<")[2].rstrip("> ").split(",")
+        text = text[: instance.start()]
+        declared = re.search(r"template\s*<([^>]*)>\s*(?=\[\[kernel\]\])", text)
+        if declared is None:
+            raise SimulatorError(f"no template of the [[kernel]] function in the text:\n{text}")
+        text = text[: declared.start()] + "\n" * declared[0].count("\n") + text[declared.end() :]
+        for parameter, value in zip(declared[1].split(","), given, strict=True):
+            kind, word = parameter.split()
+            value = f"({value})" if kind == "bool" else value
+            constants += f"enum {{ {word} = {value} }};"
+    text = text.replace("[[kernel]] void", f"{constants} kernel void", 1)
+    return f'#include <metal_stdlib>\n#line 1 "{name}.metal"\n{text}'
+
+
+def require_metal(text: str, name: str) -> None:
+    """Refuse what C++ has and Metal does not."""
+    tokens = _tokens(text)
+    rules.require(tokens, text, name)
+    _require_constant_space(tokens, text, name)
 
 
 def _tokens(text: str) -> list[_Token]:
@@ -127,6 +185,8 @@ def _apply(text: str, edits: _Edits) -> str:
     out: list[str] = []
     at = 0
     for start, end, new in sorted(edits):
+        if start < at:  # in what another edit has taken out
+            continue
         out += [text[at:start], new]
         at = end
     return "".join(out) + text[at:]
@@ -236,6 +296,9 @@ def _vector_calls(tokens: list[_Token], text: str) -> _Edits:
         if last is None or last + 1 >= len(tokens):
             continue
         before = tokens[i - 1].text if i else ""
+        done = last
+        if before == "operator":  # a conversion to it is declared
+            continue
         name = text[tokens[i].start : tokens[last].end]
         if before == "<" and i > 1 and tokens[i - 2].text == "static_cast":
             edits.append((tokens[i - 2].start, tokens[last + 1].end, f"mhc::make<{name}>"))
@@ -243,7 +306,6 @@ def _vector_calls(tokens: list[_Token], text: str) -> _Edits:
             edits.append((tokens[i - 1].start, tokens[last + 1].end, f"mhc::to<{name}>()->*"))
         elif tokens[last + 1].text == "(":
             edits.append((tokens[i].start, tokens[last].end, f"mhc::make<{name}>"))
-        done = last
     return edits
 
 
@@ -277,6 +339,78 @@ def _narrow_literals(tokens: list[_Token]) -> _Edits:
             digits = found[1] if re.search(r"[.eE]", found[1]) else found[1] + "."
             edits.append((token.start, token.end, f"{type_}({digits}f)"))
     return edits
+
+
+def _whole_copies(tokens: list[_Token]) -> _Edits:
+    edits: _Edits = []
+    for i in range(1, len(tokens) - 5):
+        if tokens[i].text != "*" or tokens[i + 1].text != "(" or tokens[i - 1].text not in ";{}":
+            continue
+        end = _matching(tokens, i + 1)
+        if [t.text for t in tokens[end + 1 : end + 4]] != ["=", "*", "("]:
+            continue
+        last = _matching(tokens, end + 3) + 1
+        if tokens[last].text == ";":
+            edits.append((tokens[i].start, tokens[i].end, "mhc::assign("))
+            edits.append((tokens[end + 1].start, tokens[end + 2].end, ","))
+            edits.append((tokens[last].start, tokens[last].start, ")"))
+    return edits
+
+
+# ---- parameters and their attributes -------------------------------------------------------------
+
+
+def _parameters_of_arrays(tokens: list[_Token]) -> _Edits:
+    edits: _Edits = []
+    open_ = ""  # of the brackets around a token
+    for i, token in enumerate(tokens):
+        if token.text in _SPACES and open_.endswith("("):
+            end = _next_at_depth_0(tokens, i, (",", ")", ";"))
+            first = next((k for k in range(i, end) if tokens[k].text == "["), end)
+            if (
+                first + 1 < end
+                and tokens[first + 1].text != "["
+                and tokens[first - 1].kind == "word"
+            ):
+                name, last = tokens[first - 1], _matching(tokens, first)
+                edits.append((name.start, tokens[last].end, f"*{name.text}"))
+        if token.text in "([{":
+            open_ += token.text
+        elif token.text in ")]}":
+            open_ = open_[:-1]
+    return edits
+
+
+def _attributes(text: str) -> _Edits:
+    found = re.finditer(r"\[\[(function_constant|threadgroup)\(\w+\)\]\]", text)
+    return [(m.start(), m.end(), "= {}" if m[1] == "function_constant" else "") for m in found]
+
+
+# ---- member functions ----------------------------------------------------------------------------
+
+
+def _members_of_other_spaces(tokens: list[_Token], text: str) -> _Edits:
+    edits: _Edits = []
+    for i, token in enumerate(tokens):
+        if token.text not in _SPACES or i + 1 >= len(tokens):
+            continue
+        after = tokens[i - 2 if tokens[i - 1].text == "const" else i - 1].text
+        if after != ")" or tokens[i + 1].text not in ("{", ":", ";"):
+            continue
+        first = i
+        while first > 0 and tokens[first - 1].text not in (";", "{", "}"):
+            first -= 1
+        last = _end_of_function(tokens, i + 1)
+        start, end = tokens[first].start, tokens[last].end
+        if not edits or start >= edits[-1][1]:
+            edits.append((start, end, "\n" * text.count("\n", start, end)))
+    return edits
+
+
+def _end_of_function(tokens: list[_Token], first: int) -> int:
+    """Return the index of the last token of a function whose body, or ``: a(b)``, starts here."""
+    opening = _next_at_depth_0(tokens, first, ("{", ";"))
+    return opening if tokens[opening].text == ";" else _matching(tokens, opening)
 
 
 # ---- the kernel's own frame ----------------------------------------------------------------------
@@ -333,15 +467,24 @@ def _buffer_argument(type_: str, index: int) -> str:
 def _require_constant_space(tokens: list[_Token], text: str, name: str) -> None:
     """Refuse variables at program scope that are not in the constant address space."""
     statement: list[_Token] = []
-    depth = 0
+    open_: list[str] = []  # of the brackets around a token; those of a namespace are "n"
     initialiser = False
+    spaces = {"constant", *re.findall(r"^#define (\w+) [^\n]*\bconstant\b", text, re.MULTILINE)}
     for token in tokens:
-        if depth == 0 and token.text == "{":
-            initialiser = bool(statement) and statement[-1].text == "="
-        depth += (token.text in "({[") - (token.text in ")}]")
-        if depth > 0:
+        if token.text in "({[":
+            if token.text == "{" and set(open_) <= {"n"}:
+                initialiser = bool(statement) and statement[-1].text == "="
+                if any(word.text == "namespace" for word in statement):
+                    open_.append("n")
+                    statement = []
+                    continue
+            open_.append(token.text)
+        elif token.text in ")}]" and open_ and open_.pop() == "n":
+            statement = []
             continue
-        if token.text == ";" and _is_plain_variable(statement):
+        if not set(open_) <= {"n"}:
+            continue
+        if token.text == ";" and _is_plain_variable(statement, spaces):
             line = text.count("\n", 0, statement[0].start) + 1
             raise CompileError(
                 f"{name}.metal:{line}: error: program scope variable must reside in constant "
@@ -351,7 +494,7 @@ def _require_constant_space(tokens: list[_Token], text: str, name: str) -> None:
         statement = [] if ends else [*statement, token]
 
 
-def _is_plain_variable(statement: list[_Token]) -> bool:
+def _is_plain_variable(statement: list[_Token], spaces: set[str]) -> bool:
     words = [t.text for t in statement]
-    other = {"using", "typedef", "template", "struct", "class", "enum", "namespace", "constant"}
+    other = {"using", "typedef", "template", "struct", "class", "enum", "namespace", *spaces}
     return "=" in words and not other & set(words) and "static_assert" not in words

@@ -37,7 +37,7 @@ REFUSED = {
         "const device float* p = (const device float*)a;", "mismatching address spaces"
     ),
     "cast of device to thread": Refused(
-        "const float* p = (const float*)b;", "mismatching address spaces"
+        "thread const float* p = (thread const float*)b;", "mismatching address spaces"
     ),
     "reinterpret_cast of constant to device": Refused(
         "const device float4* p = reinterpret_cast<const device float4*>(a);", "reinterpret_cast"
@@ -51,13 +51,35 @@ REFUSED = {
     "plain variable at program scope": Refused(
         "", "program scope variable must reside in constant address space", "constexpr float k = 2;"
     ),
-    "double": Refused("double x = 1;", "metal_has_no_double"),
+    "double": Refused("double x = 1;", "'double' is not supported in Metal"),
     "float to bfloat without a cast": Refused("bfloat x = b[0];", "bfloat"),
     "float added to bfloat": Refused("bfloat x = bfloat(1);\nx += b[0];", "bfloat"),
     "vector of another length": Refused("float4 x = float4(1, 2, 3);", "one value for each"),
     "vector of another type": Refused("float4 x = int4(1);", "vector of 4 'int' values"),
     "unknown name": Refused("o[0] = nothing;", "nothing"),
     "local used before it is set": Refused("float x;\no[0] = x;", "uninitialized"),
+    # half and bfloat are keywords: gfx-rs/wgpu#4545, #5072
+    "a variable named half": Refused("float half = 1;\no[0] = half;", "half"),
+    "a variable of a type of its own named half": Refused(
+        "Pair half;\nhalf.x = 1;", "half", "struct Pair { float x; };"
+    ),
+    "a member named half": Refused("", "half", "struct Pair { float half; };"),
+    "a function named half": Refused("", "half", "inline float half(float x) { return x / 2; }"),
+    "a variable named bfloat": Refused("float bfloat = 1;", "bfloat"),
+    # vec<T, 64>, by what Apple's compiler makes of MLX's kernels: metal/shim/matrix.h
+    "two numbers as all that a lane has of a matrix": Refused(
+        "simdgroup_float8x8 m;\nm.thread_elements() = float2(1, 2);", "vec<float, 8 * 8>"
+    ),
+    "a lane's share of a matrix as two numbers": Refused(
+        "simdgroup_float8x8 m(0.0f);\nfloat2 v = m.thread_elements();", "8 * 8>"
+    ),
+    "an address as a uintptr_t": Refused(
+        "bool x = reinterpret_cast<uintptr_t>(b) % 16;", "uintptr"
+    ),
+    # shader-slang/slang#9716
+    "an address by as_type": Refused(
+        "bool x = as_type<ulong>(b) % 16;", "as_type takes no pointer"
+    ),
 }
 
 
@@ -84,6 +106,22 @@ def test_the_same_without_the_mistakes(run: Run) -> None:
         o[0] = n + k;
     """
     assert run(source, [SMALL, LARGE], header="constant constexpr float k = 2;") == 5
+
+
+def test_a_lane_has_the_first_two_of_a_matrix_as_wide_as_its_places(run: Run) -> None:
+    """Both ways of MLX's own kernels (kernels/steel/gemm/mma.h), and PyTorch's with an address."""
+    source = """
+        simdgroup_float8x8 m, n;
+        for (ushort k = 0; k < 2; k++) m.thread_elements()[k] = b[k] + k;
+        reinterpret_cast<thread float2&>(n.thread_elements()) = float2(3, 4);
+        simdgroup_multiply_accumulate(m, m, n, m);
+        const float2 v = reinterpret_cast<thread float2&>(m.thread_elements());
+        const uint lane = thread_index_in_simdgroup;
+        o[2 * lane] = v[0], o[2 * lane + 1] = v[1];
+        if (reinterpret_cast<ulong>(b) % 4 != 0) o[0] = 0;
+    """
+    got = run(source, [SMALL, LARGE], shape=(32, 2), grid=(32,), group=(32,))
+    assert (got == [4 * (1 * 3 + 2 * 3) + 1, 4 * (1 * 4 + 2 * 4) + 2]).all()
 
 
 @pytest.mark.parametrize(

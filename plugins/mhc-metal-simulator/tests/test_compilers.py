@@ -6,7 +6,7 @@ import re
 import shutil
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from conftest import Run
 import mhc_metal_simulator as simulator
 from mhc_metal_simulator import compiler, launch
 from mhc_metal_simulator.compiler import cache_folder, find_compiler
+from mhc_metal_simulator.source import Prepared
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ SOURCE = """
     vec<T, 4> v = vec<T, 4>(a[t], T(1), T(2), T(3));
     x[t] = v.x + T(0.1f);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    o[t] = float(x[39 - t]) + exp(0.0f) + simd_sum(1.0f);
+    o[t] = float(x[39 - t]) + precise::exp(0.0f) + simd_sum(1.0f);
 """
 
 
@@ -125,6 +126,47 @@ def test_the_cache_is_private(run: Run, fresh: Path) -> None:
     fresh.chmod(0o755)
     with pytest.raises(simulator.SimulatorError, match="open to others"):
         cache_folder()
+
+
+def halved(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [halved, flipped, emptied])
+def test_what_is_damaged_is_compiled_again(
+    run: Run, fresh: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
+) -> None:
+    """Loaded as it is, a library that was cut short ends the process with a bus error."""
+    assert run("o[0] = 3;") == 3
+    entries = sorted(fresh.iterdir())
+    assert sorted(path.suffix for path in entries) == [".o", ".so"]
+    sizes = [path.stat().st_size for path in entries]
+    for path in entries:
+        content = path.read_bytes()
+        path.unlink()  # the process has the old file mapped
+        path.write_bytes(content)
+        damage(path)
+    damaged = [path.read_bytes() for path in entries]
+
+    def compiled(prepared: Prepared) -> Path:
+        library = compiler.compile_kernel(prepared)
+        assert [path.stat().st_size for path in entries] == sizes
+        assert all(path.read_bytes() != d for path, d in zip(entries, damaged, strict=True))
+        return library
+
+    monkeypatch.setattr(launch, "_libraries", {})
+    monkeypatch.setattr(launch, "compile_kernel", compiled)
+    assert run("o[0] = 3;") == 3
 
 
 def test_nothing_half_done_is_left(run: Run, fresh: Path) -> None:

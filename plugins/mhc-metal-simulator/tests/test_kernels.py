@@ -99,6 +99,27 @@ def test_strided_inputs(run: Run, cut: Any) -> None:
     np.testing.assert_array_equal(contiguous, np.array(a))
 
 
+@pytest.mark.parametrize("start", [0, 1, 2, 4])
+def test_a_view_begins_where_it_does_in_its_buffer(run: Run, start: int) -> None:
+    """MLX hands contiguous views over as they are; a copy begins at the start of a buffer."""
+    whole = mx.arange(32.0)
+    mx.eval(whole)
+    source = "float2 v = *(const device float2*)a;\no[0] = v.x, o[1] = v.y;"
+    assert (run(source, [whole[::2][start:]], shape=(2,)) == [2 * start, 2 * start + 2]).all()
+    if start % 2 == 0:
+        assert (run(source, [whole[start:]], shape=(2,)) == [start, start + 1]).all()
+    else:
+        with pytest.raises(simulator.KernelFaultError, match="misaligned"):
+            run(source, [whole[start:]], shape=(2,))
+    few = whole[start : start + 4]  # in constant memory
+    source = source.replace("device", "constant")
+    if start % 2 == 0:
+        assert (run(source, [few], shape=(2,)) == [start, start + 1]).all()
+    else:
+        with pytest.raises(simulator.KernelFaultError, match="misaligned"):
+            run(source, [few], shape=(2,))
+
+
 def test_broadcast_input(run: Run) -> None:
     a = mx.broadcast_to(mx.arange(5.0), (3, 5))
     source = (
@@ -449,16 +470,16 @@ def test_literals_are_single_precision(run: Run) -> None:
 @pytest.mark.parametrize(
     ("expression", "reference"),
     [
-        ("exp(x)", np.exp),
-        ("metal::fast::exp(x)", np.exp),
+        ("precise::exp(x)", np.exp),
+        ("metal::precise::exp(x)", np.exp),
         ("precise::log(x)", np.log),
-        ("metal::rsqrt(x)", lambda x: 1 / np.sqrt(x)),
-        ("tanh(x)", np.tanh),
+        ("metal::precise::rsqrt(x)", lambda x: 1 / np.sqrt(x)),
+        ("precise::tanh(x)", np.tanh),
         ("max(x, 0.5f)", lambda x: np.maximum(x, 0.5)),
         ("clamp(x, 0.5f, 1.0f)", lambda x: np.clip(x, 0.5, 1)),
         ("fma(x, x, x)", lambda x: x * x + x),
-        ("pow(x, 1.5f)", lambda x: x**1.5),
-        ("1.0f / (1.0f + exp(-x))", lambda x: 1 / (1 + np.exp(-x))),
+        ("precise::pow(x, 1.5f)", lambda x: x**1.5),
+        ("1.0f / (1.0f + precise::exp(-x))", lambda x: 1 / (1 + np.exp(-x))),
         ("float(half(x) * 2.0h)", lambda x: 2 * x.astype(np.float16)),
         ("sign(x) + abs(-x) + floor(x)", lambda x: 1 + x + np.floor(x)),
     ],
@@ -470,6 +491,33 @@ def test_maths(run: Run, rng: np.random.Generator, expression: str, reference: A
     np.testing.assert_allclose(
         got, reference(a.astype(np.float64)), rtol=1e-3 if "half" in expression else 1e-6
     )
+
+
+def test_functions_without_a_namespace_may_be_the_fast_ones(
+    run: Run, rng: np.random.Generator
+) -> None:
+    """They are as far off as the specification's table for fast math lets them be, not farther."""
+    a = rng.uniform(0.1, 30, 200).astype(np.float32)
+    exact = a.astype(np.float64)
+    bounds = {  # in units in the last place
+        "exp": (np.exp(exact), 3 + np.floor(2 * exact)),
+        "log": (np.log(exact), np.where(exact <= 2, np.inf, 3)),
+        "rsqrt": (exact**-0.5, np.full(200, 2)),
+    }
+    names = list(bounds)
+    for how in ("", "fast::"):
+        calls = "\n".join(f"o[{k} * 200 + i] = {how}{name}(a[i]);" for k, name in enumerate(names))
+        got = run(
+            f"uint i = thread_position_in_grid.x;\n{calls}",
+            [a],
+            shape=(3, 200),
+            grid=(200,),
+            group=(200,),
+        )
+        for one, (want, ulps) in zip(got, bounds.values(), strict=True):
+            off = np.abs(one - want) / np.spacing(np.abs(want).astype(np.float32))
+            assert (off <= ulps + 2).all()  # with what the exact ones are off
+            assert (off >= 1.5).any()
 
 
 # ---- vectors ------------------------------------------------------------------------------------

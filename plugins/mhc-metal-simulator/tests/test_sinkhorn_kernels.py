@@ -26,6 +26,7 @@ from kernel_checks import (  # noqa: E402
 )
 from mhc_backends.kernels import launch as launches  # noqa: E402
 from mhc_backends.kernels.mlx import Kernels, Out, Sizes  # noqa: E402
+from mhc_conformance import Subject, check  # noqa: E402
 from mhc_core.math import mappings  # noqa: E402
 
 Options = dict[str, Any]
@@ -160,6 +161,7 @@ def test_threads_change_nothing(op: str, monkeypatch: pytest.MonkeyPatch) -> Non
     before = results()
     many = {name: replace(shape, threads=1024) for name, shape in launches.TABLE.items()}
     monkeypatch.setattr(launches, "TABLE", many)
+    monkeypatch.setattr(launches, "MOST_THREADS", {"metal": 1024})  # as CUDA has them
     with simulator.record() as records:
         after = results()
     assert {record.threadgroup[0] for record in records} == {1024}
@@ -180,6 +182,14 @@ def test_each_byte_travels_once(op: str) -> None:
         arrays = [one for one in record.traffic.values() if one.size >= 64 * 4 * 4]
         assert arrays
         assert all(one.loaded + one.stored == one.size for one in arrays)
+
+
+def test_functions_that_may_be_fast_fail_the_kit() -> None:
+    """So they are called precise, which on macOS 15 a function without a namespace need not be."""
+    with seeded(Fault("common", "fast functions", "precise::", "", WRONG, "sinkhorn")):
+        record = check(Subject(BACKEND), "sinkhorn", "float32", "forward")
+    assert not record.passed
+    assert "is off by" in record.detail
 
 
 # ---- the kernels that end a projection's way back ------------------------------------------------
@@ -384,8 +394,8 @@ FAULTS = (
     Fault(
         "mappings_vjp",
         "half sum of a group",
-        "dot(0.0f, dz, product)",
-        "float(half(dot(0.0f, dz, product)))",
+        "add_dot(0.0f, dz, product)",
+        "float(half(add_dot(0.0f, dz, product)))",
         WRONG,
         "mappings_vjp",
     ),
@@ -411,20 +421,27 @@ FAULTS = (
     Fault(
         "common",
         "half sum over few lanes",
-        "+= simd_xor(v.at[a], 1)",
-        "+= half(simd_xor(v.at[a], 1))",
+        "+= simd_partner(v.at[a], 1)",
+        "+= half(simd_partner(v.at[a], 1))",
         WRONG,
         KNOPP,
     ),
-    Fault("common", "few lanes", "simd_xor(v.at[a], 2)", "simd_xor(v.at[a], 1)", WRONG, "sinkhorn"),
+    Fault(
+        "common",
+        "few lanes",
+        "simd_partner(v.at[a], 2)",
+        "simd_partner(v.at[a], 1)",
+        WRONG,
+        "sinkhorn",
+    ),
     Fault("common", "own divisor", "if (a == line<N>(here)) out", "if (a == 0) out", WRONG, KNOPP),
     Fault("common", "eps", "return sum_a(v) + eps;", "return sum_a(v);", WRONG, "sinkhorn"),
     Fault("common", "lanes", "simd_from(v, first + a)", "simd_from(v, a)", WRONG, "sinkhorn"),
     Fault(
         "common",
         "halves",
-        "simd_xor(upper ? lower_one : upper_one",
-        "simd_xor(upper ? upper_one : lower_one",
+        "simd_partner(upper ? lower_one : upper_one",
+        "simd_partner(upper ? upper_one : lower_one",
         WRONG,
         "sinkhorn",
     ),

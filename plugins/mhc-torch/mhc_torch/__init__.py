@@ -1,7 +1,5 @@
 """torch: the neutral maths on PyTorch tensors, with the hand-written vjps behind autograd."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 from mhc_core import math

@@ -71,7 +71,7 @@ def _(info: Any, axes: Any, matrix: Tensor, g: Tensor, **static: Any) -> tuple[T
 
 
 def pull_back(matrix: Tensor, g: Tensor, **static: Any) -> Tensor:
-    """Give the gradient of the matrix, of which there is no further derivative."""
+    """Give the gradient of the matrix; its own derivatives are autograd's, step by step."""
     return cast("Tensor", _PullBack.apply(matrix, g, tuple(static.items())))
 
 
@@ -84,11 +84,13 @@ class _PullBack(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+        matrix, g, ctx.static = inputs
+        ctx.save_for_backward(matrix, g)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        raise NotImplementedError(
-            "sinkhorn_knopp: the torch backend has no second derivatives of it; "
-            "mhc_core.math.sinkhorn_knopp.forward under plain autograd has them"
-        )
+        def gradient(matrix: Tensor, g: Tensor) -> Tensor:
+            return neutral.vjp((matrix,), (g,), **dict(ctx.static))[0]
+
+        _, pull = torch.func.vjp(gradient, *ctx.saved_tensors)
+        return *pull(*cotangents), None

@@ -85,17 +85,24 @@ def to_host(array: torch.Tensor) -> numpy.ndarray[Any, Any]:
 def grad(function: Callable[..., torch.Tensor], argnums: Sequence[int]) -> Callable[..., Any]:
     """Plain autograd; inside torch.compile torch.func.grad, which its tracer follows.
 
-    Plain autograd otherwise, because torch.func.grad does not go through checkpoints.
+    Plain autograd otherwise, because torch.func.grad does not go through checkpoints. Inside
+    another gradient, where arrays require one, the gradients can be differentiated again.
     """
     wanted = tuple(argnums)
 
     def gradients(*arrays: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if torch.compiler.is_compiling():
             return torch.func.grad(function, argnums=wanted)(*arrays)
-        leaves = [a.detach().requires_grad_(i in wanted) for i, a in enumerate(arrays)]
+        again = torch.is_grad_enabled() and any(a.requires_grad for a in arrays)
+        leaves = [
+            a if again and a.requires_grad else a.detach().requires_grad_(i in wanted)
+            for i, a in enumerate(arrays)
+        ]
         with torch.enable_grad():
             result = function(*leaves)
-        return torch.autograd.grad(result, [leaves[i] for i in wanted], materialize_grads=True)
+        return torch.autograd.grad(
+            result, [leaves[i] for i in wanted], create_graph=again, materialize_grads=True
+        )
 
     return gradients
 

@@ -136,7 +136,7 @@ def _stage(
     """
     dtype = dtype_name(x.dtype)
     each = launch.factor_bytes(tiles, dtype, kernels.dialect)
-    slot = launch.slot_bytes(rows, dtype, kernel)
+    slot = launch.slot_bytes(rows, dtype, kernel, kernels.dialect)
     fit = (k for k in range(most, 0, -1) if k * slot + unit * each <= kernels.memory)
     ahead = next(fit, 0)
     room = (kernels.memory - ahead * slot) // each
@@ -264,7 +264,7 @@ def back_projection(
     chosen = {"COLUMNS": phi.shape[0], "WITH_H": w is not None, "WITH_G": g is not None}
     (dx,) = kernels("project_dx", inputs, {"dx": out}, sizes, **chosen)
 
-    shares = launch.shares("project_dphi", *sizes)
+    shares = launch.shares("project_dphi", *sizes, kernels.dialect)
     partial = Out((shares, *phi.shape), mx.float32)
     tiles = _tiles(phi, DPHI_COLUMNS)
     stage, _ = _stage(kernels, "project_dphi", x, tiles, DPHI_BLOCKS, 2)

@@ -36,7 +36,7 @@ def back(
     """Give dx in the dtype of x, and dweight[1, C] in float32."""
     sizes = _sizes(x)
     inputs = {**_inputs(x, weight, eps), "g": tokens(g, 1)}
-    parts = Out((shares("rms_norm_vjp", *sizes), sizes.C), mx.float32)
+    parts = Out((shares("rms_norm_vjp", *sizes, kernels.dialect), sizes.C), mx.float32)
     dx, dweight = kernels("rms_norm_vjp", inputs, {"dx": Out.like(x), "dweight": parts}, sizes)
     return dx, kernels.sum_rows(dweight)
 

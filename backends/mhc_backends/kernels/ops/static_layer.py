@@ -57,7 +57,7 @@ def _back(
 ) -> tuple[mx.array, list[mx.array], mx.array]:
     sizes = Sizes.of(x)
     n, C = sizes.n, sizes.C
-    sums = Out((shares("static_layer_vjp", *sizes), 2 * n + n * n + C), mx.float32)
+    sums = Out((shares("static_layer_vjp", *sizes, kernels.dialect), 2 * n + n * n + C), mx.float32)
     inputs = {**_inputs(x, mapped, weight, eps), "g": tokens(g, 2)}
     dx, parts = kernels("static_layer_vjp", inputs, {"dx": Out.like(x), "sums": sums}, sizes)
     *d_mapped, dweight = _split(kernels.sum_rows(parts), n)
@@ -81,7 +81,9 @@ def _back_wide(
         "h_pre": h_pre,
         "h_res": h_res,
     }
-    sums = Out((shares("static_layer_vjp_wide", *sizes), 2 * n + n * n), mx.float32)
+    sums = Out(
+        (shares("static_layer_vjp_wide", *sizes, kernels.dialect), 2 * n + n * n), mx.float32
+    )
     outputs = {"dx": Out.like(x), "sums": sums}
     dx, parts = kernels("static_layer_vjp_wide", inputs, outputs, sizes)
     *d_mapped, _ = _split(kernels.sum_rows(parts), n)

@@ -53,6 +53,7 @@ enum FaultKind : u32 {
 enum Space : u32 { SPACE_NONE, SPACE_BUFFER, SPACE_THREADGROUP };
 
 enum : u32 { NOBODY = 0xffff };
+enum : u32 { MAX_BRANCHES = 2048 };
 
 struct Fault {
     u32 kind, space, array, size;  // array: index of the buffer or of the threadgroup array
@@ -75,6 +76,7 @@ struct Launch {
     u64 stack_size;
     u32 grid[3], group[3];
     u32 order, seed;  // 0 forward, 1 reversed, 2 random
+    u8* marks;        // of each branch: 1 it was true, 2 false, 4 true again in the next turn
     Fault fault;
 };
 

@@ -260,6 +260,16 @@ MHC_INTERNAL void mhc_missing_lane(u32 lane, u32 line, u32 column) {
     stop();
 }
 
+MHC_INTERNAL void mhc_mark(u32 branch, u32 bits) { m.launch->marks[branch] |= bits; }
+
+// A loop's step, and its condition, between which no other thread comes.
+static bool next_turn;
+MHC_INTERNAL void mhc_next_turn() { next_turn = true; }
+MHC_INTERNAL void mhc_mark_loop(u32 branch, bool enters) {
+    mhc_mark(branch, enters ? (next_turn ? 5 : 1) : 2);
+    next_turn = false;
+}
+
 MHC_INTERNAL u32 mhc_lane() { return m.current % SIMD_WIDTH; }
 
 struct Position {

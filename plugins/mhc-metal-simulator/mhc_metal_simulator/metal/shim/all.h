@@ -7,3 +7,6 @@
 #include "threads.h"
 #include "atomic.h"
 #include "matrix.h"
+#ifdef MHC_WITH_MLX_HEADERS
+#include "builtins.h"
+#endif

@@ -72,27 +72,96 @@ MHC_INLINE float sincos(float x, float& cosine) {
 #undef MHC_2
 }  // namespace precise
 
-// The fast variants are computed as the precise ones: their errors are not simulated.
+// ---- the fast variants ---------------------------------------------------------------------------
+// What a call without a namespace may get: MLX asks for safe maths, but leaves
+// MTLCompileOptions.mathFloatingPointFunctions as it is, fast. So each is as far off here as it may be: by the
+// Metal Shading Language Specification, "Accuracy of single-precision operations and functions with fast math
+// enabled" (table 8.2). What is not here has the same bound in both tables, or is not simulated.
 namespace fast {
-using namespace precise;
+// exact, with an error of so much; whether more or less depends on x alone.
+MHC_INLINE float mhc_off(float exact, float error, float x) {
+    uint h = __builtin_bit_cast(uint, x) * 0x9e3779b9u;
+    h ^= h >> 15;
+    return __builtin_isfinite(exact) && exact != 0.0f ? exact + (h & 1 ? error : -error) : exact;
 }
+MHC_INLINE float mhc_ulps(float exact, float count, float x) {
+    const float size = __builtin_fabsf(exact);
+    return mhc_off(exact, count * (__builtin_nextafterf(size, __builtin_inff()) - size), x);
+}
+#define MHC_1(name, expression) \
+    MHC_INLINE float name(float x) { return expression; }
+#define MHC_EXP(name) MHC_1(name, mhc_ulps(precise::name(x), 3.0f + precise::floor(precise::fabs(2.0f * x)), x))
+#define MHC_LOG(name)                                                              \
+    MHC_1(name, x >= 0.5f && x <= 2.0f ? mhc_off(precise::name(x), 0x1p-21f, x) \
+                                       : mhc_ulps(precise::name(x), 3.0f, x))
+MHC_EXP(exp)
+MHC_EXP(exp2)
+MHC_1(exp10, exp2(x * 3.32192809488736234787f))
+MHC_LOG(log)
+MHC_LOG(log2)
+MHC_LOG(log10)
+MHC_1(rsqrt, mhc_ulps(precise::rsqrt(x), 2.0f, x))
+MHC_1(sqrt, x > 0.0f && x <= __FLT_MAX__ ? x * rsqrt(x) : precise::sqrt(x))
+MHC_1(sin, mhc_off(precise::sin(x), 0x1p-13f, x))
+MHC_1(cos, mhc_off(precise::cos(x), 0x1p-13f, x))
+MHC_1(tan, sin(x) * (1.0f / cos(x)))
+MHC_1(sinh, 0.5f * (exp(x) - exp(-x)))
+MHC_1(cosh, 0.5f * (exp(x) + exp(-x)))
+MHC_1(tanh, precise::fabs(x) > 10.0f ? precise::sign(x) : (exp(2.0f * x) - 1.0f) / (exp(2.0f * x) + 1.0f))
+MHC_INLINE float pow(float x, float y) {
+    return x > 0.0f && y != 0.0f ? exp2(y * log2(x)) : precise::pow(x, y);
+}
+MHC_INLINE float powr(float x, float y) { return pow(x, y); }
+MHC_INLINE float sincos(float x, float& cosine) {
+    cosine = cos(x);
+    return sin(x);
+}
+// Undefined where an argument is a NaN (SPIRV-Cross, which has precise::max for those that are not).
+#define MHC_2(name)                                                           \
+    MHC_INLINE float name(float x, float y) {                                 \
+        return x == x && y == y ? precise::name(x, y) : __builtin_nanf("1"); \
+    }
+MHC_2(max)
+MHC_2(min)
+MHC_2(fmax)
+MHC_2(fmin)
+#undef MHC_1
+#undef MHC_2
+#undef MHC_EXP
+#undef MHC_LOG
+#define MHC_USE(name) using precise::name;
+#define MHC_EXACT(F)                                                                          \
+    F(acos) F(acosh) F(asin) F(asinh) F(atan) F(atanh) F(ceil) F(cospi) F(fabs) F(floor)      \
+    F(fract) F(rint) F(round) F(saturate) F(sign) F(sinpi) F(tanpi) F(trunc) F(atan2)         \
+    F(copysign) F(fdim) F(fmod) F(step) F(abs) F(clamp) F(divide) F(fma) F(mix) F(nextafter)  \
+    F(smoothstep)
+MHC_EXACT(MHC_USE)
+#undef MHC_EXACT
+#undef MHC_USE
+}  // namespace fast
 
 // ---- the same for half and bfloat16 ------------------------------------------------------------
+// Apple's library has none of bfloat: MLX's headers, which come before each custom kernel, make them.
+#ifdef MHC_WITH_MLX_HEADERS
+#define MHC_OF_BFLOAT(...)
+#else
+#define MHC_OF_BFLOAT(...) __VA_ARGS__
+#endif
 #define MHC_NARROW_1(name)                                                          \
     MHC_INLINE half name(half x) { return half(precise::name(float(x))); }          \
-    MHC_INLINE bfloat name(bfloat x) { return bfloat(precise::name(float(x))); }
+    MHC_OF_BFLOAT(MHC_INLINE bfloat name(bfloat x) { return bfloat(precise::name(float(x))); })
 #define MHC_NARROW_2(name)                                                                      \
     MHC_INLINE half name(half x, half y) { return half(precise::name(float(x), float(y))); }    \
-    MHC_INLINE bfloat name(bfloat x, bfloat y) {                                                \
+    MHC_OF_BFLOAT(MHC_INLINE bfloat name(bfloat x, bfloat y) {                                  \
         return bfloat(precise::name(float(x), float(y)));                                       \
-    }
+    })
 #define MHC_NARROW_3(name)                                                                      \
     MHC_INLINE half name(half x, half y, half z) {                                              \
         return half(precise::name(float(x), float(y), float(z)));                               \
     }                                                                                           \
-    MHC_INLINE bfloat name(bfloat x, bfloat y, bfloat z) {                                      \
+    MHC_OF_BFLOAT(MHC_INLINE bfloat name(bfloat x, bfloat y, bfloat z) {                        \
         return bfloat(precise::name(float(x), float(y), float(z)));                             \
-    }
+    })
 #define MHC_FOR_1(F)                                                                             \
     F(acos) F(acosh) F(asin) F(asinh) F(atan) F(atanh) F(ceil) F(cos) F(cosh) F(cospi) F(exp)    \
     F(exp10) F(exp2) F(fabs) F(floor) F(fract) F(log) F(log10) F(log2) F(rint) F(round) F(rsqrt) \
@@ -100,11 +169,11 @@ using namespace precise;
 #define MHC_FOR_2(F) \
     F(atan2) F(copysign) F(fdim) F(fmax) F(fmin) F(fmod) F(pow) F(powr) F(step)
 // One by one: metal::max(x, y) does not look into the namespaces that metal merely uses.
-#define MHC_USE(name) using precise::name;
+#define MHC_USE(name) using fast::name;
 MHC_FOR_1(MHC_USE)
 MHC_FOR_2(MHC_USE)
-using precise::abs, precise::clamp, precise::divide, precise::fma, precise::max, precise::min,
-    precise::mix, precise::nextafter, precise::sincos, precise::smoothstep;
+using fast::abs, fast::clamp, fast::divide, fast::fma, fast::max, fast::min, fast::mix, fast::nextafter,
+    fast::sincos, fast::smoothstep;
 #undef MHC_USE
 MHC_FOR_1(MHC_NARROW_1)
 MHC_FOR_2(MHC_NARROW_2)
@@ -116,9 +185,9 @@ MHC_NARROW_3(clamp)
 MHC_NARROW_3(smoothstep)
 // In half, float32 would round the product a second time where a sum nearly cancels.
 MHC_INLINE half fma(half a, half b, half c) { return half(double(a) * double(b) + double(c)); }
-MHC_INLINE bfloat fma(bfloat a, bfloat b, bfloat c) {
+MHC_OF_BFLOAT(MHC_INLINE bfloat fma(bfloat a, bfloat b, bfloat c) {
     return bfloat(__builtin_fmaf(float(a), float(b), float(c)));
-}
+})
 #undef MHC_NARROW_1
 #undef MHC_NARROW_2
 #undef MHC_NARROW_3
@@ -127,7 +196,7 @@ MHC_INLINE bfloat fma(bfloat a, bfloat b, bfloat c) {
 #define MHC_TEST(name)                                                          \
     MHC_INLINE bool name(float x) { return __builtin_##name(x); }               \
     MHC_INLINE bool name(half x) { return __builtin_##name(float(x)); }         \
-    MHC_INLINE bool name(bfloat x) { return __builtin_##name(float(x)); }
+    MHC_OF_BFLOAT(MHC_INLINE bool name(bfloat x) { return __builtin_##name(float(x)); })
 MHC_TEST(isnan)
 MHC_TEST(isinf)
 MHC_TEST(isfinite)
@@ -135,7 +204,7 @@ MHC_TEST(isnormal)
 #undef MHC_TEST
 MHC_INLINE bool signbit(float x) { return __builtin_bit_cast(uint, x) >> 31; }
 MHC_INLINE bool signbit(half x) { return __builtin_bit_cast(ushort, x) >> 15; }
-MHC_INLINE bool signbit(bfloat x) { return __builtin_bit_cast(ushort, x) >> 15; }
+MHC_OF_BFLOAT(MHC_INLINE bool signbit(bfloat x) { return __builtin_bit_cast(ushort, x) >> 15; })
 MHC_INLINE float ldexp(float x, int k) { return __builtin_ldexpf(x, k); }
 MHC_INLINE half ldexp(half x, int k) { return half(__builtin_ldexpf(float(x), k)); }
 MHC_INLINE float frexp(float x, int& exponent) { return __builtin_frexpf(x, &exponent); }

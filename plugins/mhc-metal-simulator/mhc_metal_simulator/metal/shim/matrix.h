@@ -1,4 +1,8 @@
 // simdgroup_matrix: 8 by 8 elements, two of them in each of the 32 lanes.
+//
+// thread_elements() is a reference to a vector of all Rows * Columns: MLX's kernels index it with 0 and 1, or
+// cast the reference to one to vec<T, 2> (kernels/steel/gemm/mma.h), and what Apple's compiler makes of them
+// multiplies vectors of 64 (air.simdgroup_matrix_8x8_multiply_accumulate.v64f32 in mlx.metallib).
 #pragma once
 #include "threads.h"
 
@@ -6,11 +10,18 @@ namespace metal {
 template <typename T, int Rows, int Columns>
 struct simdgroup_matrix {
     static_assert(Rows == 8 && Columns == 8, "a simdgroup matrix is 8 by 8");
-    vec<T, 2> elements;
+    typedef vec<T, Rows * Columns> Elements;
+    Elements elements;  // this lane's are numbers 0 and 1
     MHC_INLINE simdgroup_matrix() = default;
     MHC_INLINE explicit simdgroup_matrix(T diagonal);
-    MHC_INLINE vec<T, 2>& thread_elements() { return elements; }
-    MHC_INLINE const vec<T, 2>& thread_elements() const { return elements; }
+    MHC_INLINE thread Elements& thread_elements() { return elements; }
+    MHC_INLINE const thread Elements& thread_elements() const { return elements; }
+    MHC_INLINE vec<T, 2> mhc_pair() const {
+        vec<T, 2> out;
+        out[0] = elements[0], out[1] = elements[1];
+        return out;
+    }
+    MHC_INLINE void mhc_set(vec<T, 2> pair) { elements[0] = pair[0], elements[1] = pair[1]; }
 };
 typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
@@ -60,15 +71,14 @@ namespace metal {
 template <typename T, int R, int C>
 MHC_INLINE simdgroup_matrix<T, R, C>::simdgroup_matrix(T diagonal) {
     const uint row = mhc::matrix_row(mhc_lane()), column = mhc::matrix_column(mhc_lane());
-    elements = vec<T, 2>(T(0));
-    if (row == column) elements[0] = diagonal;
-    if (row == column + 1) elements[1] = diagonal;
+    elements[0] = row == column ? diagonal : T(0);
+    elements[1] = row == column + 1 ? diagonal : T(0);
 }
 
 template <typename T, int R, int C>
 MHC_INLINE simdgroup_matrix<T, R, C> make_filled_simdgroup_matrix(T x) {
     simdgroup_matrix<T, R, C> out;
-    out.elements = vec<T, 2>(x);
+    out.mhc_set(vec<T, 2>(x));
     return out;
 }
 
@@ -100,7 +110,7 @@ template <typename D, typename A, typename B, typename C>
 MHC_INLINE MHC_CONVERGENT void simdgroup_multiply_accumulate(
     simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8> a, simdgroup_matrix<B, 8, 8> b,
     simdgroup_matrix<C, 8, 8> c, MHC_HERE) {
-    d.elements = mhc::multiply_accumulate<D>(a.elements, b.elements, c.elements, line, column);
+    d.mhc_set(mhc::multiply_accumulate<D>(a.mhc_pair(), b.mhc_pair(), c.mhc_pair(), line, column));
 }
 
 template <typename D, typename A, typename B>
@@ -108,6 +118,6 @@ MHC_INLINE MHC_CONVERGENT void simdgroup_multiply(simdgroup_matrix<D, 8, 8>& d,
                                                   simdgroup_matrix<A, 8, 8> a,
                                                   simdgroup_matrix<B, 8, 8> b, MHC_HERE) {
     const vec<float, 2> zero = vec<float, 2>(0.0f);
-    d.elements = mhc::multiply_accumulate<D>(a.elements, b.elements, zero, line, column);
+    d.mhc_set(mhc::multiply_accumulate<D>(a.mhc_pair(), b.mhc_pair(), zero, line, column));
 }
 }  // namespace metal

@@ -3,6 +3,23 @@
 #pragma once
 #include "all.h"
 
+// Which side each choice of a kernel takes: branches.py puts these calls into the text.
+extern "C" __attribute__((visibility("hidden"))) void mhc_mark(uint branch, uint bits);
+extern "C" __attribute__((visibility("hidden"))) void mhc_next_turn();
+extern "C" __attribute__((visibility("hidden"))) void mhc_mark_loop(uint branch, bool enters);
+namespace mhc {
+inline constexpr bool took(uint branch, bool side) {
+    if (!__builtin_is_constant_evaluated()) mhc_mark(branch, side ? 1 : 2);
+    return side;
+}
+// Of a loop, whose step says that the next condition begins another turn.
+inline void next_turn() { mhc_next_turn(); }
+inline bool turned(uint branch, bool side) {
+    mhc_mark_loop(branch, side);
+    return side;
+}
+}  // namespace mhc
+
 template <typename T, typename U>
 inline T ceildiv(T n, U m) {
     return (n + m - 1) / m;

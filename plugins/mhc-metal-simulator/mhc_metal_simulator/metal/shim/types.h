@@ -3,6 +3,8 @@
 
 // The attributes are real here, so a pointer of the wrong space is a compile error. The compiler's
 // output then has them erased before code is generated: see compiler.py.
+#define __METAL__ 1
+#define __METAL_VERSION__ 310
 #define device __attribute__((address_space(1)))
 #define constant const __attribute__((address_space(2)))
 #define threadgroup __attribute__((address_space(3)))
@@ -10,6 +12,7 @@
 #define kernel
 
 #define MHC_INLINE inline __attribute__((always_inline))
+#define METAL_FUNC MHC_INLINE  // the name of Apple's headers for the same, as MLX's use it
 // Keeps the compiler from duplicating or moving a call that threads must reach together.
 #define MHC_CONVERGENT __attribute__((convergent))
 // Not instrumented: what the shim does for itself is no access of the kernel's.
@@ -24,12 +27,22 @@ typedef long int64_t;
 typedef unsigned char uchar, uint8_t;
 typedef unsigned short ushort, uint16_t;
 typedef unsigned int uint, uint32_t;
-typedef unsigned long ulong, uint64_t, size_t, uintptr_t;
-typedef long ptrdiff_t, intptr_t;
-typedef _Float16 half;
-typedef __bf16 bfloat;
+typedef unsigned long ulong, uint64_t, size_t;
+typedef long ptrdiff_t;
+// Keywords in Metal, so here words that are clang's keywords: no variable or function has such a name
+// (gfx-rs/wgpu#4545, #5072).
+#define half _Float16
+#define bfloat __bf16
 typedef half float16_t;  // the names that MLX uses
 typedef bfloat bfloat16_t;
+
+// The names that Apple's metal_types keeps for itself, as types that are never complete
+// ("typedef struct __Reserved_Name__Do_not_use_complex complex;", gfx-rs/naga #702).
+typedef struct __Reserved_Name__Do_not_use_llong llong;
+typedef struct __Reserved_Name__Do_not_use_ullong ullong;
+typedef struct __Reserved_Name__Do_not_use_quad quad;
+typedef struct __Reserved_Name__Do_not_use_complex complex;
+typedef struct __Reserved_Name__Do_not_use_imaginary imaginary;
 
 namespace metal {
 template <typename T, int N>
@@ -73,12 +86,16 @@ struct integral_constant {
 };
 typedef integral_constant<bool, true> true_type;
 typedef integral_constant<bool, false> false_type;
+template <bool v>
+using bool_constant = integral_constant<bool, v>;
 template <typename A, typename B>
 struct is_same : integral_constant<bool, __is_same(A, B)> {};
 template <typename A, typename B>
 constexpr bool is_same_v = __is_same(A, B);
 template <typename A, typename B>
 struct is_convertible : integral_constant<bool, __is_convertible(A, B)> {};
+template <typename A, typename B>
+constexpr bool is_convertible_v = __is_convertible(A, B);
 template <bool, typename T = void>
 struct enable_if {};
 template <typename T>
@@ -108,6 +125,24 @@ using remove_const_t = __remove_const(T);
 template <typename T>
 using remove_reference_t = __remove_reference_t(T);
 template <typename T>
+struct remove_addrspace {
+    typedef T type;
+};
+template <typename T>
+struct remove_addrspace<device T> {
+    typedef T type;
+};
+template <typename T>
+struct remove_addrspace<constant T> {
+    typedef const T type;
+};
+template <typename T>
+struct remove_addrspace<threadgroup T> {
+    typedef T type;
+};
+template <typename T>
+using remove_addrspace_t = typename remove_addrspace<T>::type;
+template <typename T>
 constexpr bool is_floating_point_v =
     is_same_v<T, float> || is_same_v<T, half> || is_same_v<T, bfloat>;
 template <typename T>
@@ -126,9 +161,25 @@ constexpr bool is_unsigned_v = __is_unsigned(T);
 template <typename To, typename From>
 MHC_INLINE constexpr To as_type(From x) {
     static_assert(sizeof(To) == sizeof(From), "as_type needs two types of one size");
+    // shader-slang/slang#9716; reinterpret_cast<ulong>(p) is how an address becomes a number
+    static_assert(!__is_pointer(To) && !__is_pointer(From), "as_type takes no pointer");
     return __builtin_bit_cast(To, x);
 }
 }  // namespace metal
+
+// ---- copying structs ---------------------------------------------------------------------------
+// source.py writes `*(to) = *(from);` as a call of this: clang's structs are copied within the plain
+// address space alone.
+namespace mhc {
+template <typename T, typename F>
+MHC_INLINE void assign(T to, F from) {
+    typedef __remove_cv(__remove_reference_t(decltype(*from))) Copied;
+    if constexpr (__is_class(metal::remove_addrspace_t<Copied>))
+        __builtin_memcpy((void*)(ulong)to, (const void*)(ulong)from, sizeof(Copied));
+    else
+        *to = *from;
+}
+}  // namespace mhc
 
 // ---- making vectors ----------------------------------------------------------------------------
 // source.py writes float4(...) and (float4)x as calls of these: clang's own casts between vectors

@@ -1,0 +1,491 @@
+"""Wrong backends made from the ops' declarations: each takes one argument for something else.
+
+For every static argument of every op, the fields of a Variant included, and for its forward and its
+vjp apart: the argument ignored, another's value in its place, capped, floored, or right for
+published values alone. For every array: one that is there for each token taken as if all shared the
+first token's, and one that all tokens share read as if each had its own.
+
+The kit must fail each of them. Those that no input can tell from a right backend are in
+``CANNOT``, with the proof; the kit must pass them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+
+import mhc_core
+from mhc_conformance.bugs import Bug, present
+from mhc_conformance.cases import Case, cases, declaration
+from mhc_conformance.checks import comparisons
+from mhc_conformance.mutants import right, right_vjp
+from mhc_conformance.subject import Subject, several
+from mhc_core import Variant
+from mhc_core.backend import DTYPES
+from mhc_core.math import OPS
+from mhc_core.variants import check_variant
+
+__all__ = ["CANNOT", "MUTANTS", "Found", "Mutant", "hunt", "named"]
+
+Path = tuple[str, ...]  # ("eps",), or ("variant", "norm_eps")
+Static = dict[str, Any]
+Change = Callable[[Any, Static], Any]  # of a value, among all static arguments of a call
+
+FORWARD, VJP = "forward", "vjp"
+KINDS = {FORWARD: "forward", VJP: "gradient"}  # the check that is there for each half of an op
+
+
+# --- static arguments -------------------------------------------------------------------------
+
+
+def paths(op: str) -> Iterator[Path]:
+    """Give every static argument of an op, and the fields of those that are variants."""
+    for name, check in declaration(op).static.items():
+        if check is check_variant:
+            yield from ((name, field.name) for field in fields(Variant))
+        yield (name,)
+
+
+def get(static: Static, path: Path) -> Any:
+    """Read a static argument."""
+    value = static[path[0]]
+    return value if len(path) == 1 else getattr(value, path[1])
+
+
+def put(static: Static, path: Path, value: Any) -> Static:
+    """Give static arguments with one of them changed."""
+    changed = value if len(path) == 1 else replace(static[path[0]], **{path[1]: value})
+    return {**static, path[0]: changed}
+
+
+@cache
+def published(op: str, path: Path) -> tuple[Any, ...]:
+    """Give the values that an argument has in the field: its default's, and those of variants."""
+    variants = [v for v in vars(mhc_core).values() if isinstance(v, Variant)]
+    if path == ("variant",):
+        return tuple(variants)
+    if len(path) == 2:
+        found = [getattr(variant, path[1]) for variant in variants]
+    else:
+        default = inspect.signature(getattr(mhc_core, op)).parameters[path[0]].default
+        found = [default] if default is not inspect.Parameter.empty else [_tried(op, path)[0]]
+        found += [getattr(v, f"{op}_{path[0]}") for v in variants if hasattr(v, f"{op}_{path[0]}")]
+    return tuple(dict.fromkeys(found))
+
+
+def _tried(op: str, path: Path) -> list[Any]:
+    """Give the values that the kit's cases have."""
+    every = (case for dtype in DTYPES for case in cases(op, dtype))
+    return list(dict.fromkeys(get(case.options, path) for case in every))
+
+
+def _always(value: Any) -> Change:
+    return lambda *_: value
+
+
+def _capped(at: Any) -> Change:
+    return lambda value, _: min(value, at)
+
+
+def _floored(at: Any) -> Change:
+    return lambda value, _: max(value, at)
+
+
+def _from(path: Path) -> Change:
+    return lambda _, static: get(static, path)
+
+
+def _instead(of: Any, given: Any) -> Change:
+    return lambda value, _: given if value == of else value
+
+
+def _small_is(given: float) -> Change:
+    return lambda value, _: given if 0 < value < 1e-3 else value
+
+
+def _nearest(known: Sequence[Any]) -> Change:
+    """Take a value that is not published for the nearest one that is."""
+    return lambda value, _: min(known, key=lambda one: _apart(one, value))
+
+
+def _apart(one: Any, other: Any) -> float:
+    if isinstance(one, Variant):
+        pairs = [(getattr(one, f.name), getattr(other, f.name)) for f in fields(Variant)]
+        return sum(a != b for a, b in pairs)
+    return abs(one - other) if isinstance(one, (int, float)) else float(one != other)
+
+
+CONSTANTS = (0.0, 1e-5, 1e-3, 0.1)  # that code of the field has written into it
+COUNTS = (1, 3, 32, 100)
+
+
+def _of_a_number(op: str, path: Path, known: Sequence[float]) -> Iterator[tuple[str, Change]]:
+    for value in dict.fromkeys((*known, *CONSTANTS)):
+        yield f"always {value:g}", _always(value)
+        if value > 0:  # which no value is below
+            yield f"at least {value:g}", _floored(value)
+            yield f"at most {value:g}", _capped(value)
+            yield f"{value:g} for 0", _instead(0.0, value)
+        if 0 < value < 1e-3:
+            yield f"{value:g} for any below 1e-3", _small_is(value)
+    for other in paths(op):
+        if other != path and _kind(op, other) == "number":
+            yield f"{other[-1]}'s value", _from(other)
+
+
+def _of_a_count(op: str, path: Path, known: Sequence[int]) -> Iterator[tuple[str, Change]]:
+    for value in dict.fromkeys((*known, *COUNTS)):
+        yield f"always {value}", _always(value)
+        if value > 1:  # which no value is below
+            yield f"at least {value}", _floored(value)
+        yield f"at most {value}", _capped(value)
+    yield "one more", lambda value, _: value + 1
+    yield "one less, if above 1", lambda value, _: max(1, value - 1)
+    for other in paths(op):
+        if other != path and _kind(op, other) == "count":
+            yield f"{other[-1]}'s value", _from(other)
+
+
+def _of_a_choice(op: str, path: Path, _: Sequence[Any]) -> Iterator[tuple[str, Change]]:
+    every = _tried(op, path)
+    for value in every:
+        yield f"always {value}", _always(value)
+    following = dict(zip(every, (*every[1:], every[0]), strict=True))
+    yield "another choice", lambda value, _: following[value]
+
+
+def _of_a_variant(*_: Any) -> Iterator[tuple[str, Change]]:
+    return iter(())
+
+
+CHANGES: Mapping[str, Callable[..., Iterator[tuple[str, Change]]]] = {
+    "number": _of_a_number,
+    "count": _of_a_count,
+    "choice": _of_a_choice,
+    "variant": _of_a_variant,  # of whose fields the rest are
+}
+
+
+def _kind(op: str, path: Path) -> str:
+    """Say what an argument is, by its published values."""
+    kinds = {float: "number", int: "count", Variant: "variant"}
+    return kinds.get(type(published(op, path)[0]), "choice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """One half of an op, forward or vjp, that takes one argument for something else.
+
+    Attributes
+    ----------
+    op
+        The op that is wrong.
+    argument
+        The argument that it takes for something else.
+    what
+        What it takes in its place.
+    half
+        ``"forward"`` or ``"vjp"``.
+    tells
+        Whether a case can show it: where it cannot, the mutant calls the op as it should.
+    wrong
+        The wrong forward, or the wrong vjp, with the op's name ahead of its arguments.
+    """
+
+    op: str
+    argument: str
+    what: str
+    half: str
+    tells: Callable[[Case], bool]
+    wrong: Callable[..., Any]
+
+    @property
+    def name(self) -> str:
+        """What people write after ``bug:``."""
+        words = f"{self.op} {self.half} {self.argument} {self.what}"
+        return "-".join("".join(c if c.isalnum() or c in "._-" else " " for c in words).split())
+
+    @property
+    def proof(self) -> str:
+        """Why nothing can tell it from a right backend, or nothing."""
+        one = (self.op, self.argument, self.half)
+        return CANNOT.get(one) or CANNOT.get((*one, self.what), "")
+
+
+def _of_static_arguments(op: str) -> Iterator[Mutant]:
+    for path, half in itertools.product(paths(op), KINDS):
+        known = published(op, path)
+        changes = list(CHANGES[_kind(op, path)](op, path, known))
+        if _kind(op, path) != "choice":
+            changes.append(("right for published values alone", _nearest(known)))
+        for what, change in changes:
+            yield Mutant(
+                op=op,
+                argument=".".join(path),
+                what=what,
+                half=half,
+                tells=_shown_by(path, change),
+                wrong=_with_static(half, path, change),
+            )
+
+
+def _shown_by(path: Path, change: Change) -> Callable[[Case], bool]:
+    def tells(case: Case) -> bool:
+        static = case.options
+        return change(get(static, path), static) != get(static, path)
+
+    return tells
+
+
+def _with_static(half: str, path: Path, change: Change) -> Callable[..., Any]:
+    call = _forward if half == FORWARD else right_vjp
+
+    def wrong(*arguments: Any, **static: Any) -> Any:
+        changed = put(static, path, change(get(static, path), static))
+        return call(*arguments, **changed)
+
+    return wrong
+
+
+def _forward(op: str, *arrays: Any, **static: Any) -> Any:
+    return right(op)(*arrays, **static)
+
+
+# --- arrays: of each token, or shared by all ------------------------------------------------------
+
+
+FIRST = "the first token's for all"
+
+
+def _of_arrays(op: str) -> Iterator[Mutant]:
+    for index, (name, patterns) in enumerate(declaration(op).patterns.items()):
+        axes = _axes(patterns[0])
+        if patterns[0][0] == "...":
+            yield _of_array(op, name, FIRST, FORWARD, _each(index, axes, _first_for_all))
+            yield _of_array(op, name, FIRST, VJP, _each(index, axes, _first_for_all))
+            what = "a gradient summed over the tokens"
+            yield _of_array(op, name, what, VJP, _each(index, axes, _summed))
+        if patterns[-1][0] != "...":
+            what = "shared, read as one for each token"
+            yield _of_array(op, name, what, FORWARD, _shared(index, axes, _zeros_behind), True)
+            yield _of_array(op, name, what, VJP, _shared(index, axes, _zeros_behind), True)
+            what = "shared, with the gradient of one token"
+            yield _of_array(op, name, what, VJP, _shared(index, axes, _of_one_token), True)
+
+
+def _of_array(
+    op: str, name: str, what: str, half: str, wrong: Callable[..., Any], shared: bool = False
+) -> Mutant:
+    patterns = declaration(op).patterns[name]
+
+    def tells(case: Case) -> bool:
+        there = case.optional or name != declaration(op).optional
+        alternative = patterns[-1 if case.shared else 0]
+        return there and math.prod(case.sizes.leading) > 1 and shared == (alternative[0] != "...")
+
+    return Mutant(op=op, argument=name, what=what, half=half, tells=tells, wrong=wrong)
+
+
+def _each(index: int, axes: int, spoil: Callable[..., Any]) -> Callable[..., Any]:
+    """Spoil a call where an array has one entry for each token."""
+
+    def wrong(op: str, *arguments: Any, **static: Any) -> Any:
+        array = _arrays(arguments)[index : index + 1]
+        taken = bool(array) and array[0].ndim > axes and array[0].size > 0
+        return spoil(op, index, axes, arguments, static) if taken else _call(op, arguments, static)
+
+    return wrong
+
+
+def _shared(index: int, axes: int, spoil: Callable[..., Any]) -> Callable[..., Any]:
+    """Spoil a call where an array is shared by the tokens."""
+
+    def wrong(op: str, *arguments: Any, **static: Any) -> Any:
+        arrays = _arrays(arguments)
+        taken = len(arrays) > index and arrays[index].ndim == axes and arrays[0].size > 0
+        return spoil(op, index, axes, arguments, static) if taken else _call(op, arguments, static)
+
+    return wrong
+
+
+def _is_vjp(arguments: tuple[Any, ...]) -> bool:
+    """Whether these are primals and cotangents, rather than the arrays of a forward."""
+    return isinstance(arguments[0], tuple)
+
+
+def _arrays(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return arguments[0] if _is_vjp(arguments) else arguments
+
+
+def _with(arguments: tuple[Any, ...], index: int, array: Any) -> tuple[Any, ...]:
+    arrays = list(_arrays(arguments))
+    arrays[index] = array
+    return (tuple(arrays), *arguments[1:]) if _is_vjp(arguments) else tuple(arrays)
+
+
+def _call(op: str, arguments: tuple[Any, ...], static: Static) -> Any:
+    return (right_vjp if _is_vjp(arguments) else _forward)(op, *arguments, **static)
+
+
+def _flat(array: Any, axes: int) -> Any:
+    """View an array with its tokens along one axis, which it has where it has none."""
+    return array.reshape(-1, *array.shape[array.ndim - axes :])
+
+
+def _first_for_all(op: str, index: int, axes: int, arguments: Any, static: Static) -> Any:
+    """Read the first token's entry for every token."""
+    array = _arrays(arguments)[index]
+    first = np.broadcast_to(_flat(array, axes)[0], array.shape).copy()
+    return _call(op, _with(arguments, index, first), static)
+
+
+def _summed(op: str, index: int, axes: int, arguments: Any, static: Static) -> Any:
+    """Give each token the gradient that belongs to all together."""
+    gradients = list(_call(op, arguments, static))
+    wide = _flat(gradients[index], axes).astype(np.float64).sum(axis=0)
+    summed = np.broadcast_to(wide, gradients[index].shape)
+    gradients[index] = summed.astype(gradients[index].dtype)
+    return tuple(gradients)
+
+
+def _zeros_behind(op: str, index: int, axes: int, arguments: Any, static: Static) -> Any:
+    """Find the array for the first token, and zeros where the other tokens' would be."""
+    array = _arrays(arguments)[index]
+    right_one = _call(op, arguments, static)
+    other = _call(op, _with(arguments, index, np.zeros_like(array)), static)
+    if _is_vjp(arguments):
+        return _mixed_gradients(op, right_one, other)
+    outputs = (several(right_one), several(other), declaration(op).outputs.values())
+    mixed = tuple(
+        _first_then(one, two, _axes(out.shape.split()))
+        for one, two, out in zip(*outputs, strict=True)
+    )
+    return mixed if isinstance(right_one, tuple) else mixed[0]
+
+
+def _mixed_gradients(op: str, right_one: Any, other: Any) -> Any:
+    """Mix the gradients of what each token has; those of what they share are as wrong as can be."""
+    found: list[Any] = []
+    for patterns, one, two in zip(
+        declaration(op).patterns.values(), right_one, other, strict=False
+    ):
+        axes = _axes(patterns[0])
+        found.append(_first_then(one, two, axes) if one.ndim > axes else two)
+    return tuple(found)
+
+
+def _axes(words: Sequence[str]) -> int:
+    """Count an array's own axes, those of the tokens apart."""
+    return len(words) - (words[0] == "...")
+
+
+def _first_then(one: Any, other: Any, axes: int) -> Any:
+    """Take the first token from one array and the rest from another."""
+    mixed = np.array(other)
+    _flat(mixed, axes)[:1] = _flat(one, axes)[:1]
+    return mixed
+
+
+def _of_one_token(op: str, index: int, axes: int, arguments: Any, static: Static) -> Any:
+    """Leave the other tokens out of the gradient of what they share."""
+    primals, cotangents = arguments
+    gradients = list(right_vjp(op, primals, cotangents, **static))
+    outputs = declaration(op).outputs.values()
+    alone = tuple(
+        _first_then(c, np.zeros_like(c), _axes(out.shape.split()))
+        for c, out in zip(cotangents, outputs, strict=True)
+    )
+    gradients[index] = right_vjp(op, primals, alone, **static)[index]
+    return tuple(gradients)
+
+
+# --- all of them ------------------------------------------------------------------------------
+
+MUTANTS: Mapping[str, Mutant] = {
+    mutant.name: mutant for op in OPS for mutant in (*_of_static_arguments(op), *_of_arrays(op))
+}
+
+_UNUSED = ("post_scale", "sinkhorn_iterations", "sinkhorn_eps", "sinkhorn_first", "res_transposed")
+CANNOT: Mapping[tuple[str, ...], str] = {
+    # (op, argument, half), or with what it takes in its place: proof
+    **{
+        ("head", f"variant.{field}", half): (
+            "head is sum_i w_i x_i with w = sigmoid(z) + pre_eps and z from phi, scale, bias and "
+            "norm_eps: there is no H_post and no H_res in it"
+        )
+        for field in _UNUSED
+        for half in KINDS
+    },
+    ("mappings", "variant.pre_eps", VJP): (
+        "H_pre = sigmoid(z) + pre_eps, and its derivative by z is sigmoid's own"
+    ),
+    ("expand", "n", VJP): "dh is the sum of the cotangent's streams, whose shape says how many",
+    **{
+        (op, name, VJP, FIRST): f"{op} is linear in {name} alone: its vjp reads no entry of it"
+        for op, name in (("expand", "h"), ("contract", "x"))
+    },
+}
+"""What no input can tell from a right backend, and why."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the kit made of one mutant: the first comparison that fails, or none."""
+
+    mutant: Mutant
+    message: str = ""
+    tried: int = 0  # comparisons of cases that could tell
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the kit, or nothing where it caught what can be caught."""
+        if self.mutant.proof:
+            return f"was caught, against the proof: {self.message}" if self.message else ""
+        if self.message:
+            return ""
+        return "passes the whole kit" if self.tried else "no case of the kit could tell"
+
+
+def hunt(mutant: Mutant, seed: int = 0) -> Found:
+    """Run the check that is there for a mutant, on the cases that could tell, until one does."""
+    tried = 0
+    for dtype in ("float32", "float64"):  # in which other numbers can be told apart
+        bug = _bug(mutant, dtype)
+        with present(bug):
+            subject = Subject(bug.backend)
+            subject.wants = mutant.tells
+            for one in comparisons(subject, mutant.op, dtype, KINDS[mutant.half], seed):
+                tried += 1
+                if not one.passed:
+                    return Found(mutant, one.says, tried)
+    return Found(mutant, "", tried)
+
+
+def named(name: str) -> Bug | None:
+    """Give a mutant as one of the kit's bugs, which ``mhc conformance bug:NAME`` runs."""
+    return _bug(MUTANTS[name], "float64") if name in MUTANTS else None
+
+
+def _bug(mutant: Mutant, dtype: str) -> Bug:
+    half: Any = (
+        {"forward": partial(mutant.wrong, mutant.op)}
+        if mutant.half == FORWARD
+        else {"vjp": mutant.wrong}
+    )
+    return Bug(
+        name=mutant.name,
+        what=f"{mutant.argument} of {mutant.op}'s {mutant.half}: {mutant.what}",
+        op=mutant.op,
+        fails=(KINDS[mutant.half],),
+        says="",
+        dtype=dtype,
+        shipped=False,
+        **half,
+    )

@@ -1,0 +1,193 @@
+"""Processes of our own for the grid: they tell each record as it is made, and die with us.
+
+A backend may take its process with it, or be deep in a compiler when Ctrl-C comes, so each worker
+is known together with what it does: one that dies fails its own checks alone, and to stop is to
+kill them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, Generic, TypeVar
+
+__all__ = ["Began", "Died", "Told", "work"]
+
+Task = TypeVar("Task")
+
+
+@dataclass(frozen=True)
+class Began(Generic[Task]):
+    """A worker has taken up a task."""
+
+    task: Task
+
+
+@dataclass(frozen=True)
+class Told(Generic[Task]):
+    """A worker has told something of its task."""
+
+    task: Task
+    news: Any
+
+
+@dataclass(frozen=True)
+class Died(Generic[Task]):
+    """A worker ended in the middle of its task, without a word."""
+
+    task: Task
+    exit_code: int | None
+
+
+def work(
+    function: Callable[[Task], Iterable[Any]], tasks: Sequence[Task], jobs: int
+) -> Iterator[Began[Task] | Told[Task] | Died[Task]]:
+    """Run ``function`` on every task, the first ones first, and give what it yields as it comes.
+
+    Raises
+    ------
+    Exception
+        What the function raised, of whatever task.
+    """
+    # fresh processes: JAX and MLX keep threads, which do not survive a fork
+    context = multiprocessing.get_context("spawn")
+    left = list(reversed(tasks))
+    workers: list[_Worker[Task]] = []
+    try:
+        for _ in range(min(jobs, len(tasks))):
+            workers.append(_Worker(context, function))
+            yield from workers[-1].begin(left)
+        while busy := {worker.pipe: worker for worker in workers if worker.task is not None}:
+            for pipe in wait(list(busy)):
+                worker = busy[pipe]  # pyright: ignore[reportArgumentType]
+                yield from worker.news()
+                if worker.dead and not worker.ready:
+                    raise RuntimeError(
+                        "the processes of the checks end as soon as they begin; with one job, the "
+                        "checks run in this one"
+                    )
+                if worker.dead and left:
+                    worker.kill()
+                    workers[workers.index(worker)] = worker = _Worker(context, function)
+                if worker.task is None and not worker.dead:
+                    yield from worker.begin(left)
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+class _Worker(Generic[Task]):
+    """One process, and what it does now."""
+
+    def __init__(self, context: Any, function: Callable[[Task], Iterable[Any]]) -> None:
+        self.pipe: Connection
+        self.pipe, theirs = context.Pipe()
+        self.task: Task | None = None
+        self.ready = False
+        self.dead = False
+        self._process = context.Process(target=_serve, args=(theirs, function))
+        with _signals_held_back():
+            self._process.start()
+        theirs.close()  # so that its end is seen here
+
+    def begin(self, left: list[Task]) -> Iterator[Began[Task]]:
+        """Hand out the next task, if there is one."""
+        if left:
+            self.task = left.pop()
+            with contextlib.suppress(OSError):  # it died between two tasks: its end tells so
+                self.pipe.send(self.task)
+            yield Began(self.task)
+
+    def news(self) -> Iterator[Told[Task] | Died[Task]]:
+        """Take in one message, or its end."""
+        task = self.task
+        assert task is not None
+        try:
+            kind, news = self.pipe.recv()
+        except (EOFError, OSError):
+            self.dead, self.task = True, None
+            self._process.join(1)
+            yield Died(task, self._process.exitcode)
+            return
+        if kind == "raised":
+            raise news
+        if kind == "ready":
+            self.ready = True
+        elif kind == "done":
+            self.task = None
+        else:
+            yield Told(task, news)
+
+    def kill(self) -> None:
+        """End it at once, whatever it does."""
+        self._process.kill()
+        self._process.join(1)
+        self.pipe.close()
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Generator[None]:
+    """Hear Ctrl-C and SIGTERM a moment later: a process half started would complain of it.
+
+    What is started meanwhile never hears Ctrl-C, which a terminal sends to every process: ours are
+    ended by :meth:`_Worker.kill`, silently.
+    """
+    heard: list[int] = []
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not None:  # None: it is not Python's to put back
+                handlers[number] = signal.signal(number, lambda number, _: heard.append(number))
+    # what is blocked stays so in the process that is started; here, any thread may still hear it
+    block: Any = getattr(signal, "pthread_sigmask", None)  # Windows has none
+    before = block(signal.SIG_BLOCK, {signal.SIGINT}) if block else ()
+    try:
+        yield
+    finally:
+        if block:
+            block(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in heard:
+            signal.raise_signal(number)
+
+
+def _serve(pipe: Connection, function: Callable[[Any], Iterable[Any]]) -> None:
+    """Do, in the worker, one task after another."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    pipe.send(("ready", None))
+    while True:
+        try:
+            task = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            for news in function(task):
+                pipe.send(("told", news))
+        except Exception as error:
+            pipe.send(("raised", _portable(error)))
+        else:
+            pipe.send(("done", None))
+
+
+def _portable(error: Exception) -> Exception:
+    """Return an error that can be sent: not every class can be made anew from its arguments."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _end_with_parent() -> None:
+    """Wait until the process that started this one is gone, even by kill -9, and go too."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

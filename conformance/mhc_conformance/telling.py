@@ -1,0 +1,341 @@
+"""Cases that tell one constant from another, and those at the ends of float32's range.
+
+In every released model some constants are equal, and most are too small to be seen in an ordinary
+input: a backend that takes one for another, or a number of its own, computes the same there. Here
+all static arguments of an op differ, from each other and from all published values, and each input
+is of the size at which every one of them decides the result: streams whose mean square is of the
+size of norm_eps, gates that are nearly closed, lines of H_res that are faint or converge slowly.
+:mod:`mhc_conformance.generated` makes the wrong backends that must not pass them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mhc_conformance.cases import SMALL, Case, Draw, Sizes, Static, cases
+from mhc_core import DEEPSEEK_V4, PAPER, Variant
+
+__all__ = ["BOUND", "CASES", "SECOND", "quick"]
+
+Array = NDArray[Any]
+Draws = tuple[tuple[str, Draw], ...]
+
+MAPPED = ("mappings", "pre", "combine_pre", "head")  # the ops that take a variant
+WIDE = ("float32", "bfloat16", "float64")  # float16 ends at 65504
+SLOW = 130  # iterations: beyond any number that a loop is likely to be unrolled to
+PLAIN = ("float32",)
+
+
+def _normal(scale: float, shift: float = 0.0) -> Draw:
+    return lambda rng, shape: rng.normal(shift, scale, shape)
+
+
+def _zero(_: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return np.zeros(shape)
+
+
+# --- all constants apart ----------------------------------------------------------------------
+
+LARGE = Variant(
+    norm_eps=0.4,
+    pre_eps=0.2,
+    post_scale=1.5,
+    sinkhorn_iterations=7,
+    sinkhorn_eps=0.15,
+    sinkhorn_first="rows",
+    res_transposed=True,
+)
+MIDDLE = Variant(
+    norm_eps=3e-5,
+    pre_eps=4e-4,
+    post_scale=5e-4,
+    sinkhorn_iterations=33,
+    sinkhorn_eps=2e-3,
+    sinkhorn_first="columns",
+    res_transposed=False,
+)
+LITTLE = Variant(
+    norm_eps=2e-21,
+    pre_eps=2e-7,
+    post_scale=3.0,
+    sinkhorn_iterations=SLOW,
+    sinkhorn_eps=4e-7,
+    sinkhorn_first="rows",
+    res_transposed=False,
+)
+
+
+def _triangle(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Logits of which one triangle is out of sight: Sinkhorn comes near its limit as 1 / t.
+
+    All that is in that triangle is what eps puts there.
+    """
+    n = shape[-1]
+    return rng.normal(0, 0.5, shape) - 60 * np.tril(np.ones((n, n)), -1)
+
+
+def _biases(pre: float, res: Draw) -> Draw:
+    """Draw biases that leave H_pre's gates at sigmoid(pre), those of H_post open, and H_res's."""
+
+    def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+        (size,) = shape
+        n = int(np.sqrt(size + 1)) - 1  # of n * n + 2 * n
+        if n * n + 2 * n != size:  # head's biases, one for each stream
+            return rng.normal(pre, 0.5, shape)
+        gates = rng.normal([[pre], [0.0]], 0.5, (2, n))
+        return np.concatenate([gates.ravel(), res(rng, (n, n)).ravel()])
+
+    return draw
+
+
+def _of_size(size: float) -> Draws:
+    return (("x", _normal(size)), ("y", _normal(size)))
+
+
+SLOWLY: Draws = (("logits", _triangle), ("matrix", _triangle), ("h_res_raw", _triangle))
+
+APART: Sequence[tuple[str, Variant, Draws]] = (
+    ("large constants, all apart", LARGE, ()),
+    (
+        "middling constants, all apart",
+        MIDDLE,
+        (*_of_size(5e-3), ("bias", _biases(-8, _normal(1)))),
+    ),
+    (
+        "little constants, all apart",
+        LITTLE,
+        (*_of_size(4e-11), ("bias", _biases(-16, _triangle))),
+    ),
+)
+
+
+# In the last, the streams are so small beside what is normed that H_res does not show.
+NORMS = (("large", 0.4, 1.0, SLOW), ("middling", 3e-5, 5e-3, 33), ("little", 2e-21, 4e-11, 7))
+
+
+MOST = Sizes((2,), 130, 3, "n past any number of streams that is likely to be written down")
+
+
+def _static(**values: Any) -> Static:
+    return tuple(values.items())
+
+
+CONSTANTS: Sequence[Case] = (
+    *(
+        Case(op, label, SMALL, _static(variant=variant), draws, dtypes=PLAIN)
+        for op in MAPPED
+        for label, variant, draws in APART
+    ),
+    # nearly closed gates, whose gradient reaches the streams through no other way
+    *(
+        Case(
+            op,
+            "closed gates",
+            SMALL,
+            _static(variant=LITTLE),
+            (("phi", _zero), ("bias", _biases(-16, _normal(1)))),
+            dtypes=PLAIN,
+            quiet=("x",),
+        )
+        for op in ("pre", "combine_pre", "head")
+    ),
+    # Sinkhorn by itself: more iterations than the usual 20, where they still change something
+    *(
+        Case("sinkhorn", label, SMALL, _static(iterations=iterations, eps=eps, first=first), draws)
+        for label, iterations, eps, first, draws in (
+            (f"{SLOW} iterations, eps=0", SLOW, 0.0, "rows", SLOWLY),
+            (f"{SLOW} iterations, little eps", SLOW, 4e-7, "columns", SLOWLY),
+            ("middling eps", 7, 2e-3, "rows", ()),
+            ("large eps", 33, 0.3, "columns", ()),
+        )
+    ),
+    Case("static_mappings", f"{SLOW} iterations", SMALL, _static(iterations=SLOW), SLOWLY),
+    *(
+        Case(
+            "sinkhorn_knopp",
+            f"{SLOW} iterations, log_space={log_space}",
+            SMALL,
+            _static(max_iterations=SLOW, epsilon=0.0, log_space=log_space),
+            SLOWLY,
+        )
+        for log_space in (True, False)
+    ),
+    Case(
+        "sinkhorn_knopp",
+        "a large epsilon, and at most 2 iterations",
+        SMALL,
+        _static(max_iterations=2, epsilon=0.3, log_space=False),
+    ),
+    *(
+        Case(
+            "sinkhorn_knopp",
+            f"epsilon={epsilon}, which float32 does not come to",
+            SMALL,
+            _static(max_iterations=60, epsilon=epsilon, log_space=True),
+            (("matrix", _normal(1)),),
+            dtypes=("float64",),
+        )
+        for epsilon in (1e-9, 0.0)
+    ),
+    Case("expand", "more streams than models have", MOST, _static(n=MOST.n)),
+    # the norms, with Sinkhorn beside them
+    *(
+        Case("rms_norm", f"{label} eps", SMALL, _static(eps=eps), _of_size(size), dtypes=PLAIN)
+        for label, eps, size, _ in NORMS
+    ),
+    *(
+        Case(
+            "static_layer",
+            f"{label} eps, {iterations} iterations",
+            SMALL,
+            _static(eps=eps, iterations=iterations),
+            (*_of_size(size), *SLOWLY),
+            dtypes=PLAIN,
+        )
+        for label, eps, size, iterations in NORMS
+    ),
+)
+
+
+# --- the ends of float32's range --------------------------------------------------------------
+
+BOUND = 1e18
+"""Streams up to this size are held to the oracle, forward and gradient."""
+
+NOTHING = replace(PAPER, norm_eps=0.0, post_scale=0.0)  # every number of it is 0
+NORMED = (
+    *((op, _static(variant=DEEPSEEK_V4)) for op in MAPPED),
+    ("rms_norm", _static(eps=1e-5)),
+    ("static_layer", _static(eps=1e-5, iterations=20)),
+)
+MANY = Sizes((2,), 4, 1028, "the squares of one token add up to more than a float holds")
+
+
+def _up_to(bound: float) -> Draw:
+    """Draw numbers between half the bound and the bound, of both signs."""
+    return lambda rng, shape: rng.uniform(bound / 2, bound, shape) * rng.choice([-1.0, 1.0], shape)
+
+
+def _far_apart(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Logits of 3e38 at a permutation, of -3e38 elsewhere: their distance is no float."""
+    n = shape[-1]
+    return 3e38 * (2 * np.eye(n)[rng.permutation(n)] - 1) * np.ones(shape)
+
+
+def _far_below(first: str) -> Draw:
+    """Make logits of which one line lies below every float once the others are normalised.
+
+    What is left of that line is the distances within it.
+    """
+
+    def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+        n = shape[-1]
+        logits = -2e38 * np.ones(shape)
+        logits[..., np.maximum(1, np.arange(n)), np.arange(n)] = 3e38  # one in each column
+        logits[..., 0, :] = -1e38 * (1 + 2 * rng.permutation(n) / n)
+        return logits if first == "columns" else np.swapaxes(logits, -1, -2)
+
+    return draw
+
+
+HUGE = (
+    ("logits of 3e38 and -3e38", lambda _: _far_apart),
+    ("a line below all floats", _far_below),
+)
+
+RANGE: Sequence[Case] = (
+    *(
+        Case(
+            op,
+            "streams of 1e15",
+            SMALL,
+            static,
+            (("x", _normal(1e15)), ("y", _normal(1e15))),
+            dtypes=PLAIN,
+        )
+        for op, static in NORMED
+    ),
+    *(
+        Case(
+            op,
+            "streams up to 1e18",
+            MANY,
+            static,
+            (("x", _up_to(BOUND)), ("y", _up_to(BOUND))),
+            dtypes=WIDE,
+        )
+        for op, static in NORMED
+    ),
+    *(
+        Case(op, "streams of 1e-15, no eps", SMALL, static, _of_size(1e-15), dtypes=PLAIN)
+        for op, static in (
+            *((op, _static(variant=NOTHING)) for op in MAPPED),
+            ("rms_norm", _static(eps=0.0)),
+            ("static_layer", _static(eps=0.0, iterations=2)),
+        )
+    ),
+    *(
+        Case(
+            "sinkhorn",
+            f"{label}, eps={eps}, {first} first",
+            SMALL,
+            _static(iterations=20, eps=eps, first=first),
+            (("logits", draw(first)),),
+            dtypes=PLAIN,
+        )
+        for label, draw in HUGE
+        for eps, first in ((0.0, "rows"), (0.0, "columns"), (1e-6, "columns"))
+    ),
+    *(
+        Case(
+            "sinkhorn_knopp",
+            label,
+            SMALL,
+            _static(max_iterations=20, epsilon=0.0, log_space=True),
+            (("matrix", draw("rows")),),
+            dtypes=PLAIN,
+        )
+        for label, draw in HUGE
+    ),
+)
+
+CASES: Sequence[Case] = (*CONSTANTS, *RANGE)
+
+
+def quick(op: str) -> Case:
+    """Give the one case of an op that shows most, where there is time for one alone."""
+    return next((case for case in CONSTANTS if case.op == op), next(cases(op)))
+
+
+# --- second derivatives -----------------------------------------------------------------------
+
+# One of each op, and two of Sinkhorn, with eps and without: compilers take seconds for each.
+SHORT = replace(LARGE, norm_eps=1e-3, sinkhorn_iterations=3)
+
+
+def _second(op: str, shared: bool = False, **values: Any) -> Case:
+    label = "second derivatives" + ", shared mappings" * shared
+    return Case(op, label, SMALL, _static(**values), shared=shared)
+
+
+SECOND: Sequence[Case] = (
+    *(_second(op, variant=SHORT) for op in MAPPED),
+    *(
+        _second(op, shared=True)
+        for op in ("aggregate", "combine", "gated_combine", "pre_scale", "residual_add_aggregate")
+    ),
+    _second("contract", how="mean"),
+    _second("expand", n=SMALL.n),
+    _second("rms_norm", eps=1e-3),
+    _second("sinkhorn", iterations=3, eps=0.0, first="columns"),
+    _second("sinkhorn", iterations=3, eps=0.1, first="rows"),
+    _second("sinkhorn_knopp", max_iterations=3, epsilon=0.0, log_space=True),
+    _second("static_layer", eps=1e-3, iterations=3),
+    _second("static_mappings", iterations=3),
+)
+"""The cases of the check ``second``."""

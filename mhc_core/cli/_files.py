@@ -1,0 +1,165 @@
+"""The files that a command writes: looked at before the work, and never a reason to lose it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Generator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from mhc_core.cli import _screen
+
+__all__ = ["JSON_HELP", "STDOUT", "check", "no_picture", "only_json", "write"]
+
+STDOUT = Path("-")
+"""The place of a JSON that goes to the screen."""
+
+JSON_HELP = "the numbers as JSON to this file, or to the screen if it is - or left out"
+
+
+# ---- before -------------------------------------------------------------------------------------
+
+
+def check(places: Mapping[str, Path | None]) -> None:
+    """Refuse, by the option's name, a file that could not be written.
+
+    Raises
+    ------
+    typer.BadParameter
+        With the option, the file and the reason; also where two options name one file.
+    """
+    taken: dict[Path, str] = {}
+    for option, file in places.items():
+        if file is None or file == STDOUT:
+            continue
+        try:
+            real = file.resolve()
+            _try(real)
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a zero byte
+            raise typer.BadParameter(f"{option} {file} cannot be written: {_why(error)}") from None
+        if real in taken and not _special(real):
+            raise typer.BadParameter(
+                f"{option} and {taken[real]} both name {file}; needs two files"
+            )
+        taken[real] = option
+
+
+def no_picture(file: Path) -> str | None:
+    """Say why Matplotlib cannot draw to a file of that name, or None."""
+    bases: Any = import_module("matplotlib.backend_bases")
+    known = sorted(bases.FigureCanvasBase.get_supported_filetypes())
+    if file.suffix.lower().removeprefix(".") in known:
+        return None
+    return f"--plot is {str(file)!r}; needs a name that ends in one of .{', .'.join(known)}"
+
+
+def _try(file: Path) -> None:
+    """Write what is thrown away: permissions alone say nothing of a full disk."""
+    if _special(file):
+        with file.open("ab"):
+            return
+    if file.is_dir():
+        raise IsADirectoryError(None, "it is a folder")
+    if not file.parent.is_dir():
+        raise NotADirectoryError(None, f"there is no folder {file.parent}")
+    if file.exists() and not os.access(file, os.W_OK):
+        raise PermissionError(None, "it may not be changed")
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".mhc-") as trial:
+        trial.write(bytes(1 << 16))
+        trial.flush()
+        os.fsync(trial.fileno())
+    if len(os.fsencode(file.name)) > 255 - len(PARTIAL):
+        raise OSError(None, "its name is too long")
+
+
+def _special(file: Path) -> bool:
+    """Whether it is there and is a device or a pipe, such as /dev/null."""
+    return file.exists() and not (file.is_file() or file.is_dir())
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+# ---- after --------------------------------------------------------------------------------------
+
+PARTIAL = ".partial"
+
+
+def write(file: Path, content: str | bytes) -> bool:
+    """Write a file, all of it or nothing; where that fails, keep the content elsewhere.
+
+    Returns
+    -------
+    bool
+        Whether it is where it was wanted. If not, a line on stderr says where it is.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        if file == STDOUT:
+            typer.echo(data.decode(), nl=False)
+        else:
+            _replace(file.resolve(), data)
+    except (OSError, RuntimeError, ValueError) as error:
+        if file == STDOUT:
+            raise
+        kept = _keep(file, data)
+        where = f"it is kept in {kept}" if kept else "and nowhere else either"
+        said = f"{file} cannot be written: {_why(error)}; {where}"
+        typer.echo(_screen.one_line(said), err=True)
+        return False
+    return True
+
+
+def _replace(file: Path, data: bytes) -> None:
+    """Put a file into the place of the old one in one step; a device or a pipe is written to."""
+    if _special(file):
+        file.write_bytes(data)
+        return
+    beside = file.with_name(file.name + PARTIAL)
+    try:
+        with beside.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if file.exists():
+            os.chmod(beside, stat.S_IMODE(file.stat().st_mode))
+        os.replace(beside, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def _keep(file: Path, data: bytes) -> Path | None:
+    """Write it under a name of its own beside the file, here, or among temporary files."""
+    folders = [Path.cwd(), Path(tempfile.gettempdir())]
+    with contextlib.suppress(OSError):
+        folders[:0] = [] if _special(file) else [file.parent]
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):
+            number, name = tempfile.mkstemp(file.suffix, f"{file.stem[:99]}-", folder)
+            try:
+                with os.fdopen(number, "wb") as stream:
+                    stream.write(data)
+                return Path(name)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.unlink(name)
+    return None
+
+
+@contextlib.contextmanager
+def only_json(json_file: Path | None) -> Generator[None]:
+    """Leave stdout to the JSON where it goes there: all else that is printed goes to stderr."""
+    with contextlib.ExitStack() as stack:
+        if json_file == STDOUT:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield

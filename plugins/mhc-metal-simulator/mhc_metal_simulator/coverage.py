@@ -1,0 +1,317 @@
+"""Which cases of the conformance kit run which kernel, and which sides of its choices.
+
+``python -m mhc_metal_simulator.coverage`` runs the default kit's cases on the simulator, forward
+and back, and prints each kernel with its launches' classes and each side of its choices with a case
+that runs it, and at the end those that no case runs, with the reasons.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+from mhc_backends.kernels import KERNELS, launch
+from mhc_conformance import Subject, check
+from mhc_conformance.cases import Case, cases, data
+from mhc_conformance.checks import dtypes_of
+from mhc_core.math import OPS
+
+from mhc_metal_simulator.branches import SIDES, Branch
+from mhc_metal_simulator.launch import LaunchRecord, record
+from mhc_metal_simulator.traffic import kernel_of
+
+__all__ = ["Coverage", "Place", "Ran", "classes", "listing", "main", "measure", "possible"]
+
+BACKEND = "mlx-metal-simulator"
+DTYPES = ("float32", "bfloat16")  # which stands for narrow numbers
+
+
+class Ran(NamedTuple):
+    """A case in a dtype, forward and back."""
+
+    op: str
+    dtype: str
+    case: str
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.dtype}: {self.case}"
+
+
+class Place(NamedTuple):
+    """One side of a choice of a kernel."""
+
+    kernel: str
+    branch: Branch
+    side: str
+
+    def __str__(self) -> str:
+        where = f" in {self.branch.function}" if self.branch.function else ""
+        return f"{self.kernel}{where}: {self.branch.kind} ({self.branch.condition}) {self.side}"
+
+
+class Coverage(NamedTuple):
+    """What cases ran: kernels, classes of launches and sides of choices, each with the first case.
+
+    ``sides`` are all that the texts have, of functions that any launch of the kernel calls.
+    """
+
+    kernels: Mapping[str, Ran]
+    classes: Mapping[tuple[str, str], Ran]
+    places: Mapping[Place, Ran]
+    sides: frozenset[Place]
+
+    @property
+    def missing(self) -> list[Place]:
+        """The sides that no case ran."""
+        return sorted(self.sides - set(self.places), key=str)
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def measure(jobs: int | None = None) -> Coverage:
+    """Run the default kit's cases in float32 and bfloat16, on several processes."""
+    units = [(op, dtype) for dtype in DTYPES for op in OPS]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs or os.cpu_count() or 1, mp_context=context) as pool:
+        return _together(pool.map(_unit, units))
+
+
+def _unit(unit: tuple[str, str]) -> Coverage:
+    """Run the cases of an op in a dtype."""
+    return _together(_of(*one) for one in tried(*unit))
+
+
+def tried(op: str, dtype: str) -> Iterator[tuple[Ran, list[LaunchRecord]]]:
+    """Run an op's cases, forward and back, and give what each launched."""
+    subject = Subject(BACKEND)
+    smallest, largest = subject.spec.sizes
+    for case in cases(op, dtype):
+        if smallest <= case.sizes.n <= (largest or case.sizes.n):
+            with record() as launches:
+                _call(subject, case, dtype)
+            yield Ran(op, dtype, case.name), launches
+    for kind in ("strided", "repeated"):  # views that begin anywhere, and no gradients
+        if dtype in dtypes_of(kind, subject.spec.dtypes):
+            with record() as launches:
+                found = check(subject, op, dtype, kind)
+            if not found.passed:
+                raise AssertionError(found.detail)
+            yield Ran(op, dtype, f"the check {kind}"), launches
+
+
+def _call(subject: Subject, case: Case, dtype: str) -> None:
+    import mlx.core as mx
+
+    primals, cotangents = (subject.take(arrays) for arrays in data(case, dtype, 0))
+    mx.eval(subject.function(case.op, case.options)(*primals))
+    mx.eval(subject.vjp(case.op, primals, cotangents, case.options))
+
+
+def _of(ran: Ran, launches: Sequence[LaunchRecord]) -> Coverage:
+    kernels = {kernel_of(one): ran for one in launches}
+    found = {(kernel_of(one), word): ran for one in launches for word in classes(one)}
+    places = {Place(kernel_of(one), *taken): ran for one in launches for taken in one.took}
+    sides = {
+        Place(kernel_of(one), branch, side)
+        for one in launches
+        for branch in one.branches
+        for side in SIDES[branch.kind]
+    }
+    return Coverage(kernels, found, places, frozenset(sides))
+
+
+def _together(parts: Iterable[Coverage]) -> Coverage:
+    """Join what was found, with the first case for each."""
+    kernels: dict[str, Ran] = {}
+    found: dict[tuple[str, str], Ran] = {}
+    places: dict[Place, Ran] = {}
+    sides: set[Place] = set()
+    for part in parts:
+        kernels = {**part.kernels, **kernels}
+        found = {**part.classes, **found}
+        places = {**part.places, **places}
+        sides |= part.sides
+    called = {(place.kernel, place.branch.function) for place in places}
+    # a text may have functions by whose name it calls others, which it never calls itself
+    own = frozenset(p for p in sides if (p.kernel, p.branch.function) in called)
+    return Coverage(kernels, found, places, own)
+
+
+# ---- classes of launches -------------------------------------------------------------------------
+
+_TEMPLATE = re.compile(r"template <([^<>]*)>\s*\[\[kernel\]\]")
+_VALUES = re.compile(r"decltype\(\w+<([^<>]*)>\)")
+
+
+def classes(one: LaunchRecord) -> set[str]:
+    """Name the classes that a launch is in: how the launch table has the kernel do its work."""
+    names, values = _TEMPLATE.search(one.source), _VALUES.search(one.source)
+    words: dict[str, str] = {}
+    if names and values:
+        listed = (word.split()[-1] for word in names[1].split(","))
+        words = dict(zip(listed, (v.strip() for v in values[1].split(",")), strict=True))
+    tiles = one.grid[1] // one.threadgroup[1]
+    return _classes(
+        int(words["W"]) if "W" in words else None,
+        int(words["TOKENS"]) if "TOKENS" in words else None,
+        int(words["HELD"]) if "HELD" in words else None,
+        words["REST"] not in ("0", "false") if "REST" in words else None,
+        tiles,
+    )
+
+
+def _classes(
+    elements: int | None, tokens: int | None, held: int | None, rest: bool | None, tiles: int
+) -> set[str]:
+    made = {"tiles of a token" if tiles > 1 else "whole tokens"}
+    if elements is not None:
+        made.add(f"W={elements}")
+    if tokens is not None:
+        made.add(f"TOKENS={tokens}")
+    if held is not None:
+        made.add("HELD>1" if held > 1 else "HELD=1")
+    if rest is not None:
+        made.add("REST" if rest else "no REST")
+    return made
+
+
+def possible(kernel: str, words: Iterable[str]) -> set[str]:
+    """Name the classes that the launch table has for a kernel, of those kinds that it names."""
+    channels = (1, 2, 4, 8, 37, 257, 1028, 4096, 4100, 8192, 16388, 32768)
+    made: set[str] = set()
+    for T in (1, 5, 257, 515, 1031, 16385):
+        for n in (1, 2, 3, 4, 6, 9, 17, 32):
+            for C in channels:
+                for dtype in DTYPES:
+                    shape = launch.launch(kernel, T, n, C, dtype)
+                    tiles = shape.grid[1] // shape.threadgroup[1]
+                    made |= _classes(shape.elements, shape.tokens, shape.held, shape.rest, tiles)
+    kinds = {_kind(word) for word in words}
+    return {word for word in made if _kind(word) in kinds}
+
+
+def _kind(word: str) -> str:
+    return re.split(r"[=>]", word.removeprefix("no "))[0].replace(
+        "whole tokens", "tiles of a token"
+    )
+
+
+# ---- what no size reaches ------------------------------------------------------------------------
+
+
+class Unreached(NamedTuple):
+    """Sides that no case runs, by what their names match, and why."""
+
+    pattern: str
+    reason: str
+
+
+UNREACHED: Sequence[Unreached] = (
+    Unreached(
+        r"for \((token|tokens|first|turn|item) < .*\) again",
+        "Metal takes as many threadgroups as there are tokens to share out, up to 2^31 threads, so "
+        "that none takes another turn; the simulator's tests make it so, with few threadgroups",
+    ),
+    Unreached(
+        r"\bAHEAD\b|flows && next|ahead < leaves|once && next < T|c \+ BLOCK_CHANNELS < end",
+        "copies that are on their way meanwhile are CUDA's",
+    ),
+    Unreached(
+        r"\?: \(simdgroups? < SIMDGROUPS\) false",
+        "the launch table gives no more simdgroups than may take part",
+    ),
+    Unreached(
+        r"for \((i|j|k) < (N|COUNT|SUMS|TILE|N \* N)( && SAVES && here.group_y == 0)?\) again",
+        "at least 32 threads share at most 32 numbers",
+    ),
+    Unreached(
+        r"in (divide_b: .*|pull_steps: if) \(active\) false",
+        "only the matrices of sinkhorn_knopp stop by themselves",
+    ),
+    Unreached(
+        r"static_mappings.* \(FIRST_COLUMNS == TRANSPOSED\) false|static_mappings.* \(LOG\) false",
+        "static mappings are normalised rows first, with eps 0",
+    ),
+    Unreached(
+        r"combine_vjp in (hold: if|value: \?:) \(KEEP\) false",
+        "the kernel is for up to 4 streams, whose mappings are kept",
+    ),
+    Unreached(
+        r"(combine_project|combine_project_few|project_dx) in .*: if \(!Address<P>::ALIGNED\) false"
+        r"|(combine_project|combine_project_few|project_dx) in store_within: if \(rest >= W .*true",
+        "these take whole blocks where all is aligned, and elsewhere store single numbers at the "
+        "end of a row alone",
+    ),
+    Unreached(
+        r"combine_project_few in mix: \?: \(KEPT\) true",
+        "each simdgroup reads its streams again",
+    ),
+    Unreached(
+        r"combine_project in put_phi: if \(k \+ e \* simdgroups < count\) false",
+        "it puts one block at a time",
+    ),
+    Unreached(
+        r"in write: if \(A::ELEMENTS > 1 && by_vectors\) true",
+        "what these kernels write by it are single numbers",
+    ),
+    Unreached(
+        r"project_dphi in project_dphi: for \(stage < T\) again"
+        r"|in mix_matrices: for \(begin < tokens\) again"
+        r"|static_layer_vjp in .*: if \(token != here.group_x\) true"
+        r"|rms_norm_vjp: if \(token != here.group_x\) true"
+        r"|project in project: for \(column < M\) again",
+        "it takes sizes of seconds on a simulator: 2^21 numbers of streams or 2^14 tokens of many",
+    ),
+)
+
+
+def reasons(missing: Iterable[Place]) -> dict[Unreached | None, list[Place]]:
+    """Sort sides by why no case runs them; None for those without a reason."""
+    found: dict[Unreached | None, list[Place]] = defaultdict(list)
+    for place in missing:
+        why = (one for one in UNREACHED if re.search(one.pattern, str(place)))
+        found[next(why, None)].append(place)
+    return found
+
+
+# ---- the list ------------------------------------------------------------------------------------
+
+
+def listing(found: Coverage) -> Iterator[str]:
+    """Give a line for each kernel, class and side, with a case that runs it; at the end, counts."""
+    for kernel, ran in sorted(found.kernels.items()):
+        yield f"{kernel}: {ran}"
+        for (name, word), one in sorted(found.classes.items()):
+            if name == kernel:
+                yield f"  launch {word}: {one}"
+        for place in sorted(found.sides, key=str):
+            if place.kernel == kernel:
+                one = found.places.get(place)
+                yield f"  {str(place).removeprefix(kernel)}: {one or 'no case'}"
+    total = len(found.sides)
+    yield f"{len(found.kernels)} of {len(KERNELS)} kernels run"
+    yield f"{total - len(found.missing)} of {total} sides of their choices run; the others:"
+    for why, places in sorted(reasons(found.missing).items(), key=str):
+        yield f"{len(places)} sides: {why.reason if why else 'no reason is known'}"
+        yield from (f"  {place}" for place in places)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the list."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mhc_metal_simulator.coverage", description=__doc__
+    )
+    parser.add_argument("--jobs", type=int, help="processes; one per core if left out")
+    given = parser.parse_args(arguments)
+    print(*listing(measure(given.jobs)), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""``python -m mhc_metal_simulator.texts FOLDER``: every text that Apple's compiler would get.
+
+The ops of ``mlx-metal`` run on arrays without values, at sizes that reach every kernel, every
+number of streams for which a kernel is another one, and every dtype. Each launch is traced
+(capture.py) and not run. What MLX hands to Apple's compiler is its own utilities and then this text
+(``mlx/backend/metal/custom_kernel.cpp``: ``metal::utils() + source``), so each file begins with the
+headers that make those utilities, from the MLX that is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mhc_backends.kernels import KERNELS
+from mhc_backends.kernels.mlx import Kernels, Ops
+from mhc_backends.kernels.ops import OPS
+from mhc_conformance.cases import STATICS, Sizes
+from mhc_core import math
+from mhc_core._signature import Op, signature
+
+from mhc_metal_simulator.capture import capture_source
+from mhc_metal_simulator.headers import utilities
+
+__all__ = ["DTYPES", "STREAMS", "Text", "complete", "texts"]
+
+DTYPES = ("float32", "float16", "bfloat16")
+STREAMS = (1, 2, 3, 4, 5, 8, 9, 32)
+"""The numbers of streams: a power of two or not, and past each limit of launch.py and the ops.
+
+One has no sums over streams, up to 4 are kept in registers, up to 7 have all of their mappings in
+one pass over phi, and the lanes of a matrix are n rounded up to a power of two.
+"""
+
+_Size = tuple[tuple[int], int]  # the leading axes and the channels
+
+_SIZES: tuple[_Size, ...] = (
+    ((1,), 4096),  # few tokens, of which some inputs are in constant memory
+    ((100_000,), 4096),
+    ((1,), 1),  # streams may be in constant memory, too
+    ((7,), 37),
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text of one launch, as MLX prints it, and where it came from."""
+
+    kernel: str  # the name of its body
+    name: str  # of its file, without suffix: no two texts have the same
+    n: int
+    dtype: str
+    text: str
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+_NUMBERS = re.compile(r"(?<== \{)[-+.\de, finf]*(?=\};)")
+_Trace = Callable[[], str]
+
+
+class _Recorder:
+    """Takes launches in the place of MLX, and keeps how to trace each kind once."""
+
+    def __init__(self) -> None:
+        self.known: set[Any] = set()
+        self.new: list[tuple[str, _Trace]] = []
+
+    def __call__(self, **about: Any) -> Callable[..., list[mx.array]]:
+        kernel: Any = mx.fast.metal_kernel(**about)
+
+        def launch(*, inputs: Sequence[mx.array], **static: Any) -> list[mx.array]:
+            shapes = [(a.shape, a.dtype) for a in inputs]
+            spaces = [(a.dtype, a.ndim == 0, a.size < 8) for a in inputs]
+            # a variant's numbers and the values of a template's arguments make no other text
+            source = _NUMBERS.sub("", about["source"])
+            values: dict[str, Any] = dict(static["template"] or ())
+            words = (spaces, tuple(values), values.get("N"), static["output_dtypes"])
+            key = (about["header"], source, repr(words))
+
+            def trace() -> str:
+                return capture_source(
+                    lambda *zeros: kernel(inputs=list(zeros), verbose=True, **static), shapes
+                )
+
+            if key not in self.known:
+                self.known.add(key)
+                self.new.append((about["name"], trace))
+            outputs = zip(static["output_shapes"], static["output_dtypes"], strict=True)
+            return [mx.zeros(shape, dtype) for shape, dtype in outputs]
+
+        return launch
+
+
+def texts(
+    streams: Iterable[int] = STREAMS, dtypes: Iterable[str] = DTYPES, every: bool = True
+) -> Iterator[Text]:
+    """Return every text once; with ``every`` false, one for each kernel, n and dtype."""
+    recorder = _Recorder()
+    count: Counter[tuple[str, int, str]] = Counter()
+    for n, dtype in itertools.product(streams, dtypes):
+        ops = Ops(Kernels(recorder, "metal"))
+        for op in OPS:
+            _run(ops, op, n, dtype, _SIZES if every else _SIZES[:2])
+        for name, trace in recorder.new:
+            kernel = max((k for k in KERNELS if name.startswith(f"mhc_{k}_")), key=len)
+            kind = (kernel, n, dtype)
+            if every or kind not in count:
+                count[kind] += 1
+                yield Text(kernel, f"{kernel}-n{n}-{dtype}-{count[kind]}", n, dtype, trace())
+        recorder.new.clear()
+
+
+def _run(ops: Any, op: str, n: int, dtype: str, sizes: Sequence[_Size]) -> None:
+    """Call an op and its vjp in these sizes, and in the first with all of its static arguments."""
+    statics = [dict(static) for _, static in STATICS.get(op) or [("", ())]]
+    if op == "expand":
+        statics = [{"n": n}]
+    for leading, C in sizes:
+        for static in statics if (leading, C) == sizes[0] else statics[:1]:
+            primals = _zeros(math.load(op).OP, Sizes(leading, n, C, ""), dtype)
+            call = signature(lambda op: math.load(op).OP, op, primals, static)
+            cotangents = [
+                mx.zeros(shape, getattr(mx, name))
+                for shape, name in zip(call.output_shapes, call.output_dtypes, strict=True)
+            ]
+
+            def function(
+                *arrays: mx.array, op: str = op, static: dict[str, Any] = static
+            ) -> list[mx.array]:
+                outputs: Any = getattr(ops, op)(*arrays, **static)
+                return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+            mx.vjp(function, primals, cotangents)
+
+
+def _zeros(op: Op, sizes: Sizes, dtype: str) -> list[mx.array]:
+    """Return arrays without values: nothing here is ever evaluated."""
+    leading, n, C, _ = sizes
+    known = {"n": n, "C": C, "D": n * C, "m": n * n + 2 * n, "nC": n * C}
+    arrays: list[mx.array] = []
+    for name, (words, *_) in op.patterns.items():
+        if name == op.optional:
+            continue
+        ahead: tuple[int, ...] = leading if words[0] == "..." else ()
+        shape: tuple[int, ...] = (*ahead, *(known.get(w) or int(w) for w in words if w != "..."))
+        narrow = name in ("x", "y", "res", "h", "logits", "matrix")
+        arrays.append(mx.zeros(shape, getattr(mx, dtype if narrow else "float32")))
+    return arrays
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def complete(text: Text) -> str:
+    """Return a whole file of Metal: MLX's utilities, and then the text."""
+    return f'{utilities()}\n#line 1 "{text.name}"\n{text.text}\n'
+
+
+def write(folder: Path) -> int:
+    """Write all texts into a folder, with a list of them, and return how many there are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listed: list[dict[str, Any]] = []
+    for text in texts():
+        (folder / f"{text.name}.metal").write_text(complete(text), encoding="utf-8")
+        listed.append({k: v for k, v in asdict(text).items() if k != "text"})
+    (folder / "texts.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
+    return len(listed)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write them and say how many there are."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mhc_metal_simulator.texts", description=__doc__
+    )
+    parser.add_argument("folder", type=Path, help="is made where it is not there")
+    folder: Path = parser.parse_args(arguments).folder
+    print(f"{write(folder)} texts in {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The default kit runs every kernel, class of launches and side of a choice, or says why not."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels these are")
+
+from mhc_backends.kernels import KERNELS
+from mhc_backends.kernels.launch import TABLE
+
+from mhc_metal_simulator import coverage
+from mhc_metal_simulator.coverage import UNREACHED, Coverage, possible, reasons
+
+
+@pytest.fixture(scope="module")
+def found() -> Coverage:
+    return coverage.measure()
+
+
+def test_every_kernel_runs(found: Coverage) -> None:
+    assert set(found.kernels) == set(KERNELS) == set(TABLE)
+
+
+def test_every_class_of_launches_runs(found: Coverage) -> None:
+    for kernel in KERNELS:
+        reached = {word for name, word in found.classes if name == kernel}
+        assert possible(kernel, reached) - reached == set(), kernel
+
+
+def test_every_side_of_a_choice_runs_or_has_its_reason(found: Coverage) -> None:
+    sorted_out = reasons(found.missing)
+    assert [str(place) for place in sorted_out.pop(None, [])] == []
+    assert set(sorted_out) == set(UNREACHED)  # no reason is left for what now runs
+
+
+def test_the_command_lists_them(found: Coverage) -> None:
+    text = "\n".join(coverage.listing(found))
+    assert all(f"\n{kernel}: " in f"\n{text}" for kernel in KERNELS)
+    assert f"{len(KERNELS)} of {len(KERNELS)} kernels run" in text

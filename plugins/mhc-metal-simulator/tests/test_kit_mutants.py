@@ -1,0 +1,142 @@
+"""Wrong kernels that no case of the kit once ran die in ``mhc conformance mlx-metal-simulator``.
+
+Each is seeded in a kernel's text, and held by a check of the default kit on the one case that is
+there for it: the whole check fails where one of its cases does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels these are")
+
+from kernel_checks import BACKEND, Fault, seeded
+from mhc_conformance import Subject, check, checks
+from mhc_conformance.cases import Case, cases
+
+
+class Mutant(NamedTuple):
+    """A wrong kernel, and the check and the case of the kit that see it."""
+
+    fault: Fault
+    kind: str
+    case: str  # the beginning of its name
+    dtype: str = "float32"
+
+
+BLOCKS = "channels in whole blocks of 32, as in real models"
+MANY_TOKENS = "whole blocks, more than 16 tokens"
+WRONG = r"is off by|KernelFaultError"
+
+
+def _mutant(
+    kernel: str, right: str, wrong: str, op: str, kind: str, case: str, dtype: str = "float32"
+) -> Mutant:
+    return Mutant(Fault(kernel, case, right, wrong, WRONG, op), kind, case, dtype)
+
+
+PHI = "load_within<4>(phi + (row < M ? row : M - 1) * K + at + channel, rest - channel)"
+ACROSS = "load_within<4>(phi + row * K + at + channel, row < M ? rest - channel : 0)"
+ROWS = "load_raw_within<4>(x + (token < end ? token : end - 1) * K, rest)"
+NO_PHI = f"(Address<P>::ALIGNED ? zeros<4>() : {PHI})"
+NOTHING_ACROSS = f"(Address<P>::ALIGNED ? zeros<4>() : {ACROSS})"
+NO_ROWS = f"Address<P>::ALIGNED ? decltype(load_raw<4>(x)){{}} : {ROWS}"
+H_RES, H_POST = "row(h_res_shape[0], token)", "row(h_post_shape[0], token)"
+
+MUTANTS = {
+    # the branch for whole blocks, which real models take
+    **{
+        f"phi is zeros where all is aligned, {op} {dtype}": _mutant(
+            "common", PHI, NO_PHI, op, "forward", BLOCKS, dtype
+        )
+        for op, dtype in (("pre", "float32"), ("pre", "bfloat16"), ("head", "float16"))
+    },
+    **{
+        f"phi is zeros where all is aligned, combine_pre, {case}": _mutant(
+            "common", PHI, NO_PHI, "combine_pre", "forward", case
+        )
+        for case in (BLOCKS, MANY_TOKENS)
+    },
+    "phi is zeros where all is aligned, back": _mutant(
+        "common", ACROSS, NOTHING_ACROSS, "pre", "gradient", BLOCKS
+    ),
+    "dphi lacks channels where all is aligned": _mutant(
+        "common", ROWS, NO_ROWS, "pre", "gradient", BLOCKS
+    ),
+    # a kernel that nothing launched
+    **{
+        f"project takes the wrong tokens, {dtype}": _mutant(
+            "project", "store_sums(parts, first,", "store_sums(parts, first + (first > 999),",
+            "mappings", "forward", "thousands of tokens, whole blocks", dtype,
+        )
+        for dtype in ("float32", "bfloat16")
+    },
+    # one mapping for all tokens beside one per token
+    **{
+        f"{kernel} takes h_res as h_post, {case}": _mutant(kernel, right, wrong, op, kind, case)
+        for kernel, op, kind in (
+            ("combine", "combine", "forward"),
+            ("combine_vjp", "combine", "gradient"),
+            ("combine_project_few", "combine_pre", "forward"),
+            ("gated_combine", "gated_combine", "forward"),
+            ("gated_combine_vjp", "gated_combine", "gradient"),
+        )
+        for right, wrong, case in (
+            (H_RES, H_POST, "h_post shared (leading (2, 3)"),
+            (H_POST, H_RES, "h_res shared (leading (2, 3)"),
+        )
+    },
+    "gated_combine takes h_pre as h_post": _mutant(
+        "gated_combine", "row(h_pre_shape[0], token)", H_POST, "gated_combine", "forward",
+        "h_post shared (leading (2, 3)",
+    ),
+    "combine_vjp_wide takes h_res as h_post": _mutant(
+        "combine_vjp_wide", H_RES, H_POST, "combine", "gradient", "h_post shared (leading (7,)"
+    ),
+    "combine_project takes h_res as h_post": _mutant(
+        "combine_project", "row(h_res_shape[0], own)", "row(h_post_shape[0], own)", "combine_pre",
+        "forward", "h_post shared, more than 16 tokens",
+    ),
+    # constants and roundings
+    "head takes norm_eps for pre_eps": _mutant(
+        "head", "settings[1]", "settings[0]", "head", "forward", "large eps everywhere"
+    ),
+    **{
+        f"residual_add_aggregate rounds before it sums, {dtype}": _mutant(
+            "residual_add_aggregate", "value(weights, i), total_i", "value(weights, i), "
+            "floats(packed(total, total_i))", "residual_add_aggregate", "forward",
+            "streams that cancel", dtype,
+        )
+        for dtype in ("bfloat16", "float16")
+    },
+    # NaN
+    "sinkhorn_knopp floors NaN": _mutant(
+        "common", "power <= smallest_power() ? smallest_power() : power",
+        "power > smallest_power() ? power : smallest_power()", "sinkhorn_knopp", "forward",
+        "NaN in some tokens, log_space=False",
+    ),
+    "sinkhorn_knopp_vjp drops NaN": _mutant(
+        "common", "<= smallest_power() ? 0.0f : out.at[a]", "> smallest_power() ? out.at[a] : 0.0f",
+        "sinkhorn_knopp", "gradient", "NaN in some tokens, log_space=False",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_kit_sees_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant = MUTANTS[name]
+
+    def alone(op: str, dtype: str = "float32", full: bool = False) -> Iterator[Case]:
+        return (case for case in cases(op, dtype, full) if case.name.startswith(mutant.case))
+
+    monkeypatch.setattr(checks, "cases", alone)
+    with seeded(mutant.fault):
+        subject: Any = Subject(BACKEND)
+        record = check(subject, mutant.fault.op, mutant.dtype, mutant.kind)
+    assert not record.passed
+    assert "has no case" not in record.detail
+    assert re.search(mutant.fault.shows, record.detail), record.detail
