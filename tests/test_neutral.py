@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import mhc_core as mhc
 from mhc_backends.jax.ops import dtype_context
 from mhc_conformance.cases import SMALL, Case, cases, data
 from mhc_core import math
@@ -109,14 +110,13 @@ KNOPP = {"max_iterations": 60, "epsilon": 1e-3}
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the steps that are taken."""
     taken: list[int] = []
-    for name in ("_step_log", "_step_direct"):
-        step = getattr(sinkhorn_knopp, name)
+    step = sinkhorn_knopp._step
 
-        def counting(xp: Any, matrix: Any, step: Any = step) -> Any:
-            taken.append(1)
-            return step(xp, matrix)
+    def counting(xp: Any, half: Any) -> Any:
+        taken.append(1)
+        return step(xp, half)
 
-        monkeypatch.setattr(sinkhorn_knopp, name, counting)
+    monkeypatch.setattr(sinkhorn_knopp, "_step", counting)
     return taken
 
 
@@ -272,3 +272,58 @@ def test_products_by_halves_are_float32_products(mean: float) -> None:
     if mean == 0:
         plain = hardware.matmul(mx.array(a), mx.array(b))
         assert _off_by([plain], [exact]) > 500 * EPS  # what it is there to prevent
+
+
+# --- float32's range ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["pre", "head", "rms_norm"])
+@pytest.mark.parametrize("size", [1e15, 1e18])
+def test_streams_as_large_as_float32_nearly_holds(op: str, size: float) -> None:
+    """The squares of 4096 numbers of 1e18 are beyond it, and so is the inverse of its cube."""
+    rng, n, C = np.random.default_rng(1), 4, 1024
+    x = (size * rng.uniform(-1, 1, size=(3, n, C))).astype(np.float32)
+    phi = (rng.normal(size=(24, n * C)) / 64).astype(np.float32)
+    scale, bias = np.ones(3, np.float32), rng.normal(size=24).astype(np.float32)
+    variant: dict[str, Any] = {"variant": mhc.PAPER}
+    primals, static = {
+        "pre": ((x, phi, scale, bias), variant),
+        "head": ((x, phi[:n], scale[:1], bias[:n]), variant),
+        "rms_norm": ((x, phi[0, :C]), {"eps": 1e-20}),
+    }[op]
+    module = math.load(op)
+    wide = tuple(p.astype(np.float64) for p in primals)
+    exact = module.forward(*wide, **static)
+    exact = exact if isinstance(exact, tuple) else (exact,)
+    given = tuple(rng.normal(size=o.shape) / np.abs(o).max() for o in exact)
+    want = (*exact, *module.vjp(wide, given, **static))
+    for library in (np.asarray, mx.array, jnp.asarray):
+        own = tuple(map(library, primals))
+        outputs = module.forward(*own, **static)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        cotangents = tuple(library(g.astype(np.float32)) for g in given)
+        got = (*outputs, *module.vjp(own, cotangents, **static))
+        for one, other in zip(got, want, strict=True):
+            assert np.abs(np.array(one) - other).max() < 1e-4 * np.abs(other).max()
+
+
+EDGE = 3e38 * np.array([[[1, 1], [-1, -1]], [[1, -1], [-1, 1]], [[1, -1], [1, -1]]])
+
+
+@pytest.mark.parametrize(
+    ("op", "static"),
+    [
+        ("sinkhorn", {"iterations": 5, "eps": 0.0, "first": "columns"}),
+        ("sinkhorn", {"iterations": 5, "eps": 1e-6, "first": "rows"}),
+        ("sinkhorn_knopp", {"max_iterations": 9, "epsilon": 1e-6, "log_space": True}),
+        ("sinkhorn_knopp", {"max_iterations": 9, "epsilon": 1e-6, "log_space": False}),
+    ],
+)
+def test_any_finite_logits_have_a_matrix_and_a_gradient(op: str, static: dict[str, Any]) -> None:
+    module, g = math.load(op), np.arange(12.0).reshape(3, 2, 2)
+    want = module.forward(EDGE, **static), *module.vjp((EDGE,), (g,), **static)
+    for library in (np.asarray, mx.array, jnp.asarray):
+        logits = library(EDGE.astype(np.float32))
+        pulled = module.vjp((logits,), (library(g.astype(np.float32)),), **static)
+        for one, other in zip((module.forward(logits, **static), *pulled), want, strict=True):
+            assert np.abs(np.array(one) - other).max() < 1e-5

@@ -51,6 +51,20 @@ def as_tuple(arrays: Any) -> tuple[Any, ...]:
     return (arrays,)
 
 
+def placed(outputs: Sequence[Any], saved: Sequence[Any]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+    """Put what a vjp saves behind the outputs, unless it is one of them; say where it is.
+
+    MLX knows no other place for it. So where a vjp is differentiated in turn, what was saved has
+    cotangents of its own, zero at first; what is an output too has them there.
+    """
+    every = list(outputs)
+    for array in saved:
+        if not any(array is other for other in every):
+            every.append(array)
+    where = (next(k for k, a in enumerate(every) if a is array) for array in saved)
+    return tuple(where), tuple(every)
+
+
 def from_host(array: Any) -> Any:
     """Take a NumPy array in, in its own dtype."""
     import mlx.core as mx

@@ -15,10 +15,12 @@ __all__ = [
     "cast",
     "collapse",
     "dot",
+    "doubled",
     "fused",
     "gram",
     "log_sum_exp",
     "matmul",
+    "mean_square",
     "mix",
     "namespace",
     "outer",
@@ -28,7 +30,6 @@ __all__ = [
     "scan_while",
     "shift",
     "sigmoid",
-    "square_sum",
     "sum_to",
     "sum_tokens",
     "swap",
@@ -176,6 +177,14 @@ def shift(xp: Any, logits: Array, axis: int) -> Array:
     return xp.stop_gradient(largest) if _is(xp, "mlx") else largest
 
 
+def doubled(xp: Any, half: Array) -> Array:
+    """2 half, -inf where that is beyond the dtype: what is meant is its exponential, 0."""
+    if "numpy" in xp.__name__ and not _is(xp, "jax"):
+        with xp.errstate(over="ignore"):  # NumPy warns
+            return 2 * half
+    return 2 * half
+
+
 def log_sum_exp(xp: Any, logits: Array, axis: int) -> Array:
     """log(sum(exp(logits))) along an axis that is kept, shifted by its largest entry."""
     largest = shift(xp, logits, axis)
@@ -306,14 +315,6 @@ def collapse(xp: Any, h: Array, x: Array) -> Array:
     return matmul(xp, h[..., None, :], x)[..., 0, :]
 
 
-def square_sum(xp: Any, x: Array) -> Array:
-    """Sum the squares of vec(x), over the last two axes."""
-    if keeps_axes(xp):
-        return xp.sum(x * x, axis=(-2, -1))
-    flat = xp.reshape(x, (*x.shape[:-2], x.shape[-2] * x.shape[-1]))
-    return dot(xp, flat, flat)
-
-
 def dot(xp: Any, a: Array, b: Array, like: Array | None = None) -> Array:
     """sum_C a[..., C] b[..., C] -> [...], also over the tokens that share ``like``."""
     shared = like is not None and like.ndim < a.ndim - 1
@@ -336,6 +337,36 @@ def _dot_all(xp: Any, a: Array, b: Array) -> Array:
     a, b = tokens(xp, a, 2), tokens(xp, b, 2)
     products = _folded(a, b, 0) if _unrolled.get() and a.shape[0] % FOLDS == 0 else a * b
     return xp.sum(xp.sum(products, axis=0), axis=-1)
+
+
+def mean_square(xp: Any, x: Array, axes: int = 1) -> Array:
+    """mean(x^2) over the last axis, or the last two, as one that is kept.
+
+    Streams of 1e18 have squares of 1e36, of which float32 cannot hold the sum of 341. So either
+    the squares are divided by their number before they are added up, where that fuses, or the sums
+    of some, at most 256.
+    """
+    count = math.prod(x.shape[x.ndim - axes :])
+    if keeps_axes(xp):
+        last = tuple(range(-axes, 0))
+        return xp.sum(x * (1 / max(count, 1)) * x, axis=last)[..., None]
+    return _mean_square(xp, xp.reshape(x, (*x.shape[: x.ndim - axes], count)))[..., None]
+
+
+@fused
+def _mean_square(xp: Any, x: Array) -> Array:
+    *ahead, size = x.shape
+    each = 1 / max(size, 1)
+    if _is(xp, "mlx") and (_unrolled.get() or _on_gpu(xp)):
+        if _folds(xp, size):
+            return _sum_last(xp, _folded(x * each, x, -1))
+        return xp.sum(x * each * x, axis=-1)
+    across = 16 if _folds(xp, size) else 1  # as _sum_last: MLX's CPU adds one number at a time
+    along = math.gcd(size // across, 256 // across)
+    if along == 1:
+        return xp.sum(x * each * x, axis=-1)
+    some = xp.reshape(x * x, (*ahead, size // (along * across), along, across))
+    return xp.sum(xp.sum(xp.sum(some, axis=-2) * each, axis=-1), axis=-1)
 
 
 def outer(xp: Any, g: Array, x: Array, like: Array) -> Array:
@@ -411,11 +442,13 @@ def project(xp: Any, x: Array, phi: Array) -> Array:
     return xp.reshape(_rows(xp, flat, columns), (*x.shape[:-2], phi.shape[0]))
 
 
-def unproject(xp: Any, du: Array, phi: Array, x: Array) -> Array:
-    """du[..., m] @ phi[m, n C] -> [..., n, C], the shape of x."""
+def unproject(xp: Any, du: Array, phi: Array, x: Array, plus: Array) -> Array:
+    """du[..., m] @ phi[m, n C] + plus -> [..., n, C], the shape of x and of plus."""
     if keeps_axes(xp):
-        return _dot_general(du, _by_stream(xp, phi, x), ((du.ndim - 1,), (0,)))
-    return xp.reshape(_rows(xp, tokens(xp, du, 1), phi), x.shape)
+        return _dot_general(du, _by_stream(xp, phi, x), ((du.ndim - 1,), (0,))) + plus
+    du = tokens(xp, du, 1)
+    plus = xp.reshape(plus, (du.shape[0], phi.shape[1]))
+    return xp.reshape(_rows(xp, du, phi, plus), x.shape)
 
 
 def gram(xp: Any, du: Array, x: Array, like: Array) -> Array:
@@ -460,16 +493,20 @@ def _split_last(sharding: Any) -> Any:
     return type(sharding)(sharding.mesh, type(sharding.spec)(*rows))
 
 
-def _rows(xp: Any, a: Array, b: Array) -> Array:
-    """a[T, K] @ b[K, m] -> [T, m], the tokens spread over the cores."""
-    if not _spreads(xp, a.shape[0]):
-        return matmul(xp, a, b)
-    return xp.concat(_on_two_cores(xp, _matmul_by(b), a), axis=0)
+def _rows(xp: Any, a: Array, b: Array, plus: Array | None = None) -> Array:
+    """a[T, K] @ b[K, m] (+ plus) -> [T, m], the tokens spread over the cores."""
+    given = (a,) if plus is None else (a, plus)
+    if _spreads(xp, a.shape[0]):
+        return xp.concat(_on_two_cores(xp, _matmul_by(b), *given), axis=0)
+    if _is(xp, "mlx") and not _on_gpu(xp):
+        return _matmul_by(b)(xp, *given)
+    product = matmul(xp, a, b)
+    return product if plus is None else product + plus
 
 
 def _matmul_by(b: Array) -> Callable[..., Array]:
-    def times(mx: Any, a: Array) -> Array:
-        return mx.matmul(a, b)
+    def times(mx: Any, a: Array, plus: Array | None = None) -> Array:
+        return mx.matmul(a, b) if plus is None else mx.addmm(plus, a, b)
 
     return times
 

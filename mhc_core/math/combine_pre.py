@@ -62,7 +62,14 @@ def saving(
     return (x_new, h, *mapped), (x_new, *projected, mapped[0])
 
 
-def vjp(primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant):
+def vjp(
+    primals: Any,
+    cotangents: Any,
+    saved: Any = None,
+    saved_cotangents: Any = None,
+    *,
+    variant: Variant,
+):
     """The next pre's vjp gives the cotangent of x', combine's vjp takes it on."""
     x, y, h_post, h_res, phi, scale, bias, *given = primals
     xp = _xp.namespace(x)
@@ -75,9 +82,13 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant):
     dx_new, dh_pre = aggregate.back(xp, x_new, used, g_h)
     if not given:
         g_pre = g_pre + dh_pre
+    of_projected = None
+    if saved_cotangents:  # x' and h_pre' are outputs, and have theirs there
+        _, g_u, g_r, _ = saved_cotangents
+        of_projected = Projected(g_u, g_r)
     phi, scale, bias = (_xp.up(xp, array) for array in (phi, scale, bias))
     more, dphi, dscale, dbias = mappings.back(
-        xp, x_new, phi, scale, bias, Projected(u, r), (g_pre, g_post, g_res), variant
+        xp, x_new, phi, scale, bias, Projected(u, r), (g_pre, g_post, g_res), variant, of_projected
     )
     x, y, h_post, h_res = (_xp.up(xp, array) for array in (x, y, h_post, h_res))
     streams = combine.back(xp, x, y, h_post, h_res, g_x + dx_new + more)

@@ -31,7 +31,14 @@ def saving(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant):
     return (_xp.cast(xp, _xp.collapse(xp, w, wide), x),), projected
 
 
-def vjp(primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant):
+def vjp(
+    primals: Any,
+    cotangents: Any,
+    saved: Any = None,
+    saved_cotangents: Any = None,
+    *,
+    variant: Variant,
+):
     """The weighted sum's vjp, then the sigmoid's and the projection's."""
     xp = _xp.namespace(primals[0])
     x, phi, scale, bias = (_xp.up(xp, array) for array in primals)
@@ -40,12 +47,13 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant):
     s = _sigmoid(xp, projected, scale, bias)
     dx, dw = aggregate.back(xp, x, s + variant.pre_eps, g)
     dz = dw * s * (1 - s)
-    dscale = xp.reshape(xp.sum(dz * projected.u * projected.r), (1,))
+    dscale = xp.reshape(xp.sum(dz * (projected.u * projected.r)), (1,))
     dbias = _xp.sum_tokens(xp, dz, 1)
-    more, dphi = mappings.back_projection(xp, x, phi, projected, dz * scale)
+    given = Projected(*saved_cotangents) if saved_cotangents else None
+    more, dphi = mappings.back_projection(xp, x, phi, projected, dz * scale, given)
     gradients = (dx + more, dphi, dscale, dbias)
     return tuple(_xp.cast(xp, d, p) for d, p in zip(gradients, primals, strict=True))
 
 
 def _sigmoid(xp: Any, projected: Projected, scale: Any, bias: Any) -> Any:
-    return _xp.sigmoid(xp, projected.u * projected.r * scale + bias)
+    return _xp.sigmoid(xp, (projected.u * projected.r) * scale + bias)

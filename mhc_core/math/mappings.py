@@ -45,19 +45,27 @@ def saving(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant) -> tupl
     return activated(xp, x.shape[-2], projected, scale, bias, variant), projected
 
 
-def vjp(primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant):
+def vjp(
+    primals: Any,
+    cotangents: Any,
+    saved: Any = None,
+    saved_cotangents: Any = None,
+    *,
+    variant: Variant,
+):
     """Through the activations, the division by the root mean square and the projection."""
     xp = _xp.namespace(primals[0])
     x, phi, scale, bias = (_xp.up(xp, array) for array in primals)
     projected = Projected(*saved) if saved else projection(xp, x, phi, variant.norm_eps)
-    gradients = back(xp, x, phi, scale, bias, projected, cotangents, variant)
+    more = Projected(*saved_cotangents) if saved_cotangents else None
+    gradients = back(xp, x, phi, scale, bias, projected, cotangents, variant, more)
     return tuple(_xp.cast(xp, g, p) for g, p in zip(gradients, primals, strict=True))
 
 
 def projection(xp: Any, x: Any, phi: Any, norm_eps: float) -> Projected:
     """Project vec(x) and take its root mean square, over all n * C numbers of a token."""
-    square = _xp.square_sum(xp, x)[..., None] / (x.shape[-2] * x.shape[-1])
-    return Projected(_xp.project(xp, x, phi), 1 / xp.sqrt(square + norm_eps))
+    mean = _xp.mean_square(xp, x, axes=2)
+    return Projected(_xp.project(xp, x, phi), 1 / xp.sqrt(mean + norm_eps))
 
 
 def groups(xp: Any, scale: Any, n: int) -> Any:
@@ -68,7 +76,7 @@ def groups(xp: Any, scale: Any, n: int) -> Any:
 
 def _activate(xp: Any, n: int, projected: Projected, scale: Any, bias: Any, variant: Variant):
     """Give the two sigmoids and the logits of H_res, in H_res's orientation."""
-    z = projected.u * projected.r * groups(xp, scale, n) + bias
+    z = (projected.u * projected.r) * groups(xp, scale, n) + bias
     logits = xp.reshape(z[..., 2 * n :], (*z.shape[:-1], n, n))
     if variant.res_transposed:
         logits = _xp.swap(xp, logits)
@@ -99,8 +107,12 @@ def back(
     projected: Projected,
     cotangents: Any,
     variant: Variant,
+    more: Projected | None = None,
 ) -> tuple[Any, Any, Any, Any]:
-    """Give dx, dphi, dscale and dbias in the dtype of computation."""
+    """Give dx, dphi, dscale and dbias in the dtype of computation.
+
+    ``more`` are cotangents of u and r beside those that come from the mappings.
+    """
     n = x.shape[-2]
     pre, post, logits = _activate(xp, n, projected, scale, bias, variant)
     g_pre, g_post, g_res = (_xp.up(xp, g) for g in cotangents)
@@ -115,20 +127,26 @@ def back(
         ],
         axis=-1,
     )
-    summed = _xp.sum_tokens(xp, dz * projected.u * projected.r, 1)
+    summed = _xp.sum_tokens(xp, dz * (projected.u * projected.r), 1)
     dscale = xp.stack([xp.sum(summed[:n]), xp.sum(summed[n : 2 * n]), xp.sum(summed[2 * n :])])
     dbias = _xp.sum_tokens(xp, dz, 1)
-    dx, dphi = back_projection(xp, x, phi, projected, dz * groups(xp, scale, n))
+    dx, dphi = back_projection(xp, x, phi, projected, dz * groups(xp, scale, n), more)
     return dx, dphi, dscale, dbias
 
 
-def back_projection(xp: Any, x: Any, phi: Any, projected: Projected, d_product: Any):
-    """Give dx and dphi from the cotangent of u * r.
+def back_projection(
+    xp: Any, x: Any, phi: Any, projected: Projected, d_product: Any, more: Projected | None = None
+):
+    """Give dx and dphi from the cotangent of u * r, and from ``more``, those of u and r.
 
-    du = d r, dr = d . u, and the root mean square brings dx += -dr r^3 x / (n C).
+    du = d r, dr = d . u, and the root mean square brings dx += -dr r^3 x / (n C). For streams of
+    1e18, r^3 is nothing in float32 and d . u beyond it; d . (u r), r x and dx / r are not.
     """
     u, r = projected
+    pull = xp.sum(d_product * (u * r), axis=-1, keepdims=True)
     du = d_product * r
-    pull = xp.sum(d_product * u * (r**3 / (x.shape[-2] * x.shape[-1])), axis=-1)
-    through_u = _xp.unproject(xp, du, phi, x)
-    return through_u - pull[..., None, None] * x, _xp.gram(xp, du, x, like=phi)
+    if more is not None:
+        d_product, du, pull = d_product + more.u / r, du + more.u, pull + more.r * r
+    pull = (pull * r / -(x.shape[-2] * x.shape[-1]))[..., None]
+    dx = _xp.unproject(xp, d_product, phi, x, pull * x) * r[..., None]
+    return dx, _xp.gram(xp, du, x, like=phi)

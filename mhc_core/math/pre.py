@@ -32,16 +32,32 @@ def saving(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant):
     return (aggregate.forward(x, h_pre), h_post, h_res), (*projected, h_pre)
 
 
-def vjp(primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant):
+def vjp(
+    primals: Any,
+    cotangents: Any,
+    saved: Any = None,
+    saved_cotangents: Any = None,
+    *,
+    variant: Variant,
+):
     """The aggregate's vjp, then the mappings' with the cotangent that it gives h_pre."""
     xp = _xp.namespace(primals[0])
     x, phi, scale, bias = (_xp.up(xp, array) for array in primals)
-    gradients = back(xp, x, phi, scale, bias, cotangents, saved, variant)
+    given = cotangents, saved, saved_cotangents
+    gradients = back(xp, x, phi, scale, bias, *given, variant)
     return tuple(_xp.cast(xp, g, p) for g, p in zip(gradients, primals, strict=True))
 
 
 def back(
-    xp: Any, x: Any, phi: Any, scale: Any, bias: Any, cotangents: Any, saved: Any, variant: Variant
+    xp: Any,
+    x: Any,
+    phi: Any,
+    scale: Any,
+    bias: Any,
+    cotangents: Any,
+    saved: Any,
+    saved_cotangents: Any,
+    variant: Variant,
 ) -> tuple[Any, Any, Any, Any]:
     """Give dx, dphi, dscale and dbias in the dtype of computation."""
     g_h, g_post, g_res = (_xp.up(xp, g) for g in cotangents)
@@ -49,7 +65,11 @@ def back(
         (_, _, _), saved = saving(x, phi, scale, bias, variant=variant)
     u, r, h_pre = saved
     dx, dh_pre = aggregate.back(xp, x, h_pre, g_h)
+    of_projected = None
+    if saved_cotangents:
+        g_u, g_r, g_pre = saved_cotangents
+        of_projected, dh_pre = Projected(g_u, g_r), dh_pre + g_pre
     more, dphi, dscale, dbias = mappings.back(
-        xp, x, phi, scale, bias, Projected(u, r), (dh_pre, g_post, g_res), variant
+        xp, x, phi, scale, bias, Projected(u, r), (dh_pre, g_post, g_res), variant, of_projected
     )
     return dx + more, dphi, dscale, dbias

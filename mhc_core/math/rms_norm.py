@@ -27,7 +27,7 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None, *, eps: float) -> tupl
     (x, weight), (g,) = primals, cotangents
     xp = _xp.namespace(x)
     wide_x, wide_weight, wide_g = (_xp.up(xp, array) for array in (x, weight, g))
-    dx, dweight = back(xp, wide_x, wide_weight, wide_g, eps)
+    dx, dweight, _ = back(xp, wide_x, wide_weight, wide_g, eps)
     return _xp.cast(xp, dx, x), _xp.sum_to(xp, dweight, weight)
 
 
@@ -36,13 +36,14 @@ def normalised(xp: Any, x: Any, weight: Any, eps: float) -> Any:
     return x * _inverse(xp, x, eps) * weight
 
 
-def back(xp: Any, x: Any, weight: Any, g: Any, eps: float) -> tuple[Any, Any]:
-    """Give dx and each token's dweight in the dtype of computation."""
+def back(xp: Any, x: Any, weight: Any, g: Any, eps: float) -> tuple[Any, Any, Any]:
+    """Give dx, each token's dweight, and y, in the dtype of computation."""
     r = _inverse(xp, x, eps)
     scaled = x * r
-    pulled = _xp.dot(xp, scaled * weight, g)[..., None] / x.shape[-1]
-    return r * (weight * g - scaled * pulled), g * scaled
+    y = scaled * weight
+    pulled = _xp.dot(xp, y, g)[..., None] / x.shape[-1]
+    return r * (weight * g - scaled * pulled), g * scaled, y
 
 
 def _inverse(xp: Any, x: Any, eps: float) -> Any:
-    return 1 / xp.sqrt(_xp.dot(xp, x, x)[..., None] / x.shape[-1] + eps)
+    return 1 / xp.sqrt(_xp.mean_square(xp, x) + eps)

@@ -70,7 +70,14 @@ def _normalise(xp: Any, logits: Any, iterations: int, eps: float, keep: bool) ->
 
 
 def _normalise_log(xp: Any, logits: Any, iterations: int, _: float, keep: bool) -> tuple[Any, Any]:
-    """eps = 0: in the log domain, where no line can underflow to 0 / 0."""
+    """eps = 0: in the log domain, where no line can underflow to 0 / 0.
+
+    The difference of two logits may be beyond the dtype, the half of it may not. So the first step
+    is taken in halves. After it every line has an entry near 0, and -inf elsewhere is but a zero.
+    """
+    half = logits / 2
+    first, _ = half_normalised(xp, half, 0)
+    start = first, half_normalised(xp, first, 1)[0]
 
     def step(logs: Any) -> tuple[Any, Any]:
         a = _xp.log_sum_exp(xp, logs, 0)
@@ -78,12 +85,12 @@ def _normalise_log(xp: Any, logits: Any, iterations: int, _: float, keep: bool) 
         b = _xp.log_sum_exp(xp, logs, 1)
         return logs - b, (a, b) if keep else None
 
-    logs, kept = _xp.scan(xp, step, logits, iterations)
-    return xp.exp(logs), (logs, kept)
+    logs, kept = _xp.scan(xp, step, _xp.doubled(xp, start[1]), iterations - 1)
+    return xp.exp(logs), (start, logs, kept)
 
 
 def _back_log(xp: Any, _: Any, carried: Any, kept: Any) -> Any:
-    logs, divisors = kept
+    start, logs, divisors = kept
 
     def step(state: Any, divisor: Any) -> Any:
         (g, logs), (a, b) = state, divisor
@@ -92,7 +99,21 @@ def _back_log(xp: Any, _: Any, carried: Any, kept: Any) -> Any:
         g = g - xp.exp(logs) * xp.sum(g, axis=0, keepdims=True)
         return g, logs + a
 
-    return _xp.scan_back(xp, step, (carried, logs), divisors)[0]
+    g, _ = _xp.scan_back(xp, step, (carried, logs), divisors)
+    g = g - xp.exp(_xp.doubled(xp, start[1])) * xp.sum(g, axis=1, keepdims=True)
+    return g - xp.exp(_xp.doubled(xp, start[0])) * xp.sum(g, axis=0, keepdims=True)
+
+
+def half_normalised(xp: Any, half: Any, axis: int) -> tuple[Any, tuple[Any, Any]]:
+    """Normalise half the logarithms of a matrix along an axis; give the two terms taken from them.
+
+    They are taken one by one: in their sum, large logits would round the sum's logarithm away.
+    """
+    largest = _xp.shift(xp, half, axis)
+    below = half - largest
+    total = xp.sum(xp.exp(_xp.doubled(xp, below)), axis=axis, keepdims=True)
+    log = xp.log(total) / 2
+    return below - log, (largest, log)
 
 
 def _normalise_eps(xp: Any, logits: Any, iterations: int, eps: float, keep: bool):
@@ -129,5 +150,6 @@ def _back_eps(xp: Any, logits: Any, carried: Any, kept: Any) -> Any:
 
 
 def _softmax(xp: Any, logits: Any) -> Any:
-    powers = xp.exp(logits - _xp.shift(xp, logits, 0))
+    half = logits / 2
+    powers = xp.exp(_xp.doubled(xp, half - _xp.shift(xp, half, 0)))
     return powers / xp.sum(powers, axis=0, keepdims=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from mhc_core import _checks
 from mhc_core._signature import Op, Out
 from mhc_core.math import _xp
-from mhc_core.math.sinkhorn import enter, leave
+from mhc_core.math.sinkhorn import enter, half_normalised, leave
 
 OP = Op(
     name="sinkhorn_knopp",
@@ -22,9 +23,12 @@ OP = Op(
 
 FLOOR = 1e-10  # of exp(matrix) where log_space is False
 
+# All is computed in the log domain: a line of powers could overflow, or underflow to 0 / 0. And all
+# in halves, since the difference of two logits may be beyond the dtype, the half of it may not.
+
 
 class _State(NamedTuple):
-    matrix: Any  # [a, b, T], in the log domain or not; a is summed first and gives the row sums
+    half: Any  # [a, b, T], half the logarithms; a is summed first and gives the row sums
     active: Any  # [1, 1, T]: which matrices have not converged yet
 
 
@@ -33,7 +37,7 @@ def forward(matrix: Any, *, max_iterations: int, epsilon: float, log_space: bool
     xp = _xp.namespace(matrix)
     inside = enter(xp, _xp.up(xp, matrix), "rows")
     state, _ = _iterate(xp, inside, max_iterations, epsilon, log_space)
-    return leave(xp, _value(xp, state.matrix, log_space), matrix.shape, "rows")
+    return leave(xp, xp.exp(_xp.doubled(xp, state.half)), matrix.shape, "rows")
 
 
 def vjp(
@@ -50,69 +54,51 @@ def vjp(
     xp = _xp.namespace(matrix)
     inside = enter(xp, _xp.up(xp, matrix), "rows")
     state, kept = _iterate(xp, inside, max_iterations, epsilon, log_space)
-    carried = _value(xp, state.matrix, log_space) * enter(xp, _xp.up(xp, g), "rows")
+    carried = xp.exp(_xp.doubled(xp, state.half)) * enter(xp, _xp.up(xp, g), "rows")
 
     def undo(state: Any, step: Any) -> Any:
-        (g, matrix), (a, b, active) = state, step
-        for divisor, axis in ((b, 1), (a, 0)):
-            pulled = _value(xp, matrix, log_space) * xp.sum(g, axis=axis, keepdims=True)
+        (g, half), (*terms, active) = state, step
+        for (largest, log), axis in ((terms[2:], 1), (terms[:2], 0)):
+            pulled = xp.exp(_xp.doubled(xp, half)) * xp.sum(g, axis=axis, keepdims=True)
             g = g - xp.where(active, pulled, xp.zeros_like(pulled))
-            matrix = matrix + divisor if log_space else matrix * divisor
-        return g, matrix
+            half = (half + log) + largest
+        return g, half
 
-    g, _ = _xp.scan_back(xp, undo, (carried, state.matrix), kept)
+    g, _ = _xp.scan_back(xp, undo, (carried, state.half), kept)
     if not log_space:
-        g = xp.where(xp.exp(inside) <= FLOOR, xp.zeros_like(g), g)
+        g = xp.where(inside <= math.log(FLOOR), xp.zeros_like(g), g)
     return (_xp.cast(xp, leave(xp, g, matrix.shape, "rows"), matrix),)
 
 
-def _value(xp: Any, matrix: Any, log_space: bool) -> Any:
-    return xp.exp(matrix) if log_space else matrix
-
-
-def _iterate(xp: Any, matrix: Any, max_iterations: int, epsilon: float, log_space: bool):
+def _iterate(xp: Any, logits: Any, max_iterations: int, epsilon: float, log_space: bool):
     """Take up to ``max_iterations`` steps; keep each step's divisors and who took it."""
     if not log_space:
-        powers = xp.exp(matrix)
-        matrix = xp.where(powers <= FLOOR, xp.full_like(powers, FLOOR), powers)  # NaN stays
-    one_line = matrix[:1, :1]
+        lowest = math.log(FLOOR)
+        logits = xp.where(logits <= lowest, xp.full_like(logits, lowest), logits)  # NaN stays
 
     def step(state: _State) -> tuple[_State, Any]:
-        taken, divisors = (_step_log if log_space else _step_direct)(xp, state.matrix)
-        value = _value(xp, taken, log_space)
+        taken, terms = _step(xp, state.half)
+        value = xp.exp(_xp.doubled(xp, taken))
         error = xp.maximum(
             xp.max(xp.abs(xp.sum(value, axis=0, keepdims=True) - 1), axis=1, keepdims=True),
             xp.max(xp.abs(xp.sum(value, axis=1, keepdims=True) - 1), axis=0, keepdims=True),
         )
-        kept = [xp.where(state.active, d, _nothing(xp, d, log_space)) for d in divisors]
+        kept = [xp.where(state.active, d, xp.zeros_like(d)) for d in terms]
         after = _State(
-            xp.where(state.active, taken, state.matrix),
+            xp.where(state.active, taken, state.half),
             xp.logical_and(state.active, xp.logical_not(error < epsilon)),
         )
         return after, (*kept, state.active)
 
     def idle(state: _State) -> tuple[_State, Any]:
-        lines = (state.matrix[:1], state.matrix[:, :1])
-        return state, (*(_nothing(xp, line, log_space) for line in lines), state.active)
+        line, column = xp.zeros_like(state.half[:1]), xp.zeros_like(state.half[:, :1])
+        return state, (line, line, column, column, state.active)
 
-    start = _State(matrix, xp.ones_like(one_line) > 0)
+    start = _State(logits / 2, xp.ones_like(logits[:1, :1]) > 0)
     return _xp.scan_while(xp, step, idle, start, max_iterations)
 
 
-def _nothing(xp: Any, like: Any, log_space: bool) -> Any:
-    """Give the divisor that changes nothing."""
-    return xp.zeros_like(like) if log_space else xp.ones_like(like)
-
-
-def _step_log(xp: Any, logs: Any) -> tuple[Any, tuple[Any, Any]]:
-    a = _xp.log_sum_exp(xp, logs, 0)
-    logs = logs - a
-    b = _xp.log_sum_exp(xp, logs, 1)
-    return logs - b, (a, b)
-
-
-def _step_direct(xp: Any, matrix: Any) -> tuple[Any, tuple[Any, Any]]:
-    a = xp.sum(matrix, axis=0, keepdims=True)
-    matrix = matrix / a
-    b = xp.sum(matrix, axis=1, keepdims=True)
-    return matrix / b, (a, b)
+def _step(xp: Any, half: Any) -> tuple[Any, tuple[Any, ...]]:
+    half, a = half_normalised(xp, half, 0)
+    half, b = half_normalised(xp, half, 1)
+    return half, (*a, *b)

@@ -57,21 +57,32 @@ def saving(
     return (out,), (h, h_pre, h_post, h_res)
 
 
-def vjp(primals: Any, cotangents: Any, saved: Any = None, *, eps: float, iterations: int):
-    """Through combine, the norm, the aggregate and the static mappings; y is run again."""
+def vjp(
+    primals: Any,
+    cotangents: Any,
+    saved: Any = None,
+    saved_cotangents: Any = None,
+    *,
+    eps: float,
+    iterations: int,
+):
+    """Through combine, the norm, the aggregate and the static mappings; y is computed again."""
     xp = _xp.namespace(primals[0])
     if not saved:
         _, saved = saving(*primals, eps=eps, iterations=iterations)
     h, h_pre, h_post, h_res = saved
     x, raw = _up(xp, primals[0], primals[1:4])
     weight, g = _xp.up(xp, primals[4]), _xp.up(xp, cotangents[0])
-    dh, dweight = rms_norm.back(xp, h, weight, _xp.collapse(xp, h_post, g), eps)
-    y = rms_norm.normalised(xp, h, weight, eps)
+    dh, dweight, y = rms_norm.back(xp, h, weight, _xp.collapse(xp, h_post, g), eps)
+    if saved_cotangents:
+        dh = dh + saved_cotangents[0]
     d_mapped = (
         _xp.dot(xp, x, dh[..., None, :], like=h_pre),
         _xp.dot(xp, g, y[..., None, :], like=h_post),
         _xp.outer(xp, g, x, like=h_res),
     )
+    if saved_cotangents:
+        d_mapped = tuple(d + g for d, g in zip(d_mapped, saved_cotangents[1:], strict=True))
     d_raw = static_mappings.vjp(raw, d_mapped, iterations=iterations)
     gradients = (_back_streams(xp, g, dh, h_pre, h_res), *d_raw, dweight)
     return tuple(_xp.sum_to(xp, d, p) for d, p in zip(gradients, primals, strict=True))

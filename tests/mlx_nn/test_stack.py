@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlx.core as mx
@@ -543,3 +546,68 @@ def test_weights_survive_a_file(tmp_path: Any) -> None:
     one.save_weights(str(tmp_path / "w.safetensors"))
     other.load_weights(str(tmp_path / "w.safetensors"))
     assert mx.array_equal(one(hidden(2)), other(hidden(2)))
+
+
+# ---- threads, what knows a layer by itself, second derivatives -------------------------------
+
+
+def test_threads_take_gradients_through_one_stack_and_leave_it_as_it_was() -> None:
+    stack, h = made(recompute=2), hidden(3)
+    before = flat(stack.parameters())
+
+    def gradient() -> mx.array:
+        of_h = mx.grad(lambda h: (stack(h) ** 2).sum())(h)
+        mx.eval(of_h)
+        return of_h
+
+    want, start = gradient(), threading.Barrier(2)
+
+    def several(_: int) -> list[mx.array]:
+        start.wait()
+        return [gradient() for _ in range(5)]
+
+    with ThreadPoolExecutor(2) as threads:
+        for got in itertools.chain(*threads.map(several, range(2))):
+            assert mx.array_equal(got, want)
+    after = flat(stack.parameters())
+    assert all(after[name] is array for name, array in before.items())
+
+
+class Known(Layer):
+    """A layer that something else knows: a method, or a closure."""
+
+    def __init__(self, closure: bool) -> None:
+        super().__init__()
+        self.method = (lambda h: super(Known, self).__call__(h)) if closure else self.other
+
+    def other(self, h: mx.array) -> mx.array:
+        return super().__call__(h)
+
+    def __call__(self, h: mx.array, mask: Any = None, scale: float = 1.0) -> mx.array:
+        return self.method(h)
+
+
+@pytest.mark.parametrize("closure", [False, True], ids=["a method", "a closure"])
+def test_what_knows_a_layer_by_itself_loses_no_gradient(closure: bool) -> None:
+    def gradients(recompute: Any) -> dict[str, mx.array]:
+        stack = made(recompute=recompute, layer=lambda: Known(closure))
+        return flat(nn.value_and_grad(stack, lambda h: (stack(h) ** 2).sum())(hidden(3))[1])
+
+    want = gradients(False)
+    for name, gradient in gradients(2).items():
+        assert mx.array_equal(gradient, want[name])
+        assert float(mx.abs(gradient).max()) > 0
+
+
+@pytest.mark.parametrize("recompute", [2, False])
+def test_a_gradient_penalty_is_the_difference_of_gradients(recompute: Any) -> None:
+    stack, h = made(recompute=recompute), hidden(2)
+    along = mx.random.normal(h.shape, key=mx.random.key(6))
+
+    def gradient(h: mx.array) -> mx.array:
+        return mx.grad(lambda h: mx.sin(stack(h)).sum())(h)
+
+    product = mx.grad(lambda h: (along * gradient(h)).sum())(h)
+    step = 1e-2
+    want = (gradient(h + step * along) - gradient(h - step * along)) / (2 * step)
+    assert float(mx.abs(product - want).max()) < 2e-3 * float(mx.abs(want).max())

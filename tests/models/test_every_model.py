@@ -18,7 +18,7 @@ import small
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from mhc_backends.mlx_nn import models
-from mhc_core.mlx import accelerate
+from mhc_core.mlx import accelerate, restore
 
 
 @pytest.fixture(params=list(small.FAMILIES))
@@ -152,6 +152,21 @@ def test_a_second_call_does_nothing_more(family: small.Family) -> None:
     assert report.replaced == ()
     assert accelerate(model) == report
     assert small.classes(model) == before
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_restore_gives_every_module_its_class_again(family: small.Family, trainable: bool) -> None:
+    model = family.make()
+    before, ids = small.classes(model), small.tokens(1, small.LONG)
+    free = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    want = small.logits(model, ids)
+    replaced = accelerate(model, trainable=trainable).replaced
+    report = restore(model)
+    assert [note.path for note in report.replaced] == [note.path for note in replaced]
+    assert small.classes(model) == before
+    assert [name for name, _ in tree_flatten(model.trainable_parameters())] == free
+    assert small.equal(small.logits(model, ids), want)
+    assert restore(model).replaced == ()
 
 
 def test_nothing_but_the_given_model_changes(family: small.Family) -> None:

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mhc_backends._mlx import as_tuple
+from mhc_backends._mlx import as_tuple, placed
 from mhc_backends.kernels import bounds, declarations, function, header, ops, source
 from mhc_backends.kernels.launch import ACCESS_BYTES, launch, occupancy, shares
 from mhc_backends.kernels.shorten import shorten
 from mhc_core import _gradients
+from mhc_core import math as neutral_math
 
 __all__ = ["Kernels", "Ops", "Out", "Sizes", "Stage", "dtype_name", "tokens"]
 
@@ -259,20 +260,33 @@ class Ops:
     def _make_forward(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
         """Give a function of the op's arrays to its outputs and what its vjp saves, as a tuple."""
         module, options, count = ops.load(op), dict(static), ops.outputs(op)
+        places: tuple[int, ...] = ()  # of what is saved, among the outputs and what follows them
+
+        # Without stop_gradient mx.jvp asks the kernels for their derivatives before our rule.
 
         def forward(*primals: mx.array) -> tuple[mx.array, ...]:
+            nonlocal places
+            stopped = map(mx.stop_gradient, primals)
             if not hasattr(module, "saving"):
-                return as_tuple(module.forward(self._kernels, *primals, **options))
-            outputs, saved = module.saving(self._kernels, *primals, **options)
-            return (*as_tuple(outputs), *saved)
+                return as_tuple(module.forward(self._kernels, *stopped, **options))
+            outputs, saved = module.saving(self._kernels, *stopped, **options)
+            places, every = placed(as_tuple(outputs), saved)
+            return every
 
         def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
-            given = as_tuple(primals), as_tuple(cotangents)[:count]
-            saved = as_tuple(outputs)[count:]
-            return module.vjp(self._kernels, *given, saved or None, **options)
+            saved = tuple(as_tuple(outputs)[k] for k in places)
+            return pulled(as_tuple(primals), as_tuple(cotangents)[:count], saved)
 
+        def launches(primals: Any, cotangents: Any, saved: Any) -> Any:
+            given = [tuple(map(mx.stop_gradient, a)) for a in (primals, cotangents, saved)]
+            return tuple(module.vjp(self._kernels, *given[:2], given[2] or None, **options))
+
+        pulled = mx.custom_function(launches)
+        pulled.vjp(functools.partial(_second, op, options))
+        pulled.jvp(functools.partial(_no_forward_mode, op))
         differentiable = mx.custom_function(forward)
         differentiable.vjp(back)
+        differentiable.jvp(functools.partial(_no_forward_mode, op))
         return self._compiled(differentiable)
 
     def _make_inference(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
@@ -283,3 +297,25 @@ class Ops:
     def _make_vjp(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
         function = functools.partial(ops.load(op).vjp, self._kernels, **dict(static))
         return self._compiled(function)
+
+
+def _second(op: str, options: dict[str, Any], given: Any, cotangents: Any, _: Any) -> Any:
+    """Differentiate a vjp: that of the neutral maths, since kernels have no derivatives.
+
+    It starts from the primals alone, so that what was saved has no further part in it.
+    """
+    primals, pulled, saved = map(as_tuple, given)
+    count, neutral = len(primals), neutral_math.load(op).vjp
+
+    def again(*arrays: mx.array) -> Any:
+        return neutral(arrays[:count], arrays[count:], **options)
+
+    _, gradients = mx.vjp(again, [*primals, *pulled], list(as_tuple(cotangents)))
+    return gradients[:count], gradients[count:], [mx.zeros_like(array) for array in saved]
+
+
+def _no_forward_mode(op: str, *_: Any) -> Any:
+    raise NotImplementedError(
+        f"{op}: kernels have no forward-mode derivatives (mx.jvp); pass backend='mlx-compiled', "
+        "which has them, or take gradients of gradients by mx.grad"
+    )

@@ -63,8 +63,27 @@ def _custom(forward: Function, back: Back, rule: Function) -> Function:
     def of_tuples(inputs: Any, axes: Any) -> Any:
         return rule(as_tuple(inputs), as_tuple(axes))
 
+    def push(primals: Any, tangents: Any) -> Any:
+        return _pushed(forward, as_tuple(primals), as_tuple(tangents))
+
+    function.jvp(push)
     function.vmap(of_tuples)
     return function
+
+
+def _pushed(forward: Function, primals: Sequence[mx.array], tangents: Sequence[Any]) -> Any:
+    """Push the tangents forward that there are, by autodiff of the body.
+
+    Without a rule MLX takes zeros for the others. Under mx.vmap they are not mapped, and MLX's sum
+    of a mapped product and another, which its jvp of a matmul is, fails.
+    """
+    given = [k for k, tangent in enumerate(tangents) if tangent is not None]
+
+    def of_given(*arrays: mx.array) -> Any:
+        every = dict(enumerate(primals)) | dict(zip(given, arrays, strict=True))
+        return forward(*every.values())
+
+    return tuple(mx.jvp(of_given, [primals[k] for k in given], [tangents[k] for k in given])[1])
 
 
 def _ranks(arrays: Sequence[mx.array]) -> tuple[int, ...]:

@@ -17,7 +17,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from mhc_backends._mlx import as_tuple, checkpoint, compile, from_host, grad, to_host, vmap
+from mhc_backends._mlx import (
+    as_tuple,
+    checkpoint,
+    compile,
+    from_host,
+    grad,
+    placed,
+    to_host,
+    vmap,
+)
 from mhc_backends.mlx_compiled._vmap import differentiable
 from mhc_core import math
 
@@ -51,17 +60,22 @@ def _forward(op: str, static: Static, device: Any) -> Callable[..., Any]:
     module, options = math.load(op), dict(static)
     count = len(module.OP.outputs)
 
+    places: tuple[int, ...] = ()  # of what is saved, among the outputs and what follows them
+
     def forward(*primals: mx.array) -> Any:
+        nonlocal places
         if not hasattr(module, "saving"):
             return as_tuple(module.forward(*primals, **options))
         outputs, saved = module.saving(*primals, **options)
-        return (*outputs, *saved)
+        places, every = placed(outputs, saved)
+        return every
 
     def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
         # the cotangent of a sum is one number, broadcast: every pass over it would be strided
-        given = tuple(mx.contiguous(c) for c in as_tuple(cotangents)[:count])
-        gradients = module.vjp(as_tuple(primals), given, as_tuple(outputs)[count:], **options)
-        return _distinct(gradients)
+        cotangents, outputs = as_tuple(cotangents), as_tuple(outputs)
+        given = tuple(mx.contiguous(c) for c in cotangents[:count])
+        kept = ([a[k] for k in places] for a in (outputs, cotangents)) if places else ()
+        return _distinct(module.vjp(as_tuple(primals), given, *kept, **options))
 
     def again(*arrays: mx.array) -> Any:
         return _forward(op, static, device)(*arrays)

@@ -11,7 +11,7 @@ from mhc_backends.mlx_nn.diagnostics import diagnostics
 from mhc_backends.mlx_nn.hyper import HyperConnection, HyperHead
 from mhc_backends.mlx_nn.layer import MHCLayer, residual_add_agg
 from mhc_backends.mlx_nn.manifold import ManifoldHyperConnection
-from mhc_backends.mlx_nn.models import AccelerationReport, accelerate
+from mhc_backends.mlx_nn.models import AccelerationReport, accelerate, restore
 from mhc_backends.mlx_nn.patch import OUTPUT_HEADS, AutoPatcher, Patched, PatchReport
 from mhc_backends.mlx_nn.rewire import MHCRewire
 from mhc_backends.mlx_nn.stack import HyperConnectedStack
@@ -38,5 +38,6 @@ __all__ = [
     "diagnostics",
     "load_hyper_connections",
     "residual_add_agg",
+    "restore",
     "sinkhorn_knopp",
 ]

@@ -8,8 +8,9 @@ cotangents are there, and all its gradients are there before the part before it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, cast
 
 import mlx.core as mx
@@ -36,12 +37,19 @@ def is_repeatable(value: Any) -> bool:
     return value is None or isinstance(value, (mx.array, bool, int, float, str, mx.Dtype))
 
 
-def recomputed(function: Callable[..., Any], modules: Sequence[nn.Module], *given: Any) -> Any:
-    """Give the tuple of arrays ``function(*given)``, which is called again for its gradients.
+def recomputed(
+    function: Callable[..., Any],
+    blocks: Sequence[nn.Module],
+    modules: Sequence[nn.Module],
+    *given: Any,
+) -> Any:
+    """Give the tuple of arrays ``function(blocks, *given)``, run again for its gradients.
 
-    Gradients are those of the arrays in ``given`` and of the trainable parameters of ``modules``:
-    they must be all that ``function`` uses. Where it draws from MLX's random state, which cannot
-    be set back, it is called in the plain way.
+    Gradients are those of the arrays in ``given`` and of the trainable parameters of ``modules``,
+    parts of ``blocks``: they must be all that ``function`` uses. It runs on copies of the blocks
+    that hold what is traced, so that nobody else ever sees that. It is called in the plain way
+    where it draws from MLX's random state, which cannot be set back, or where a part of a block
+    is known to an object that cannot be copied, such as a closure.
     """
     tree: Any = ([module.trainable_parameters() for module in modules], given)
     start = random_state[0]
@@ -50,13 +58,17 @@ def recomputed(function: Callable[..., Any], modules: Sequence[nn.Module], *give
     def run(*arrays: mx.array) -> Any:
         nonlocal drawn
         parameters, arguments = _filled(tree, arrays)
-        with _parameters(modules, parameters):
-            outputs = function(*arguments)
+        traced = zip(_arrays(tree[0]), _arrays(parameters), strict=True)
+        copies = Copies({id(own): other for own, other in traced})
+        outputs = function(copies.of(list(blocks)), *arguments)
         drawn = random_state[0] is not start
         return outputs
 
-    outputs = as_tuple(_in_order(run)(*_arrays(tree)))
-    return function(*given) if drawn else outputs
+    try:
+        outputs = as_tuple(_in_order(run)(*_arrays(tree)))
+    except CapturedError:
+        return function(blocks, *given)
+    return function(blocks, *given) if drawn else outputs
 
 
 def _arrays(tree: Any) -> list[mx.array]:
@@ -73,17 +85,68 @@ def _filled(tree: Any, arrays: Iterable[mx.array]) -> Any:
     return tree_map(fill, tree)
 
 
-@contextmanager
-def _parameters(modules: Sequence[nn.Module], parameters: Sequence[Any]) -> Generator[None]:
-    """Let modules have other parameters for a while; what is traced must not stay in them."""
-    before: list[Any] = [module.trainable_parameters() for module in modules]
-    for module, other in zip(modules, parameters, strict=True):
-        module.update(other)
-    try:
-        yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            module.update(own)
+class CapturedError(Exception):
+    """A module is known to something that cannot be copied with it."""
+
+
+class Copies:
+    """Copies of modules with other arrays in place of some, by the ids of these.
+
+    A module's plain attributes are shared with its copy, so that a layer may count its runs. A
+    method of a module becomes the copy's.
+    """
+
+    def __init__(self, arrays: Mapping[int, mx.array]) -> None:
+        self._arrays = arrays
+        self._made: dict[int, nn.Module] = {}
+
+    def of(self, value: Any) -> Any:
+        """Copy a module, or what modules consist of."""
+        if isinstance(value, mx.array):
+            return self._arrays.get(id(value), value)
+        if isinstance(value, nn.Module):
+            made = self._made.get(id(value))
+            return self._copied(value) if made is None else made
+        if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+            return MethodType(value.__func__, self.of(value.__self__))
+        if type(value) in (list, tuple):
+            return type(value)(map(self.of, value))
+        if type(value) is dict:
+            return {key: self.of(item) for key, item in cast("dict[Any, Any]", value).items()}
+        if _holds_a_module(value):
+            raise CapturedError
+        return value
+
+    def _copied(self, module: nn.Module) -> nn.Module:
+        kind = type(module)
+        copy = self._made[id(module)] = kind.__new__(kind)
+        dict.update(copy, {name: self.of(value) for name, value in module.items()})
+        own = vars(module)
+        others = {name: self.of(value) for name, value in own.items()}
+        shared = all(others[name] is value for name, value in own.items())
+        object.__setattr__(copy, "__dict__", own if shared else others)
+        return copy
+
+
+def _holds_a_module(value: Any) -> bool:
+    """Whether an object leads to a module, by whatever it refers to: a closure, say."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or isinstance(one, (type, ModuleType, *_LEAVES)):
+            continue
+        seen.add(id(one))
+        if isinstance(one, nn.Module):
+            return True
+        if isinstance(one, FunctionType):  # its globals would lead everywhere
+            waiting += [one.__closure__, one.__defaults__, one.__kwdefaults__]
+        else:
+            waiting += gc.get_referents(one)
+    return False
+
+
+_LEAVES = (type(None), bool, int, float, complex, str, bytes, mx.array, mx.Dtype)
 
 
 def _in_order(function: Callable[..., Any]) -> Callable[..., Any]:

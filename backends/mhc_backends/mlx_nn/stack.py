@@ -62,8 +62,12 @@ class HyperConnectedStack(nn.Module):
     the other, they are so to rounding. What a layer captures otherwise gets none, and a layer must
     not change anything when it runs, such as running means. So a call is not recomputed where it
     is given anything but arrays and plain data, such as a cache; nor in eval mode or under
-    :func:`mhc_core.no_grad`. Layers that draw random numbers (dropout) keep what they computed,
+    :func:`mhc_core.no_grad`, nor where an object that cannot be copied, such as a closure, knows a
+    part of the layer: what is run again is a copy. Layers that draw random numbers (dropout) keep what they computed,
     since MLX cannot repeat them. ``mx.vmap`` of a gradient needs ``recompute=False``.
+
+    **Threads** may take gradients through one stack at once: nothing that is traced is ever put
+    into its modules, and no lock is held while a layer runs.
 
     Sections 3 and 4.3 of arXiv:2512.24880.
 
@@ -120,10 +124,11 @@ class HyperConnectedStack(nn.Module):
         for start in range(0, count, part):
             stop = min(start + part, count)
             given = (start, calls[start:stop], *state)
+            blocks = self.blocks[start : stop + 1]
             if again:
-                state = recomputed(self._run, self._used(start, stop), *given)
+                state = recomputed(self._run, blocks, self._used(start, stop), *given)
             else:
-                state = self._run(*given)
+                state = self._run(blocks, *given)
         return self._collapsed(*state)
 
     def _calls(self, args: tuple[Any, ...], each: Any, kwargs: Mapping[str, Any]) -> list[Call]:
@@ -136,23 +141,32 @@ class HyperConnectedStack(nn.Module):
             )
         return [(args, {**kwargs, **own}) for own in each]
 
-    def _run(self, start: int, calls: Sequence[Call], *state: mx.array) -> tuple[mx.array, ...]:
-        """Run the sublayers from ``start`` on, as many as there are calls."""
+    def _run(
+        self,
+        blocks: Sequence[HyperConnectedBlock],
+        start: int,
+        calls: Sequence[Call],
+        *state: mx.array,
+    ) -> tuple[mx.array, ...]:
+        """Run the sublayers from ``start`` on, as many as there are calls.
+
+        ``blocks`` are theirs and the next one, or copies of them.
+        """
         if start == 0:
-            state = self._begun(*state)
-        for k, (args, kwargs) in enumerate(calls, start):
+            state = self._begun(blocks[0].connection, *state)
+        for k, (args, kwargs) in enumerate(calls):
             x, h, h_pre, h_post, h_res = state
-            y = self.blocks[k].transform(h, *args, **kwargs)
-            if k + 1 == len(self.blocks):
+            y = blocks[k].transform(h, *args, **kwargs)
+            if k + 1 == len(blocks):
                 return mhc.combine(x, y, h_post, h_res), h_pre
-            following = self.blocks[k + 1].connection
+            following = blocks[k + 1].connection
             given = h_pre if self.single_pass else None
             state = following.combine_pre(x, y, h_post, h_res, given)
         return state
 
-    def _begun(self, h: mx.array) -> tuple[mx.array, ...]:
+    def _begun(self, first: HyperConnection, h: mx.array) -> tuple[mx.array, ...]:
         """Give the streams, the first layer's input and its mappings."""
-        x, first = mhc.expand(h, self.n), self.blocks[0].connection
+        x = mhc.expand(h, self.n)
         h_pre, h_post, h_res = first.mappings(x)
         if not self.single_pass:
             h = mhc.aggregate(x, h_pre)

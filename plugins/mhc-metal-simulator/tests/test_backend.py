@@ -33,7 +33,9 @@ from kernel_checks import (  # noqa: E402
     seeded,
 )
 from mhc_backends import kernels  # noqa: E402
-from mhc_conformance import BackendConformance  # noqa: E402
+from mhc_backends._mlx import as_tuple  # noqa: E402
+from mhc_conformance import BackendConformance, Subject  # noqa: E402
+from mhc_conformance.cases import cases, data  # noqa: E402
 
 from mhc_metal_simulator.backend import missing  # noqa: E402
 from mhc_metal_simulator.compiler import find_compiler  # noqa: E402
@@ -75,6 +77,43 @@ def test_without_gradients_there_are_none() -> None:
     assert mx.array_equal(loss(x), mhc.aggregate(x, h_pre, backend=BACKEND).sum())
     with pytest.raises(ValueError, match="Not implemented for CustomKernel"):  # MLX's own error
         mx.eval(mx.grad(loss)(x))
+
+
+@pytest.mark.parametrize("op", ["combine", "combine_pre", "head", "static_layer"])
+def test_second_derivatives_are_those_of_the_neutral_maths(op: str) -> None:
+    case = next(cases(op))
+    primals, cotangents = data(case, "float32", 0)
+    own = [mx.array(p) for p in primals]
+    given, every = [mx.array(c) for c in cotangents], list(range(len(own)))
+
+    def gradients(backend: str) -> Any:
+        function = Subject(backend).function(case.op, case.options)
+
+        def loss(*arrays: mx.array) -> mx.array:
+            pairs = zip(given, as_tuple(function(*arrays)), strict=True)
+            return sum(((c * mx.sin(o)).sum() for c, o in pairs), start=mx.array(0.0))
+
+        def norm(*arrays: mx.array) -> mx.array:
+            squares = [(g**2).sum() for g in mx.grad(loss, argnums=every)(*arrays)]
+            return sum(squares, start=mx.array(0.0))
+
+        return mx.grad(norm, argnums=every)(*own)
+
+    for one, other in zip(gradients(BACKEND), gradients("mlx-compiled"), strict=True):
+        assert float(mx.abs(one - other).max()) < 1e-4 * float(mx.abs(other).max())
+
+
+def test_forward_mode_names_the_op_and_the_way_out() -> None:
+    x, h_pre = mx.random.normal((3, 4, 8)), mx.random.normal((3, 4))
+
+    def loss(x: mx.array) -> mx.array:
+        return mhc.aggregate(x, h_pre, backend=BACKEND).sum()
+
+    for function in (loss, mx.grad(loss)):
+        with pytest.raises(
+            NotImplementedError, match=r"aggregate: kernels .*backend='mlx-compiled'"
+        ):
+            mx.jvp(function, [x], [x])
 
 
 def test_under_vmap_it_raises_as_metal_does() -> None:

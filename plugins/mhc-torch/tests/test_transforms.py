@@ -261,13 +261,13 @@ def test_sinkhorn_knopp_stops_early_in_mapped_and_compiled_code(
     from mhc_core.math import sinkhorn_knopp
 
     steps: list[int] = []
-    step = sinkhorn_knopp._step_log
+    step = sinkhorn_knopp._step
 
     def counting(*arguments: Any) -> Any:
         steps.append(1)
         return step(*arguments)
 
-    monkeypatch.setattr(sinkhorn_knopp, "_step_log", counting)
+    monkeypatch.setattr(sinkhorn_knopp, "_step", counting)
     x = torch.randn(4, N, N) / 10
     want = mhc.sinkhorn_knopp(x)
     needed = len(steps)

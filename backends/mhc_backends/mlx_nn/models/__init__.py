@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 
 from mhc_backends.mlx_nn.models.family import Family, Swap
 
-__all__ = ["AccelerationReport", "Note", "accelerate"]
+__all__ = ["AccelerationReport", "Note", "accelerate", "restore"]
 
 
 class _Library(NamedTuple):
@@ -36,6 +36,8 @@ _MODELS = {
         "mlx_vlm_deepseek_v41", "mlx-vlm", ("0.7.10",)
     ),
 }
+
+_FROZEN = "_frozen_by_mhc_core"  # an attribute of modules: what accelerate froze
 
 _UNTRAINED = (
     "gradients do not always pass in this version; accelerate(model, trainable=True) lets them"
@@ -127,6 +129,48 @@ def accelerate(model: Any, *, trainable: bool = False) -> AccelerationReport:
     return AccelerationReport(tuple(Note(p.path, p.kind.__name__, p.swap.why) for p in plan), left)
 
 
+def restore(model: Any) -> AccelerationReport:
+    """Take back what :func:`accelerate` did, in place: every module gets its own class again.
+
+    Parameters stay as they are, trained or loaded since; what :func:`accelerate` froze can be
+    trained again, as before. Of a model that was not accelerated, nothing changes.
+
+    Parameters
+    ----------
+    model
+        A model that :func:`accelerate` takes.
+
+    Returns
+    -------
+    AccelerationReport
+        Each module that was given back, with the class that it has again; nothing is left.
+
+    Raises
+    ------
+    TypeError, RuntimeError
+        As :func:`accelerate` raises them.
+    """
+    family = _family(model)
+    modules = sorted(model.named_modules(), key=lambda item: _natural(item[0]))
+    plan = list(_given_back(family, modules))
+    _swap(plan)
+    for planned in plan:
+        for name in vars(planned.module).pop(_FROZEN, ()):
+            planned.module.unfreeze(recurse=False, keys=name)
+    return AccelerationReport(tuple(Note(p.path, p.kind.__name__, p.swap.why) for p in plan), ())
+
+
+def _given_back(family: Family, modules: Sequence[tuple[str, Any]]) -> Iterator[_Planned]:
+    """Say which modules get the library's class again."""
+    layers = family.layers
+    own = {swap.by: kind for kind, swap in (*family.trainable.items(), *family.connections.items())}
+    own |= {layers.passing: layers.kind, layers.writing: layers.kind}
+    for path, module in modules:
+        kind = cast("type[Any]", type(module))
+        if kind in own:
+            yield _Planned(path, module, kind, Swap(own[kind], f"{own[kind].__name__} again"))
+
+
 def _family(model: Any) -> Family:
     """Import the family of a model's class, unless the class or the version is unknown."""
     names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__]
@@ -213,5 +257,8 @@ def _swap(plan: Sequence[_Planned]) -> None:
             planned.module.__class__ = planned.kind
         raise
     for _, module, _, swap in plan:
-        for name in swap.freeze:
+        names = [name for name in swap.freeze if name in module.trainable_parameters()]
+        for name in names:
             module.freeze(recurse=False, keys=name)
+        if names:
+            vars(module)[_FROZEN] = names
