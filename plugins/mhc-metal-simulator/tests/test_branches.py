@@ -31,7 +31,8 @@ def taken(run: Run, source: str, **more: Any) -> set[tuple[str, str, str, str]]:
     return {(b.function, b.kind, b.condition, side) for b, side in one.took}
 
 
-CASES = {
+Taken = set[tuple[str, str, str]]
+CASES: dict[str, tuple[str, Taken]] = {
     "if": ("if (a[0] == 0.0f) o[0] = 1;", {("if", "a[0] == 0.0f", "true")}),
     "else": ("if (a[1] == 0.0f) o[0] = 1; else o[0] = 2;", {("if", "a[1] == 0.0f", "false")}),
     "both, of several turns": (
@@ -106,7 +107,7 @@ def test_what_ran(run: Run, what: str) -> None:
 )
 def test_choices_that_are_compiled_in(run: Run, n: int, wanted: set[tuple[str, str]]) -> None:
     found = taken(run, f"o[0] = chosen<{n}>(a[1]);")
-    assert {(condition, side) for function, _, condition, side in found} == wanted
+    assert {(condition, side) for _, _, condition, side in found} == wanted
     assert {function for function, *_ in found} == {"chosen"}
 
 
