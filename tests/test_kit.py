@@ -188,8 +188,8 @@ def test_in_some_case_all_numbers_differ(op: str) -> None:
 
     found = [case for dtype in DTYPES for case in cases(op, dtype) if apart(case.options)]
     assert found, op
-    if {"iterations", "max_iterations", "variant"} & math.load(op).OP.static.keys():
-        assert max(case.iterations for case in cases(op)) > 100
+    most = max(case.iterations for case in cases(op))
+    assert most == 0 or most > 100  # 0 where there is no Sinkhorn
 
 
 def test_a_mutants_backend_is_run_by_its_name() -> None:
