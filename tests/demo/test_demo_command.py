@@ -53,7 +53,7 @@ def bare(said: str) -> str:
         (("--backend", "jaxx"), "'jax'"),
         (("--text", "no-such-file.txt"), "no-such-file.txt cannot be read: No such file"),
         (("--text", "."), "cannot be read: Is a directory"),
-        (("--plot", "no/folder/out.png"), "--plot no/folder/out.png cannot be written: there is no"),
+        (("--plot", "no/folder/out.png"), "--plot no/folder/out.png cannot be written: there is"),
         (("--json", "no/folder/out.json"), "--json no/folder/out.json cannot be written: there is"),
         (("--plot", "out.xyz"), "--plot is 'out.xyz'; needs a name that ends in one of ."),
         (("--batch", "999999999"), "GiB at least; here are"),
