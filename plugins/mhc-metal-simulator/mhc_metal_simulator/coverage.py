@@ -241,7 +241,7 @@ UNREACHED: Sequence[Unreached] = (
         "static mappings and sinkhorn_knopp are normalised rows first, and the former with eps 0",
     ),
     Unreached(
-        r"(gated_combine|pre_scale|residual_add_aggregate)\S* in load_raw_streams: .*\(c < C\) false",
+        r"(gated_combine|pre_scale|residual_add)\S* in load_raw_streams: if \(c < C\) false",
         "they load in a loop over the channels alone",
     ),
     Unreached(
