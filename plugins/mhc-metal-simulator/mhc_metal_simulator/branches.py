@@ -3,7 +3,8 @@
 The choices are those of the text: ``if``, ``?:`` and loops that are not unrolled, whether their
 conditions are known when they are compiled or when they run. Each gets a call around its condition,
 which returns it; an expression that must be a constant keeps it, and its choices are marked by a
-statement of their own where there is room for one (:data:`UNMARKED` says where there is none).
+statement of their own. Those in template arguments, enums and the lengths of arrays are not marked:
+they make types, and other choices follow from them.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from typing import Protocol
 __all__ = ["MOST", "SIDES", "Branch", "find"]
 
 MOST = 2048  # MAX_BRANCHES of runtime/abi.h
-
-UNMARKED = "choices in template arguments, enums and the lengths of arrays: others follow from them"
 
 SIDES = {
     "if": ("true", "false"),

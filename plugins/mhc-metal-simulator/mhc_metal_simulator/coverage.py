@@ -236,8 +236,13 @@ UNREACHED: Sequence[Unreached] = (
         "only the matrices of sinkhorn_knopp stop by themselves",
     ),
     Unreached(
-        r"static_mappings.* \(FIRST_COLUMNS == TRANSPOSED\) false|static_mappings.* \(LOG\) false",
-        "static mappings are normalised rows first, with eps 0",
+        r"(static_mappings|knopp).* \(FIRST_COLUMNS == TRANSPOSED\) false"
+        r"|static_mappings.* \(LOG\) false",
+        "static mappings and sinkhorn_knopp are normalised rows first, and the former with eps 0",
+    ),
+    Unreached(
+        r"(gated_combine|pre_scale|residual_add)\S* in load_raw_streams: if \(c < C\) false",
+        "they load in a loop over the channels alone",
     ),
     Unreached(
         r"combine_vjp in (hold: if|value: \?:) \(KEEP\) false",
