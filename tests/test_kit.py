@@ -157,9 +157,11 @@ def test_a_mutant_that_the_kit_misses_is_reported(monkeypatch: pytest.MonkeyPatc
     import mhc_conformance.generated
 
     one = next(mutant for mutant in MUTANTS.values() if mutant.half == "forward")
-    right_one = dataclasses.replace(
-        one, wrong=lambda op, *arrays, **static: mutants.right(op)(*arrays, **static)
-    )
+
+    def right_forward(op: str, *arrays: Any, **static: Any) -> Any:
+        return mutants.right(op)(*arrays, **static)
+
+    right_one = dataclasses.replace(one, wrong=right_forward)
     monkeypatch.setattr(mhc_conformance.bugs, "BUGS", {})
     monkeypatch.setattr(mhc_conformance.generated, "MUTANTS", {right_one.name: right_one})
     found = CliRunner().invoke(app, ["conformance", "--mutations"])

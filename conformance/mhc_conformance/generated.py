@@ -87,7 +87,7 @@ def _tried(op: str, path: Path) -> list[Any]:
 
 
 def _always(value: Any) -> Change:
-    return lambda *_: value
+    return lambda _, __: value
 
 
 def _capped(at: Any) -> Change:
@@ -175,8 +175,12 @@ CHANGES: Mapping[str, Callable[..., Iterator[tuple[str, Change]]]] = {
 
 def _kind(op: str, path: Path) -> str:
     """Say what an argument is, by its published values."""
-    kinds = {float: "number", int: "count", Variant: "variant"}
-    return kinds.get(type(published(op, path)[0]), "choice")
+    one = published(op, path)[0]
+    if isinstance(one, Variant):
+        return "variant"
+    if isinstance(one, (bool, str)):
+        return "choice"
+    return "count" if isinstance(one, int) else "number"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,8 +346,9 @@ def _flat(array: Any, axes: int) -> Any:
 def _first_for_all(op: str, index: int, axes: int, arguments: Any, static: Static) -> Any:
     """Read the first token's entry for every token."""
     array = _arrays(arguments)[index]
-    first = np.broadcast_to(_flat(array, axes)[0], array.shape).copy()
-    return _call(op, _with(arguments, index, first), static)
+    first: Any = _flat(array, axes)[0]
+    for_all: Any = np.broadcast_to(first, array.shape)
+    return _call(op, _with(arguments, index, np.array(for_all)), static)
 
 
 def _summed(op: str, index: int, axes: int, arguments: Any, static: Static) -> Any:

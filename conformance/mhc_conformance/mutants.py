@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -497,7 +497,7 @@ def dropping_saved(*arrays: Any, variant: Any) -> Any:
 
     function = mx.custom_function(saving)
     function.vjp(back)
-    return tuple(function(*arrays)[:3])
+    return tuple(cast("Sequence[Any]", function(*arrays))[:3])
 
 
 def through_where(op: str, primals: Any, cotangents: Any, **static: Any) -> Any:

@@ -10,7 +10,7 @@ size of norm_eps, gates that are nearly closed, lines of H_res that are faint or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -243,8 +243,12 @@ def _far_below(first: str) -> Draw:
     return draw
 
 
-HUGE = (
-    ("logits of 3e38 and -3e38", lambda _: _far_apart),
+def _one_for_both(_: str) -> Draw:
+    return _far_apart
+
+
+HUGE: Sequence[tuple[str, Callable[[str], Draw]]] = (
+    ("logits of 3e38 and -3e38", _one_for_both),
     ("a line below all floats", _far_below),
 )
 
