@@ -64,7 +64,8 @@ class HyperConnectedStack(nn.Module):
     is given anything but arrays and plain data, such as a cache; nor in eval mode or under
     :func:`mhc_core.no_grad`, nor where an object that cannot be copied, such as a closure, knows a
     part of the layer: what is run again is a copy. Layers that draw random numbers (dropout) keep
-    what they computed, since MLX cannot repeat them. ``mx.vmap`` of a gradient needs ``recompute=False``.
+    what they computed, since MLX cannot repeat them. ``mx.vmap`` of a gradient needs
+    ``recompute=False``.
 
     **Threads** may take gradients through one stack at once: nothing that is traced is ever put
     into its modules, and no lock is held while a layer runs.
