@@ -171,7 +171,7 @@ def _skipped(skips: list[Skip]) -> None:
     from mhc_conformance.report import left_out
 
     for group in left_out(skips):
-        what = f"skipped {group.count} x {group.checks} on {group.backend}: {group.reason}"
+        what = f"skipped {group.skipped} x {group.checks} on {group.backend}: {group.reason}"
         _screen.say(what, "dim")
 
 

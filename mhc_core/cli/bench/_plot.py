@@ -60,8 +60,8 @@ def plot(file: Path, points: Points) -> bytes:
     _number_points(axes, timed, numbers)
     axes.set(xscale="log", yscale="log", ylabel="GB/s achieved", title=_words(points.title))
     axes.set_xlabel("MB that a call must move: every input once, every output once")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(_tick)  # 0.1, 1, 10 rather than powers of ten
     axes.grid(alpha=0.3)
     axes.margins(x=0.15, y=0.15)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -70,6 +70,10 @@ def plot(file: Path, points: Points) -> bytes:
     drawn = BytesIO()
     figure.savefig(drawn, dpi=150, format=file.suffix.lower().removeprefix("."))
     return drawn.getvalue()
+
+
+def _tick(value: float, _: int | None) -> str:
+    return f"{value:g}"
 
 
 def _words(value: str) -> str:
