@@ -78,9 +78,24 @@ FUNCTION float value(Held<COUNT, KEEP, P> held, int k) {
     return KEEP ? held.kept.at[KEEP ? k : 0] : float(held.from[k]);
 }
 
+// Streams of 1e18 have squares of 1e36, of which float32 cannot hold the sum of 341. So all sums of
+// squares are kept times 2^-16, which changes no other bit. sum + v . v, of few v that are not small:
+FUNCTION float squares_unit() { return 1.0f / 65536.0f; }
+template <int W>
+FUNCTION float add_squares(float sum, Floats<W> v) {
+    const Floats<W> scaled = times(1.0f / 256.0f, v);
+    return add_dot(sum, scaled, scaled);
+}
 // 1 / sqrt(mean(x^2) + eps), over `count` numbers whose squares' sum is given
 FUNCTION float inverse_rms(float squares, float count, float eps) {
-    return 1.0f / precise::sqrt(squares / count + eps);
+    return 1.0f / precise::sqrt(squares / count / squares_unit() + eps);
+}
+// The pull of the root mean square on x, r^3 dr / K, is below float32's numbers for streams of 1e18.
+// So it is kept times 2^24, and meets x times 2^-24.
+FUNCTION float pull_unit() { return 1.0f / 16777216.0f; }
+// dr r^3 / K, in an order in which nothing leaves float32: r^3 may be no float.
+FUNCTION float pull_of(float dr, float r, float K) {
+    return dr * r * r * (r * (1.0f / pull_unit() / K));
 }
 
 // ---- sums over a threadgroup -------------------------------------------------------------------

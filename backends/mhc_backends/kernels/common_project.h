@@ -314,7 +314,8 @@ FUNCTION Sums<TILES, HEIGHT> add_leaf(Sums<TILES, HEIGHT> sums, Rows<R, BLOCKS, 
             const Floats<8> row = floats(rows.at[b][k / 2].in_half[k % 2]);
             squares = add_dot(squares, row, row);
         }
-        sums.squares[k / 2].at[k % 2] += squares;
+        sums.squares[k / 2].at[k % 2] =
+            fma(squares, squares_unit(), sums.squares[k / 2].at[k % 2]);  // see inverse_rms
     }
     sums.products = plus(sums.products, multiply<TILES>(rows, factors));
     return sums;

@@ -168,9 +168,10 @@ FUNCTION Floats<N> sums_b(Floats<N> v, Place here) {
 }
 
 // ---- two ways to iterate -----------------------------------------------------------------------
-// A matrix is kept as its numbers, divided by what the sums are; or as their logarithms, so that no
-// line can underflow to 0 / 0. Either way a line has a divisor: `scaled` with it undoes the
-// division, and `nothing` is the one that changes no number.
+// A matrix is kept as its numbers, divided by what the sums are; or as half of their logarithms, so
+// that no line can underflow to 0 / 0, and the difference of any two finite ones is finite. Either
+// way a line has a divisor: `scaled` with it undoes the division, and `nothing` is the one that
+// changes no number.
 
 template <typename KIND, int N>
 FUNCTION Floats<N> scale_a(Floats<N> v, float factor) {
@@ -185,7 +186,14 @@ FUNCTION Floats<N> scale_b(Floats<N> v, float factor, Place here) {
     return v;
 }
 
-// A matrix after a division along b, and the divisor at this lane's own place along a.
+template <typename KIND, int N>
+FUNCTION Floats<N> values(Floats<N> v) {
+    UNROLL for (int a = 0; a < N; a++) v.at[a] = KIND::value(v.at[a]);
+    return v;
+}
+
+// A matrix after a division: along a with the divisor of this lane's line, or along b with that at
+// this lane's own place along a.
 template <int N>
 struct Divided {
     Floats<N> v;
@@ -199,8 +207,11 @@ struct Numbers {
     static FUNCTION float value(float v) { return v; }
 
     template <int N>
-    static FUNCTION float divisor_a(Floats<N> v, float eps) {
-        return sum_a(v) + eps;
+    static FUNCTION Divided<N> divide_a(Floats<N> v, float eps, bool active) {
+        Divided<N> out;
+        out.divisor = active ? sum_a(v) + eps : nothing();
+        out.v = scale_a<Numbers>(v, inverse(out.divisor));
+        return out;
     }
     template <int N>
     static FUNCTION Divided<N> divide_b(Floats<N> v, float eps, bool active, Place here) {
@@ -226,32 +237,38 @@ struct Logarithms {
     static FUNCTION float nothing() { return 0.0f; }
     static FUNCTION float inverse(float divisor) { return -divisor; }
     static FUNCTION float scaled(float v, float factor) { return v + factor; }
-    static FUNCTION float value(float v) { return precise::exp(v); }
+    static FUNCTION float value(float v) { return precise::exp(v + v); }
+
+    // A divisor is the shift and a logarithm. A shift that is `far` is taken away by itself: in a sum
+    // it would round the logarithm away. Where it does so in the divisor, what that brings back has
+    // an exp of 0.
+    static FUNCTION float far(float shift) { return fabs(shift) > 1.0f ? shift : nothing(); }
 
     template <int N>
-    static FUNCTION float divisor_a(Floats<N> v, float) {
-        const float shift = largest_a(v);
-        return shift + precise::log(sum_a(exps(v, shift)));
+    static FUNCTION Divided<N> divide_a(Floats<N> v, float, bool active) {
+        const float shift = active ? largest_a(v) : nothing(), near = shift - far(shift);
+        v = scale_a<Logarithms>(v, -far(shift));
+        const float sum = sum_a(values<Logarithms>(scale_a<Logarithms>(v, -near)));
+        const float rest = active ? near + 0.5f * precise::log(sum) : nothing();
+        Divided<N> out;
+        out.divisor = far(shift) + rest;
+        out.v = scale_a<Logarithms>(v, -rest);
+        return out;
     }
     template <int N>
     static FUNCTION Divided<N> divide_b(Floats<N> v, float, bool active, Place here) {
-        const float shift = over_lines<Larger>(v, MINUS_INFINITY, here);
-        const Floats<N> shifts = of_lanes<N>(shift, here);
-        Floats<N> powers;
-        UNROLL for (int a = 0; a < N; a++) powers.at[a] = precise::exp(v.at[a] - shifts.at[a]);
-        const float sum = over_lines<Plus>(powers, 0.0f, here);
+        const float largest = over_lines<Larger>(v, MINUS_INFINITY, here);
+        const float shift = active ? largest : nothing(), near = shift - far(shift);
+        v = scale_b<Logarithms>(v, -far(shift), here);
+        const Floats<N> below = scale_b<Logarithms>(v, -near, here);
+        const float sum = over_lines<Plus>(values<Logarithms>(below), 0.0f, here);
+        const float rest = active ? near + 0.5f * precise::log(sum) : nothing();
         Divided<N> out;
-        out.divisor = active ? shift + precise::log(sum) : nothing();
-        out.v = scale_b<Logarithms>(v, inverse(out.divisor), here);
+        out.divisor = far(shift) + rest;
+        out.v = scale_b<Logarithms>(v, -rest, here);
         return out;
     }
 };
-
-template <typename KIND, int N>
-FUNCTION Floats<N> values(Floats<N> v) {
-    UNROLL for (int a = 0; a < N; a++) v.at[a] = KIND::value(v.at[a]);
-    return v;
-}
 
 // An iteration, and its two divisors. Matrices that are not `active` stay as they are.
 template <int N>
@@ -262,10 +279,9 @@ struct Step {
 template <typename KIND, int N>
 FUNCTION Step<N> iterate(Floats<N> v, float eps, bool active, Place here) {
     Step<N> out;
-    out.a = active && inside<N>(here) ? KIND::divisor_a(v, eps) : KIND::nothing();
-    v = scale_a<KIND>(v, KIND::inverse(out.a));
-    const Divided<N> divided = KIND::divide_b(v, eps, active, here);
-    out.v = divided.v, out.b = divided.divisor;
+    const Divided<N> along_a = KIND::divide_a(v, eps, active && inside<N>(here));
+    const Divided<N> along_b = KIND::divide_b(along_a.v, eps, active, here);
+    out.v = along_b.v, out.a = along_a.divisor, out.b = along_b.divisor;
     return out;
 }
 
@@ -359,9 +375,8 @@ FUNCTION Floats<N> powers(Floats<N> logits, Place here) {
 }
 template <int N>
 FUNCTION Floats<N> logarithms(Floats<N> logits, Place here) {
-    if (!inside<N>(here)) {
-        UNROLL for (int a = 0; a < N; a++) logits.at[a] = MINUS_INFINITY;
-    }
+    UNROLL for (int a = 0; a < N; a++)
+        logits.at[a] = inside<N>(here) ? 0.5f * logits.at[a] : MINUS_INFINITY;
     return logits;
 }
 
@@ -483,32 +498,26 @@ FUNCTION Floats<N> solution_vjp(Floats<N> start, Floats<N> g, bool active, int m
     return pull_steps<KIND, true>(start, g, solved.steps, solved.most, 0.0f, kept, here).G;
 }
 
-// Outside of the log domain it starts from exp(logits), no smaller than a floor, without a shift.
-FUNCTION float smallest_power() { return 1e-10f; }
+// Without LOG_SPACE it starts from exp(logits), no smaller than 1e-10: the same as from these logits.
+FUNCTION float smallest_logit() { return -23.025850929940457f; }
 template <int N>
-FUNCTION Floats<N> floored_powers(Floats<N> logits, Place here) {
-    if (!inside<N>(here)) return zeros<N>();
-    UNROLL for (int a = 0; a < N; a++) {
-        const float power = precise::exp(logits.at[a]);  // NaN stays, which max would drop
-        logits.at[a] = power <= smallest_power() ? smallest_power() : power;
-    }
+FUNCTION Floats<N> floored(Floats<N> logits) {
+    UNROLL for (int a = 0; a < N; a++)  // NaN stays, which max would drop
+        logits.at[a] = logits.at[a] <= smallest_logit() ? smallest_logit() : logits.at[a];
     return logits;
 }
 
 template <int N, bool LOG_SPACE>
 FUNCTION Floats<N> sinkhorn_knopp(Floats<N> logits, Place here, int most, float epsilon) {
+    if (!LOG_SPACE) logits = floored(logits);
     Floats<N> out = zeros<N>();
-    if (LOG_SPACE) {
-        const bool by_numbers = narrow(logits, here);
-        if (simd_any(by_numbers))
-            out = solution<Numbers>(powers(logits, here), by_numbers, most, epsilon, here);
-        if (simd_any(!by_numbers)) {
-            const Floats<N> start = logarithms(logits, here);
-            const Floats<N> other = solution<Logarithms>(start, !by_numbers, most, epsilon, here);
-            if (!by_numbers) out = other;
-        }
-    } else {
-        out = solution<Numbers>(floored_powers(logits, here), true, most, epsilon, here);
+    const bool by_numbers = narrow(logits, here);
+    if (simd_any(by_numbers))
+        out = solution<Numbers>(powers(logits, here), by_numbers, most, epsilon, here);
+    if (simd_any(!by_numbers)) {
+        const Floats<N> start = logarithms(logits, here);
+        const Floats<N> other = solution<Logarithms>(start, !by_numbers, most, epsilon, here);
+        if (!by_numbers) out = other;
     }
     return out;
 }
@@ -517,25 +526,24 @@ FUNCTION Floats<N> sinkhorn_knopp(Floats<N> logits, Place here, int most, float 
 template <int N, bool LOG_SPACE, typename S>
 FUNCTION Floats<N> sinkhorn_knopp_vjp(Floats<N> logits, Floats<N> g, Place here, int most,
                                       float epsilon, S kept) {
+    Floats<N> from = logits;
+    if (!LOG_SPACE) from = floored(logits);
     Floats<N> out = zeros<N>();
     if (!inside<N>(here)) g = zeros<N>();
-    if (LOG_SPACE) {
-        const bool by_numbers = narrow(logits, here);
-        if (simd_any(by_numbers)) {
-            const Floats<N> start = powers(logits, here);
-            out = solution_vjp<Numbers>(start, g, by_numbers, most, epsilon, kept, here);
-        }
-        if (simd_any(!by_numbers)) {
-            const Floats<N> start = logarithms(logits, here);
-            const Floats<N> other =
-                solution_vjp<Logarithms>(start, g, !by_numbers, most, epsilon, kept, here);
-            if (!by_numbers) out = other;
-        }
-    } else {
-        const Floats<N> start = floored_powers(logits, here);
-        out = solution_vjp<Numbers>(start, g, true, most, epsilon, kept, here);
+    const bool by_numbers = narrow(from, here);
+    if (simd_any(by_numbers)) {
+        const Floats<N> start = powers(from, here);
+        out = solution_vjp<Numbers>(start, g, by_numbers, most, epsilon, kept, here);
+    }
+    if (simd_any(!by_numbers)) {
+        const Floats<N> start = logarithms(from, here);
+        const Floats<N> other =
+            solution_vjp<Logarithms>(start, g, !by_numbers, most, epsilon, kept, here);
+        if (!by_numbers) out = other;
+    }
+    if (!LOG_SPACE) {
         UNROLL for (int a = 0; a < N; a++)
-            out.at[a] = precise::exp(logits.at[a]) <= smallest_power() ? 0.0f : out.at[a];
+            out.at[a] = logits.at[a] <= smallest_logit() ? 0.0f : out.at[a];
     }
     return out;
 }

@@ -1,6 +1,7 @@
 // The vjp of head's weights between them and u, the products with phi. With z = u r scale + bias,
 // w = sigmoid(z) + pre_eps and dz = g_w s (1 - s), du = dz scale r, and the root mean square brings
-// dx -= pull x with pull = sum_n(dz scale u) r^3 / K and K = n C.
+// dx -= pull x with pull = sum_n(dz scale u) r^3 / K and K = n C; it is stored in units of
+// pull_unit().
 //
 // u[T, n], r[T, 1], scale[1], bias[n], g_w[T, n] -> du[T, n], pull[T, 1], terms[T, n + 1]: dz,
 // whose sum over the tokens is dbias, and the sum of dz u r, whose sum is dscale. A simdgroup takes
@@ -26,6 +27,6 @@ for (int64_t tokens = first_tokens<N>(T, here); tokens < T; tokens += next_token
     sum = sum_lines<N>(sum, here);
     if (there && b == 0) {
         terms[token * (N + 1) + N] = inverse * sum;
-        pull[token] = by * sum * inverse * inverse * (inverse / float(K)); // r^3 may be no float
+        pull[token] = pull_of(by * sum, inverse, float(K));
     }
 }

@@ -1,7 +1,7 @@
 // The vjp of mappings between its outputs and u, the products with phi. With z = u r scale + bias
 // (scale per group of columns: pre n, post n, res n n) and dz from the cotangents,
 // du = dz scale r, and the root mean square brings dx -= pull x with
-// pull = sum_m(dz scale u) r^3 / K and K = n C.
+// pull = sum_m(dz scale u) r^3 / K and K = n C; it is stored in units of pull_unit().
 //
 // u[T, m], r[T, 1], scale[3], bias[m], g_pre, g_post[T, n], g_res[T, n, n] -> du[T, m], pull[T, 1],
 // terms[T, m + 3]: dz, whose sum over the tokens is dbias, and the sums of dz u r over each group,
@@ -61,6 +61,6 @@ for (int64_t tokens = first_tokens<N, KEEPERS>(T, here); tokens < T;
             dr += float(scale[group]) * sums.at[group];
             token_terms[M + group] = inverse * sums.at[group];
         }
-        pull[token] = dr * inverse * inverse * (inverse / float(K)); // r^3 may be no float
+        pull[token] = pull_of(dr, inverse, float(K));
     }
 }

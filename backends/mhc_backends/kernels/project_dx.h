@@ -1,7 +1,7 @@
 // project_dx: the streams' gradient through the projection, dx = du . phi - pull x; WITH_H adds what
 // h = sum_i w_i x_i brings, w_i dh, and WITH_G another gradient of the streams, g.
 //
-// x[T, n, C], phi[m, n C], du[T, m], pull[T, 1], w[T or 1, n], dh[T, C], g[T, n, C] -> dx[T, n, C].
+// pull comes in units of pull_unit(). x[T, n, C], phi[m, n C], du[T, m], pull[T, 1], w[T or 1, n], dh[T, C], g[T, n, C] -> dx[T, n, C].
 // Threadgroups share the tokens and the strips, of 64 channels of all streams where n = 4; a
 // simdgroup takes 32 channels of one stream. Where m <= 32, it keeps phi, and du goes through
 // threadgroup memory.
@@ -82,7 +82,7 @@ for (int64_t stage = here.group_x / strips * STAGE; stage < tiles; stage += turn
         UNROLL for (int r = 0; r < 2; r++) {
             Floats<8> sum;
             UNROLL for (int k = 0; k < 8; k++) sum.at[k] = products[k % 4].at[2 * r + k / 4];
-            sum = add(sum, -pulls[r], floats(xs[r]));
+            sum = add(sum, -pulls[r], times(pull_unit(), floats(xs[r])));
             if (WITH_H) sum = add(sum, weights[r], floats(layers[r]));
             if (WITH_G) sum = plus(sum, floats(gs[r]));
             const auto to = dx + tokens[r] * K + at + channel;

@@ -22,11 +22,11 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         kept[k] = load_raw_streams<1, W>(from, C, first + k * step);
     UNROLL for (int k = 0; k < HELD; k++) {
         const Floats<W> v = floats(kept[k]).at[0];
-        squares.at[0] = add_dot(squares.at[0], v, v);
+        squares.at[0] = add_squares(squares.at[0], v);
     }
     for (int c = rest; c < C; c += step) {
         const Floats<W> again = load<W>(from + c);
-        squares.at[0] = add_dot(squares.at[0], again, again);
+        squares.at[0] = add_squares(squares.at[0], again);
     }
     squares = sums_for_all(squares, shared + turn * MOST_SIMDGROUPS, here);
     turn = 1 - turn;

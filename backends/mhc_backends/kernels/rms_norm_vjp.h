@@ -32,12 +32,12 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     UNROLL for (int k = 0; k < HELD; k++) {
         const int c = first + k * step;
         const Floats<W> v = floats(xs[k]).at[0], dy = floats(gs[k]).at[0];
-        norm.at[0] = add_dot(norm.at[0], v, v);
+        norm.at[0] = add_squares(norm.at[0], v);
         if (c < C) norm.at[1] = add_dot(norm.at[1], product(v, load<W>(weight + c)), dy);
     }
     for (int c = rest; c < C; c += step) {
         const Floats<W> again = load<W>(x + at + c);
-        norm.at[0] = add_dot(norm.at[0], again, again);
+        norm.at[0] = add_squares(norm.at[0], again);
         norm.at[1] = add_dot(norm.at[1], product(again, load<W>(weight + c)), load<W>(g + at + c));
     }
     norm = sums_for_all(norm, shared + turn * 2 * MOST_SIMDGROUPS, here);

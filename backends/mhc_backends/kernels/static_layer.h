@@ -35,11 +35,11 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         kept[k] = load_raw_streams<N, W>(streams, C, first + k * step);
     UNROLL for (int k = 0; k < HELD; k++) {
         const Floats<W> h = collapse(pre, floats(kept[k]));
-        squares.at[0] = add_dot(squares.at[0], h, h);
+        squares.at[0] = add_squares(squares.at[0], h);
     }
     for (int c = rest; c < C; c += step) {
         const Floats<W> h = collapse(pre, load_streams<N, W>(streams, C, c));
-        squares.at[0] = add_dot(squares.at[0], h, h);
+        squares.at[0] = add_squares(squares.at[0], h);
     }
     squares = sums_for_all(squares, shared + turn * MOST_SIMDGROUPS, here);
     turn = 1 - turn;

@@ -50,13 +50,13 @@ for (int64_t token = here.group_x; token < T; token += here.groups_x) {
     UNROLL for (int k = 0; k < HELD; k++) {
         const int c = first + k * step;
         const Floats<W> h = collapse(pre, floats(xs[k])), dy = collapse(post, floats(gs[k]));
-        norm.at[0] = add_dot(norm.at[0], h, h);
+        norm.at[0] = add_squares(norm.at[0], h);
         if (c < C) norm.at[1] = add_dot(norm.at[1], product(h, load<W>(weight + c)), dy);
     }
     for (int c = rest; c < C; c += step) {
         const Floats<W> h = collapse(pre, load_streams<N, W>(x + at, C, c));
         const Floats<W> dy = collapse(post, load_streams<N, W>(g + at, C, c));
-        norm.at[0] = add_dot(norm.at[0], h, h);
+        norm.at[0] = add_squares(norm.at[0], h);
         norm.at[1] = add_dot(norm.at[1], product(h, load<W>(weight + c)), dy);
     }
     norm = sums_for_all(norm, norms + turn * 2 * MOST_SIMDGROUPS, here);

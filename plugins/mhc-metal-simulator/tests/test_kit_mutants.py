@@ -115,12 +115,12 @@ MUTANTS = {
     },
     # NaN
     "sinkhorn_knopp floors NaN": _mutant(
-        "common", "power <= smallest_power() ? smallest_power() : power",
-        "power > smallest_power() ? power : smallest_power()", "sinkhorn_knopp", "forward",
+        "common", "logits.at[a] <= smallest_logit() ? smallest_logit() : logits.at[a]",
+        "precise::max(logits.at[a], smallest_logit())", "sinkhorn_knopp", "forward",
         "NaN in some tokens, log_space=False",
     ),
     "sinkhorn_knopp_vjp drops NaN": _mutant(
-        "common", "<= smallest_power() ? 0.0f : out.at[a]", "> smallest_power() ? out.at[a] : 0.0f",
+        "common", "<= smallest_logit() ? 0.0f : out.at[a]", "> smallest_logit() ? out.at[a] : 0.0f",
         "sinkhorn_knopp", "gradient", "NaN in some tokens, log_space=False",
     ),
 }  # fmt: skip

@@ -485,8 +485,8 @@ FAULTS = (
     Fault(
         "common",
         "the floor",
-        "> smallest_power() ? out.at[a] : 0.0f",
-        "> 0 ? out.at[a] : 0.0f",
+        "<= smallest_logit() ? 0.0f : out.at[a]",
+        "<= -100.0f ? 0.0f : out.at[a]",
         WRONG,
         KNOPP,
     ),
