@@ -279,7 +279,7 @@ SHIPPED: tuple[Bug, ...] = (
         what="tiles assuming C divisible by the threadgroup",
         op="aggregate",
         fails=("forward",),
-        says="C=1028",
+        says="C=257",
         forward=mutants.in_whole_tiles,
     ),
     Bug(
