@@ -471,7 +471,7 @@ THOUGHT_OF: tuple[Bug, ...] = tuple(
             what="the given h_pre of a single-pass mHC ignored",
             op="combine_pre",
             fails=("forward",),
-            says="h of h_pre given",
+            says="h of NaN in some tokens",
             forward=mutants.ignoring_h_pre,
         ),
         # streams
