@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from mhc_core._signature import Op, Signature, dtype_name, signature
 from mhc_core.backend import API_VERSION, BackendSpec
@@ -726,7 +726,7 @@ def _unwrapped(values: Sequence[Any]) -> tuple[Any, ...] | None:
     def unwrap(value: Any) -> Any:
         if not any(_is_a(value, name) for name in known):
             for method in methods:
-                if callable(getattr(type(value), method, None)):
+                if callable(getattr(cast("Any", type(value)), method, None)):
                     return getattr(value, method)()
         return value
 

@@ -87,7 +87,8 @@ def test_its_message_says_what_where_how_much_and_how_to_see_it_again(name: str)
     )
     says = (
         rf"{bug.op} {bug.fails[0]} {bug.dtype} on bug:{name}: (.+) \(leading .+, n=\d+, C=\d+\)"
-        r"(?:, second values)? (?:is off by (\S+), allowed (\S+)|is .*; needs .*|has .*; needs .*"
+        r"(?:, (?:second values|every second number|(?:all|number \d+) from an odd number on))?"
+        r" (?:is off by (\S+), allowed (\S+)|is .*; needs .*|has .*; needs .*"
         rf"|raised \w+: .*|differs .*|changed .*)\. Again: {again}"
     )
     match = re.fullmatch(says, record.detail)

@@ -279,7 +279,7 @@ SHIPPED: tuple[Bug, ...] = (
         what="tiles assuming C divisible by the threadgroup",
         op="aggregate",
         fails=("forward",),
-        says="C=1028",
+        says="C=257",
         forward=mutants.in_whole_tiles,
     ),
     Bug(
@@ -471,7 +471,7 @@ THOUGHT_OF: tuple[Bug, ...] = tuple(
             what="the given h_pre of a single-pass mHC ignored",
             op="combine_pre",
             fails=("forward",),
-            says="h of h_pre given",
+            says="h of NaN in some tokens",
             forward=mutants.ignoring_h_pre,
         ),
         # streams

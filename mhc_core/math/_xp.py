@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import shutil
+import typing
 from collections.abc import Callable
 from contextvars import ContextVar
 from importlib import import_module
@@ -106,7 +107,9 @@ def _narrowing() -> Callable[[Array, str], Array]:
     import jax
     import jax.numpy as jnp
 
-    @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+    custom_jvp = typing.cast("Callable[..., Any]", jax.custom_jvp)
+
+    @functools.partial(custom_jvp, nondiff_argnums=(1,))
     def narrowed(array: Array, dtype: str) -> Array:
         exponent, mantissa, step = _NARROW[dtype]
         rounded = jax.lax.reduce_precision(array, exponent, mantissa)

@@ -76,7 +76,7 @@ def _normalise_log(xp: Any, logits: Any, iterations: int, _: float, keep: bool) 
     is taken in halves. After it every line has an entry near 0, and -inf elsewhere is but a zero.
     """
     half = logits / 2
-    first, _ = half_normalised(xp, half, 0)
+    first = half_normalised(xp, half, 0)[0]
     start = first, half_normalised(xp, first, 1)[0]
 
     def step(logs: Any) -> tuple[Any, Any]:

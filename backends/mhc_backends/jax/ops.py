@@ -15,6 +15,7 @@ import jax
 import jax.experimental
 import jax.numpy as jnp
 import numpy
+from jax.core import Tracer
 
 from mhc_core import _gradients, math
 
@@ -51,10 +52,10 @@ def _varying_alike(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     devices share is spread before it: JAX then sums its gradient over the devices, where it also
     knows how (``check_vma``, https://docs.jax.dev/en/latest/notebooks/shard_map.html).
     """
-    if not any(isinstance(array, jax.core.Tracer) for array in arrays):
+    if not any(isinstance(array, Tracer) for array in arrays):
         return arrays
     axes = [_varying_axes(array) for array in arrays]
-    union: frozenset[str] = frozenset().union(*axes)
+    union = frozenset[str]().union(*axes)
     if not union:
         return arrays
     return tuple(
@@ -65,10 +66,10 @@ def _varying_alike(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
 def _varying_axes(array: jax.Array) -> frozenset[str]:
     typeof = getattr(jax, "typeof", None)  # JAX 0.6
     kind: Any = typeof(array) if typeof else None
-    axes = getattr(kind, "vma", None)  # JAX 0.7
+    axes: frozenset[str] | None = getattr(kind, "vma", None)  # JAX 0.7
     if axes is None:  # JAX 0.10
-        axes = getattr(getattr(kind, "manual_axis_type", None), "varying", frozenset())
-    return axes
+        axes = getattr(getattr(kind, "manual_axis_type", None), "varying", None)
+    return axes or frozenset()
 
 
 def _spread(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -110,7 +110,7 @@ class Copies:
         if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
             return MethodType(value.__func__, self.of(value.__self__))
         if type(value) in (list, tuple):
-            return type(value)(map(self.of, value))
+            return type(value)(map(self.of, cast("list[Any]", value)))
         if type(value) is dict:
             return {key: self.of(item) for key, item in cast("dict[Any, Any]", value).items()}
         if _holds_a_module(value):
@@ -120,7 +120,8 @@ class Copies:
     def _copied(self, module: nn.Module) -> nn.Module:
         kind = type(module)
         copy = self._made[id(module)] = kind.__new__(kind)
-        dict.update(copy, {name: self.of(value) for name, value in module.items()})
+        parts = cast("dict[str, Any]", module)
+        dict.update(copy, {name: self.of(value) for name, value in parts.items()})
         own = vars(module)
         others = {name: self.of(value) for name, value in own.items()}
         shared = all(others[name] is value for name, value in own.items())

@@ -205,7 +205,8 @@ def _records(
     rows = list(_rows(asked, case))
     if not asked.no_correctness:
         layers = [row for row in rows if row.name.startswith("layer_")][:2]
-        yield _correctness(*(_called(row)(*row.arrays) for row in layers), case["dtype"])
+        reference, result = (_called(row)(*row.arrays) for row in layers)
+        yield _correctness(reference, result, case["dtype"])
     for row in rows:
         turns = _turns(asked, mode, row)
         low, middle, high = np.percentile(turns, [10, 50, 90])
@@ -271,15 +272,19 @@ def _called(row: Row) -> Function:
 
 def _correctness(reference: Array, result: Array, dtype: str) -> dict[str, Any]:
     wide, other = reference.astype(mx.float32), result.astype(mx.float32)
-    apart = float(mx.max(mx.abs(wide - other)).item())
+    apart = _largest(wide - other)
     return {
         "benchmark": "correctness",
         "input_dtype": dtype,
         "accum_dtype": "float32",
         "compare_dtype": "float32",
         "max_abs_error": apart,
-        "rel_error": apart / max(float(mx.max(mx.abs(wide)).item()), 1e-8),
+        "rel_error": apart / max(_largest(wide), 1e-8),
     }
+
+
+def _largest(array: Array) -> float:
+    return cast("float", mx.max(mx.abs(array)).item())
 
 
 # ---- timing --------------------------------------------------------------------------------------
@@ -287,7 +292,7 @@ def _correctness(reference: Array, result: Array, dtype: str) -> dict[str, Any]:
 
 def _turns(asked: argparse.Namespace, mode: str, row: Row) -> list[float]:
     """Return the seconds a call takes, in each turn."""
-    function = cast("Function", mx.compile(_called(row)) if asked.compiled else _called(row))
+    function = mx.compile(_called(row)) if asked.compiled else _called(row)
     for _ in range(asked.warmup):
         mx.eval(function(*row.arrays))
     mx.synchronize()

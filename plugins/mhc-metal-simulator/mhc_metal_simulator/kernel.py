@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -116,7 +116,7 @@ class SimulatedKernel:
                 self.output_names, static["output_shapes"], static["output_dtypes"], strict=True
             )
         ]
-        named = dict(zip(self.input_names, hosts, strict=True))
+        named: dict[str, Any] = dict(zip(self.input_names, hosts, strict=True))
         placed = dict(zip(self.input_names, offsets, strict=True))
         made = simulate(
             self.name, text, named, outputs, static["grid"], static["threadgroup"], placed
@@ -174,7 +174,7 @@ def _first_address() -> int:
     """Return where a buffer of MLX's begins; on a CPU that is 8 bytes after a multiple of 16."""
     array = mx.zeros(64)
     mx.eval(array)
-    return _address(np.asarray(memoryview(array))) % ALIGNMENT
+    return _address(np.asarray(memoryview(cast("Any", array)))) % ALIGNMENT
 
 
 def _host_dtype(dtype: Any) -> np.dtype[Any]:
