@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
