@@ -110,7 +110,8 @@ class Copies:
         if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
             return MethodType(value.__func__, self.of(value.__self__))
         if type(value) in (list, tuple):
-            return type(value)(map(self.of, cast("list[Any]", value)))
+            several = cast("list[Any]", value)  # or a tuple
+            return type(several)(map(self.of, several))
         if type(value) is dict:
             return {key: self.of(item) for key, item in cast("dict[Any, Any]", value).items()}
         if _holds_a_module(value):
