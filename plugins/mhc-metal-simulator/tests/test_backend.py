@@ -286,8 +286,8 @@ FAULTS = (
     Fault(
         "aggregate_vjp",
         "half sum",
-        "dweights[i] = dot(dweights[i], load<W>(streams + i * C + c), dh);",
-        "dweights[i] = float(half(dot(dweights[i], load<W>(streams + i * C + c), dh)));",
+        "dweights[i] = add_dot(dweights[i], load<W>(streams + i * C + c), dh);",
+        "dweights[i] = float(half(add_dot(dweights[i], load<W>(streams + i * C + c), dh)));",
         WRONG,
         "aggregate",
     ),
@@ -309,8 +309,8 @@ FAULTS = (
     Fault(
         "combine_vjp",
         "half sum",
-        "sums[i] = dot(sums[i], g_i, layer);",
-        "sums[i] = float(half(dot(sums[i], g_i, layer)));",
+        "sums[i] = add_dot(sums[i], g_i, layer);",
+        "sums[i] = float(half(add_dot(sums[i], g_i, layer)));",
         WRONG,
     ),
     Fault("combine_vjp", "space", "load<W>(y + ", "load<W>((const device float*)y + ", SPACE),
