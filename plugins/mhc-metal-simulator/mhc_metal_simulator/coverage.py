@@ -26,10 +26,24 @@ from mhc_metal_simulator.branches import SIDES, Branch
 from mhc_metal_simulator.launch import LaunchRecord, record
 from mhc_metal_simulator.traffic import kernel_of
 
-__all__ = ["Coverage", "Place", "Ran", "classes", "listing", "main", "measure", "possible"]
+__all__ = [
+    "Coverage",
+    "Place",
+    "Ran",
+    "checked",
+    "classes",
+    "covered",
+    "listing",
+    "main",
+    "measure",
+    "possible",
+    "together",
+    "units",
+]
 
 BACKEND = "mlx-metal-simulator"
 DTYPES = ("float32", "bfloat16")  # which stands for narrow numbers
+KINDS = ("forward", "gradient", "strided", "repeated")  # checks
 
 
 class Ran(NamedTuple):
@@ -80,12 +94,12 @@ def measure(jobs: int | None = None) -> Coverage:
     units = [(op, dtype) for dtype in DTYPES for op in OPS]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs or os.cpu_count() or 1, mp_context=context) as pool:
-        return _together(pool.map(_unit, units))
+        return together(pool.map(_unit, units))
 
 
 def _unit(unit: tuple[str, str]) -> Coverage:
     """Run the cases of an op in a dtype."""
-    return _together(_of(*one) for one in tried(*unit))
+    return together(covered(*one) for one in tried(*unit))
 
 
 def tried(op: str, dtype: str) -> Iterator[tuple[Ran, list[LaunchRecord]]]:
@@ -99,11 +113,29 @@ def tried(op: str, dtype: str) -> Iterator[tuple[Ran, list[LaunchRecord]]]:
             yield Ran(op, dtype, case.name), launches
     for kind in ("strided", "repeated"):  # views that begin anywhere, and no gradients
         if dtype in dtypes_of(kind, subject.spec.dtypes):
-            with record() as launches:
-                found = check(subject, op, dtype, kind)
-            if not found.passed:
-                raise AssertionError(found.detail)
-            yield Ran(op, dtype, f"the check {kind}"), launches
+            yield _checked(op, dtype, kind)
+
+
+def checked(op: str, dtype: str, kind: str) -> Coverage:
+    """Run one check of the kit, and return what it covers without a name for each case."""
+    return covered(*_checked(op, dtype, kind))
+
+
+def _checked(op: str, dtype: str, kind: str) -> tuple[Ran, list[LaunchRecord]]:
+    with record() as launches:
+        found = check(Subject(BACKEND), op, dtype, kind)
+    if not found.passed:
+        raise AssertionError(found.detail)
+    return Ran(op, dtype, f"the check {kind}"), launches
+
+
+def units() -> Iterator[tuple[str, str, str]]:
+    """Give the ops, dtypes and checks that :func:`checked` takes to run what `measure` runs."""
+    dtypes = Subject(BACKEND).spec.dtypes
+    for kind in KINDS:
+        for dtype in DTYPES:
+            if dtype in dtypes_of(kind, dtypes):
+                yield from ((op, dtype, kind) for op in OPS)
 
 
 def _call(subject: Subject, case: Case, dtype: str) -> None:
@@ -114,7 +146,8 @@ def _call(subject: Subject, case: Case, dtype: str) -> None:
     mx.eval(subject.vjp(case.op, primals, cotangents, case.options))
 
 
-def _of(ran: Ran, launches: Sequence[LaunchRecord]) -> Coverage:
+def covered(ran: Ran, launches: Sequence[LaunchRecord]) -> Coverage:
+    """Return what the launches of a case cover."""
     kernels = {kernel_of(one): ran for one in launches}
     found = {(kernel_of(one), word): ran for one in launches for word in classes(one)}
     places = {Place(kernel_of(one), *taken): ran for one in launches for taken in one.took}
@@ -127,7 +160,7 @@ def _of(ran: Ran, launches: Sequence[LaunchRecord]) -> Coverage:
     return Coverage(kernels, found, places, frozenset(sides))
 
 
-def _together(parts: Iterable[Coverage]) -> Coverage:
+def together(parts: Iterable[Coverage]) -> Coverage:
     """Join what was found, with the first case for each."""
     kernels: dict[str, Ran] = {}
     found: dict[tuple[str, str], Ran] = {}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import pickle
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -17,6 +20,9 @@ from mhc_backends import kernels
 from mhc_backends.kernels import launch as launches
 from mhc_backends.kernels import mlx as machinery
 from mhc_conformance import Subject, check
+
+from mhc_metal_simulator.coverage import Coverage, Ran, covered
+from mhc_metal_simulator.launch import LaunchRecord
 
 BACKEND = "mlx-metal-simulator"
 
@@ -32,6 +38,30 @@ def cramped() -> Iterator[None]:
         patch.setattr(launches, "ROWS", 8)
         patch.setattr(launches, "SHARES", 2)
         yield
+
+
+Unit = tuple[str, str, str]
+"""An op, a dtype and a check of the kit."""
+
+
+def keep_coverage(folder: Path, unit: Unit, ran: Sequence[LaunchRecord]) -> None:
+    """Keep what a check's launches covered, whole or not at all."""
+    op, dtype, kind = unit
+    entry = _entry(folder, unit)
+    entry.parent.mkdir(exist_ok=True)
+    part = entry.with_suffix(f".{os.getpid()}")
+    part.write_bytes(pickle.dumps(covered(Ran(op, dtype, f"the check {kind}"), ran)))
+    part.replace(entry)
+
+
+def kept_coverage(folder: Path, unit: Unit) -> Coverage | None:
+    """Return what a check covered if it ran in this run of pytest, on whatever worker."""
+    entry = _entry(folder, unit)
+    return pickle.loads(entry.read_bytes()) if entry.exists() else None
+
+
+def _entry(folder: Path, unit: Unit) -> Path:
+    return folder / "coverage" / "-".join(unit)
 
 
 def agree(got: Sequence[mx.array], want: Sequence[mx.array]) -> None:

@@ -6,6 +6,7 @@ Guarded: each kind of slip that kernels are prone to, made in a copy of each ker
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -30,6 +31,7 @@ from kernel_checks import (  # noqa: E402
     assert_all_are_seeded,
     cramped,
     hold_by_the_kit,
+    keep_coverage,
     seeded,
 )
 from mhc_backends import kernels  # noqa: E402
@@ -44,6 +46,16 @@ from mhc_metal_simulator.launch import LaunchRecord  # noqa: E402
 
 class TestConformance(BackendConformance):
     backend = BACKEND
+
+    @pytest.fixture(autouse=True)
+    def covers(self, run_folder: Path) -> None:
+        self.folder = run_folder
+
+    def _hold(self, op: str, dtype: str, kind: str) -> None:
+        """Hold a check, and keep what it covered for test_coverage.py, which need not run it."""
+        with simulator.record() as launches:
+            super()._hold(op, dtype, kind)
+        keep_coverage(self.folder, (op, dtype, kind), launches)
 
 
 # ---- what the backend says of itself -------------------------------------------------------------
@@ -274,8 +286,8 @@ FAULTS = (
     Fault(
         "aggregate_vjp",
         "half sum",
-        "dweights[i] = dot(dweights[i], load<W>(streams + i * C + c), dh);",
-        "dweights[i] = float(half(dot(dweights[i], load<W>(streams + i * C + c), dh)));",
+        "dweights[i] = add_dot(dweights[i], load<W>(streams + i * C + c), dh);",
+        "dweights[i] = float(half(add_dot(dweights[i], load<W>(streams + i * C + c), dh)));",
         WRONG,
         "aggregate",
     ),
@@ -297,8 +309,8 @@ FAULTS = (
     Fault(
         "combine_vjp",
         "half sum",
-        "sums[i] = dot(sums[i], g_i, layer);",
-        "sums[i] = float(half(dot(sums[i], g_i, layer)));",
+        "sums[i] = add_dot(sums[i], g_i, layer);",
+        "sums[i] = float(half(add_dot(sums[i], g_i, layer)));",
         WRONG,
     ),
     Fault("combine_vjp", "space", "load<W>(y + ", "load<W>((const device float*)y + ", SPACE),

@@ -541,8 +541,8 @@ FAULTS = (
         ("index", "tokens[r]) * N + i]", "tokens[r]) * N]", WRONG),
         (
             "half sum",
-            "sum = add(sum, -pulls[r], floats(xs[r]));",
-            _halved("sum = add(sum, -pulls[r], floats(xs[r]));", "sum", 8),
+            "sum = add(sum, -pulls[r], times(pull_unit(), floats(xs[r])));",
+            _halved("sum = add(sum, -pulls[r], times(pull_unit(), floats(xs[r])));", "sum", 8),
             WRONG,
         ),
         ("space", "= pull[", f"= {_device('pull')}[", NO_SPACE),

@@ -435,7 +435,7 @@ FAULTS = (
         "sinkhorn",
     ),
     Fault("common", "own divisor", "if (a == line<N>(here)) out", "if (a == 0) out", WRONG, KNOPP),
-    Fault("common", "eps", "return sum_a(v) + eps;", "return sum_a(v);", WRONG, "sinkhorn"),
+    Fault("common", "eps", "? sum_a(v) + eps :", "? sum_a(v) :", WRONG, "sinkhorn"),
     Fault("common", "lanes", "simd_from(v, first + a)", "simd_from(v, a)", WRONG, "sinkhorn"),
     Fault(
         "common",
@@ -445,7 +445,7 @@ FAULTS = (
         WRONG,
         "sinkhorn",
     ),
-    Fault("common", "padding", "active && inside<N>(here) ?", "active ?", WRONG, "static_mappings"),
+    Fault("common", "padding", "active && inside<N>(here))", "active)", WRONG, "static_mappings"),
     Fault("common", "underflow", "NARROW = 40", "NARROW = 4000", "nan|NaN|finite", "sinkhorn"),
     Fault(
         "common", "one choice for all", "if (!by_numbers) out =", "out =", ALONE, "static_mappings"

@@ -266,8 +266,8 @@ FAULTS = (
     Fault(
         "static_layer",
         "half sum",
-        "squares.at[0] = add_dot(squares.at[0], h, h);",
-        _halved("squares.at[0] = add_dot(squares.at[0], h, h);", "squares.at[0]"),
+        "squares.at[0] = add_squares(squares.at[0], h);",
+        _halved("squares.at[0] = add_squares(squares.at[0], h);", "squares.at[0]"),
         WRONG,
     ),
     Fault("static_layer", "space", "= x + token", "= (const device float*)x + token", SPACE),
@@ -311,8 +311,8 @@ FAULTS = (
     Fault(
         "rms_norm",
         "half sum",
-        "squares.at[0] = add_dot(squares.at[0], v, v);",
-        _halved("squares.at[0] = add_dot(squares.at[0], v, v);", "squares.at[0]"),
+        "squares.at[0] = add_squares(squares.at[0], v);",
+        _halved("squares.at[0] = add_squares(squares.at[0], v);", "squares.at[0]"),
         WRONG,
         "rms_norm",
     ),
@@ -332,8 +332,8 @@ FAULTS = (
     Fault(
         "rms_norm_vjp",
         "half sum",
-        "norm.at[0] = add_dot(norm.at[0], v, v);",
-        _halved("norm.at[0] = add_dot(norm.at[0], v, v);", "norm.at[0]"),
+        "norm.at[0] = add_squares(norm.at[0], v);",
+        _halved("norm.at[0] = add_squares(norm.at[0], v);", "norm.at[0]"),
         WRONG,
         "rms_norm",
     ),
