@@ -155,8 +155,7 @@ def restore(model: Any) -> AccelerationReport:
     plan = list(_given_back(family, modules))
     _swap(plan)
     for planned in plan:
-        frozen: Sequence[str] = vars(planned.module).pop(_FROZEN, ())
-        for name in frozen:
+        for name in cast("Sequence[str]", vars(planned.module).pop(_FROZEN, ())):
             planned.module.unfreeze(recurse=False, keys=name)
     return AccelerationReport(tuple(Note(p.path, p.kind.__name__, p.swap.why) for p in plan), ())
 
