@@ -121,3 +121,18 @@ def test_mappings_begin_anywhere(folder: Path) -> None:
         _close([own.aggregate(x, h_pre)], [np.einsum("n,tnc->tc", weights, _wide(x))])
         want = np.einsum("ij,tjc->tic", matrix, _wide(x)) + weights[:, None]
         _close([own.combine(x, y, h_pre, h_res)], [want])
+
+
+def test_a_nan_that_gpus_make_stays_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bits are 0x7fffffff, which overflow where the nearest TF32 is taken."""
+    from mhc_backends.kernels.mlx import Kernels, Ops
+
+    case = Case("mappings", "float32", 2, MANY)
+    monkeypatch.setattr(launch, "BUSY", case.busy)
+    own = Ops(Kernels(launcher(folder), "cuda", 227 * 1024))
+    streams, phi, *rest = _draw(case)
+    unknown = np.array(phi)
+    unknown[0, 5] = np.array(0x7FFFFFFF, np.uint32).view(np.float32)
+    with mhc.no_grad():
+        h_pre, *_ = own.mappings(streams, mx.array(unknown), *rest, variant=mhc.DEEPSEEK_V4)
+    assert np.isnan(np.array(h_pre)).tolist() == [[True, False]] * case.T

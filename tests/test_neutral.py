@@ -274,6 +274,43 @@ def test_products_by_halves_are_float32_products(mean: float) -> None:
         assert _off_by([plain], [exact]) > 500 * EPS  # what it is there to prevent
 
 
+def test_gradients_of_products_by_halves_are_such_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """MLX's own derivative would take TF32, also of the gradient in turn."""
+    made: list[Any] = []
+
+    def counted(*arrays: Any) -> Any:
+        made.append(arrays)
+        return _xp_by_halves(*arrays)
+
+    _xp_by_halves = _xp._matmul_by_halves
+    monkeypatch.setattr(_xp, "_matmul_by_halves", counted)
+    monkeypatch.setattr(_xp, "_on_gpu", lambda _: True)
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    _xp._product_by_halves.cache_clear()
+    rng = np.random.default_rng(0)
+    a, b = (mx.array(rng.normal(size=size).astype(np.float32)) for size in ((3, 2), (5, 2, 4)))
+
+    def gradients(product: Any) -> list[Any]:
+        def loss(a: Any, b: Any) -> Any:
+            return mx.sum(mx.sin(product(a, b)))
+
+        def steep(a: Any, b: Any) -> Any:
+            return sum(mx.sum(g * g) for g in mx.grad(loss, argnums=(0, 1))(a, b))
+
+        return [*mx.grad(loss, argnums=(0, 1))(a, b), *mx.grad(steep, argnums=(0, 1))(a, b)]
+
+    try:
+        got = gradients(lambda a, b: _xp.matmul(mx, a, b))
+    finally:
+        _xp._product_by_halves.cache_clear()
+    assert len(made) >= 3 + 9  # a product, its two gradients, and those of all three
+    for one, other in zip(got, gradients(mx.matmul), strict=True):
+        assert one.shape == other.shape
+        assert _off_by([one], [np.array(other)]) < 1e-5
+
+
 # --- float32's range ----------------------------------------------------------------------------
 
 

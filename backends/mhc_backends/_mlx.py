@@ -65,6 +65,21 @@ def placed(outputs: Sequence[Any], saved: Sequence[Any]) -> tuple[tuple[int, ...
     return tuple(where), tuple(every)
 
 
+def distinct(arrays: Sequence[Any]) -> tuple[Any, ...]:
+    """Return arrays with a node each in MLX's graph, without a copy.
+
+    Two may be one array (dx and dres of residual_add_aggregate). Of what is returned twice, mx.vjp
+    counts one cotangent and mx.vmap moves one axis.
+    """
+    import mlx.core as mx
+
+    kinds = [(array.shape, array.dtype) for array in arrays]
+    return tuple(
+        mx.contiguous(array) if kind in kinds[:k] else array
+        for k, (array, kind) in enumerate(zip(arrays, kinds, strict=True))
+    )
+
+
 def from_host(array: Any) -> Any:
     """Take a NumPy array in, in its own dtype."""
     import mlx.core as mx

@@ -476,7 +476,8 @@ template <typename T>
 FUNCTION void split_off(unsigned words[][2], RightNumbers& numbers, T) {
     UNROLL for (int k = 0; k < 8; k++) {
         float& v = numbers.run[k / 4].at[k % 4];
-        words[k % 4][k / 4] = tensor_float(v);
+        // without a rest that stays one, a NaN must be one here (0x7fffffff, which GPUs make, is not)
+        words[k % 4][k / 4] = v != v ? 0x7fffffffu : tensor_float(v);
         v -= __uint_as_float(words[k % 4][k / 4]);
     }
 }

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mhc_backends._mlx import as_tuple, placed
+from mhc_backends._mlx import as_tuple, distinct, placed
 from mhc_backends.kernels import bounds, declarations, function, header, ops, source
 from mhc_backends.kernels.launch import ACCESS_BYTES, launch, occupancy, shares
 from mhc_backends.kernels.shorten import shorten
@@ -308,7 +308,7 @@ def _second(op: str, options: dict[str, Any], given: Any, cotangents: Any, _: An
     count, neutral = len(primals), neutral_math.load(op).vjp
 
     def again(*arrays: mx.array) -> Any:
-        return neutral(arrays[:count], arrays[count:], **options)
+        return distinct(neutral(arrays[:count], arrays[count:], **options))
 
     _, gradients = mx.vjp(again, [*primals, *pulled], list(as_tuple(cotangents)))
     return gradients[:count], gradients[count:], [mx.zeros_like(array) for array in saved]

@@ -21,6 +21,7 @@ from mhc_backends._mlx import (
     as_tuple,
     checkpoint,
     compile,
+    distinct,
     from_host,
     grad,
     placed,
@@ -75,25 +76,12 @@ def _forward(op: str, static: Static, device: Any) -> Callable[..., Any]:
         cotangents, outputs = as_tuple(cotangents), as_tuple(outputs)
         given = tuple(mx.contiguous(c) for c in cotangents[:count])
         kept = ([a[k] for k in places] for a in (outputs, cotangents)) if places else ()
-        return _distinct(module.vjp(as_tuple(primals), given, *kept, **options))
+        return distinct(module.vjp(as_tuple(primals), given, *kept, **options))
 
     def again(*arrays: mx.array) -> Any:
         return _forward(op, static, device)(*arrays)
 
     return _compiled(differentiable(forward, back, module.OP, again), op, device)
-
-
-def _distinct(gradients: Any) -> tuple[mx.array, ...]:
-    """Give every gradient a node of its own in MLX's graph, without a copy.
-
-    Two may be one array (dx and dres of residual_add_aggregate), and MLX's vmap moves the axis of
-    an array that is returned twice only the first time.
-    """
-    kinds = [(g.shape, g.dtype) for g in gradients]
-    return tuple(
-        mx.contiguous(g) if kind in kinds[:k] else g
-        for k, (g, kind) in enumerate(zip(gradients, kinds, strict=True))
-    )
 
 
 @functools.cache
