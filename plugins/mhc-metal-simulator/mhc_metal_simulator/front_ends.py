@@ -86,7 +86,7 @@ def cxx14(text: str, name: str) -> tuple[list[Declared], set[str]]:
     Beside them are the pointers that it converts to integers (``conversion: device pointer to
     integer``). Raise unless the text, without the shim, is C++14 and nothing more.
     """
-    code = prepare(text, name).text.replace("#line 1", f"struct {_MARK};\n#line 1", 1)
+    code = prepare(text, name, marked=False).text.replace("#line 1", f"struct {_MARK};\n#line 1", 1)
     done = _run(f"{_CXX14} -Xclang -ast-dump", code, f"-isystem{_SHIM}")
     if done.returncode != 0:
         raise CompileError(readable(done.stderr))
@@ -154,7 +154,7 @@ def calls(text: str, name: str) -> set[str]:
     to other spaces than a thread's that arguments of the text's own templates are deduced as
     (``deduced: const float device*``).
     """
-    code = prepare(text, name).text
+    code = prepare(text, name, marked=False).text
     flags = f"{_CXX17} -Wno-everything -S -emit-llvm -Xclang -disable-llvm-passes"
     done = _run(flags, code, f"-I{_SHIM}", "-o", "-")
     if done.returncode != 0:

@@ -118,8 +118,11 @@ class _Token:
 _Edits = list[tuple[int, int, str]]
 
 
-def prepare(original: str, name: str) -> Prepared:
-    """Turn MLX's text for the kernel ``name`` into a C++ translation unit."""
+def prepare(original: str, name: str, marked: bool = True) -> Prepared:
+    """Turn MLX's text for the kernel ``name`` into a C++ translation unit.
+
+    Where it is not ``marked``, it has no calls of the simulator's own around its choices.
+    """
     tokens = _tokens(original)
     require_metal(original, name)
     edits: _Edits = []
@@ -129,7 +132,7 @@ def prepare(original: str, name: str) -> Prepared:
     edits += _instantiation_attributes(original)
     edits += _members_of_other_spaces(tokens, original)
     edits += _parameters_of_arrays(tokens) + _attributes(original) + _whole_copies(tokens)
-    marks, choices = branches.find(original, _tokens)
+    marks, choices = branches.find(original, _tokens) if marked else ([], ())
     edits += marks
     file = f"{name}.metal"
     parameters, kernel = _signature(original)
