@@ -300,7 +300,7 @@ def _back(size: Size, busy: int) -> None:
     x, dh = _normal(x.shape, x.dtype), _normal((T, C), x.dtype, 4)
     du, pull, w = (
         _normal((T, phi.shape[0]), seed=5),
-        _normal((T, 1), seed=6),
+        2.0**24 * _normal((T, 1), seed=6),  # in units of pull_unit()
         _normal((T, n), seed=7),
     )
     g = _normal(x.shape, x.dtype, 8)
@@ -309,7 +309,7 @@ def _back(size: Size, busy: int) -> None:
     with small(busy):
         dx, dphi = _projection.back_projection(KERNELS, x, phi, local, out, w, dh, g)
     flat, wide = _wide(x).reshape(T, n * C), _wide(du)
-    through = (wide @ _wide(phi) - _wide(pull) * flat).reshape(x.shape)
+    through = (wide @ _wide(phi) - _wide(pull) * 2.0**-24 * flat).reshape(x.shape)
     _close(
         [dx, dphi],
         [through + _wide(w)[..., None] * _wide(dh)[:, None] + _wide(g), wide.T @ flat],

@@ -207,6 +207,9 @@ def _host(rng: np.random.Generator, *shape: int) -> Any:
     return rng.normal(size=shape).astype(np.float32)
 
 
+PULL_UNIT = 2.0**-24  # pull_unit() of common.h, in which kernels hand on the pull
+
+
 def _near(got: mx.array, want: Any) -> None:
     off = np.abs(np.array(got.astype(mx.float32)) - want).max() / np.abs(want).max()
     assert off < 4e-6, f"is off by {off:.2g}"
@@ -254,7 +257,7 @@ def _mappings_vjp(T: int, n: int, variant: Any, dtype: Any = mx.float32) -> None
     )
     dx = dx.reshape(T, n * C)
     _near(du, dx[:, :m])
-    _near(pull, -dx[:, m : m + 1])
+    _near(pull * PULL_UNIT, -dx[:, m : m + 1])
     _near(terms[:, :m].sum(axis=0), dbias)
     _near(terms[:, m:].sum(axis=0), dscale)
     back = du / (inputs["r"] * _columns(inputs["scale"], n))  # dz, each where it belongs
@@ -291,7 +294,7 @@ def _head_vjp(T: int, n: int, dtype: Any = mx.float32) -> None:
     s = 1 / (1 + np.exp(-(u * r * scale + bias)))
     dz = g * s * (1 - s)
     _near(du, dz * scale * r)
-    _near(pull, (dz * scale * u).sum(axis=1, keepdims=True) * r**3 / (n * C))
+    _near(pull * PULL_UNIT, (dz * scale * u).sum(axis=1, keepdims=True) * r**3 / (n * C))
     _near(terms[:, :n], dz)
     _near(terms[:, n:], (dz * u * r).sum(axis=1, keepdims=True))
 
