@@ -55,9 +55,11 @@ def test_the_connection_shows_what_it_keeps_by_the_private_names() -> None:
     x = mx.ones((1, 2, 8))
     connection(x, x)
     assert all(getattr(connection, name) is not None for name in names)
-    for name in ("h_pre", "h_post", "h_res"):
-        kept, projected = getattr(connection, f"_cached_{name}"), f"_project_{name}"
-        assert mx.array_equal(kept, getattr(connection.train(), projected)()), name
+    kept = [getattr(connection, name) for name in names]
+    connection.train()  # hands out the parameters, and so forgets what was made of them
+    for name, array in zip(names, kept, strict=True):
+        projected = name.replace("_cached", "_project")
+        assert mx.array_equal(array, getattr(connection, projected)()), name
         connection.eval()
     connection.train()
     assert [getattr(connection, name) for name in names] == [None] * 3
