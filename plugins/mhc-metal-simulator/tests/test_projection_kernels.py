@@ -219,6 +219,9 @@ def _launched(busy: int, make: Callable[[], Any]) -> Any:
     return made
 
 
+SQUARES_UNIT = 2.0**-16  # squares_unit() of common.h, in which sums of squares are kept
+
+
 def _sums(parts: mx.array, x: mx.array, phi: mx.array) -> None:
     """Hold parts against x . phi and x . x over their own channels."""
     products: list[Any] = []
@@ -228,7 +231,8 @@ def _sums(parts: mx.array, x: mx.array, phi: mx.array) -> None:
         own = slice(begin, begin + launches.PART_CHANNELS)
         products.append(np.einsum("tnc,mnc->tm", wide[..., own], across[..., own]))
         squares.append((wide[..., own] ** 2).sum(axis=(1, 2)))
-    _close([parts[..., :-1], parts[..., -1]], [np.stack(products, 1), np.stack(squares, 1)])
+    summed = [parts[..., :-1], parts[..., -1] / SQUARES_UNIT]
+    _close(summed, [np.stack(products, 1), np.stack(squares, 1)])
 
 
 def _equal_bits(few: mx.array, many: mx.array) -> None:
@@ -325,7 +329,8 @@ def _end(size: Size, busy: int) -> None:
     u = wide.reshape(T, n * C) @ _wide(phi).T
     numbers = np.concatenate([u, (wide**2).sum(axis=(1, 2))[:, None]], axis=1)
     shares = np.random.default_rng(1).uniform(size=(1, 11, 1))
-    parts = mx.array((numbers[:, None] * shares / shares.sum()).astype(np.float32))
+    units = np.append(np.ones(columns), SQUARES_UNIT)
+    parts = mx.array((numbers[:, None] * units * shares / shares.sum()).astype(np.float32))
     arrays = [wide, *(_wide(array) for array in (phi, scale, bias))]
     h, h_post, h_res = mhc.pre(*arrays, VARIANT, backend="numpy")
     h_pre, *_ = mhc.mappings(*arrays, VARIANT, backend="numpy")
