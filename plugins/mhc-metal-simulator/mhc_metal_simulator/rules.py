@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
+from mhc_metal_simulator.branches import Token
 from mhc_metal_simulator.errors import CompileError
 
 __all__ = ["ADDRESS_SPACES", "MAIN_KEYWORDS", "NOT_IN_METAL", "require"]
@@ -54,30 +54,21 @@ _BEFORE = {"const", "volatile", "unsigned", "signed", "static", "constexpr", "in
 _TYPE_WORDS = {"struct", "class", "union", "enum"}
 
 
-class _Token(Protocol):
-    @property
-    def kind(self) -> str: ...
-    @property
-    def text(self) -> str: ...
-    @property
-    def start(self) -> int: ...
-
-
-def require(tokens: Sequence[_Token], text: str, name: str) -> None:
+def require(tokens: Sequence[Token], text: str, name: str) -> None:
     """Raise the first error that Apple's compiler would and clang would not."""
     for token, message in sorted(_errors(tokens), key=lambda found: found[0].start):
         line = text.count("\n", 0, token.start) + 1
         raise CompileError(f"{name}.metal:{line}: error: {message}")
 
 
-def _errors(tokens: Sequence[_Token]) -> Iterator[tuple[_Token, str]]:
+def _errors(tokens: Sequence[Token]) -> Iterator[tuple[Token, str]]:
     yield from _unsupported(tokens)
     yield from _keywords_as_names(tokens)
     yield from _pointers_without_space(tokens)
     yield from _threadgroup_variables(tokens)
 
 
-def _unsupported(tokens: Sequence[_Token]) -> Iterator[tuple[_Token, str]]:
+def _unsupported(tokens: Sequence[Token]) -> Iterator[tuple[Token, str]]:
     for k, token in enumerate(tokens):
         after = tokens[k + 1].text if k + 1 < len(tokens) else ""
         if token.kind == "word" and token.text in NOT_IN_METAL:
@@ -88,7 +79,7 @@ def _unsupported(tokens: Sequence[_Token]) -> Iterator[tuple[_Token, str]]:
             yield token, "a function of Metal cannot be called main"
 
 
-def _keywords_as_names(tokens: Sequence[_Token]) -> Iterator[tuple[_Token, str]]:
+def _keywords_as_names(tokens: Sequence[Token]) -> Iterator[tuple[Token, str]]:
     """Find ``uint3 thread = ...``; SPIRV-Cross #2073: "expected unqualified-id"."""
     for k, token in enumerate(tokens[:-1]):
         if token.kind != "word" or token.text not in ADDRESS_SPACES | MAIN_KEYWORDS:
@@ -101,7 +92,7 @@ def _keywords_as_names(tokens: Sequence[_Token]) -> Iterator[tuple[_Token, str]]
             yield token, f"expected unqualified-id: '{token.text}' is a keyword"
 
 
-def _pointers_without_space(tokens: Sequence[_Token]) -> Iterator[tuple[_Token, str]]:
+def _pointers_without_space(tokens: Sequence[Token]) -> Iterator[tuple[Token, str]]:
     """Find ``float* p``; llama.cpp #3898, hashcat #3540, #4237: the message below."""
     own = {
         tokens[k + 1].text
@@ -134,7 +125,7 @@ def _pointers_without_space(tokens: Sequence[_Token]) -> Iterator[tuple[_Token, 
             )
 
 
-def _past_angles(tokens: Sequence[_Token], opening: int) -> int:
+def _past_angles(tokens: Sequence[Token], opening: int) -> int:
     depth = 0
     for k in range(opening, len(tokens)):
         depth += (tokens[k].text == "<") - (tokens[k].text == ">")
@@ -145,7 +136,7 @@ def _past_angles(tokens: Sequence[_Token], opening: int) -> int:
     return opening
 
 
-def _threadgroup_variables(tokens: Sequence[_Token]) -> Iterator[tuple[_Token, str]]:
+def _threadgroup_variables(tokens: Sequence[Token]) -> Iterator[tuple[Token, str]]:
     """Find those outside of kernels and those with a value; 4.4 threadgroup Address Space."""
     frames: list[str] = []
     statement: list[str] = []
@@ -181,7 +172,7 @@ def _frame(statement: list[str], frames: list[str]) -> str:
     return "block"
 
 
-def _is_variable(tokens: Sequence[_Token], first: int) -> bool:
+def _is_variable(tokens: Sequence[Token], first: int) -> bool:
     """Whether a declaration is of a variable there, not of a pointer or a function."""
     depth = 0
     for token in tokens[first + 1 :]:
