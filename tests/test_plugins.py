@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -293,24 +292,25 @@ print([name for name, one in mhc.backends().items() if one.spec is None])
 """
 
 
+def _folder(package: str) -> Path:
+    return Path(importlib.import_module(package).__file__ or "").parent
+
+
 @pytest.mark.parametrize("older", [False, True], ids=["no metadata", "an older distribution"])
 def test_built_ins_need_no_metadata(tmp_path: Path, older: bool) -> None:
     """A process that sees the three packages and the libraries, and no distribution of ours."""
-    for package in (_registry, importlib.import_module("mhc_backends")):
-        folder = Path(package.__file__ or "").parent
-        (tmp_path / folder.name).symlink_to(folder)
+    for name in ("mhc_core", "mhc_backends", "numpy", "pluggy", "array_api_compat"):
+        (tmp_path / name).symlink_to(_folder(name))
+    beside = _folder("numpy").with_name("numpy.libs")
+    if beside.exists():  # what NumPy's wheel for Linux brings
+        (tmp_path / beside.name).symlink_to(beside)
     if older:
         info = tmp_path / "mhc_core-0.0.9.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mhc-core\nVersion: 0.0.9\n")
         lines = ("numpy = mhc_backends.numpy", "old = mhc_backends.old", "jax = mhc_backends.jax")
         (info / "entry_points.txt").write_text("\n".join(["[mhc_core.backends]", *lines]) + "\n")
-    libraries = [
-        str(Path(importlib.import_module(name).__file__ or "").parent.parent)
-        for name in ("numpy", "pluggy", "array_api_compat")
-    ]
-    path = os.pathsep.join(dict.fromkeys((str(tmp_path), *libraries)))
-    code = f"import sys; sys.path[:0] = {path!r}.split({os.pathsep!r})\n{SHOW}"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{SHOW}"
     done = subprocess.run(
         [sys.executable, "-S", "-c", code], capture_output=True, text=True, check=False
     )

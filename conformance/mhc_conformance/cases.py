@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mhc_conformance import oracle
 from mhc_core import DEEPSEEK_V4, DEEPSEEK_V41, LIGER, PAPER, math
 from mhc_core._signature import Op, signature
+from mhc_core.backend import DTYPES
 
 __all__ = ["SMALL", "Case", "Data", "Draw", "Sizes", "Static", "cases", "numpy_dtype"]
 
@@ -114,7 +115,8 @@ class Case:
     narrow: bool = False  # parameters and mappings in the streams' dtype too
     gradient_scale: float = 1.0
     quiet: tuple[str, ...] = ()  # outputs whose cotangent is 0
-    dtypes: tuple[str, ...] = ()  # those in which it is tried, where its values decide that
+    dtypes: tuple[str, ...] = ()  # all in which it can be tried, where its values decide that
+    usual: tuple[str, ...] = ("float32",)  # those of them in which it is tried without ``full``
 
     @property
     def name(self) -> str:
@@ -220,8 +222,8 @@ def _undecided(matrices: Array, max_iterations: int, epsilon: float, log_space: 
 # --- the case list: a new op adds its lines here --------------------------------------------------
 
 VARIANTS = (
-    ("PAPER", PAPER),
     ("DEEPSEEK_V4", DEEPSEEK_V4),
+    ("PAPER", PAPER),
     ("DEEPSEEK_V41", DEEPSEEK_V41),
     ("LIGER", LIGER),
     ("rows first, transposed, eps 0", replace(PAPER, sinkhorn_first="rows", res_transposed=True)),
@@ -250,7 +252,12 @@ def _statics(**choices: Sequence[Any]) -> list[tuple[str, Static]]:
 _BY_VARIANT = [(label, (("variant", variant),)) for label, variant in VARIANTS]
 
 STATICS: Mapping[str, list[tuple[str, Static]]] = {
-    "sinkhorn": _statics(iterations=(20, 1, 3), eps=(0.0, 1e-6, 0.1), first=("columns", "rows")),
+    # each number of iterations with each eps, the axes in turn
+    "sinkhorn": [
+        one
+        for at, first in enumerate(("columns", "rows"))
+        for one in _statics(iterations=(20, 1, 3), eps=(0.0, 1e-6, 0.1), first=(first,))[at::2]
+    ],
     "mappings": _BY_VARIANT,
     "pre": _BY_VARIANT,
     "combine_pre": _BY_VARIANT,
@@ -366,7 +373,7 @@ LARGE: Sequence[tuple[Sizes, tuple[str, ...]]] = (
     (MORE_BLOCKS, ("combine_pre",)),
     (Sizes((18,), 9, 288, "whole blocks, many streams, more than 16 tokens"), ("combine_pre",)),
     (Sizes((515,), 2, 64, "whole blocks, hundreds of tokens"), PROJECTED),
-    (BETWEEN, ("sinkhorn", "sinkhorn_knopp", "static_mappings", "static_layer")),
+    (BETWEEN, ("static_layer",)),
     (Sizes((257,), 2, 257, "hundreds of tokens, an odd number of channels"), ELEMENTWISE),
     (
         Sizes((257,), 1, 257, "hundreds of tokens of one stream"),
@@ -391,24 +398,28 @@ SOME_STATIC: Mapping[str, Static] = {
 }
 ONCE = (("variant", replace(DEEPSEEK_V4, sinkhorn_iterations=1)),)
 P20, P1 = ((("variant", variant),) for variant in (PAPER, replace(PAPER, sinkhorn_iterations=1)))
-NARROW = ("float32", "float16", "bfloat16", "float64")
+NARROW = ("float16", "bfloat16")
+EITHER = ("float32", "bfloat16")  # numbers as wide as the computation's, and narrow ones
 
 SPECIAL: Sequence[Case] = (
     *(
-        Case(op, sizes.why, sizes, SOME_STATIC.get(op, ()), dtypes=NARROW if blocks else ())
+        Case(op, sizes.why, sizes, SOME_STATIC.get(op, ()), usual=EITHER[: 1 + blocks])
         for sizes, ops in LARGE
         for blocks in (sizes in (BLOCKS, MORE_BLOCKS),)
         for op in ops
     ),
-    *(Case(op, sizes.why, sizes, ONCE, dtypes=dtypes) for sizes, op, dtypes in TOKENS),
+    *(
+        Case(op, sizes.why, sizes, ONCE, dtypes=dtypes, usual=dtypes) for sizes, op, dtypes in TOKENS
+    ),
     # some matrices beyond exp's range, beside others: a backend may treat them in another way
     *(
-        Case(op, "some beyond exp's range", SMALL, static, ((name, _some_wide),))
+        Case(op, f"some beyond exp's range, {sizes.why}", sizes, static, ((name, _some_wide),))
         for op, static, name in (
             ("sinkhorn", LOG, "logits"),
             ("sinkhorn_knopp", KNOPP, "matrix"),
             ("static_mappings", STATICS["static_mappings"][0][1], "h_res_raw"),
         )
+        for sizes in (SMALL, BETWEEN)
     ),
     *(
         Case(op, "all beyond exp's range", FULL, static, ((name, _far_apart),))
@@ -421,7 +432,6 @@ SPECIAL: Sequence[Case] = (
     *(
         Case(op, f"beyond exp's range, {sizes.why}", sizes, static, (("bias", _normal(25)),))
         for op, sizes, static in (
-            ("mappings", FULL, P20),
             ("mappings", MOST, P1),
             ("pre", MOST, P1),
             ("mappings", BETWEEN, P20),
@@ -429,6 +439,8 @@ SPECIAL: Sequence[Case] = (
             ("combine_pre", BETWEEN, P20),
         )
     ),
+    # by what tokens have of their own: some of those side by side
+    Case("mappings", "some beyond exp's range", FULL, P20, (("scale", _constant(11)),)),
     # exp without a max shift overflows above 88; a line that underflows is 0 / 0 by division
     Case("sinkhorn", "logits far beyond exp's range, eps 0", SMALL, LOG, (("logits", _dominated),)),
     Case("sinkhorn", "logits beyond exp's range, eps", SMALL, EPS, (("logits", _normal(60)),)),
@@ -465,8 +477,7 @@ SPECIAL: Sequence[Case] = (
     *(
         Case(op, f"{' and '.join(some)} shared", size, for_all=some)
         for op in ("combine", "gated_combine")
-        for some in _shared_in_part(op)
-        for size in (SMALL, SIZES[1])
+        for some, size in zip(_shared_in_part(op), itertools.cycle((SMALL, SIZES[1])))
     ),
     *(
         Case(
@@ -477,9 +488,10 @@ SPECIAL: Sequence[Case] = (
             for_all=some,
             optional=given,
         )
-        for some in _shared_in_part("combine_pre")
-        for given in ((True,) if "h_pre" in some else (False, True))
-        for size in ((SMALL, SIZES[1]) if "h_pre" not in some else (SMALL,))
+        for some, given, size in (
+            *((some, True, SMALL) for some in _shared_in_part("combine_pre")),
+            (("h_post", "h_res"), False, SIZES[1]),
+        )
     ),
     *(
         Case("combine_pre", f"{name} shared, more than 16 tokens", MORE_BLOCKS, V4, for_all=(name,))
@@ -514,7 +526,7 @@ SPECIAL: Sequence[Case] = (
     ),
     # what is rounded on the way shows where streams cancel
     *(
-        Case(op, "streams that cancel", SMALL, static, draws, dtypes=NARROW)
+        Case(op, "streams that cancel", SMALL, static, draws, usual=DTYPES)
         for op, static, draws in (
             ("aggregate", (), (("x", _cancelling), ("h_pre", _constant(1.3)))),
             (
@@ -537,19 +549,21 @@ SPECIAL: Sequence[Case] = (
     ),
     # parameters in the streams' dtype
     *(
-        Case(op, "parameters as narrow as streams", SMALL, V4, narrow=True)
-        for op in ("mappings", "pre", "combine_pre", "head")
+        Case(op, what, SMALL, static, narrow=True, dtypes=NARROW, usual=("bfloat16",))
+        for op, what, static in (
+            *((op, "parameters as narrow as streams", V4) for op in PROJECTED),
+            *(
+                (op, "mappings as narrow as streams", ())
+                for op in ("aggregate", "combine", "gated_combine", "residual_add_aggregate")
+            ),
+            ("rms_norm", "weight as narrow as x", (("eps", 1e-5),)),
+        )
     ),
-    *(
-        Case(op, "mappings as narrow as streams", SMALL, narrow=True)
-        for op in ("aggregate", "combine", "gated_combine", "residual_add_aggregate")
-    ),
-    Case("rms_norm", "weight as narrow as x", SMALL, (("eps", 1e-5),), narrow=True),
 )
 
 
 def cases(op: str, dtype: str = "float32", full: bool = False) -> Iterator[Case]:
-    """Give an op's cases: its sizes paired with its static choices in turn, then the special ones.
+    """Return an op's cases: its sizes paired with its static choices in turn, then the special ones.
 
     Other dtypes than float32 differ from it in rounding alone, and bfloat16 stands for vector
     loads of narrow numbers: they get the first case, bfloat16 the first two, and those that are
@@ -572,6 +586,4 @@ def cases(op: str, dtype: str = "float32", full: bool = False) -> Iterator[Case]
 
 
 def _tried(case: Case, dtype: str, full: bool) -> bool:
-    if case.dtypes:
-        return dtype in case.dtypes
-    return full or dtype == "float32" or case.narrow
+    return dtype in (case.dtypes or DTYPES if full else case.usual)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mhc_conformance.cases import SMALL, Case, Draw, Sizes, Static, cases
+from mhc_conformance.cases import EITHER, SMALL, Case, Draw, Sizes, Static, cases
 from mhc_core import DEEPSEEK_V4, PAPER, Variant
 
 __all__ = ["BOUND", "CASES", "SECOND", "quick"]
@@ -179,6 +179,7 @@ CONSTANTS: Sequence[Case] = (
             _static(max_iterations=60, epsilon=epsilon, log_space=True),
             (("matrix", _normal(1)),),
             dtypes=("float64",),
+            usual=("float64",),
         )
         for epsilon in (1e-9, 0.0)
     ),
@@ -272,6 +273,7 @@ RANGE: Sequence[Case] = (
             static,
             (("x", _up_to(BOUND)), ("y", _up_to(BOUND))),
             dtypes=WIDE,
+            usual=EITHER,
         )
         for op, static in NORMED
     ),

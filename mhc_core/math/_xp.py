@@ -50,7 +50,13 @@ def _lax() -> Any:
 
 
 def namespace(array: Array) -> Any:
-    """Return the array API namespace of an array."""
+    """Return the array API namespace of an array.
+
+    MLX's arrays name their own. array_api_compat would first ask whether they are JAX's, by
+    ``jax.Array``, which is not there yet while another thread imports JAX.
+    """
+    if type(array).__module__.startswith("mlx."):
+        return array.__array_namespace__()
     from array_api_compat import array_namespace
 
     return array_namespace(array)

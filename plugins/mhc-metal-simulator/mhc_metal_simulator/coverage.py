@@ -253,7 +253,7 @@ UNREACHED: Sequence[Unreached] = (
         "that none takes another turn; the simulator's tests make it so, with few threadgroups",
     ),
     Unreached(
-        r"\bAHEAD\b|flows && next|ahead < leaves|once && next < T|c \+ BLOCK_CHANNELS < end",
+        r"\bAHEAD\b|!?flows [&|]|ahead < leaves|once && next < T|c \+ BLOCK_CHANNELS < end",
         "copies that are on their way meanwhile are CUDA's",
     ),
     Unreached(
@@ -288,8 +288,17 @@ UNREACHED: Sequence[Unreached] = (
         "end of a row alone",
     ),
     Unreached(
-        r"combine_project_few in mix: \?: \(KEPT\) true",
-        "each simdgroup reads its streams again",
+        r"combine_project_few in mix_streams: (if|\?:) \(KEPT\)"
+        r"|combine_project in mix_streams: \?: \(KEPT\) false",
+        "each simdgroup of the former reads its streams again; within an `if` of it, it holds",
+    ),
+    Unreached(
+        r"^mappings in activate: if \(stores\) false",
+        "one simdgroup has the whole of its tokens",
+    ),
+    Unreached(
+        r"^(mappings|pre|sinkhorn|sinkhorn_knopp|static_mappings) in sums_b: .* false",
+        "all sums for every lane are asked for by few lanes, and by all where gradients are taken",
     ),
     Unreached(
         r"combine_project in put_phi: if \(k \+ e \* simdgroups < count\) false",

@@ -467,7 +467,12 @@ FAULTS = (
     ),
     Fault("common", "frozen on the way back", "= !FROZEN || k < steps;", "= true;", WRONG, KNOPP),
     Fault(
-        "common", "one axis", "max(fabs(sum_a(v) - 1.0f), fabs(b - 1.0f))", "b - 1.0f", WRONG, KNOPP
+        "common",
+        "one axis",
+        "precise::max(fabs(sum_a(v) - 1.0f), fabs(b - 1.0f))",
+        "fabs(b - 1.0f)",
+        WRONG,
+        KNOPP,
     ),
     Fault(
         "common",
