@@ -409,7 +409,8 @@ SPECIAL: Sequence[Case] = (
         for op in ops
     ),
     *(
-        Case(op, sizes.why, sizes, ONCE, dtypes=dtypes, usual=dtypes) for sizes, op, dtypes in TOKENS
+        Case(op, sizes.why, sizes, ONCE, dtypes=dtypes, usual=dtypes)
+        for sizes, op, dtypes in TOKENS
     ),
     # some matrices beyond exp's range, beside others: a backend may treat them in another way
     *(
@@ -563,7 +564,7 @@ SPECIAL: Sequence[Case] = (
 
 
 def cases(op: str, dtype: str = "float32", full: bool = False) -> Iterator[Case]:
-    """Return an op's cases: its sizes paired with its static choices in turn, then the special ones.
+    """Return an op's cases: its sizes paired with static choices in turn, then the special ones.
 
     Other dtypes than float32 differ from it in rounding alone, and bfloat16 stands for vector
     loads of narrow numbers: they get the first case, bfloat16 the first two, and those that are
