@@ -490,13 +490,11 @@ SPECIAL: Sequence[Case] = (
             optional=given,
         )
         for some, given, size in (
-            *((some, True, SMALL) for some in _shared_in_part("combine_pre")),
+            *((some, True, SMALL) for some in _shared_in_part("combine_pre") if "h_pre" in some),
             (("h_post", "h_res"), False, SIZES[1]),
+            (("h_post",), False, MORE_BLOCKS),
+            (("h_res",), False, MORE_BLOCKS),
         )
-    ),
-    *(
-        Case("combine_pre", f"{name} shared, more than 16 tokens", MORE_BLOCKS, V4, for_all=(name,))
-        for name in ("h_post", "h_res")
     ),
     # NaN comes out, where it came in: in no other token
     *(

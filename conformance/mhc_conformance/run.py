@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from mhc_conformance import pool
 from mhc_conformance.bugs import present
+from mhc_conformance.cases import cases
 from mhc_conformance.chain import OPS, TOLERANCE, Chain, compare, run_chain
 from mhc_conformance.checks import Record, Skip, check, grid, skips
 from mhc_conformance.subject import Subject
@@ -83,9 +84,10 @@ class Plan:
 
 def _weight(unit: Unit) -> int:
     """Order units by their cost: compilers dominate, and Sinkhorn's loop within them."""
-    compiled = "compile" in unit.kinds
+    tried = 20 if unit.op == "chain" else sum(1 for _ in cases(unit.op, unit.dtype))
+    count = tried * len(unit.kinds)
     heavy = unit.op in ("combine_pre", "pre", "mappings", "static_layer", "sinkhorn", "chain")
-    return 2 * compiled + heavy
+    return count * (1 + 9 * ("compile" in unit.kinds) + 4 * heavy)
 
 
 def run(
