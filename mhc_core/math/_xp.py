@@ -88,7 +88,28 @@ def _as(xp: Any, array: Array, dtype: Any) -> Array:
     """Cast without a copy where nothing changes; NumPy and PyTorch would make one."""
     if _is(xp, "jax"):  # it makes none, and takes away what is weak about a filled array's dtype
         return xp.astype(_rounded(array, dtype), dtype)
-    return array if array.dtype == dtype else xp.astype(array, dtype)
+    if array.dtype == dtype:
+        return array
+    narrowed = xp.astype(array, dtype)
+    return _bits_kept(narrowed) if _is(xp, "array_api_compat.torch") else narrowed
+
+
+def _bits_kept(array: Array) -> Array:
+    """Return the tensor, whose rounding torch.compile must keep.
+
+    Its generated code computes bfloat16 in float32 and leaves out a rounding that is cast back
+    (emulate_precision_casts is off in torch/_inductor/config.py). A look at the bits needs the
+    rounded number; what it takes away, which is 0 in eager code, is a constant to derivatives.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import is_fake  # the compiler's later stages have no flag
+
+    if array.dtype not in (torch.bfloat16, torch.float16) or not is_fake(array):
+        return array
+    # two views alone are dropped
+    rounded = array.view(torch.int16).bitwise_or(0).view(array.dtype)
+    away = (rounded - array).detach()
+    return array + torch.where(away.isnan(), 0.0, away)  # NaN where both are infinite
 
 
 def _rounded(array: Array, dtype: Any) -> Array:

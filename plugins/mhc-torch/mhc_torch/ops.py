@@ -16,7 +16,6 @@ from typing import Any, cast
 import ml_dtypes
 import numpy
 import torch
-import torch._inductor.config as inductor_config
 import torch.utils.checkpoint
 
 from mhc_core import _registry, math
@@ -24,10 +23,6 @@ from mhc_torch import _function
 
 for _dispatch in (_registry.answer, _registry.answer_vjp):
     torch.compiler.allow_in_graph(_dispatch)
-
-# torch.compile's generated code leaves out a rounding to bfloat16 that is cast back, unless it is
-# told to round as eager code does (torch/_inductor/config.py); combine_pre's mappings read x' so.
-cast("Any", inductor_config).emulate_precision_casts = True
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
