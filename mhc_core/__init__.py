@@ -2,10 +2,10 @@
 
 mHC (arXiv:2512.24880) widens a network's residual path to n streams, mixes them with a doubly
 stochastic matrix and feeds each layer a weighted sum of them. Importing this package imports no
-array library; each op is answered by the best backend for the arrays it is given.
+array library; each op runs on the best backend for the arrays it is given.
 
-``mhc_core.mlx`` has modules for MLX, and ``mhc_core.diagnostics`` what to watch while training;
-both are imported when they are first used.
+``mhc_core.mlx`` has modules for MLX, and ``mhc_core.diagnostics`` has numbers to watch while
+training; both are imported on first use.
 """
 
 import typing as _typing

@@ -1,4 +1,4 @@
-"""The uniform API: one documented function per op, answered by the chosen backend.
+"""The uniform API: one documented function per op, which runs on the chosen backend.
 
 Shapes: ``...`` is any leading shape (its product is T tokens), n the streams, C the channels,
 ``m = n * n + 2 * n``. H_res is always oriented as in the paper, ``x'_i = sum_j H_res[i, j] x_j``.
@@ -7,10 +7,10 @@ Dtypes: streams are float32, float16, bfloat16 or, where the library has it, flo
 Sinkhorn and all sums are computed in float32 (float64 for float64 streams); streams and h are
 rounded to the streams' dtype once, at the end. Gradients have their primal's dtype.
 
-Errors: every op raises TypeError for what is no array, an array of the wrong library or no
-floating dtype, ValueError for a wrong shape or value, both naming the argument, what came and what
-is needed, before any work and in the same words on every backend; and
-:class:`mhc_core.BackendError` where no backend can answer.
+Errors: every op raises TypeError for an argument that is not an array, is an array of the wrong
+library or has no floating dtype, and ValueError for a wrong shape or value. Both are raised before
+any work, read the same on every backend, and name the argument, what was received and what is
+needed. Where no backend can run the call, :class:`mhc_core.BackendError` is raised.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def aggregate(x: Array, h_pre: Array, *, backend: str | None = None) -> Array:
     x
         ``[..., n, C]`` streams.
     h_pre
-        ``[..., n]``, or ``[n]`` for all tokens alike; any float dtype.
+        ``[..., n]``, or ``[n]`` shared by all tokens; any float dtype.
     backend
         A backend's name, instead of the one chosen elsewhere.
 
@@ -177,9 +177,9 @@ def combine(
     y
         ``[..., C]``, what the layer returned.
     h_post
-        ``[..., n]``, or ``[n]`` for all tokens alike.
+        ``[..., n]``, or ``[n]`` shared by all tokens.
     h_res
-        ``[..., n, n]``, or ``[n, n]`` for all tokens alike.
+        ``[..., n, n]``, or ``[n, n]`` shared by all tokens.
     backend
         A backend's name, instead of the one chosen elsewhere.
 
@@ -212,7 +212,7 @@ def pre(
     *,
     backend: str | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Do all that stands before a layer, :func:`mappings` and :func:`aggregate`, in one pass.
+    """Compute all that a layer needs first, :func:`mappings` and :func:`aggregate`, in one pass.
 
     ``H_pre, H_post, H_res = mappings(x, ...);  h = sum_i H_pre_i x_i``.
 
@@ -248,7 +248,7 @@ def combine_pre(
     *,
     backend: str | None = None,
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """Do :func:`combine` of one sublayer and :func:`pre` of the next in one pass.
+    """Run :func:`combine` of one sublayer and :func:`pre` of the next in one pass.
 
     ``x' = H_res x + H_post (outer) y;  H_pre', H_post', H_res' = mappings(x', ...)``;
     ``h' = sum_i H_pre'_i x'_i``, or with the given h_pre.
@@ -302,7 +302,7 @@ def head(
     phi, scale, bias
         ``[n, n * C]``, ``[1]`` and ``[n]``.
     variant
-        Its norm_eps and pre_eps count.
+        Only its norm_eps and pre_eps are used.
     backend
         A backend's name, instead of the one chosen elsewhere.
 
@@ -406,7 +406,7 @@ def residual_add_aggregate(
     x, res
         ``[..., n, C]`` both.
     h_pre
-        ``[..., n]``, or ``[n]`` for all tokens alike; already activated.
+        ``[..., n]``, or ``[n]`` shared by all tokens; already activated.
     backend
         A backend's name, instead of the one chosen elsewhere.
 
@@ -417,7 +417,7 @@ def residual_add_aggregate(
 
     Notes
     -----
-    ``residual_add_agg`` of mhc-mlx. h is taken of the sum before its rounding.
+    ``residual_add_agg`` of mhc-mlx. h is computed from the sum before it is rounded.
     Errors: see :mod:`mhc_core._api`.
     """
     return call("residual_add_aggregate", (x, res, h_pre), {}, backend)
@@ -479,7 +479,8 @@ def gated_combine(
     x, y
         ``[..., D]`` both: the layer's input and output; D is a multiple of n.
     h_pre, h_post, h_res
-        ``[n]``, ``[n]`` and ``[n, n]`` as mapped, for all tokens alike, or one per token.
+        ``[n]``, ``[n]`` and ``[n, n]``, already mapped (sigmoids and Sinkhorn applied), shared by
+        all tokens; or one of each per token.
     backend
         A backend's name, instead of the one chosen elsewhere.
 
@@ -504,7 +505,7 @@ def pre_scale(x: Array, h_pre: Array, *, backend: str | None = None) -> Array:
     x
         ``[..., D]``; D is a multiple of n.
     h_pre
-        ``[n]``, or ``[..., n]`` per token, as mapped.
+        ``[n]``, or ``[..., n]`` per token; already activated.
     backend
         A backend's name, instead of the one chosen elsewhere.
 
@@ -565,17 +566,17 @@ def sinkhorn_knopp(
 ) -> Array:
     """Normalise rows, then columns, of exp(matrix) until both sum to 1 within ``epsilon``.
 
-    From ``P = exp(matrix)``, each step is ``P /= sums of rows;  P /= sums of columns``.
-    Each matrix of a batch stops by itself: after a full step, once its largest row and column
-    errors are both under ``epsilon``, it is frozen. Legal under jit and mx.compile; where the
-    values can be looked at, the loop really ends early, with the same bits.
+    From ``P = exp(matrix)``, each step is ``P /= sums of rows;  P /= sums of columns``. Each matrix
+    of a batch stops by itself: it is frozen after the first full step that leaves its largest row
+    and column errors both under ``epsilon``. Works under jit and mx.compile; where the values can
+    be read, the loop ends early, with the same bits.
 
     Parameters
     ----------
     matrix
         ``[..., n, n]``, any float dtype.
     max_iterations
-        Steps at most, from 1 to 1000.
+        The most steps, from 1 to 1000.
     epsilon
         At least 0.
     log_space
@@ -613,7 +614,7 @@ def vjp(
     primals
         Its array arguments, in the order of its signature; combine_pre's h_pre comes last.
     cotangents
-        One array per output, of its shape; for a single output the array itself will do.
+        One array per output, of its shape; for a single output, the array itself is accepted.
     backend
         A backend's name, instead of the one chosen elsewhere.
     **static

@@ -1,6 +1,7 @@
 """Checks of the static arguments: each returns the value in its plain form or raises.
 
-Messages name the op, the argument, what came and what is needed. They never look at array values.
+Messages name the op, the argument, what was received and what is needed. The checks never read
+array values.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def boolean(owner: str, name: str, value: Any) -> bool:
 
 
 def one_of(*allowed: str) -> Check:
-    """Make a check that takes one of the given words."""
+    """Return a check that accepts only the given words."""
 
     def check(owner: str, name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in allowed:
@@ -73,7 +74,7 @@ def one_of(*allowed: str) -> Check:
 
 
 def _shown(value: Any) -> str:
-    """Return what came, for a message that it does not fill: a file may bring anything."""
+    """Return the received value for a message, cut short: a value from a file may be very long."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer too long to spell, or a deep list

@@ -1,4 +1,4 @@
-"""Whether gradients are wanted of what is computed: inference may do without what they need."""
+"""The switch for gradients: in inference, backends may skip what only gradients need."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ _wanted: ContextVar[bool] = ContextVar("mhc_gradients_wanted", default=True)
 
 @contextmanager
 def no_grad() -> Generator[None]:
-    """Say that no gradient will be taken of the ops that are called inside.
+    """Declare that no gradient will be taken of the ops called inside the ``with`` block.
 
     The results are the same, bit for bit. Backends may leave out what only gradients need: the
-    kernel backends of MLX save some 2 us for each output of a call, which decoding notices. A
-    gradient through such a call is an error of the library's own (in MLX that of a custom kernel),
-    never zero; backends that save nothing still give it. In JAX such a call is its plain formulas,
-    which JAX differentiates itself: the way to forward mode (``jax.jvp``, ``linearize``,
-    ``jacfwd``), which it has not for functions with a vjp of their own.
+    kernel backends of MLX save some 2 us for each output of a call, which is noticeable in
+    decoding. Taking a gradient through such a call raises the library's own error (in MLX that of a
+    custom kernel) and never returns zero; backends that save nothing still return the gradient. In
+    JAX such a call runs the plain formulas, which JAX differentiates itself. This gives forward
+    mode (``jax.jvp``, ``linearize``, ``jacfwd``), which JAX does not have for functions with a
+    custom vjp.
 
-    Inside ``mx.compile`` what holds is what held when the function was traced. Nests, and holds in
-    its own thread alone.
+    Inside ``mx.compile``, the setting at trace time holds. Blocks nest, and each affects its own
+    thread only.
 
     Examples
     --------
@@ -42,5 +43,5 @@ def no_grad() -> Generator[None]:
 
 
 def wanted() -> bool:
-    """Return whether gradients may be taken of what is called now; for backends."""
+    """Return whether gradients may be taken of the current call; for backends."""
     return _wanted.get()

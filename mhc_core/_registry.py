@@ -1,7 +1,7 @@
-"""Which backend answers a call: discovered once, decided once per kind of call, then a lookup.
+"""Discovery and dispatch: each kind of call is decided once, and looked up from then on.
 
-Who decides: ``backend=``, then ``with use_backend(...)``, then ``MHC_BACKEND``, then the arrays'
-own library, best backend first. An explicit choice never falls back.
+Precedence: ``backend=``, then ``with use_backend(...)``, then ``MHC_BACKEND``, then the arrays' own
+library, best backend first. An explicit choice never falls back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BUILTINS = "mhc_backends"
 """The package whose ``BUILTINS`` lists its plugins: all that the core knows of the layer above."""
 
 ENTRY_POINTS = "mhc_core.backends"
-"""The entry-point group through which everyone else's plugins come."""
+"""The entry-point group of third-party plugins."""
 
 HOST_TYPE = "numpy.ndarray"
 
@@ -46,12 +46,12 @@ _DISABLE_METAL = _encode("MHC_MLX_DISABLE_METAL")
 
 @dataclass(frozen=True)
 class Backend:
-    """One backend as it stands here: its declaration and, where it cannot run, the reason.
+    """A backend on this machine: its declaration and, where it cannot run, the reason.
 
     Attributes
     ----------
     name
-        What people write in ``MHC_BACKEND`` and ``backend=``.
+        The name to write in ``MHC_BACKEND`` and ``backend=``.
     spec
         Its declaration, or None for a plugin that could not be loaded.
     reason
@@ -64,24 +64,24 @@ class Backend:
 
     @property
     def available(self) -> bool:
-        """Whether it can run here."""
+        """Return whether the backend can run here."""
         return self.reason is None
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """One plugin as it was found, whether it could be loaded or not.
+    """A discovered plugin, whether it could be loaded or not.
 
     Attributes
     ----------
     name
-        What people write in ``MHC_DISABLE_PLUGINS``.
+        The name to write in ``MHC_DISABLE_PLUGINS``.
     module
-        Where its hooks are, as an entry point spells it.
+        The module of its hooks, as an entry point spells it.
     distribution
-        Who brings it, with the version; empty where nobody tells.
+        The distribution that contains it, with the version; empty where unknown.
     load
-        Import it.
+        Imports it.
     """
 
     name: str
@@ -91,14 +91,14 @@ class Plugin:
 
     @property
     def left_out(self) -> bool:
-        """Whether ``MHC_DISABLE_PLUGINS`` has its name; of two of one name, it leaves out both."""
+        """Return whether ``MHC_DISABLE_PLUGINS`` names it; it disables all plugins of a name."""
         names = {name.strip() for name in os.environ.get("MHC_DISABLE_PLUGINS", "").split(",")}
         return bool(names & {self.name, self.name.partition(" (")[0]})
 
 
 @dataclass
 class _Discovered:
-    """Everything found at the first call of the process."""
+    """The backends and plugins found at the first call of the process."""
 
     plugins: list[Plugin] = field(default_factory=list[Plugin])
     specs: dict[str, BackendSpec] = field(default_factory=dict[str, BackendSpec])
@@ -107,7 +107,7 @@ class _Discovered:
     manager: Any = None
 
     def blame(self, plugin: str, problem: str) -> None:
-        """Note that a plugin is broken, and tell it once; the library works on."""
+        """Record that a plugin is broken and warn once; the library keeps working."""
         self.broken[plugin] = f"plugin {plugin!r} is broken: {problem}"
         _warn(self.broken[plugin])
 
@@ -134,7 +134,7 @@ def _discover() -> _Discovered:
 
 
 def plugins() -> list[tuple[Plugin, str | None]]:
-    """Return every plugin, and why one is not used."""
+    """Return every plugin, each with the reason if it is not used."""
     found = _discover()
     left_out = {plugin.name for plugin in found.plugins if plugin.left_out}
     reasons = found.broken | dict.fromkeys(left_out, "left out by MHC_DISABLE_PLUGINS")
@@ -157,9 +157,10 @@ def _builtin(found: _Discovered) -> Iterator[Plugin]:
 
 
 def _installed(found: _Discovered) -> Iterator[Plugin]:
-    """Return the plugins of the installed distributions; what was found already counts once.
+    """Return the plugins of the installed distributions, except those that were found already.
 
-    Beside a newer mhc-core may lie the metadata of an older one, which named the built-ins too.
+    The metadata of an older mhc-core, which listed the built-ins too, may be left beside a newer
+    one.
     """
     from importlib.metadata import entry_points
 
@@ -187,7 +188,7 @@ def _distribution(point: Any) -> str:
 
 
 def _load(found: _Discovered) -> None:
-    """Register each plugin and take in its specs; whatever fails is noted under its name."""
+    """Register each plugin and add its specs; a failure is recorded under the plugin's name."""
     import pluggy
 
     from mhc_core import hookspecs
@@ -213,15 +214,15 @@ def _load(found: _Discovered) -> None:
 
 
 def _alone(manager: Any, hook: str, plugin: Any) -> Callable[..., Any]:
-    """Return a hook as one plugin implements it, so that what it does bears its name."""
+    """Return a hook as one plugin implements it, so that errors can be blamed on that plugin."""
     others = [other for other in manager.get_plugins() if other is not plugin]
     return manager.subset_hook_caller(hook, others)
 
 
 def _words(error: BaseException) -> str:
-    """Return an error of other people's code in words; Ctrl-C is not theirs, and goes on.
+    """Return the message of an error from a plugin's code; Ctrl-C is raised again.
 
-    ``sys.exit`` is an error here: a plugin ends no program.
+    ``sys.exit`` counts as an error: a plugin must not end the program.
     """
     if isinstance(error, KeyboardInterrupt):
         raise error
@@ -233,14 +234,14 @@ def _words(error: BaseException) -> str:
 
 
 def _warn(message: str) -> None:
-    """Tell it through logging: nobody's program can mend it, and none is to end for it."""
+    """Warn through logging: the running program can neither fix this nor should it end for it."""
     import logging
 
     logging.getLogger("mhc_core").warning("%s", message)
 
 
 def _checked_specs(known: Mapping[str, BackendSpec], brought: list[Any]) -> dict[str, BackendSpec]:
-    """Return a plugin's specs by name; all of them are right, or none is taken."""
+    """Return a plugin's specs by name; if one is wrong, none is accepted."""
     specs: dict[str, BackendSpec] = {}
     for spec in brought:
         if not isinstance(spec, BackendSpec):
@@ -258,7 +259,7 @@ def _checked_specs(known: Mapping[str, BackendSpec], brought: list[Any]) -> dict
 
 
 def _missing(spec: BackendSpec) -> str | None:
-    """Why the backend cannot run here; asked of it once a process."""
+    """Return why the backend cannot run here, or None; the backend is asked once per process."""
     found = _discover()
     if spec.name not in found.missing:
         try:
@@ -275,7 +276,7 @@ def _missing(spec: BackendSpec) -> str | None:
 
 
 def backends() -> dict[str, Backend]:
-    """Return every known backend by name, best first, and why some cannot run here.
+    """Return every backend by name, best first, each with the reason if it cannot run here.
 
     Broken plugins come last, under their entry point's name.
 
@@ -294,7 +295,7 @@ def backends() -> dict[str, Backend]:
 
 @contextlib.contextmanager
 def known(spec: BackendSpec) -> Generator[None]:
-    """Know one backend more for the length of a ``with`` block, such as the kit's wrong ones."""
+    """Add one backend for the length of a ``with`` block, such as a wrong one of the kit's."""
     specs = _discover().specs
     if spec.name in specs:
         raise ValueError(f"backend {spec.name!r} is already there, from {specs[spec.name].module}")
@@ -316,7 +317,7 @@ _warned: set[tuple[Any, ...]] = set()
 
 @contextlib.contextmanager
 def trusting() -> Generator[None]:
-    """Let every backend answer without a proof: for what measures backends, right or wrong."""
+    """Let every backend run without a proof: for code that measures backends, right or wrong."""
     token = _trusting.set(True)
     _SELECTED.clear()  # it may have what answers in the place of an unproven backend
     try:
@@ -327,7 +328,7 @@ def trusting() -> Generator[None]:
 
 
 def _unproven(what: str, spec: BackendSpec, call: Signature) -> str | None:
-    """Ask a backend's proof why it should not answer this kind of call."""
+    """Return why a backend's proof rejects this kind of call, or None."""
     if spec.proof is None or _trusting.get():
         return None
     trusted = os.environ.get("MHC_TRUST", "").split(",")
@@ -357,7 +358,7 @@ def _what_to_do(spec: BackendSpec, call: Signature) -> str:
 
 
 def _warn_once(spec: BackendSpec, call: Signature, reason: str, instead: BackendSpec) -> None:
-    """Tell why another backend answers a kind of call."""
+    """Warn once that another backend runs a kind of call, and why."""
     about = (spec.name, call.op.name, call.kind[1], call.stream_dtype, reason)
     if about not in _warned:
         _warned.add(about)
@@ -370,22 +371,22 @@ def _warn_once(spec: BackendSpec, call: Signature, reason: str, instead: Backend
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Generator[None]:
-    """Answer every call inside the ``with`` block by one backend.
+    """Run every call inside the ``with`` block on one backend.
 
-    It goes before ``MHC_BACKEND`` and after ``backend=``, is local to the thread or task, and may
-    be nested.
+    It overrides ``MHC_BACKEND`` and yields to ``backend=``; it is local to the thread or task, and
+    blocks may be nested.
 
     Parameters
     ----------
     name
-        One of the names that :func:`backends` gives.
+        One of the names that :func:`backends` returns.
 
     Raises
     ------
     UnknownBackendError
-        With the nearest name and all known ones.
+        For an unknown name; the message has the nearest name and all known ones.
     BackendUnavailableError
-        With the reason why it cannot run here.
+        For a backend that cannot run here; the message has the reason.
 
     Examples
     --------
@@ -498,7 +499,7 @@ def _named(what: str, name: Any, source: str, call: Signature, arrays: Sequence[
 
 
 def _automatic(what: str, call: Signature, arrays: Sequence[Any]) -> _Choice:
-    """Choose among the backends of the arrays' own library; NumPy arrays are host data."""
+    """Choose among the backends of the arrays' own library; NumPy arrays may go to any library."""
     found = _discover()
     specs = sorted(found.specs.values(), key=lambda spec: -spec.priority)
     libraries: dict[str, str] = {}
@@ -537,7 +538,7 @@ def _usable(
     candidates: list[BackendSpec],
     refusals: dict[str, str],
 ) -> BackendSpec | None:
-    """Return the preferred candidate that is importable and proven; tell of those before it."""
+    """Return the preferred candidate that is importable and proven; warn of those that are not."""
     failed: dict[str, BackendUnavailableError] = {}
     unproven: dict[str, str] = {}
     while candidates:
@@ -565,7 +566,7 @@ def _usable(
 
 
 def _preferred(found: _Discovered, call: Signature, candidates: list[BackendSpec]) -> BackendSpec:
-    """Ask the plugins one after another; the first answer counts, else the first candidate."""
+    """Return the first candidate that a plugin names, else the first candidate."""
     manager = found.manager
     for one in reversed(manager.hook.mhc_select.get_hookimpls()):
         try:
@@ -602,15 +603,15 @@ def _library(call: Signature, argument: str, array: Any, specs: Sequence[Backend
 
 
 def _is_a(array: Any, dotted: str) -> bool:
-    """Whether ``array`` is of the class of that name; a library not imported has no arrays.
+    """Return whether ``array`` is of the named class; False if its library is not imported.
 
-    By isinstance, which is the only test that JAX's tracers pass.
+    Uses isinstance, the only test that JAX's tracers pass.
     """
     return isinstance(array, _class(dotted))
 
 
 def _class(dotted: str) -> Any:
-    """Give the class of that name, or no class at all where its library is not imported."""
+    """Return the class of that name, or () where its library is not imported."""
     owner, _, name = dotted.rpartition(".")
     return getattr(sys.modules.get(owner), name, ())
 
@@ -632,7 +633,7 @@ def module(spec: BackendSpec) -> Any:
 def _taking_host_arrays(
     function: Callable[..., Any], spec: BackendSpec, call: Signature
 ) -> Callable[..., Any]:
-    """Make NumPy arrays the backend's own, unless that would change their dtype."""
+    """Convert NumPy arrays to the backend's own, unless that would change their dtype."""
     from_host = module(spec).from_host
 
     def take_in(value: Any, names: Iterator[str]) -> Any:
@@ -665,7 +666,7 @@ _OPS: dict[str, Op] = {}
 
 
 def get_op(name: str) -> Op:
-    """Return the declaration of an op; its module is imported at its first use."""
+    """Return the declaration of an op; its module is imported on first use."""
     if name not in _OPS:
         from mhc_core import math
 
@@ -677,10 +678,10 @@ _PREPARED: set[type] = set()
 
 
 def prepare(kind: type) -> None:
-    """Import the backend of an array type when the first array of that type comes.
+    """Import the backend of an array type when the first array of that type arrives.
 
-    A compiler that cannot trace dispatch, such as PyTorch's, has to be told to leave ``answer``
-    alone before it meets it, and only a module of the backend can tell it.
+    A compiler that cannot trace dispatch, such as PyTorch's, must be told to treat ``answer`` as
+    opaque before it traces it, and only a module of the backend can tell it.
     """
     if kind in _PREPARED:
         return
@@ -698,13 +699,13 @@ prepare._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAc
 
 
 def call(op: str, arrays: Sequence[Any], static: Mapping[str, Any], backend: str | None) -> Any:
-    """Check a call of an op and have its backend answer it."""
+    """Check a call of an op and run it on its backend."""
     prepare(type(arrays[0]))  # pyright: ignore[reportUnknownArgumentType]
     return answer(op, arrays, static, backend)
 
 
 def answer(op: str, arrays: Sequence[Any], static: Mapping[str, Any], backend: str | None) -> Any:
-    """Do so, which is all that a compiler leaves alone."""
+    """Check and dispatch one call, in a function that torch.compile can treat as opaque."""
     try:
         checked = signature(get_op, op, arrays, static)
         function = select(op, checked, backend, arrays)
@@ -716,9 +717,10 @@ def answer(op: str, arrays: Sequence[Any], static: Mapping[str, Any], backend: s
 
 
 def _unwrapped(values: Sequence[Any]) -> tuple[Any, ...] | None:
-    """Return arrays for objects with a backend's ``protocol``; None where there are none.
+    """Return arrays for objects with a backend's ``protocol``, or None if there are none.
 
-    Only what no backend takes as it is comes here, so that calls on arrays pay nothing for it.
+    Called only for objects that no backend accepts as they are, so calls on arrays pay nothing for
+    it.
     """
     methods = {spec.protocol for spec in _discover().specs.values() if spec.protocol}
     known = {name for spec in _discover().specs.values() for name in spec.array_types}
@@ -742,7 +744,7 @@ def call_vjp(
     static: Mapping[str, Any],
     backend: str | None,
 ) -> tuple[Any, ...]:
-    """Check a call of an op's vjp and have its backend answer it."""
+    """Check a call of an op's vjp and run it on its backend."""
     if isinstance(primals, (tuple, list)) and primals:
         prepare(type(primals[0]))  # pyright: ignore[reportUnknownArgumentType]
     return answer_vjp(getattr(op, "__name__", op), primals, cotangents, static, backend)
@@ -751,7 +753,7 @@ def call_vjp(
 def answer_vjp(
     op: Any, primals: Any, cotangents: Any, static: Mapping[str, Any], backend: str | None
 ) -> tuple[Any, ...]:
-    """Do so, which is all that a compiler leaves alone."""
+    """Check and dispatch one vjp, in a function that torch.compile can treat as opaque."""
     name = _op_name(op)
     declared = get_op(name)
     primals = _primals(declared, primals)
@@ -799,7 +801,7 @@ def _tuple(op: Op, name: str, value: Any) -> tuple[Any, ...]:
 
 @functools.cache
 def _defaults(op: str) -> dict[str, Any]:
-    """Read an op's static arguments and their defaults off its public function."""
+    """Return an op's static arguments and their defaults, read from its public function."""
     from mhc_core import _api
 
     parameters = inspect.signature(getattr(_api, op)).parameters

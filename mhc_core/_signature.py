@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 
 class Out(NamedTuple):
-    """An output's shape in words, and whether it has the streams' dtype or the mappings'.
+    """The shape of an output in words, and whether it has the streams' dtype or the mappings'.
 
     The mappings' dtype is float32, or float64 for float64 streams.
     """
@@ -43,7 +43,7 @@ class Op:
 
     @cached_property
     def patterns(self) -> dict[str, list[list[str]]]:
-        """The alternatives of every array's shape, split into words."""
+        """Return the alternatives of every array's shape, split into words."""
         return {
             name: [alternative.split() for alternative in pattern.split("|")]
             for name, pattern in self.arrays.items()
@@ -51,7 +51,7 @@ class Op:
 
 
 class Signature(NamedTuple):
-    """What one kind of call looks like, after its checks."""
+    """The description of one kind of call, after its checks."""
 
     op: Op
     leading: Shape
@@ -62,33 +62,33 @@ class Signature(NamedTuple):
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """The dtype names of the arrays, in order."""
+        """Return the dtype names of the arrays, in order."""
         return self.kind[0]
 
     @property
     def stream_dtype(self) -> str:
-        """The dtype name of the first array."""
+        """Return the dtype name of the first array."""
         return self.dtypes[0]
 
     @property
     def mapping_dtype(self) -> str:
-        """The dtype name in which mappings are computed and returned."""
+        """Return the dtype name in which mappings are computed and returned."""
         return "float64" if self.stream_dtype == "float64" else "float32"
 
     @property
     def output_shapes(self) -> list[Shape]:
-        """The shapes of the outputs."""
+        """Return the shapes of the outputs."""
         return [_expected(out.shape.split(), self.leading, self.sizes) for out in self.outputs]
 
     @property
     def output_dtypes(self) -> list[str]:
-        """The dtype names of the outputs."""
+        """Return the dtype names of the outputs."""
         names = {"stream": self.stream_dtype, "mapping": self.mapping_dtype}
         return [names[out.dtype] for out in self.outputs]
 
     @property
     def outputs(self) -> list[Out]:
-        """The declared outputs."""
+        """Return the declared outputs."""
         return list(self.op.outputs.values())
 
 
@@ -103,7 +103,7 @@ def signature(
     static: Mapping[str, Any],
     cotangents: Sequence[Any] | None = None,
 ) -> Signature:
-    """Check a call of an op, or with cotangents of its vjp, and describe it.
+    """Check a call of an op, or of its vjp if cotangents are passed, and describe it.
 
     A kind of call that was seen before costs one lookup.
     """
@@ -175,7 +175,7 @@ def _dtype(owner: str, name: str, array: Any) -> str:
 
 
 def _match(op: Op, name: str, shape: Shape, leading: Shape | None, sizes: dict[str, int]) -> Shape:
-    """Hold one shape against its patterns, bind the sizes it brings, return the leading shape."""
+    """Match one shape against its patterns, bind the sizes it defines, return the leading shape."""
     for words in op.patterns[name]:
         bound = dict(sizes)
         got = _try(words, shape, leading, bound)

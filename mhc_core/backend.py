@@ -1,7 +1,7 @@
-"""What a backend says of itself.
+"""The contract of a backend.
 
-A backend is a Python module with one function per op and a :class:`BackendSpec` that names it.
-The functions get arguments that are already checked, as the backend's own arrays::
+A backend is a Python module with one function per op and a :class:`BackendSpec` that names it. The
+functions receive checked arguments, as the backend's own arrays::
 
     def combine(x, y, h_post, h_res): ...                  # arrays in the order of the public op
     def sinkhorn(logits, *, iterations, eps, first): ...   # static arguments by keyword
@@ -17,7 +17,7 @@ and, for each transform in :data:`TRANSFORMS` that is not listed in ``BackendSpe
     def checkpoint(function): ...
 
 ``"second"`` in ``without`` says that gradients cannot be differentiated again. Such a backend must
-raise an error there which names the op and the remedy; the conformance kit sees to it.
+then raise an error that names the op and the remedy; the conformance kit checks this.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ __all__ = [
 ]
 
 API_VERSION = 1
-"""The version of this contract; a spec made for another one is refused with a sentence."""
+"""The version of this contract; a spec made for another version is refused with a message."""
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 TRANSFORMS = ("grad", "compile", "vmap", "checkpoint")
 CAPABILITIES = (*TRANSFORMS, "second")
-"""What a spec may list in ``without``: each transform, and second derivatives."""
+"""The names that a spec may list in ``without``: each transform, and second derivatives."""
 
 
 def _always_there() -> str | None:
@@ -50,7 +50,7 @@ def _always_there() -> str | None:
 
 
 class Verdict(NamedTuple):
-    """The outcome of a proof for one kind of call: ``reason`` is None where it held."""
+    """The outcome of a proof for one kind of call: ``reason`` is None where the proof passed."""
 
     op: str
     dtypes: tuple[str, ...]
@@ -60,24 +60,24 @@ class Verdict(NamedTuple):
 
 @runtime_checkable
 class Proof(Protocol):
-    """How a backend shows that it is right on the machine that it is about to answer on.
+    """The proof that a backend is right on the machine on which it is about to run.
 
-    It is for backends that are not tested on every machine they come to, such as kernels which a
-    compiler of the machine's own makes. A kind of call is an op, the dtypes of its arrays and of
-    their outputs' cotangents, in order, and the number of streams n (None for an op without).
+    It is for backends that cannot be tested on every machine in advance, such as kernels that the
+    machine's own compiler builds. A kind of call is an op, the dtypes of its arrays and of its
+    outputs' cotangents, in order, and the number of streams n (None for an op without streams).
     """
 
     def verdict(self, op: str, dtypes: tuple[str, ...], n: int | None) -> str | None:
-        """Return None where the backend is right for this kind of call, or why it is not trusted.
+        """Return None where the backend is right for this kind of call, else why it is not trusted.
 
-        Asked before the backend first answers a kind of call in a process, also by a call that is
-        being traced. It may take its time, so it keeps what it found, and it must survive whatever
-        goes wrong: what may end a process belongs into a process of its own.
+        Called before the backend first runs a kind of call in a process, also while that call is
+        being traced. It may be slow, so it must cache its verdicts, and it must survive any
+        failure: whatever could end a process must run in a separate process.
         """
         ...
 
     def known(self) -> Sequence[Verdict]:
-        """Return the verdicts that are kept on this machine; this must start nothing."""
+        """Return the verdicts cached on this machine; this must start nothing."""
         ...
 
 
@@ -88,7 +88,7 @@ class BackendSpec:
     Attributes
     ----------
     name
-        What people write in ``MHC_BACKEND`` and ``backend=``.
+        The name to write in ``MHC_BACKEND`` and ``backend=``.
     module
         The dotted module with the functions; imported at the first call, not before.
     array_types
@@ -97,33 +97,33 @@ class BackendSpec:
     ops
         The names of the ops that the module has.
     dtypes
-        The dtypes that it takes, of any array and cotangent, out of :data:`DTYPES`.
+        The dtypes that it accepts, for any array and cotangent, out of :data:`DTYPES`.
     sizes
         The smallest and the largest number of streams ``n``; ``None`` stands for no bound.
     priority
-        Of several backends for one array library, the highest is taken.
+        Among several backends for one array library, the highest is chosen.
     automatic
-        False for a backend that is only ever taken by name.
+        False for a backend that is only ever chosen by name.
     without
-        What it does not have out of :data:`CAPABILITIES`, each with the reason.
+        The :data:`CAPABILITIES` that it lacks, each with the reason.
     missing
         Called once: ``None``, or the reason why the backend cannot run here.
     protocol
-        The name of a method by which objects that are no arrays become the backend's own, such as
+        The name of a method that turns objects that are not arrays into the backend's own, such as
         ``"__jax_array__"`` (``flax.nnx.Param`` has it); None for none.
     proof
-        Asked once per kind of call before the backend answers it (:class:`Proof`), or None for a
-        backend that needs no proof. Where it fails, calls go to the next backend with a warning,
-        and a backend that was chosen by name raises; ``mhc conformance``, ``mhc bench`` and
-        ``MHC_TRUST=<name>`` run it in spite of that.
+        Called once per kind of call before the backend runs it (:class:`Proof`), or None for a
+        backend that needs no proof. If it fails, calls go to the next backend with a warning, and a
+        backend that was chosen by name raises; ``mhc conformance``, ``mhc bench`` and
+        ``MHC_TRUST=<name>`` run it nevertheless.
     api_version
-        The :data:`API_VERSION` that it was written for. A plugin of its own gives the number
-        itself: the default is that of whatever mhc-core is installed.
+        The :data:`API_VERSION` that it was written for. A third-party plugin should pass the number
+        itself: the default is that of the installed mhc-core.
 
     Raises
     ------
     TypeError
-        Naming the field, what came and what it needs.
+        For a wrong field; the message names it, what was received and what is needed.
     """
 
     name: str
@@ -174,7 +174,7 @@ class BackendSpec:
         return hash((self.name, self.module))
 
     def refuses(self, op: str, dtypes: tuple[str, ...], n: int | None) -> str | None:
-        """Give the reason why it does not take this op, these dtypes or n streams, or None.
+        """Return why it does not accept this op, these dtypes or n streams, or None.
 
         ``n`` is None for an op that has no streams, such as rms_norm.
         """

@@ -1,16 +1,17 @@
-"""Numbers that tell how a network's streams and mappings do, for anybody's training loop.
+"""Numbers that show how a network's streams and mappings are doing, for any training loop.
 
-They are what arXiv:2512.24880 looks at: how much the residual path amplifies across the depth
+They are the ones in arXiv:2512.24880: how much the residual path amplifies across the depth
 (:func:`gain` of :func:`composite`), how far H_res is from doubly stochastic (:func:`sum_errors`),
 and whether the streams still differ (:func:`stream_similarity`, :func:`entropy`).
 
-They take the arrays of NumPy, JAX, MLX or PyTorch and answer in kind, under the libraries' own
-compilers too, and importing this module imports no array library. They are computed in float32, or
-in float64 for float64 arrays, and made of differentiable operations, so that they can also be a
+The functions accept arrays of NumPy, JAX, MLX or PyTorch and return the same type, under the
+libraries' own compilers too; importing this module imports no array library. They compute in
+float32, or in float64 for float64 arrays, by differentiable operations, so that they can also be a
 penalty in a loss; where a largest entry is taken, its gradient is a subgradient.
 
-Errors: every function raises TypeError for what is no array or has no floating dtype, and
-ValueError for a wrong shape, both naming the argument, what came and what is needed.
+Errors: every function raises TypeError for an argument that is not an array or has no floating
+dtype, and ValueError for a wrong shape. Both name the argument, what was received and what is
+needed.
 
 Examples
 --------
@@ -49,15 +50,16 @@ TINY = 1e-18  # what is zero stays zero with finite gradients: its square is no 
 
 
 def gain(h_res: Array) -> tuple[Array, Array]:
-    """Give how much a mapping can amplify: its largest absolute row sum and column sum.
+    """Return how much a mapping can amplify: its largest absolute row sum and column sum.
 
-    ``forward = max_i |sum_j H[i, j]|``, of the signal; ``backward = max_j |sum_i H[i, j]|``, of the
-    gradient. Both are 1 for a doubly stochastic matrix, and for a product of such.
+    ``forward = max_i |sum_j H[i, j]|``, for the signal; ``backward = max_j |sum_i H[i, j]|``, for
+    the gradient. Both are 1 for a doubly stochastic matrix and for a product of doubly stochastic
+    matrices.
 
     Parameters
     ----------
     h_res
-        ``[..., n, n]``: H_res of a layer, or a product of them, as :func:`composite` gives.
+        ``[..., n, n]``: H_res of a layer, or a product of them, as :func:`composite` returns.
 
     Returns
     -------
@@ -83,7 +85,7 @@ def gain(h_res: Array) -> tuple[Array, Array]:
 
 
 def composite(h_res: Array | Sequence[Array], direction: Direction = "forward") -> Array:
-    """Multiply the H_res of the layers: what the residual path alone does to the streams.
+    """Multiply the H_res of the layers: the effect of the residual path alone on the streams.
 
     Entry l is ``H_l ... H_2 H_1`` forward, which takes the first streams to those after layer l,
     or ``H_L ... H_l`` backward, whose transpose takes the gradient at the end back to layer l.
@@ -126,7 +128,7 @@ def composite(h_res: Array | Sequence[Array], direction: Direction = "forward") 
 
 
 def composite_gain(h_res: Array | Sequence[Array]) -> tuple[Array, Array]:
-    """Give how much the residual path can amplify over the depth.
+    """Return how much the residual path can amplify over the depth.
 
     ``forward[l]`` is the signal's :func:`gain` from the first layer to the end of layer l, and
     ``backward[l]`` the gradient's from the last layer back to the start of layer l.
@@ -161,7 +163,7 @@ def composite_gain(h_res: Array | Sequence[Array]) -> tuple[Array, Array]:
 
 
 def sum_errors(h_res: Array) -> tuple[Array, Array]:
-    """Give how far the rows and the columns are from summing to 1.
+    """Return how far the rows and the columns are from summing to 1.
 
     ``row_error = max_i |sum_j H[i, j] - 1|`` and ``column_error = max_j |sum_i H[i, j] - 1|``.
 
@@ -177,8 +179,8 @@ def sum_errors(h_res: Array) -> tuple[Array, Array]:
 
     Notes
     -----
-    Sinkhorn's last half step leaves one of them at the rounding, and the other at what its
-    iterations did not reach.
+    After Sinkhorn's last half step, one of them is at rounding level, and the other is what its
+    iterations left.
 
     Examples
     --------
@@ -194,7 +196,7 @@ def sum_errors(h_res: Array) -> tuple[Array, Array]:
 
 
 def entropy(h_res: Array) -> Array:
-    """Give how much the streams are mixed: the mean entropy of the rows, in nats.
+    """Return how much the streams are mixed: the mean entropy of the rows, in nats.
 
     ``mean_i -sum_j p_ij log p_ij`` with ``p_ij = |H[i, j]| / sum_k |H[i, k]|``: 0 where every
     stream comes from one, log n where each is the mean of all.
@@ -225,10 +227,10 @@ def entropy(h_res: Array) -> Array:
 
 
 def stream_similarity(x: Array) -> Array:
-    """Give how alike the streams of a token are: the mean cosine of all pairs.
+    """Return how alike the streams of a token are: the mean cosine of all pairs.
 
-    ``mean over i != j of x_i . x_j / (|x_i| |x_j|)``: 1 where all point the same way (streams that
-    collapsed are of no more use than one), 0 where they are orthogonal or zero.
+    ``mean over i != j of x_i . x_j / (|x_i| |x_j|)``: 1 where all point the same way (collapsed
+    streams are worth no more than one), 0 where they are orthogonal or zero.
 
     Parameters
     ----------
@@ -259,7 +261,7 @@ def stream_similarity(x: Array) -> Array:
 
 
 def summary(h_res: Array | Sequence[Array], x: Array | None = None) -> dict[str, Array]:
-    """Give one number each, for a log: what to watch while a network trains.
+    """Return one number for each quantity to watch while a network trains, for a log.
 
     Parameters
     ----------
@@ -309,13 +311,13 @@ def summary(h_res: Array | Sequence[Array], x: Array | None = None) -> dict[str,
 
 
 def _declared(name: str) -> Op:
-    """Declare a function, so that its argument is checked and named as those of the ops are."""
+    """Return the declaration of a function, so that its argument is checked as those of the ops."""
     arrays = {"x": "... n C"} if name == "stream_similarity" else {"h_res": "... n n"}
     return Op(name=name, arrays=arrays, outputs={"number": Out("...", "mapping")})
 
 
 def _checked(name: str, array: Array) -> tuple[Any, Array]:
-    """Give the namespace and the array in the dtype of computation."""
+    """Return the namespace and the array in the dtype of computation."""
     signature(_declared, name, (array,), {})
     from mhc_core.math import _xp
 
@@ -324,7 +326,7 @@ def _checked(name: str, array: Array) -> tuple[Any, Array]:
 
 
 def _layers(name: str, h_res: Array | Sequence[Array]) -> tuple[Any, list[Array]]:
-    """Give the namespace and the layers' matrices, all of one shape."""
+    """Return the namespace and the layers' matrices, all of one shape."""
     need = "needs [L, ..., n, n] or a list of L arrays [..., n, n], L at least 1"
     if not isinstance(h_res, (list, tuple)):
         xp, array = _checked(name, h_res)

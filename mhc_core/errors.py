@@ -1,4 +1,4 @@
-"""What goes wrong in choosing a backend. Bad arguments raise plain ValueError or TypeError."""
+"""The errors in choosing a backend. Bad arguments raise plain ValueError or TypeError."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["BackendError", "BackendUnavailableError", "UnknownBackendError", "Un
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for and cannot be had."""
+    """A requested backend cannot be used."""
 
 
 class UnknownBackendError(BackendError, ValueError):
@@ -14,8 +14,8 @@ class UnknownBackendError(BackendError, ValueError):
 
 
 class BackendUnavailableError(BackendError):
-    """The backend is known, but cannot run here. The message says why."""
+    """The backend exists, but cannot run here. The message says why."""
 
 
 class UnsupportedError(BackendError, ValueError):
-    """No candidate takes this op, dtype or number of streams. The message says why each refused."""
+    """No candidate accepts this op, dtype or number of streams. The message gives each reason."""

@@ -1,4 +1,4 @@
-"""The two hooks of mhc-core. Built-in backends and everyone else's use the same ones.
+"""The two hooks of mhc-core. Built-in and third-party backends use the same ones.
 
 A backend's distribution points the entry-point group ``mhc_core.backends`` at a module that
 implements ``mhc_backend_specs`` with :data:`hookimpl`.
@@ -21,13 +21,13 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def mhc_backend_specs() -> Sequence[BackendSpec] | None:
-    """Return the backends that this plugin brings; called once a process."""
+    """Return the backends of this plugin; called once per process."""
 
 
 @hookspec(firstresult=True)
 def mhc_select(op: str, candidates: Sequence[BackendSpec]) -> str | None:
     """Return the name of the candidate to use for ``op``, or None to leave it to others.
 
-    Called once per kind of call, and only where nobody chose a backend by name; and again, of the
-    others, where that one does not prove itself on this machine.
+    Called once per kind of call, and only if no backend was chosen by name. If the named candidate
+    fails its proof on this machine, the hook is called again with the others.
     """

@@ -1,7 +1,7 @@
 """Modules for MLX: ``from mhc_core.mlx import HyperConnection``.
 
-Everything here stands on the uniform ops, so that it runs on whichever MLX backend is selected.
-Nothing else imports this module: ``import mhc_core`` does without MLX.
+Everything here uses the uniform ops, so it runs on whichever MLX backend is selected. Nothing else
+imports this module: ``import mhc_core`` needs no MLX.
 """
 
 from mhc_backends._mlx import missing as _missing

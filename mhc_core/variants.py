@@ -39,7 +39,7 @@ class Variant:
     Raises
     ------
     TypeError, ValueError
-        Naming the field, what came and what it needs.
+        For a wrong field; the message names it, what was received and what is needed.
 
     Examples
     --------
@@ -88,13 +88,13 @@ def check_variant(owner: str, name: str, value: Any) -> Variant:
 
 
 PAPER = Variant()
-"""arXiv:2512.24880, eqs. 7-9 and 14-19."""
+"""The constants of arXiv:2512.24880, eqs. 7-9 and 14-19."""
 
 DEEPSEEK_V4 = Variant(norm_eps=1e-6, pre_eps=1e-6, sinkhorn_eps=1e-6, res_transposed=True)
-"""DeepSeek-V4 as released; its ``comb`` is H_res transposed, normalised rows first."""
+"""The constants of DeepSeek-V4; its ``comb`` is H_res transposed, normalised rows first."""
 
 DEEPSEEK_V41 = replace(DEEPSEEK_V4, norm_eps=1e-20)
-"""DeepSeek-V4.1 as released: V4 but for norm_eps."""
+"""The constants of DeepSeek-V4.1: V4's but for norm_eps."""
 
 LIGER = Variant(norm_eps=1e-6, sinkhorn_eps=1e-6, sinkhorn_first="rows")
-"""Liger-Kernel's mHC."""
+"""The constants of Liger-Kernel's mHC."""

@@ -1,4 +1,4 @@
-"""The backends that come with mhc-core, each a plugin like anyone else's."""
+"""The backends that come with mhc-core, each a plugin like any third-party one."""
 
 __all__ = ["BUILTINS"]
 

@@ -1,4 +1,4 @@
-"""What all MLX backends share: whether MLX can run here, host arrays, and the transforms.
+"""The common parts of all MLX backends: whether MLX can run here, host arrays, and the transforms.
 
 Imports nothing heavy; the functions that need MLX import it.
 """
@@ -18,7 +18,7 @@ NO_FLOAT64 = ("float32", "float16", "bfloat16")
 
 
 def missing() -> str | None:
-    """Say why MLX cannot run here, or None."""
+    """Return why MLX cannot run here, or None."""
     if find_spec("mlx") is None:
         return "MLX is not installed: pip install 'mhc-core[mlx]'"
     try:
@@ -36,7 +36,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def not_the_default() -> str | None:
-    """Say that MLX computes on the CPU, where it runs no kernels of ours, or None."""
+    """Return a message if MLX computes on the CPU, where it cannot run our kernels, else None."""
     import mlx.core as mx
 
     if mx.default_device() == mx.Device(mx.cpu):
@@ -45,17 +45,17 @@ def not_the_default() -> str | None:
 
 
 def as_tuple(arrays: Any) -> tuple[Any, ...]:
-    """Give one array or several as a tuple: MLX unpacks tuples of one on their way."""
+    """Return one array or several as a tuple: MLX unpacks tuples of one when it passes them on."""
     if isinstance(arrays, (tuple, list)):
         return tuple(cast("Sequence[Any]", arrays))
     return (arrays,)
 
 
 def placed(outputs: Sequence[Any], saved: Sequence[Any]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
-    """Put what a vjp saves behind the outputs, unless it is one of them; say where it is.
+    """Append what a vjp saves to the outputs, unless it is one of them; return where each one is.
 
-    MLX knows no other place for it. So where a vjp is differentiated in turn, what was saved has
-    cotangents of its own, zero at first; what is an output too has them there.
+    MLX has no other place for saved arrays. So when a vjp is differentiated in turn, saved arrays
+    have cotangents too, zero at first; one that is an output as well shares the output's cotangent.
     """
     every = list(outputs)
     for array in saved:
@@ -66,10 +66,10 @@ def placed(outputs: Sequence[Any], saved: Sequence[Any]) -> tuple[tuple[int, ...
 
 
 def distinct(arrays: Sequence[Any]) -> tuple[Any, ...]:
-    """Return arrays with a node each in MLX's graph, without a copy.
+    """Return the arrays as separate nodes in MLX's graph, without copying.
 
-    Two may be one array (dx and dres of residual_add_aggregate). Of what is returned twice, mx.vjp
-    counts one cotangent and mx.vmap moves one axis.
+    Two of them may be one array (dx and dres of residual_add_aggregate). If an array is returned
+    twice, mx.vjp counts only one of its cotangents and mx.vmap moves only one axis.
     """
     import mlx.core as mx
 
@@ -81,7 +81,7 @@ def distinct(arrays: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def from_host(array: Any) -> Any:
-    """Take a NumPy array in, in its own dtype."""
+    """Return a NumPy array as an MLX array of the same dtype."""
     import mlx.core as mx
     import numpy
 
@@ -91,7 +91,7 @@ def from_host(array: Any) -> Any:
 
 
 def to_host(array: Any) -> Any:
-    """Give a NumPy array of the same dtype."""
+    """Return an MLX array as a NumPy array of the same dtype."""
     import ml_dtypes
     import mlx.core as mx
     import numpy
@@ -102,7 +102,7 @@ def to_host(array: Any) -> Any:
 
 
 def grad(function: Callable[..., Any], argnums: Sequence[int]) -> Callable[..., Any]:
-    """mx.grad, always as a tuple."""
+    """Apply mx.grad, always returning a tuple."""
     import mlx.core as mx
 
     several = mx.grad(function, argnums=list(argnums))
@@ -110,21 +110,21 @@ def grad(function: Callable[..., Any], argnums: Sequence[int]) -> Callable[..., 
 
 
 def compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """mx.compile."""
+    """Apply mx.compile."""
     import mlx.core as mx
 
     return mx.compile(function)
 
 
 def vmap(function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callable[..., Any]:
-    """mx.vmap."""
+    """Apply mx.vmap."""
     import mlx.core as mx
 
     return mx.vmap(function, in_axes=tuple(in_axes))
 
 
 def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
-    """mx.checkpoint."""
+    """Apply mx.checkpoint."""
     import mlx.core as mx
 
     return mx.checkpoint(function)

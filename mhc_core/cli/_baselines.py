@@ -1,8 +1,8 @@
-"""What ``mhc bench`` compares with: other people's formulas, and other people's packages.
+"""The baselines of ``mhc bench``: other people's formulas, and other people's packages.
 
-A baseline gives functions by the names of our ops, of the very arrays that ours take;
-``gated_layer`` is static_mappings, pre_scale and gated_combine in one.
-Nothing is imported before :attr:`Baseline.load` is called.
+A baseline has functions with the names of our ops, which take the same arrays; ``gated_layer`` is
+static_mappings, pre_scale and gated_combine in one. Nothing is imported before
+:attr:`Baseline.load` is called.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ RMS_EPS = 1e-5  # of static_layer
 
 @dataclass(frozen=True)
 class Baseline:
-    """One thing to compare with.
+    """One baseline to compare with.
 
     Attributes
     ----------
     name
-        What people write after ``--vs``.
+        The name to write after ``--vs``.
     library
         The array library that it runs on; it is compared with the backends of that library.
     package
-        The distribution that must be installed for it; under the import names of two of them,
-        mhc-drop-in would give our own modules.
+        The distribution that must be installed for it. Its import name proves nothing: mhc-drop-in
+        provides our own modules under two of these names.
     what
         What is compared, in a sentence.
     load
-        Gives its functions by their names.
+        Returns its functions by name.
     uncompilable
         Why it cannot run inside mx.compile, or None.
     """
@@ -54,7 +54,7 @@ class Baseline:
     uncompilable: str | None = None
 
     def missing(self) -> str | None:
-        """Say why it cannot run here, or None."""
+        """Return why it cannot run here, or None."""
         try:
             version(self.package)
         except PackageNotFoundError:
@@ -66,7 +66,7 @@ class Baseline:
 
 
 def _mlx_vlm() -> dict[str, Forward]:
-    """What mlx-vlm's deepseek_v4 computes without Metal, with the parts that it compiles."""
+    """Return the functions that mlx-vlm's deepseek_v4 runs without Metal, compiled as there."""
     import mlx.core as mx
 
     tile = 256  # tokens that are projected at a time
@@ -124,7 +124,7 @@ def _mlx_vlm() -> dict[str, Forward]:
 
 
 def _mlx_lm() -> dict[str, Forward]:
-    """The hyper-connection of mlx-lm's deepseek_v41, and what its layer does around it."""
+    """Return the hyper-connection of mlx-lm's deepseek_v41, with its layer's steps around it."""
     v41: Any = import_module("mlx_lm.models.deepseek_v41")
 
     @functools.cache
@@ -159,7 +159,7 @@ def _mlx_lm() -> dict[str, Forward]:
 
 
 def _jax() -> dict[str, Forward]:
-    """The same formulas as one writes them in JAX, each jitted whole, without any custom vjp."""
+    """Return the same formulas as plain JAX, each jitted whole, without any custom vjp."""
     import jax
     import jax.numpy as jnp
 
@@ -202,7 +202,7 @@ def _jax() -> dict[str, Forward]:
 
 
 def _mhc_mlx() -> dict[str, Forward]:
-    """MHCLayer; without Metal it takes its own reference path."""
+    """Return mhc-mlx's MHCLayer; without Metal it takes its own reference path."""
     import mlx.core as mx
 
     MHCLayer: Any = import_module("mhc_mlx").MHCLayer
@@ -219,7 +219,7 @@ def _mhc_mlx() -> dict[str, Forward]:
 
 
 def _mlx_mhc() -> dict[str, Forward]:
-    """ManifoldHyperConnection in its two-stage form, around a layer F."""
+    """Return mlx-mhc's ManifoldHyperConnection in its two-stage form, around a layer F."""
     import mlx.core as mx
 
     ManifoldHyperConnection: Any = import_module("mlx_mhc").ManifoldHyperConnection

@@ -1,4 +1,4 @@
-"""How the command lines are read, and what is said of a wrong one: one line, and exit code 2."""
+"""The parsing of command lines; a wrong one ends with a one-line message and exit code 2."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ CLICK_ERROR: Any = next(k for k in typer.BadParameter.__mro__ if k.__name__ == "
 
 
 class Command(TyperCommand):
-    """A subcommand whose ``--json`` needs no file: alone, it is ``--json -``, the screen."""
+    """A subcommand in which a bare ``--json`` means ``--json -``, the screen."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the words of a command line."""
+        """Parse the words of a command line."""
         return super().parse_args(ctx, with_places(args))
 
 
 def with_places(words: Sequence[str]) -> list[str]:
-    """Give a ``--json`` that ends the line, or stands before another option, its ``-``."""
+    """Insert ``-`` after a ``--json`` that ends the line or stands before another option."""
     given: list[str] = []
     for k, word in enumerate(words):
         if word == "--":
@@ -77,7 +77,7 @@ class Group(TyperGroup):
 
 
 class Stopped(BaseException):  # no error, as KeyboardInterrupt is none
-    """Ctrl-C or SIGTERM came; ``code`` is what a shell says of a command that they ended."""
+    """Ctrl-C or SIGTERM came; ``code`` is the exit code of a command that they ended."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -86,10 +86,10 @@ class Stopped(BaseException):  # no error, as KeyboardInterrupt is none
 
 @contextlib.contextmanager
 def stoppable() -> Generator[None]:
-    """Raise :class:`Stopped` at Ctrl-C and SIGTERM, so that what has been started is ended too.
+    """Raise :class:`Stopped` at Ctrl-C and SIGTERM, so that child processes are ended too.
 
-    A library that is deep in its compiler does not let Python raise anything, and taking down the
-    libraries takes seconds: after ``GRACE``, the process ends all the same.
+    While a library's compiler runs, Python cannot raise an exception, and shutting the libraries
+    down takes seconds. So the process ends ``GRACE`` seconds later in any case.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -139,6 +139,6 @@ def _stop(said: str, code: int) -> NoReturn:
 
 
 def _leave_stdout() -> None:
-    """Let nothing be written any more: Python would flush, and complain, at its end."""
+    """Stop all further writing to stdout: Python would flush it at exit and complain."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

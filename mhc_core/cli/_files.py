@@ -1,4 +1,4 @@
-"""The files that a command writes: looked at before the work, and never a reason to lose it."""
+"""The files that a command writes: checked before the work, so that no result is lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mhc_core.cli import _screen
 __all__ = ["JSON_HELP", "STDOUT", "check", "no_picture", "only_json", "write"]
 
 STDOUT = Path("-")
-"""The place of a JSON that goes to the screen."""
+"""The path that stands for the screen, for a JSON."""
 
 JSON_HELP = "the numbers as JSON to this file, or to the screen if it is - or left out"
 
@@ -28,12 +28,13 @@ JSON_HELP = "the numbers as JSON to this file, or to the screen if it is - or le
 
 
 def check(places: Mapping[str, Path | None]) -> None:
-    """Refuse, by the option's name, a file that could not be written.
+    """Refuse a file that cannot be written, naming its option.
 
     Raises
     ------
     typer.BadParameter
-        With the option, the file and the reason; also where two options name one file.
+        For such a file, with the option, the file and the reason; also where two options name one
+        file.
     """
     taken: dict[Path, str] = {}
     for option, file in places.items():
@@ -52,7 +53,7 @@ def check(places: Mapping[str, Path | None]) -> None:
 
 
 def no_picture(file: Path) -> str | None:
-    """Say why Matplotlib cannot draw to a file of that name, or None."""
+    """Return why Matplotlib cannot draw to a file of that name, or None."""
     bases: Any = import_module("matplotlib.backend_bases")
     known = sorted(bases.FigureCanvasBase.get_supported_filetypes())
     if file.suffix.lower().removeprefix(".") in known:
@@ -61,7 +62,7 @@ def no_picture(file: Path) -> str | None:
 
 
 def _try(file: Path) -> None:
-    """Write what is thrown away: permissions alone say nothing of a full disk."""
+    """Write and delete a test file: permissions alone do not reveal a full disk."""
     if _special(file):
         with file.open("ab"):
             return
@@ -80,7 +81,7 @@ def _try(file: Path) -> None:
 
 
 def _special(file: Path) -> bool:
-    """Whether it is there and is a device or a pipe, such as /dev/null."""
+    """Return whether the path exists and is a device or a pipe, such as /dev/null."""
     return file.exists() and not (file.is_file() or file.is_dir())
 
 
@@ -94,12 +95,12 @@ PARTIAL = ".partial"
 
 
 def write(file: Path, content: str | bytes) -> bool:
-    """Write a file, all of it or nothing; where that fails, keep the content elsewhere.
+    """Write a file completely or not at all; if that fails, keep the content elsewhere.
 
     Returns
     -------
     bool
-        Whether it is where it was wanted. If not, a line on stderr says where it is.
+        Whether it was written to the wanted path. If not, a line on stderr says where it is.
     """
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -119,7 +120,7 @@ def write(file: Path, content: str | bytes) -> bool:
 
 
 def _replace(file: Path, data: bytes) -> None:
-    """Put a file into the place of the old one in one step; a device or a pipe is written to."""
+    """Replace a file in one step; a device or a pipe is written to."""
     if _special(file):
         file.write_bytes(data)
         return
@@ -139,7 +140,7 @@ def _replace(file: Path, data: bytes) -> None:
 
 
 def _keep(file: Path, data: bytes) -> Path | None:
-    """Write it under a name of its own beside the file, here, or among temporary files."""
+    """Write the content under a new name beside the file, here, or among temporary files."""
     folders = [Path.cwd(), Path(tempfile.gettempdir())]
     with contextlib.suppress(OSError):
         folders[:0] = [] if _special(file) else [file.parent]
@@ -158,7 +159,7 @@ def _keep(file: Path, data: bytes) -> Path | None:
 
 @contextlib.contextmanager
 def only_json(json_file: Path | None) -> Generator[None]:
-    """Leave stdout to the JSON where it goes there: all else that is printed goes to stderr."""
+    """Keep stdout for the JSON if it goes there: everything else that is printed goes to stderr."""
     with contextlib.ExitStack() as stack:
         if json_file == STDOUT:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))

@@ -1,4 +1,4 @@
-"""What a report says of the machine: hardware and versions, and nothing of who uses it."""
+"""The machine in a report: hardware and versions, and nothing about its user."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ HOMES = re.compile(r"(/home|/Users|[A-Za-z]:[/\\]+Users)[/\\]+[^/\\\s'\":,)]+")
 
 
 def safe(text: str) -> str:
-    """Take out of a message what tells who its reader is: home folders, and the user's name."""
+    """Remove what identifies the user from a message: home folders and the user's name."""
     for folder in (str(Path.home()), os.environ.get("HOME", "")):
         if len(folder) > 1:
             text = text.replace(folder, "~")
@@ -48,7 +48,7 @@ def safe(text: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Give the system, the processor, its cores and the memory."""
+    """Return the system, the processor, its cores and the memory."""
     release = platform.mac_ver()[0] or platform.release()
     return {
         "system": f"{platform.system()} {release} {platform.machine()}",
@@ -83,7 +83,7 @@ def _memory() -> float | None:
 
 
 def versions() -> dict[str, str]:
-    """Give the versions of what is installed of the packages that matter."""
+    """Return the versions of the relevant packages that are installed."""
     return dict(_installed())
 
 
@@ -96,7 +96,7 @@ def _installed() -> Iterator[tuple[str, str]]:
 
 
 def devices(libraries: tuple[str, ...] = ("mlx", "jax", "torch")) -> dict[str, str]:
-    """Name the device that each installed array library computes on; it is imported for that."""
+    """Return the device that each installed array library computes on; imports the libraries."""
     asked = {"mlx": _mlx_device, "jax": _jax_device, "torch": _torch_device}
     found: dict[str, str] = {}
     for name in libraries:

@@ -1,7 +1,7 @@
-"""What is shown: text from outside stands for itself, whatever is in it.
+"""Output to the screen: text from outside is shown literally, whatever it contains.
 
-Names of backends, reasons and errors come from other people's plugins. None of it is markup, moves
-the cursor or breaks a table.
+Names of backends, reasons and errors come from other people's plugins. None of it is read as
+markup, moves the cursor or breaks a table.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ CONTROLS = re.compile(
 
 
 def plain(value: Any) -> str:
-    """Return text without what a terminal would act on."""
+    """Return text without characters that a terminal would act on."""
     return CONTROLS.sub("\ufffd", str(value))
 
 
 def one_line(value: Any) -> str:
-    """Return it in one line."""
+    """Return text in one line."""
     return " ".join(plain(value).split())
 
 
@@ -44,20 +44,20 @@ def text(value: Any, style: str = "") -> Text:
 
 
 def console(width: int = WIDE) -> Console:
-    """Return the screen, or a page of that width where the output goes elsewhere."""
+    """Return a console for the screen, or one of fixed width if the output goes elsewhere."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=width)
 
 
 def say(value: Any, style: str = "") -> None:
-    """Print a line as it is; a terminal breaks it where it wants."""
+    """Print a line unchanged; the terminal wraps it."""
     console().print(text(value, style), soft_wrap=True)
 
 
 @contextmanager
 def progress(width: int, *more: Any, **options: Any) -> Generator[Any]:
-    """Show bars on stderr, the description of each in so many columns."""
+    """Show progress bars on stderr, each description padded to the given width."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

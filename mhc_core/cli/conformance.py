@@ -111,7 +111,7 @@ def conformance(
 
 
 def _run(plan: Any, jobs: int | None) -> tuple[list[Record], float]:
-    """Run the plan with a bar; Ctrl-C or SIGTERM ends it, and says how far it came."""
+    """Run the plan with a bar; Ctrl-C or SIGTERM ends it and prints how far it came."""
     from mhc_conformance.run import run
 
     started, total = time.perf_counter(), 0
@@ -138,7 +138,7 @@ def _run(plan: Any, jobs: int | None) -> tuple[list[Record], float]:
 
 
 def _command(plan: Any) -> str:
-    """Spell the command that runs the same again."""
+    """Return the command that runs the same again."""
     words = ["mhc", "conformance", *plan.backends]
     for name in ("op", "dtype", "kind"):
         for word in getattr(plan, f"{name}s"):
@@ -170,7 +170,7 @@ def _failures(records: Sequence[Record]) -> None:
 
 
 def _skipped(skips: list[Skip]) -> None:
-    """Count what was left out, by the reasons that the backends declare."""
+    """Print how many checks were skipped, by the reasons that the backends declare."""
     from mhc_conformance.report import left_out
 
     for group in left_out(skips):
@@ -179,7 +179,7 @@ def _skipped(skips: list[Skip]) -> None:
 
 
 def _matrix(console: Any, name: str, records: list[Record]) -> None:
-    """One backend's ops and dtypes, each with the worst forward and gradient error."""
+    """Print one backend's table of ops and dtypes, with the worst forward and gradient errors."""
     from rich.table import Table
 
     from mhc_core.backend import DTYPES
@@ -219,7 +219,7 @@ def _worst(records: list[Record]) -> str:
 
 
 def _others(records: list[Record]) -> str:
-    """How many of the checks of structure hold, and which do not."""
+    """Return which checks of structure failed or, if none did, how many passed."""
     from mhc_conformance.report import NUMERIC
 
     others = [record for record in records if record.kind not in NUMERIC]
@@ -272,7 +272,7 @@ def _mutations(seed: int, unwanted: list[str]) -> None:
 
 
 def _made(console: Any, seed: int) -> int:
-    """Run the kit on the mutants that are made of the ops' declarations; say how many it missed."""
+    """Run the kit on the mutants made from the ops' declarations; return how many it missed."""
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
@@ -312,7 +312,7 @@ def _made(console: Any, seed: int) -> int:
 
 
 def _counts(found: list[Any]) -> tuple[int, int, int, int]:
-    """Count mutants: made, caught, missed, and those that nothing can tell."""
+    """Count mutants: generated, caught, missed, and those that no check can detect."""
     missed = sum(bool(one.problem) for one in found)
     cannot = sum(bool(one.mutant.proof) and not one.problem for one in found)
     return len(found), len(found) - missed - cannot, missed, cannot

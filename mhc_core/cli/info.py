@@ -1,4 +1,4 @@
-"""``mhc info``: what is here, what runs, and why the rest does not; safe to put into a report."""
+"""``mhc info``: what is installed, what runs, and why the rest does not; safe to publish."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def info(
 
 
 def _backends(n: int, dtype: str) -> Iterator[dict[str, Any]]:
-    """Describe every backend, best first: what it takes, and why it does not take these sizes."""
+    """Describe every backend, best first: what it accepts, and why it refuses these sizes."""
     import mhc_core
 
     for backend in mhc_core.backends().values():
@@ -96,7 +96,7 @@ def _declared(spec: BackendSpec, n: int, dtype: str) -> dict[str, Any]:
 
 
 def _proofs(spec: BackendSpec) -> Iterator[dict[str, Any]]:
-    """Yield the verdicts that a backend's proof has come to on this machine; none is started."""
+    """Yield the verdicts of a backend's proof on this machine so far; no proof is started."""
     if spec.proof is None:
         return
     try:
@@ -125,7 +125,7 @@ def _plugins() -> Iterator[dict[str, Any]]:
 
 
 def _environment() -> dict[str, str]:
-    """Give this project's variables, and of MLX's only what changes numbers; no folder's path."""
+    """Return this project's variables and MLX's that change numbers, without folders' paths."""
     found: dict[str, str] = {}
     for name, value in sorted(os.environ.items()):
         if name.startswith("MHC_") or name == "MLX_ENABLE_TF32":
@@ -144,7 +144,7 @@ def _without_folder(value: str) -> str:
 
 
 def _launches(T: int, n: int, C: int, dtype: str) -> dict[str, Any]:
-    """Ask the one table of launch shapes, as the kernels do."""
+    """Return every kernel's launch, from the table that the kernels use."""
     from mhc_backends.kernels.launch import TABLE, VARIABLE, launch
     from mhc_backends.mlx_metal import SPEC
 
@@ -209,7 +209,7 @@ def _backend_lines(backend: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _proof_lines(proofs: Sequence[Mapping[str, Any]] | None) -> Iterator[str]:
-    """Name what is proven on this machine, and what is not, with the reason."""
+    """Yield lines that name what is proven on this machine, and what is not, with the reason."""
     if proofs is not None and not proofs:
         yield "  nothing tried here yet: an op proves itself at its first call"
     proofs = proofs or ()
@@ -239,7 +239,7 @@ def _launch_title(launches: Mapping[str, Any]) -> str:
 
 
 def _launch_lines(launches: Mapping[str, Any]) -> list[str]:
-    """Align what the launches have in columns, under the words of the table of launches."""
+    """Return the launches as aligned columns, under the field names of the launch table."""
     if launches["refused"]:
         return [f"none: {launches['refused']}"]
     kernels: Mapping[str, Mapping[str, Any]] = launches["kernels"]

@@ -1,4 +1,4 @@
-"""What the maths needs beyond the array API standard: the only file that tells libraries apart."""
+"""The operations beyond the array API standard: the only file that tells libraries apart."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def _lax() -> Any:
 def namespace(array: Array) -> Any:
     """Return the array API namespace of an array.
 
-    MLX's arrays name their own. array_api_compat would first ask whether they are JAX's, by
-    ``jax.Array``, which is not there yet while another thread imports JAX.
+    MLX's arrays name their own namespace. array_api_compat would first test for JAX's arrays by
+    ``jax.Array``, which does not exist yet while another thread imports JAX.
     """
     if type(array).__module__.startswith("mlx."):
         return array.__array_namespace__()
@@ -67,19 +67,19 @@ def _is(xp: Any, library: str) -> bool:
 
 
 def up(xp: Any, array: Array) -> Array:
-    """Take an array to the dtype of computation: float32, or float64 for float64.
+    """Convert an array to the dtype of computation: float32, or float64 for float64.
 
-    An array of that dtype is given as it is: nobody writes into what comes out of here.
+    An array that has that dtype is returned itself, not copied: no caller writes into the result.
     """
     wide = str(array.dtype).endswith("float64")
     return _as(xp, array, xp.float64 if wide else xp.float32)
 
 
 def cast(xp: Any, array: Array, like: Array) -> Array:
-    """Take a result to the dtype of ``like``; one that has it already is given as it is.
+    """Convert a result to the dtype of ``like``; one that has it already is returned itself.
 
-    So a result must be new: where it may be a view of an array that somebody holds, copy it by
-    ``xp.astype``, which does so in libraries whose arrays can be written to.
+    So the result must be a new array: if it may be a view of a caller's array, copy it by
+    ``xp.astype``, which copies in libraries whose arrays are writable.
     """
     return _as(xp, array, like.dtype)
 
@@ -113,7 +113,7 @@ def _bits_kept(array: Array) -> Array:
 
 
 def _rounded(array: Array, dtype: Any) -> Array:
-    """Round a JAX array to what a narrower dtype can hold, for good.
+    """Round a JAX array to what a narrower dtype can hold, in a way that XLA must keep.
 
     XLA drops the rounding of float32 -> bfloat16 -> float32 on GPUs (xla_allow_excess_precision is
     on by default there); jax.lax.reduce_precision is the cast that it must keep
@@ -197,9 +197,10 @@ def sigmoid(xp: Any, z: Array) -> Array:
 
 
 def shift(xp: Any, logits: Array, axis: int) -> Array:
-    """Give the largest entry along an axis that is kept, as a constant to autodiff.
+    """Return the largest entry along an axis that is kept, as a constant to autodiff.
 
-    It cancels out of what it shifts, but a library's gradient of max may not say so exactly.
+    The shift cancels out of the result, but through a library's gradient of max it may not cancel
+    exactly.
     """
     largest = xp.max(logits, axis=axis, keepdims=True)
     if _is(xp, "jax"):
@@ -208,7 +209,7 @@ def shift(xp: Any, logits: Array, axis: int) -> Array:
 
 
 def doubled(xp: Any, half: Array) -> Array:
-    """2 half, -inf where that is beyond the dtype: what is meant is its exponential, 0."""
+    """2 half, or -inf where that overflows the dtype: callers need only its exponential, 0."""
     if "numpy" in xp.__name__ and not _is(xp, "jax"):
         with xp.errstate(over="ignore"):  # NumPy warns
             return 2 * half
@@ -231,7 +232,7 @@ _unrolled: ContextVar[bool] = ContextVar("mhc_unrolled", default=False)
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let MLX compile a function of a namespace and arrays into as few passes as it can."""
+    """Let MLX compile a function of a namespace and arrays into as few passes as possible."""
 
     @functools.wraps(function)
     def call(xp: Any, *arrays: Array) -> Any:
@@ -259,7 +260,7 @@ def _fused_by_mlx(function: Callable[..., Any], on_gpu: bool) -> Callable[..., A
 
 @functools.cache
 def _cpu_compiler() -> bool:
-    """Whether mx.compile works on the CPU, where it calls g++."""
+    """Return whether mx.compile works on the CPU, where it calls g++."""
     return shutil.which("g++") is not None
 
 
@@ -268,9 +269,9 @@ def _on_gpu(mx: Any) -> bool:
 
 
 def _fusing(mx: Any, array: Array) -> bool:
-    """Whether this code runs for mx.compile or mx.grad, which have no values to show.
+    """Return whether this code runs under mx.compile or mx.grad, where arrays have no values.
 
-    mx.eval would do under mx.grad, but what is evaluated there keeps all that it was made of.
+    mx.eval would work under mx.grad, but arrays evaluated there keep their whole graph alive.
     """
     if _on_gpu(mx):
         return True
@@ -282,7 +283,7 @@ def _fusing(mx: Any, array: Array) -> bool:
 
 
 def _sums(xp: Any, terms: int) -> bool:
-    """Whether products over a few streams are better unrolled into sums that fuse."""
+    """Return whether products over a few streams are better unrolled into sums that fuse."""
     if terms > 8:
         return False
     return _is(xp, "jax") or (_is(xp, "mlx") and (_unrolled.get() or _on_gpu(xp)))
@@ -292,7 +293,7 @@ def _sums(xp: Any, terms: int) -> bool:
 
 
 def matmul(xp: Any, a: Array, b: Array) -> Array:
-    """Multiply matrices in full float32, which not every library does unasked on a GPU."""
+    """Multiply matrices in full float32, which some libraries do not do by default on a GPU."""
     if _is(xp, "jax"):
         return xp.matmul(a, b, precision="highest")
     if _is(xp, "mlx") and _on_gpu(xp) and os.environ.get("MLX_ENABLE_TF32") != "0":
@@ -301,7 +302,7 @@ def matmul(xp: Any, a: Array, b: Array) -> Array:
 
 
 def _matmul_by_halves(mx: Any, a: Array, b: Array) -> Array:
-    """Give float32 products where the hardware multiplies in TF32, of 11 significant bits.
+    """Multiply in float32 precision where the hardware multiplies in TF32, of 11 significant bits.
 
     a = a_1 + a_2 with a_1 the nearest in TF32; only a_2 @ b_2, of float32's rounding, is left out.
     """
@@ -311,9 +312,9 @@ def _matmul_by_halves(mx: Any, a: Array, b: Array) -> Array:
 
 @functools.cache
 def _product_by_halves() -> Callable[..., Array]:
-    """Return that product with gradients that are such products too, however often it is derived.
+    """Return that product with gradients that are such products too, to any order.
 
-    MLX's own derivative of it would multiply the cotangent in TF32.
+    MLX's own derivative would multiply the cotangent in TF32.
     """
     import mlx.core as mx
 
@@ -330,7 +331,7 @@ def _product_by_halves() -> Callable[..., Array]:
 
 
 def _summed_to(mx: Any, gradient: Array, shape: tuple[int, ...]) -> Array:
-    """Sum over the axes along which an array of that shape was broadcast."""
+    """Sum a gradient over the axes along which an array of that shape was broadcast."""
     extra = gradient.ndim - len(shape)
     gradient = mx.sum(gradient, axis=tuple(range(extra))) if extra else gradient
     repeated = tuple(k for k, n in enumerate(shape) if n == 1 and gradient.shape[k] != 1)
@@ -464,7 +465,7 @@ def _times_transposed(xp: Any, g: Array, x: Array) -> Array:
 
 
 def _folds(xp: Any, size: int) -> bool:
-    """Whether a sum over C is better taken in steps: MLX's CPU adds one number at a time."""
+    """Return whether a sum over C is better taken in steps: MLX's CPU adds one number at a time."""
     return _is(xp, "mlx") and size % (16 * FOLDS) == 0 and not _on_gpu(xp)
 
 
@@ -472,7 +473,7 @@ FOLDS = 4  # with twice as many blocks, what g++ makes of it runs out of registe
 
 
 def _folded(a: Array, b: Array, axis: int) -> Array:
-    """Multiply, and add the blocks of an axis onto each other: one pass, where it fuses."""
+    """Multiply, and add the blocks of an axis onto each other: one pass if it fuses."""
     size = a.shape[axis] // FOLDS
     ahead = () if axis == 0 else (...,)
     parts = [(*ahead, slice(k * size, (k + 1) * size)) for k in range(FOLDS)]
@@ -510,7 +511,7 @@ def unproject(xp: Any, du: Array, phi: Array, x: Array, plus: Array) -> Array:
 
 
 def gram(xp: Any, du: Array, x: Array, like: Array) -> Array:
-    """Sum du[..., m] (outer) vec(x)[..., n C] over all tokens -> [m, n C], as phi is."""
+    """Sum du[..., m] (outer) vec(x)[..., n C] over all tokens -> [m, n C], the shape of phi."""
     if keeps_axes(xp):
         leading = tuple(range(x.ndim - 2))
         return xp.reshape(_dot_general(du, x, (leading, leading), like), like.shape)
@@ -523,12 +524,12 @@ def gram(xp: Any, du: Array, x: Array, like: Array) -> Array:
 
 
 def _by_stream(xp: Any, phi: Array, x: Array) -> Array:
-    """phi[m, n C] -> [m, n, C]: neither x's axes nor what shards them are merged."""
+    """phi[m, n C] -> [m, n, C]: neither x's axes nor their sharding are merged."""
     return xp.reshape(phi, (phi.shape[0], *x.shape[-2:]))
 
 
 def _dot_general(a: Array, b: Array, contracted: Any, like: Array | None = None) -> Array:
-    """Contract axes of JAX arrays; a sum over tokens is on every device that ``like`` is on."""
+    """Contract axes of JAX arrays; a sum over tokens is placed on every device of ``like``."""
     lax = _lax()
     options: dict[str, Any] = {}
     if like is not None and (sharding := _explicit_sharding(like)) is not None:
@@ -537,7 +538,7 @@ def _dot_general(a: Array, b: Array, contracted: Any, like: Array | None = None)
 
 
 def _explicit_sharding(array: Array) -> Any:
-    """Return the sharding in an array's type, which it has on a mesh with Explicit axes."""
+    """Return the sharding in an array's type, which exists on a mesh with Explicit axes."""
     jax = import_module("jax")
     typeof = getattr(jax, "typeof", None)  # JAX 0.6
     sharding = getattr(typeof(array), "sharding", None) if typeof else None
@@ -546,7 +547,7 @@ def _explicit_sharding(array: Array) -> Any:
 
 
 def _split_last(sharding: Any) -> Any:
-    """Return the sharding of [m, n, C] for that of [m, n C], whose last axis is in one piece."""
+    """Return the sharding of [m, n, C] for that of [m, n C], whose last axis is not sharded."""
     rows = tuple(sharding.spec)[:1]
     return type(sharding)(sharding.mesh, type(sharding.spec)(*rows))
 
@@ -589,7 +590,7 @@ def _spreads(xp: Any, tokens: int) -> bool:
 
 
 def _on_two_cores(mx: Any, function: Callable[..., Array], *arrays: Array) -> list[Array]:
-    """Apply a function to either half of the tokens."""
+    """Apply a function to each half of the tokens."""
     half = arrays[0].shape[0] // 64 * 32
     first = function(mx, *(array[:half] for array in arrays))
     with mx.stream(_second_stream(mx)):
@@ -624,7 +625,7 @@ def scan(xp: Any, step: Callable[[Any], tuple[Any, Any]], state: Any, length: in
 
 
 def scan_back(xp: Any, step: Callable[[Any, Any], Any], state: Any, kept: Any) -> Any:
-    """Apply ``state = step(state, keep)`` to what :func:`scan` kept, last first."""
+    """Apply ``state = step(state, keep)`` to all that :func:`scan` kept, last first."""
     if _is(xp, "jax"):
 
         def back(state: Any, keep: Any) -> Any:
@@ -643,11 +644,11 @@ def scan_while(
     state: Any,
     length: int,
 ) -> Any:
-    """Scan as long as ``state.active`` holds anywhere.
+    """Scan while ``state.active`` is true anywhere.
 
-    ``step`` must leave what is not active as it is, so that stopping early changes no bit. Where
-    the values can be looked at, the loop stops; in JAX the remaining steps run ``idle``, which
-    costs nothing; inside MLX's transformations nobody can look, so every step is taken.
+    ``step`` must leave inactive entries unchanged, so that stopping early changes no bit. Where
+    values can be read, the loop stops; in JAX the remaining steps run ``idle``, which costs
+    nothing; inside MLX's transformations values cannot be read, so every step is taken.
     """
     if _is(xp, "jax"):
 

@@ -21,7 +21,7 @@ def forward(x: Any, h_pre: Any) -> Any:
 
 @_xp.fused
 def weighted(xp: Any, x: Any, h_pre: Any) -> Any:
-    """Give h in x's dtype."""
+    """Return h in x's dtype."""
     return _xp.cast(xp, _xp.collapse(xp, _xp.up(xp, h_pre), _xp.up(xp, x)), x)
 
 
@@ -34,5 +34,5 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None) -> tuple[Any, Any]:
 
 
 def back(xp: Any, x: Any, h_pre: Any, g: Any) -> tuple[Any, Any]:
-    """Give dx and dh_pre in the dtype of computation."""
+    """Return dx and dh_pre in the dtype of computation."""
     return h_pre[..., None] * g[..., None, :], _xp.dot(xp, x, g[..., None, :], like=h_pre)

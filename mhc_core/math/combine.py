@@ -40,12 +40,12 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None) -> tuple[Any, Any, Any
 
 @_xp.fused
 def mixed(xp: Any, x: Any, y: Any, h_post: Any, h_res: Any) -> Any:
-    """Give x' in the dtype of computation."""
+    """Return x' in the dtype of computation."""
     return _xp.mix(xp, h_res, x, h_post[..., None] * y[..., None, :])
 
 
 def back(xp: Any, x: Any, y: Any, h_post: Any, h_res: Any, g: Any) -> tuple[Any, Any, Any, Any]:
-    """Give all four gradients in the dtype of computation."""
+    """Return all four gradients in the dtype of computation."""
     dx, dy = _back_streams(xp, g, h_post, h_res)
     dh_post = _xp.dot(xp, g, y[..., None, :], like=h_post)
     return dx, dy, dh_post, _xp.outer(xp, g, x, like=h_res)

@@ -55,7 +55,7 @@ def saving(
     *,
     variant: Variant,
 ):
-    """Give the outputs and, for the vjp, x' and the projection of x'."""
+    """Return the outputs and, for the vjp, x' and the projection of x'."""
     x_new = combine.forward(x, y, h_post, h_res)
     mapped, projected = mappings.saving(x_new, phi, scale, bias, variant=variant)
     h = aggregate.forward(x_new, mapped[0] if h_pre is None else h_pre)
@@ -70,7 +70,7 @@ def vjp(
     *,
     variant: Variant,
 ):
-    """The next pre's vjp gives the cotangent of x', combine's vjp takes it on."""
+    """Pull back through the next pre, for the cotangent of x', then through combine."""
     x, y, h_post, h_res, phi, scale, bias, *given = primals
     xp = _xp.namespace(x)
     if not saved:

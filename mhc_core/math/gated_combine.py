@@ -56,14 +56,14 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None):
 
 @_xp.fused
 def _again(xp: Any, x: Any, y: Any, h_pre: Any, h_res: Any) -> tuple[Any, Any]:
-    """Give H_pre * x and z."""
+    """Return H_pre * x and z."""
     gated = h_pre[..., None] * x
     return gated, _xp.mix(xp, h_res, gated, y)
 
 
 @_xp.fused
 def _back_streams(xp: Any, g: Any, h_pre: Any, h_post: Any, h_res: Any) -> tuple[Any, Any, Any]:
-    """Give dz, d(H_pre * x) and dx."""
+    """Return dz, d(H_pre * x) and dx."""
     dz = h_post[..., None] * g
     d_gated = _xp.mix(xp, _xp.swap(xp, h_res), dz)
     return dz, d_gated, h_pre[..., None] * d_gated

@@ -23,7 +23,7 @@ def forward(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant) -> Any
 
 
 def saving(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant):
-    """Give h and the projection behind its weights."""
+    """Return h and the projection behind its weights."""
     xp = _xp.namespace(x)
     wide, phi, scale, bias = (_xp.up(xp, array) for array in (x, phi, scale, bias))
     projected = mappings.projection(xp, wide, phi, variant.norm_eps)
@@ -39,7 +39,7 @@ def vjp(
     *,
     variant: Variant,
 ):
-    """The weighted sum's vjp, then the sigmoid's and the projection's."""
+    """Pull back through the weighted sum, then the sigmoid and the projection."""
     xp = _xp.namespace(primals[0])
     x, phi, scale, bias = (_xp.up(xp, array) for array in primals)
     g = _xp.up(xp, cotangents[0])

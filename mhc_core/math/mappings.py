@@ -23,7 +23,7 @@ OP = Op(
 
 
 class Projected(NamedTuple):
-    """What the projection leaves for the vjp: m + 1 numbers a token.
+    """The part of the projection that the vjp needs: m + 1 numbers a token.
 
     u = vec(x) @ phi.T, and r = rsqrt(mean(vec(x)^2) + norm_eps).
     """
@@ -33,12 +33,12 @@ class Projected(NamedTuple):
 
 
 def forward(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant) -> tuple[Any, Any, Any]:
-    """Eqs. (7-8) and (14-19)."""
+    """Compute eqs. (7-8) and (14-19)."""
     return saving(x, phi, scale, bias, variant=variant)[0]
 
 
 def saving(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant) -> tuple[Any, Projected]:
-    """Give the mappings and the projection behind them."""
+    """Return the mappings and the projection behind them."""
     xp = _xp.namespace(x)
     x, phi, scale, bias = (_xp.up(xp, array) for array in (x, phi, scale, bias))
     projected = projection(xp, x, phi, variant.norm_eps)
@@ -53,7 +53,7 @@ def vjp(
     *,
     variant: Variant,
 ):
-    """Through the activations, the division by the root mean square and the projection."""
+    """Pull back through the activations, the division by the RMS and the projection."""
     xp = _xp.namespace(primals[0])
     x, phi, scale, bias = (_xp.up(xp, array) for array in primals)
     projected = Projected(*saved) if saved else projection(xp, x, phi, variant.norm_eps)
@@ -75,7 +75,7 @@ def groups(xp: Any, scale: Any, n: int) -> Any:
 
 
 def _activate(xp: Any, n: int, projected: Projected, scale: Any, bias: Any, variant: Variant):
-    """Give the two sigmoids and the logits of H_res, in H_res's orientation."""
+    """Return the two sigmoids and the logits of H_res, in H_res's orientation."""
     z = (projected.u * projected.r) * groups(xp, scale, n) + bias
     logits = xp.reshape(z[..., 2 * n :], (*z.shape[:-1], n, n))
     if variant.res_transposed:
@@ -109,9 +109,9 @@ def back(
     variant: Variant,
     more: Projected | None = None,
 ) -> tuple[Any, Any, Any, Any]:
-    """Give dx, dphi, dscale and dbias in the dtype of computation.
+    """Return dx, dphi, dscale and dbias in the dtype of computation.
 
-    ``more`` are cotangents of u and r beside those that come from the mappings.
+    ``more`` holds cotangents of u and r to add to those from the mappings.
     """
     n = x.shape[-2]
     pre, post, logits = _activate(xp, n, projected, scale, bias, variant)
@@ -137,10 +137,10 @@ def back(
 def back_projection(
     xp: Any, x: Any, phi: Any, projected: Projected, d_product: Any, more: Projected | None = None
 ):
-    """Give dx and dphi from the cotangent of u * r, and from ``more``, those of u and r.
+    """Return dx and dphi from the cotangent of u * r, and from ``more``, those of u and r.
 
     du = d r, dr = d . u, and the root mean square brings dx += -dr r^3 x / (n C). For streams of
-    1e18, r^3 is nothing in float32 and d . u beyond it; d . (u r), r x and dx / r are not.
+    1e18, r^3 underflows in float32 and d . u overflows; d . (u r), r x and dx / r do neither.
     """
     u, r = projected
     pull = xp.sum(d_product * (u * r), axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""pre: what stands before a layer, the mappings and the layer's input, in one pass."""
+"""pre: the mappings and the layer's input, in one pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def forward(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant) -> tup
 
 
 def saving(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant):
-    """Give the outputs and, for the vjp, the projection and h_pre."""
+    """Return the outputs and, for the vjp, the projection and h_pre."""
     (h_pre, h_post, h_res), projected = mappings.saving(x, phi, scale, bias, variant=variant)
     return (aggregate.forward(x, h_pre), h_post, h_res), (*projected, h_pre)
 
@@ -40,7 +40,7 @@ def vjp(
     *,
     variant: Variant,
 ):
-    """The aggregate's vjp, then the mappings' with the cotangent that it gives h_pre."""
+    """Pull back through the aggregate, then through the mappings with the cotangent of h_pre."""
     xp = _xp.namespace(primals[0])
     x, phi, scale, bias = (_xp.up(xp, array) for array in primals)
     given = cotangents, saved, saved_cotangents
@@ -59,7 +59,7 @@ def back(
     saved_cotangents: Any,
     variant: Variant,
 ) -> tuple[Any, Any, Any, Any]:
-    """Give dx, dphi, dscale and dbias in the dtype of computation."""
+    """Return dx, dphi, dscale and dbias in the dtype of computation."""
     g_h, g_post, g_res = (_xp.up(xp, g) for g in cotangents)
     if not saved:
         (_, _, _), saved = saving(x, phi, scale, bias, variant=variant)

@@ -10,7 +10,7 @@ from mhc_core.math import _xp
 
 
 def whole_slices(sizes: Mapping[str, int]) -> str | None:
-    """Refuse a last axis that is not n slices of one size."""
+    """Raise unless the last axis is n slices of one size."""
     if sizes["D"] % sizes["n"] == 0:
         return None
     return f"x has a last axis of {sizes['D']}; needs a multiple of n={sizes['n']}"

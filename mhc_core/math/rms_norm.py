@@ -32,12 +32,12 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None, *, eps: float) -> tupl
 
 
 def normalised(xp: Any, x: Any, weight: Any, eps: float) -> Any:
-    """Give y in the dtype of computation."""
+    """Return y in the dtype of computation."""
     return x * _inverse(xp, x, eps) * weight
 
 
 def back(xp: Any, x: Any, weight: Any, g: Any, eps: float) -> tuple[Any, Any, Any]:
-    """Give dx, each token's dweight, and y, in the dtype of computation."""
+    """Return dx, each token's dweight, and y, in the dtype of computation."""
     r = _inverse(xp, x, eps)
     scaled = x * r
     y = scaled * weight

@@ -26,7 +26,7 @@ OP = Op(
 
 
 def forward(logits: Any, *, iterations: int, eps: float, first: str) -> Any:
-    """Eq. (9), ``M_t = T_r(T_c(M_{t-1}))``, in float32."""
+    """Compute eq. (9), ``M_t = T_r(T_c(M_{t-1}))``, in float32."""
     xp = _xp.namespace(logits)
     inside = enter(xp, _xp.up(xp, logits), first)
     matrix, _ = _normalise(xp, inside, iterations, eps, keep=False)
@@ -36,9 +36,9 @@ def forward(logits: Any, *, iterations: int, eps: float, first: str) -> Any:
 def vjp(
     primals: Any, cotangents: Any, saved: Any = None, *, iterations: int, eps: float, first: str
 ):
-    """Walk the iterations back: with G = P g the cotangent of log P, each is G -= P sum(G).
+    """Reverse the iterations: with G = P g the cotangent of log P, each is G -= P sum(G).
 
-    The iterations are run again and only their divisors are kept, 2 n numbers for each.
+    The iterations are run again, and only their divisors are kept, 2 n numbers for each.
     """
     (logits,), (g,) = primals, cotangents
     xp = _xp.namespace(logits)
@@ -72,8 +72,8 @@ def _normalise(xp: Any, logits: Any, iterations: int, eps: float, keep: bool) ->
 def _normalise_log(xp: Any, logits: Any, iterations: int, _: float, keep: bool) -> tuple[Any, Any]:
     """eps = 0: in the log domain, where no line can underflow to 0 / 0.
 
-    The difference of two logits may be beyond the dtype, the half of it may not. So the first step
-    is taken in halves. After it every line has an entry near 0, and -inf elsewhere is but a zero.
+    The difference of two logits may overflow the dtype, half of it cannot. So the first step works
+    on halves. After it every line has an entry near 0, and -inf elsewhere just stands for a zero.
     """
     half = logits / 2
     first = half_normalised(xp, half, 0)[0]
@@ -105,9 +105,9 @@ def _back_log(xp: Any, _: Any, carried: Any, kept: Any) -> Any:
 
 
 def half_normalised(xp: Any, half: Any, axis: int) -> tuple[Any, tuple[Any, Any]]:
-    """Normalise half the logarithms of a matrix along an axis; give the two terms taken from them.
+    """Normalise half the logarithms of a matrix along an axis; return the two terms subtracted.
 
-    They are taken one by one: in their sum, large logits would round the sum's logarithm away.
+    The terms are subtracted one by one: added first, large logits would round the logarithm away.
     """
     largest = _xp.shift(xp, half, axis)
     below = half - largest

@@ -33,7 +33,7 @@ class _State(NamedTuple):
 
 
 def forward(matrix: Any, *, max_iterations: int, epsilon: float, log_space: bool) -> Any:
-    """Each matrix stops by itself, after a full step, once its largest error is under epsilon."""
+    """Stop each matrix after its first full step that leaves the largest error under epsilon."""
     xp = _xp.namespace(matrix)
     inside = enter(xp, _xp.up(xp, matrix), "rows")
     state, _ = _iterate(xp, inside, max_iterations, epsilon, log_space)
@@ -49,7 +49,7 @@ def vjp(
     epsilon: float,
     log_space: bool,
 ) -> tuple[Any]:
-    """Back through the steps that were taken: with G = P g, each is G -= P sum(G)."""
+    """Reverse the steps that were taken: with G = P g, each is G -= P sum(G)."""
     (matrix,), (g,) = primals, cotangents
     xp = _xp.namespace(matrix)
     inside = enter(xp, _xp.up(xp, matrix), "rows")
@@ -71,7 +71,7 @@ def vjp(
 
 
 def _iterate(xp: Any, logits: Any, max_iterations: int, epsilon: float, log_space: bool):
-    """Take up to ``max_iterations`` steps; keep each step's divisors and who took it."""
+    """Take up to ``max_iterations`` steps; keep each step's divisors and which matrices took it."""
     if not log_space:
         lowest = math.log(FLOOR)
         logits = xp.where(logits <= lowest, xp.full_like(logits, lowest), logits)  # NaN stays

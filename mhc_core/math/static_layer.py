@@ -47,7 +47,7 @@ def saving(
     eps: float,
     iterations: int,
 ):
-    """Give the output and, for the vjp, the aggregate and the mappings."""
+    """Return the output and, for the vjp, the aggregate and the mappings."""
     xp = _xp.namespace(x)
     wide, raw = _up(xp, x, (h_pre_raw, h_post_raw, h_res_raw))
     h_pre, h_post, h_res = static_mappings.forward(*raw, iterations=iterations)
@@ -66,7 +66,7 @@ def vjp(
     eps: float,
     iterations: int,
 ):
-    """Through combine, the norm, the aggregate and the static mappings; y is computed again."""
+    """Pull back through combine, norm, aggregate and static mappings; y is recomputed."""
     xp = _xp.namespace(primals[0])
     if not saved:
         _, saved = saving(*primals, eps=eps, iterations=iterations)
@@ -95,6 +95,6 @@ def _back_streams(xp: Any, g: Any, dh: Any, h_pre: Any, h_res: Any) -> Any:
 
 
 def _up(xp: Any, x: Any, raw: Any) -> tuple[Any, list[Any]]:
-    """Widen x, and the raw parameters to its dtype of computation, whatever they came in."""
+    """Convert x, and the raw parameters of any dtype, to the dtype of computation of x."""
     wide = _xp.up(xp, x)
     return wide, [xp.astype(array, wide.dtype) for array in raw]

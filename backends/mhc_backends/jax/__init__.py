@@ -28,5 +28,5 @@ SPEC = BackendSpec(
 
 @hookimpl
 def mhc_backend_specs() -> list[BackendSpec]:
-    """Bring the backend."""
+    """Return the backend's spec."""
     return [SPEC]

@@ -1,7 +1,8 @@
 """The ops on JAX arrays: jitted once per static configuration, their vjps joined by custom_vjp.
 
 JAX has no forward mode (jvp, linearize, jacfwd) for custom_vjp functions. Inside
-``mhc_core.no_grad()`` an op is its plain formulas, which JAX differentiates itself, in both modes.
+``mhc_core.no_grad()`` an op runs its plain formulas, which JAX differentiates itself, in both
+modes.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ FORWARD_MODE = (
 
 
 def _varying_alike(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Let every array vary over the mesh axes of shard_map that any of them varies over.
+    """Make every array vary over all mesh axes of shard_map over which any of them varies.
 
-    A vjp of our own must return gradients that vary as their primals do, so a parameter that all
-    devices share is spread before it: JAX then sums its gradient over the devices, where it also
-    knows how (``check_vma``, https://docs.jax.dev/en/latest/notebooks/shard_map.html).
+    A custom vjp must return gradients that vary as their primals do. So a parameter that all
+    devices share is marked as varying before the vjp, and JAX sums its gradient over the devices
+    (``check_vma``, https://docs.jax.dev/en/latest/notebooks/shard_map.html).
     """
     if not any(isinstance(array, Tracer) for array in arrays):
         return arrays
@@ -82,7 +83,7 @@ def _spread(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def _by_our_rules(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Trace a function under JAX's default promotions, however strict the caller's are."""
+    """Trace a function under JAX's default type promotion, even if the caller's is strict."""
 
     @functools.wraps(function)
     def traced(*arrays: Any) -> Any:
@@ -94,7 +95,7 @@ def _by_our_rules(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _plain(op: str, static: Static) -> Callable[..., Any]:
-    """Return the formulas alone, which JAX differentiates by itself."""
+    """Return the plain formulas, which JAX differentiates by itself."""
     return jax.jit(_by_our_rules(functools.partial(math.load(op).forward, **dict(static))))
 
 
@@ -137,32 +138,32 @@ def vjp(
 
 
 def from_host(array: numpy.ndarray[Any, Any]) -> jax.Array:
-    """Take a NumPy array in."""
+    """Return a NumPy array as a JAX array."""
     return jnp.asarray(array)
 
 
 def to_host(array: jax.Array) -> numpy.ndarray[Any, Any]:
-    """Give a NumPy array of the same dtype."""
+    """Return a JAX array as a NumPy array of the same dtype."""
     return numpy.asarray(array)
 
 
 def grad(function: Callable[..., jax.Array], argnums: Sequence[int]) -> Callable[..., Any]:
-    """jax.grad."""
+    """Apply jax.grad."""
     return cast("Callable[..., Any]", jax.grad(function, argnums=tuple(argnums)))
 
 
 def compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """jax.jit."""
+    """Apply jax.jit."""
     return jax.jit(function)
 
 
 def vmap(function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callable[..., Any]:
-    """jax.vmap."""
+    """Apply jax.vmap."""
     return jax.vmap(function, in_axes=tuple(in_axes))
 
 
 def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
-    """jax.checkpoint."""
+    """Apply jax.checkpoint."""
     return cast("Callable[..., Any]", jax.checkpoint(function))
 
 

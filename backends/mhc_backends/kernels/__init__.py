@@ -54,9 +54,9 @@ def header(dialect: str) -> str:
 
 
 class _Work(NamedTuple):
-    """The parts of a body: what comes first, and what is done with vectors where they may be.
+    """The parts of a body: what runs first, and the part that has an aligned and a plain form.
 
-    The latter is a function of `arguments`, with `constants` as template arguments.
+    The latter becomes a function of `arguments`, with `constants` as template arguments.
     """
 
     before: str
@@ -68,7 +68,7 @@ class _Work(NamedTuple):
 
     @classmethod
     def of(cls, name: str) -> _Work | None:
-        """Read a body's; None where a body does nothing but once."""
+        """Parse a kernel's body; return None if it has no part in two forms."""
         if name not in KERNELS:
             raise ValueError(f"no kernel is named {name!r}; known are {', '.join(KERNELS)}")
         body = _read(f"{name}.h")
@@ -100,7 +100,7 @@ class _Work(NamedTuple):
         )
 
     def calls(self) -> str:
-        """Return what asks `where`, and calls it: with the arrays known to be aligned, or not."""
+        """Return the code that tests `where` and calls the function for aligned or any arrays."""
         name = f"{self.name}<{', '.join(word.split()[-1] for word in self.constants)}>"
         asked = set(re.findall(r"\bvectors<[^()]*>\((\w+)", self.where))
         known = [f"aligned({word})" if word in asked else word for word in self.arguments]
@@ -126,10 +126,10 @@ def source(name: str, dialect: str) -> str:
 
 
 def declarations(name: str, names: Collection[str], numbers: Mapping[str, Sequence[float]]) -> str:
-    """Return what comes before a body that gets these inputs and outputs.
+    """Return the declarations that stand before a body with these inputs and outputs.
 
-    That is arrays of float32 numbers, and empty arrays in the places of what it may be without and
-    is: it names them, in what its constants leave out.
+    These are the arrays of float32 numbers, and an empty array for each optional input or output
+    that is absent: the body mentions it in code that its constants disable.
     """
     lines = [lines for word, lines in _optional(name).items() if word not in names]
     for word, values in numbers.items():
@@ -141,7 +141,7 @@ def declarations(name: str, names: Collection[str], numbers: Mapping[str, Sequen
 
 @functools.cache
 def _optional(name: str) -> dict[str, str]:
-    """Give what a body may be without, and what declares each."""
+    """Return the optional inputs and outputs of a body, with a declaration for each."""
     body = _read(f"{name}.h")
     found = _WITHOUT.search(body)
     return {
@@ -152,9 +152,9 @@ def _optional(name: str) -> dict[str, str]:
 
 
 def bounds(threads: int, groups: int) -> str:
-    """Return what ends a CUDA header to limit registers, so that so many threadgroups fit at once.
+    """Return the end of a CUDA header: it limits registers so that ``groups`` groups fit at once.
 
-    MLX writes the kernel's first line, so it is the word in it that takes the bounds.
+    MLX writes the kernel's first line, so the bounds go into the definition of its ``__global__``.
     """
     words = f"__attribute__((global)) __launch_bounds__({threads}, {groups})"
     return f"#undef __global__\n#define __global__ {words}\n"

@@ -1,12 +1,11 @@
-"""How every kernel is launched: the one place for threads, tiles and vector widths.
+"""The launch of every kernel: the one place for threads, tiles and vector widths.
 
 ``MHC_METAL_TUNING`` may name a JSON file that overrides parts of :data:`TABLE`::
 
     {"combine": {"threads": 128, "elements": 4}, "aggregate": {"turns": 1}}
 
-A launch shape never changes which numbers are summed for one token into which, other than by the
-number of threads, and that does not depend on how many tokens there are: so a token's result does
-not depend on its batch.
+The order of the sums for one token depends on the launch shape only through the number of threads,
+which does not depend on the number of tokens. So a token's result does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -69,12 +68,12 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What the table says of a kernel.
+    """The entry of a kernel in the table.
 
     Attributes
     ----------
     groups
-        What a threadgroup takes:
+        The work of a threadgroup:
 
         - ``"tile"``: a stretch of a token's channels
         - ``"token"``: whole tokens, as sums over C end in it
@@ -94,10 +93,10 @@ class Shape:
         The most elements that a thread loads and stores at a time; fewer where C, the dtype or
         many streams ask for it.
     turns
-        How many times a thread of a ``"tile"`` does that, where the GPU is busy anyway.
+        How many such accesses a thread of a ``"tile"`` makes, if the GPU is busy anyway.
     keeps
-        Of how many arrays of streams a thread keeps its first accesses in registers, between two
-        uses of them.
+        The number of stream arrays whose first accesses a thread keeps in registers between two
+        uses.
     streams
         Whether the streams are spread over the threads, beside the channels.
     resident
@@ -168,11 +167,11 @@ TABLE: Mapping[str, Shape] = {
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch needs: the grid in threads, and template arguments of the kernel.
+    """The parameters of a launch: the grid in threads, and template arguments of the kernel.
 
-    Those are the elements per thread and access (W), the tokens that a threadgroup takes together
-    (TOKENS), the accesses that a thread keeps in registers (HELD), and whether there are more
-    (REST).
+    The latter are the elements per thread and access (W), the tokens that a threadgroup takes
+    together (TOKENS), the accesses that a thread keeps in registers (HELD), and whether there are
+    more (REST).
     """
 
     grid: tuple[int, int, int]
@@ -227,7 +226,7 @@ def occupancy(kernel: str, dtype: str) -> tuple[int, int]:
 
 
 def _token_shares(shape: Shape, T: int, numbers: int) -> int:
-    """Split the tokens evenly; the order of a sum depends on nothing but the sizes."""
+    """Split the tokens evenly; the order of a sum depends only on the sizes."""
     times = 4 if shape.streams else min(max(SHARE_NUMBERS // numbers, 1), 4)
     most = SHARES * times
     return -(-T // max(-(-T // most), 1))
@@ -251,23 +250,23 @@ def _matrices(shape: Shape, T: int, n: int) -> Launch:
 
 
 def _rows(shape: Shape, rows: int, columns: int) -> Launch:
-    """Choose how many shares of the rows are summed; it depends on nothing but the rows."""
+    """Choose the number of shares in which the rows are summed; it depends only on the rows."""
     width = min(columns, shape.threads)
     return _launch(-(-rows // ROWS), -(-columns // width), shape.threads, 1)
 
 
 def parts(C: int) -> int:
-    """Return in how many parts the sums over the channels of all streams are made."""
+    """Return the number of parts in which the sums over the channels of all streams are made."""
     return -(-C // PART_CHANNELS)
 
 
 def few(T: int, C: int) -> bool:
-    """Whether simdgroups share a part's channels, as tokens are few; the sums stay the same."""
+    """Return whether tokens are so few that simdgroups share a part's channels; sums stay equal."""
     return -(-T // (max(HEIGHT.values()) * TILE_TOKENS)) * parts(C) < BUSY
 
 
 def shares(kernel: str, T: int, n: int, C: int, dialect: str = "metal") -> int:
-    """Return how many shares of the tokens a kernel sums by themselves."""
+    """Return the number of token shares that a kernel sums separately."""
     made = launch(kernel, T, n, C, "float32", dialect)
     groups = made.grid[0] // made.threadgroup[0]
     shape = _shape(kernel, dialect)
@@ -294,7 +293,7 @@ def _leaves(shape: Shape, T: int, n: int, C: int, dialect: str) -> Launch:
 
 
 def factor_bytes(tiles: int, dtype: str, dialect: str) -> int:
-    """Return what the factor of a block takes in threadgroup memory, as the dialects have it."""
+    """Return the bytes of threadgroup memory for a block's factor, as the dialects lay it out."""
     quads = 2 * tiles
     if dialect == "cuda":
         quads = 2 * (-(-3 * tiles // 2)) if dtype == "bfloat16" else 4 * tiles
@@ -302,12 +301,12 @@ def factor_bytes(tiles: int, dtype: str, dialect: str) -> int:
 
 
 def slot_bytes(rows: int, dtype: str, kernel: str, dialect: str) -> int:
-    """Return what so many rows of 8 numbers take, for each thread of a kernel's threadgroup."""
+    """Return the bytes of ``rows`` rows of 8 numbers for each thread of a kernel's threadgroup."""
     return rows * 8 * ITEMSIZE[dtype] * _shape(kernel, dialect).threads
 
 
 def stage(blocks: int, unit: int, most: int) -> int:
-    """Return how many blocks' factors are in threadgroup memory at a time, of so many.
+    """Return how many of the blocks' factors are in threadgroup memory at a time.
 
     The count divides them all, is a multiple of ``unit``, and at most ``most`` where that can be.
     """
@@ -316,7 +315,7 @@ def stage(blocks: int, unit: int, most: int) -> int:
 
 
 def _strips(shape: Shape, T: int, n: int, C: int) -> Launch:
-    """Choose the shares of the tokens; they depend on nothing but the sizes."""
+    """Choose the shares of the tokens; they depend only on the sizes."""
     groups = _strip_groups(shape, n, C)
     shares = max(min(-(-T // SHARE_TOKENS), shape.turns * FILLED // groups), 1)
     return _launch(groups * shares, 1, shape.threads, 1)
@@ -355,7 +354,7 @@ def _shape(kernel: str, dialect: str) -> Shape:
 
 @functools.cache
 def _tuned(path: str) -> dict[str, Shape]:
-    """Read a tuning file, once; a wrong one raises ValueError with what it needs."""
+    """Read a tuning file, once; a wrong one raises ValueError with what is needed."""
     try:
         content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

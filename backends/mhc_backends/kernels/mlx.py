@@ -56,9 +56,10 @@ class Out(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """What a threadgroup has in memory whose size the launch gives.
+    """The threadgroup memory of a kernel whose size the launch determines.
 
-    That is the factors of so many blocks, the bytes of each, and the bytes of rows on their way.
+    It holds the number of blocks' factors, the bytes of each, and the bytes of rows that are in
+    flight.
     """
 
     blocks: int
@@ -67,7 +68,7 @@ class Stage(NamedTuple):
 
 
 def tokens(array: mx.array, last: int) -> mx.array:
-    """Flatten all but the last ``last`` axes into one; an array for all tokens gets one row."""
+    """Flatten all but the last ``last`` axes into one; a shared array gets one row."""
     split = array.ndim - last
     return array.reshape(math.prod(array.shape[:split]), *array.shape[split:])
 
@@ -85,7 +86,7 @@ class Kernels:
     dialect
         ``"metal"`` or ``"cuda"``.
     memory
-        Bytes of threadgroup memory that the factors of a product may take.
+        Bytes of threadgroup memory available to the factors of a product.
     """
 
     def __init__(self, launcher: Launcher, dialect: str, memory: int = 16384) -> None:
@@ -105,15 +106,15 @@ class Kernels:
         /,
         **constants: int,
     ) -> list[mx.array]:
-        """Launch a kernel and return its outputs; with no tokens, nothing is launched.
+        """Launch a kernel and return its outputs; without tokens, nothing is launched.
 
-        Inputs are read as they lie in memory, row after row: MLX copies those that are strided.
-        ``numbers`` become arrays of floats in the kernel's text, ``stage`` says what it needs of
-        threadgroup memory whose size the launch gives, and ``constants`` are template
-        arguments beside N and those of the launch. Each value is compiled anew, so what varies is
-        passed as an input, which costs a launch 1 us in MLX's CUDA build, and an output 2.
+        Inputs are read in row-major order: MLX copies those that are strided. ``numbers`` become
+        arrays of floats in the kernel's text, ``stage`` is the threadgroup memory whose size the
+        launch determines, and ``constants`` are template arguments in addition to N and those of
+        the launch. Each new value of these compiles the kernel again, so values that vary are
+        passed as inputs; an input costs a launch 1 us in MLX's CUDA build, and an output 2.
 
-        What a body says it may be without need be neither passed nor asked for.
+        Optional inputs and outputs of a body may be left out.
         """
         shapes = [tuple(out.shape) for out in outputs.values()]
         dtypes = [out.dtype for out in outputs.values()]
@@ -164,7 +165,7 @@ class Kernels:
         dtypes: Sequence[mx.Dtype],
         memory: int,
     ) -> Callable[..., Sequence[mx.array]]:
-        """Return MLX's object for a kernel, under a name of its own for each generated text.
+        """Return MLX's object for a kernel, under a separate name for each generated text.
 
         The text depends on the dtypes, and in Metal on which inputs are in constant memory. MLX
         releases that look for a compiled kernel by its name alone must not find another's.
@@ -185,7 +186,7 @@ class Kernels:
         return made
 
     def sum_to(self, gradient: mx.array, like: mx.array, last: int) -> mx.array:
-        """Take a gradient per token to what its primal needs.
+        """Sum a gradient per token as its primal needs.
 
         Parameters
         ----------
@@ -194,14 +195,14 @@ class Kernels:
         like
             The primal: one per token, or one for all, whose gradients are summed.
         last
-            How many axes the primal has without leading ones.
+            The number of the primal's axes, without leading ones.
         """
         if like.ndim == last:
             gradient = self.sum_rows(gradient.reshape(gradient.shape[0], like.size))
         return gradient.reshape(like.shape).astype(like.dtype)
 
     def sum_rows(self, a: mx.array) -> mx.array:
-        """Sum [R, K] to [1, K], some rows at a time, in an order that is always the same."""
+        """Sum [R, K] to [1, K], some rows at a time, in a fixed order."""
         while a.shape[0] != 1:
             rows, columns = a.shape
             sizes = Sizes(rows, 1, columns)
@@ -216,7 +217,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
-    """Give a dtype's name without its module."""
+    """Return a dtype's name without its module."""
     return str(dtype).removeprefix("mlx.core.")
 
 
@@ -226,9 +227,9 @@ def dtype_name(dtype: mx.Dtype) -> str:
 class Ops:
     """The functions of a backend: an op per attribute, and ``vjp``.
 
-    An op is its forward kernels with its vjp kernels, joined by ``mx.custom_function`` with every
-    array as an argument: what such a function captures would get zero gradients. ``compiled`` is
-    ``mx.compile``, which saves MLX building a kernel's text anew at every call, or nothing where
+    An op consists of its forward kernels and its vjp kernels, joined by ``mx.custom_function`` with
+    every array as an argument: captured arrays would get zero gradients. ``compiled`` is
+    ``mx.compile``, which spares MLX building a kernel's text again at every call, or None where
     kernels cannot be traced.
     """
 
@@ -258,7 +259,7 @@ class Ops:
         return tuple(self._vjp(op, tuple(static.items()))(tuple(primals), tuple(cotangents)))
 
     def _make_forward(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-        """Give a function of the op's arrays to its outputs and what its vjp saves, as a tuple."""
+        """Return a function from the op's arrays to one tuple: outputs, then what its vjp saves."""
         module, options, count = ops.load(op), dict(static), ops.outputs(op)
         places: tuple[int, ...] = ()  # of what is saved, among the outputs and what follows them
 
@@ -290,7 +291,7 @@ class Ops:
         return self._compiled(differentiable)
 
     def _make_inference(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-        """Give the same without a vjp: in MLX a custom function costs 2 us for each output."""
+        """Return the same without a vjp: in MLX a custom function costs 2 us for each output."""
         function = functools.partial(ops.load(op).forward, self._kernels, **dict(static))
         return self._compiled(lambda *primals: as_tuple(function(*primals)))
 
@@ -300,9 +301,9 @@ class Ops:
 
 
 def _second(op: str, options: dict[str, Any], given: Any, cotangents: Any, _: Any) -> Any:
-    """Differentiate a vjp: that of the neutral maths, since kernels have no derivatives.
+    """Differentiate a vjp through the neutral maths, since kernels have no derivatives.
 
-    It starts from the primals alone, so that what was saved has no further part in it.
+    It starts from the primals alone, so saved arrays get zero gradients.
     """
     primals, pulled, saved = map(as_tuple, given)
     count, neutral = len(primals), neutral_math.load(op).vjp

@@ -1,7 +1,8 @@
-"""Only what a kernel uses of the common text, without comments.
+"""The shortening of the common text to what a kernel uses, without comments.
 
 MLX hashes a kernel's text at every launch, 0.3 us for each KiB (its custom_kernel.cpp), so a kernel
-gets no more text than it needs: the definitions whose names it mentions, and so on from those.
+gets only the text that it needs: the definitions whose names it mentions, and those that they
+mention in turn.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ def shorten(header: str, function: str, body: str) -> tuple[str, str]:
 
 
 def _compact(text: str) -> str:
-    """Take out comments, indentation and empty lines."""
+    """Remove comments, indentation and empty lines."""
     lines = (line.partition("//")[0].strip() for line in text.splitlines())
     return "".join(f"{line}\n" for line in lines if line)
 
 
 def _needed(text: str, needs: set[str]) -> str:
-    """Keep the definitions that are needed, directly or by others that are, in their order."""
+    """Return the definitions that are needed, directly or by other needed ones, in their order."""
     definitions = _definitions(text)
     names = [_names(definition) for definition in definitions]
     kept = {k for k, own in enumerate(names) if not own}
@@ -55,9 +56,10 @@ def _needed(text: str, needs: set[str]) -> str:
 
 
 def _names(definition: str) -> set[str]:
-    """Give the names that a definition defines, those of functions with a bracket.
+    """Return the names that a definition defines, those of functions with a bracket.
 
-    The first is all, and what is in it is its own; but a macro may make several functions.
+    Only the first name counts, since names inside are local; but a macro may define several
+    functions.
     """
     names: set[str] = set()
     for macro, struct, type_name, words, function in _DEFINES.findall(definition):
@@ -70,12 +72,12 @@ def _names(definition: str) -> set[str]:
 
 
 def _uses(text: str) -> set[str]:
-    """Give the words of a text, and again with a bracket those that may be calls."""
+    """Return the words of a text, those that may be calls with a bracket as well."""
     return {*_WORD.findall(text), *(f"{name}(" for name in _CALL.findall(text))}
 
 
 def _definitions(text: str) -> list[str]:
-    """Split a text where neither a brace, a conditional nor a macro that ends again is open."""
+    """Split a text wherever no brace, conditional or temporary macro is open."""
     definitions: list[str] = []
     current: list[str] = []
     braces = conditionals = 0

@@ -1,8 +1,8 @@
-"""mx.vmap of an op: the op once more, on arrays with one more leading axis.
+"""mx.vmap of an op: the op called again, on arrays with one more leading axis.
 
-Without a rule of its own, MLX maps the body of a custom function and leaves the vjp behind: the
-gradients become autodiff's, whose matmuls are TF32 on GPUs that have it. (MLX traces the body
-before it asks for the rule, which is why no rule can help a body that cannot be mapped.)
+Without a custom rule, MLX maps the body of a custom function and drops its vjp: the gradients
+become autodiff's, whose matmuls are TF32 on GPUs that have it. (MLX traces the body before it calls
+the rule, so no rule can help a body that cannot be mapped.)
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Back = Callable[[Any, Any, Any], Any]  # of primals, cotangents and outputs, to 
 
 
 def differentiable(forward: Function, back: Back, op: Op, again: Function) -> Function:
-    """Join a forward of an op with its vjp, under mx.grad and mx.vmap in any order.
+    """Join a forward of an op with its vjp, so that mx.grad and mx.vmap work in any order.
 
-    ``again`` is the function that is asked for here, as others call it: compiled, say.
+    ``again`` is the finished function as callers use it, for instance compiled.
     """
     ranks: dict[Any, tuple[int, ...]] = {}
 
@@ -48,10 +48,10 @@ def differentiable(forward: Function, back: Back, op: Op, again: Function) -> Fu
 
 
 def _mapped(output: mx.array, rank: int, size: int) -> mx.array:
-    """Give an output the mapped axis where it has none.
+    """Broadcast an output over the mapped axis if it lacks the axis.
 
-    What is saved for the vjp may come from parameters alone; MLX fails on None among a rule's
-    axes in some of what follows.
+    An array saved for the vjp may depend on parameters alone; None among a rule's axes makes MLX
+    fail in some later steps.
     """
     return output if output.ndim > rank else mx.broadcast_to(output, (size, *output.shape))
 
@@ -72,10 +72,10 @@ def _custom(forward: Function, back: Back, rule: Function) -> Function:
 
 
 def _pushed(forward: Function, primals: Sequence[mx.array], tangents: Sequence[Any]) -> Any:
-    """Push the tangents forward that there are, by autodiff of the body.
+    """Push the given tangents forward, by autodiff of the body.
 
-    Without a rule MLX takes zeros for the others. Under mx.vmap they are not mapped, and MLX's sum
-    of a mapped product and another, which its jvp of a matmul is, fails.
+    Without a rule, MLX takes zeros for the missing tangents. Under mx.vmap those zeros are not
+    mapped, and MLX's jvp of a matmul fails, since it adds a mapped product to an unmapped one.
     """
     given = [k for k, tangent in enumerate(tangents) if tangent is not None]
 
@@ -98,9 +98,9 @@ def _size(inputs: Sequence[mx.array], axes: Axes) -> int:
 
 
 def leading(op: Op, inputs: Sequence[mx.array], axes: Axes) -> list[mx.array] | None:
-    """Make the mapped axis the first leading one; None where a parameter is mapped.
+    """Move the mapped axis to the front; return None if a parameter is mapped.
 
-    A parameter is what has no leading axes in the op's declaration: one for all tokens.
+    A parameter is an array without leading axes in the op's declaration: all tokens share it.
     """
     words = [alternatives[0] for alternatives in op.patterns.values()][: len(inputs)]
     if any(k is not None and w[0] != "..." for k, w in zip(axes, words, strict=True)):
@@ -118,9 +118,10 @@ def leading(op: Op, inputs: Sequence[mx.array], axes: Axes) -> list[mx.array] | 
 def _led(
     array: mx.array, axis: int | None, named: int, tokens: tuple[int, ...], always: bool
 ) -> mx.array:
-    """Give one array all leading axes, unless it may stay one for all tokens.
+    """Return one array with all leading axes, unless all tokens may share it.
 
-    ``named`` is how many axes it has after the leading ones, ``always`` whether it must have them.
+    ``named`` is the number of axes after the leading ones, ``always`` whether the leading axes are
+    required.
     """
     if axis is None:
         shared = array.ndim == named and not always
@@ -140,7 +141,7 @@ def _last(array: mx.array, named: int) -> tuple[int, ...]:
 
 
 def _by_the_body(forward: Function, back: Back, inputs: Sequence[mx.array], axes: Axes) -> Any:
-    """Map the forward and, as its vjp, the vjp."""
+    """Map the forward over parameters too, with the mapped vjp as its vjp."""
 
     def mapped(*primals: mx.array) -> Any:
         return as_tuple(mx.vmap(forward, in_axes=tuple(axes))(*primals))
@@ -159,7 +160,7 @@ def _by_the_body(forward: Function, back: Back, inputs: Sequence[mx.array], axes
 
 
 def _gathered(each: mx.array, primal: mx.array, axis: int | None) -> mx.array:
-    """Put the gradients of all that was mapped where their primals are, or sum them."""
+    """Move a mapped array's gradients to its axis, or sum them if the array was not mapped."""
     if axis is not None:
         return mx.moveaxis(each, 0, axis)
     return each.astype(mx.float32).sum(axis=0).astype(primal.dtype)

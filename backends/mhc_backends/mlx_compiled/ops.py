@@ -1,12 +1,12 @@
 """The ops on MLX arrays: compiled once per static configuration, with the hand-written vjps.
 
-On a GPU a whole op is compiled. On a CPU only the passes over the streams are (the maths marks
-them with ``fused``): there mx.compile calls g++ for every kernel, 12 s for a whole combine_pre,
-and what it saves beyond those passes is little.
+On a GPU a whole op is compiled. On a CPU only the passes over the streams are (the maths marks them
+with ``fused``): there mx.compile calls g++ for every kernel, 12 s for a whole combine_pre, and
+saves little beyond those passes.
 
-Every array is an argument of the custom function: what it captured would get zero gradients.
-Inside another transformation MLX traces these functions into it, so that a user's own mx.compile
-fuses across them.
+Every array is an argument of the custom function: captured arrays would get zero gradients. Inside
+another transformation MLX traces these functions into it, so that a user's own mx.compile fuses
+across them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _device() -> Any:  # MLX's stubs do not say that it can be hashed
 
 @functools.cache
 def _forward(op: str, static: Static, device: Any) -> Callable[..., Any]:
-    """Give a function of the op's arrays to its outputs and what its vjp saves, as one tuple."""
+    """Return a function from the op's arrays to one tuple of its outputs and what its vjp saves."""
     module, options = math.load(op), dict(static)
     count = len(module.OP.outputs)
 

@@ -15,7 +15,7 @@ OLDEST = 8  # compute capability whose tensor cores take bfloat16 and parts of f
 
 
 def missing() -> str | None:
-    """Say why CUDA kernels cannot run here, or None."""
+    """Return why CUDA kernels cannot run here, or None."""
     if reason := _mlx.missing():
         return reason
     mx: Any = import_module("mlx.core")
@@ -49,5 +49,5 @@ SPEC = BackendSpec(
 
 @hookimpl
 def mhc_backend_specs() -> list[BackendSpec]:
-    """Bring the backend."""
+    """Return the backend's spec."""
     return [SPEC]

@@ -1,7 +1,8 @@
 """``mx.fast.cuda_kernel`` for long texts.
 
 MLX hashes a kernel's text at every launch, 0.3 us for each KiB, which for a token or two is more
-than the launch itself. So the text that it gets includes files, which nvrtc reads when it compiles.
+than the launch itself. So the text passed to MLX only includes files, which nvrtc reads when it
+compiles.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def cuda_kernel(
     header: str,
     shared_memory: int = 0,
 ) -> Callable[..., Sequence[mx.array]]:
-    """Make a kernel as ``mx.fast.cuda_kernel`` does, of files with its source and header."""
+    """Make a kernel as ``mx.fast.cuda_kernel`` does, with its source and header in files."""
     # MLX passes the shapes that the source mentions
     shapes = [word for word in re.findall(r"\w+_shape\b", source) if word[:-6] in input_names]
     make: Any = mx.fast.cuda_kernel
@@ -43,8 +44,8 @@ def cuda_kernel(
 
 
 def _included(text: str) -> str:
-    """Write a text to a file named by its content, and include that; where none can be written,
-    the text itself will do.
+    """Write a text to a file named by its content and return its ``#include``, or return the text
+    itself if the file cannot be written.
     """
     folder = _folder()
     if folder is None:
@@ -57,7 +58,7 @@ def _included(text: str) -> str:
 
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory[str] | None:
-    """Make a folder of this process alone, which goes when it ends."""
+    """Make a folder for this process alone, which is deleted when the process ends."""
     try:
         return tempfile.TemporaryDirectory(prefix="mhc-cuda-")
     except OSError:

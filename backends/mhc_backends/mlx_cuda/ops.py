@@ -18,7 +18,7 @@ _LEAST_MEMORY = 99
 
 
 def _memory() -> int:
-    """Return the bytes of threadgroup memory that a kernel may ask for here."""
+    """Return the bytes of threadgroup memory that a kernel may use here."""
     architecture: Any = mx.device_info(mx.Device(mx.gpu)).get("architecture")
     return _MEMORY.get(architecture, _LEAST_MEMORY) * 1024
 

@@ -1,4 +1,4 @@
-"""mlx-metal: kernels of our own for Apple GPUs, through MLX."""
+"""mlx-metal: hand-written kernels for Apple GPUs, through MLX."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_VMAP = (
 
 
 def missing() -> str | None:
-    """Say why Metal kernels cannot run here, or None."""
+    """Return why Metal kernels cannot run here, or None."""
     if sys.platform != "darwin":
         return (
             f"Metal kernels need macOS on Apple silicon, and this is {sys.platform}: "
@@ -49,5 +49,5 @@ SPEC = BackendSpec(
 
 @hookimpl
 def mhc_backend_specs() -> list[BackendSpec]:
-    """Bring the backend."""
+    """Return the backend's spec."""
     return [SPEC]

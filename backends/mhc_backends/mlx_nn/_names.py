@@ -57,7 +57,7 @@ _LAYER = re.compile(r"(?:^|\.)layers\.([0-9]+)\.")
 
 
 class Place(NamedTuple):
-    """Where a tensor belongs: the layer, or -1 for the head, then part and parameter."""
+    """The position of a tensor: the layer, or -1 for the head, then part and parameter."""
 
     layer: int
     part: str
@@ -74,14 +74,14 @@ def layer_places(layers: int) -> list[Place]:
 
 
 def by_place(names: Iterable[str], layers: int | None) -> tuple[dict[Place, str], list[str]]:
-    """Sort the names of a checkpoint with that many layers, if it is known how many.
+    """Sort the names of a checkpoint by place, given its number of layers if that is known.
 
     Returns
     -------
     placed, unused
         The names of our tensors, and the other names of hyper-connections: those with a word
-        ``hc``, ``mhc`` or ``hyper_connection`` between dots and underscores. What is for drafting
-        is in neither: ``mtp``, ``nextn`` and ``draft``, and layers beyond those of the model.
+        ``hc``, ``mhc`` or ``hyper_connection`` between dots and underscores. Tensors for drafting
+        are in neither: ``mtp``, ``nextn`` and ``draft``, and layers beyond those of the model.
     """
     placed: dict[Place, str] = {}
     unused: list[str] = []
@@ -102,18 +102,18 @@ def by_place(names: Iterable[str], layers: int | None) -> tuple[dict[Place, str]
 
 
 def place_in_model(name: str) -> Place | None:
-    """Return where the parameter of a model belongs, whatever its name begins with."""
+    """Return the place of a model's parameter, whatever prefix its name has."""
     match = None if is_drafting(name) else _IN_MODEL.search(name)
     return None if match is None else _place(match)
 
 
 def is_drafting(name: str) -> bool:
-    """Whether a tensor is of what only proposes tokens, beside the model itself."""
+    """Return whether a tensor belongs to a part that only drafts tokens, not the model itself."""
     return _DRAFTING.search(name) is not None
 
 
 def shown(name: str) -> str:
-    """Return a name from a file as an error may have it: printable, and not without end."""
+    """Return a name from a file in a form fit for an error: printable, and of limited length."""
     if len(name) > _SHOWN:
         name = f"{name[:_SHOWN]}..."
     return name if name.isprintable() else repr(name)
@@ -127,7 +127,7 @@ def _place(match: re.Match[str]) -> Place:
 
 
 def _is_beyond(name: str, layers: int | None) -> bool:
-    """Whether a name's layer is beyond those of the model; no name may be of a layer so high."""
+    """Return whether a name's layer is beyond those of the model, or too high for any name."""
     match = _LAYER.search(name)
     if match is None:
         return False

@@ -1,4 +1,4 @@
-"""What modules with static parameters share: mappings that evaluation computes only once."""
+"""The common part of modules with static parameters: evaluation computes the mappings only once."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ NEAR = 9.0  # 1 - sigmoid(9) = 1.2e-4; nearer to 1, it would train more slowly
 class StaticModule(nn.Module):
     """A module whose mappings do not depend on its input.
 
-    In evaluation mode a mapping is kept together with the very arrays that it came from, and it is
-    used again only while the module holds those same arrays. So whatever gives the module other
-    weights is noticed, without asking what they are: ``update``, ``load_weights``, ``set_dtype``,
-    an optimizer, an assignment, or the tracers of ``mx.grad`` and ``mx.compile``.
+    In evaluation mode a mapping is cached together with the arrays that it came from, and used
+    again only while the module holds those same array objects. So every change of weights is
+    noticed without comparing values: ``update``, ``load_weights``, ``set_dtype``, an optimizer, an
+    assignment, or the tracers of ``mx.grad`` and ``mx.compile``.
     """
 
     # Writing into an array leaves the same object there, so handing one out forgets as well, and so
@@ -33,41 +33,41 @@ class StaticModule(nn.Module):
             vars(self).pop("_kept", None)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Take a parameter in."""
+        """Set a parameter."""
         self._forget(name)
         super().__setitem__(name, value)
 
     def __getitem__(self, name: str) -> Any:
-        """Hand a parameter out."""
+        """Return a parameter."""
         self._forget(name)
         return cast("Any", super()).__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Hand a parameter out, also for ``module.name``."""
+        """Return a parameter, also for ``module.name``."""
         self._forget(name)
         return cast("Any", super()).get(name, default)
 
     def items(self) -> Any:
-        """Hand all of them out, also for ``parameters()`` of any module around."""
+        """Return all items, also for ``parameters()`` of any module that contains this one."""
         self._forget()
         return cast("Any", super()).items()
 
     def values(self) -> Any:
-        """Hand all of them out."""
+        """Return all values."""
         self._forget()
         return cast("Any", super()).values()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is kept: it may belong to a trace that is over."""
+        """Return the state without the cache, which may belong to a trace that has ended."""
         return {key: value for key, value in vars(self).items() if key != "_kept"}
 
     def _held(self, *names: str) -> tuple[Any, ...]:
-        """Give parameters without forgetting anything: nobody here writes into them."""
+        """Return parameters without clearing the cache: callers here do not write into them."""
         held = cast("Any", super())
         return tuple(held.__getitem__(name) for name in names)
 
     def _once(self, name: str, compute: Callable[..., Any], *sources: Any) -> Any:
-        """Compute a mapping from its sources, or give the one that came from the same."""
+        """Return a mapping of its sources, cached if it was computed from the same arrays."""
         if self.training:
             return compute(*sources)
         # As an attribute, MLX would take a dict for part of the module's state.
@@ -80,7 +80,7 @@ class StaticModule(nn.Module):
 
 
 def residual_start(n: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Give raw parameters whose H_pre, H_post and H_res are 1, 1 and the identity, to 1.3e-4.
+    """Return raw parameters whose H_pre, H_post and H_res are 1, 1 and the identity, to 1.3e-4.
 
     H_res is off by the same 1.2e-4 on its diagonal for any n.
     """

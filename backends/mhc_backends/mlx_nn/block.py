@@ -40,8 +40,8 @@ class HyperConnectedBlock(nn.Module):
 
     Notes
     -----
-    Eq. (3) of arXiv:2512.24880. ``layer`` and ``norm`` must be modules, not functions: what a
-    function captures would get no gradient where :class:`HyperConnectedStack` runs it again.
+    Eq. (3) of arXiv:2512.24880. ``layer`` and ``norm`` must be modules, not functions: arrays that
+    a function captures would get no gradient when :class:`HyperConnectedStack` runs it again.
 
     Examples
     --------
@@ -68,11 +68,11 @@ class HyperConnectedBlock(nn.Module):
         _check_module("norm", self.norm)
 
     def transform(self, h: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        """Give ``layer(norm(h), *args, **kwargs)``, the layer without its connection."""
+        """Return ``layer(norm(h), *args, **kwargs)``, the layer without its connection."""
         return cast("mx.array", self.layer(self.norm(h), *args, **kwargs))
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        """Take the streams ``[..., n, dims]`` through; the rest goes to the layer."""
+        """Apply the block to the streams ``[..., n, dims]``; further arguments go to the layer."""
         return self.connection(x, self.transform, *args, **kwargs)
 
 

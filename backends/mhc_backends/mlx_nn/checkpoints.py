@@ -61,7 +61,7 @@ class HyperConnections(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A tensor that has not been read."""
+    """A tensor that has not been read yet."""
 
     name: str
     shape: tuple[int, ...]
@@ -70,7 +70,7 @@ class Tensor(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What a checkpoint has: our tensors, other names of hyper-connections, and where it is."""
+    """The contents of a checkpoint: our tensors, other names of hyper-connections, and its path."""
 
     tensors: dict[Place, Tensor]
     unused: list[str]
@@ -79,7 +79,7 @@ class Stored(NamedTuple):
 
 
 class Config(NamedTuple):
-    """What ``config.json`` says of the hyper-connections."""
+    """The entries of ``config.json`` on the hyper-connections."""
 
     file: Path | None
     fields: Mapping[str, Any]
@@ -96,20 +96,20 @@ def load_hyper_connections(
     allow_unused: bool = False,
     allow_missing: bool = False,
 ) -> HyperConnections:
-    """Read the hyper-connections of a DeepSeek-V4 or V4.1 checkpoint, and of it nothing else.
+    """Read only the hyper-connections of a DeepSeek-V4 or V4.1 checkpoint.
 
     Parameters
     ----------
     weights
-        A safetensors file, which is taken as it is; a folder with
-        ``model.safetensors.index.json`` and its shards, or with safetensors files alone; or a
-        mapping from names to arrays of MLX, NumPy or PyTorch. The names are those of DeepSeek's
-        releases, ``layers.N.hc_attn_fn`` and ``hc_head_scale``, of transformers, mlx-lm and
-        mlx-vlm, ``layers.N.attn_hc.fn`` and ``hc_head.hc_scale`` or ``hc_head.scale``, or of
-        torchtitan, ``layers.N.hc_attn.fn``; after any of ``model.``, ``language_model.``,
-        ``transformer.``, ``base_model.`` and ``module.``, with ``_orig_mod.`` wherever
-        torch.compile put it, and also with ``.weight`` behind. What is for drafting is left alone:
-        ``mtp``, ``nextn`` and ``draft``, and layers beyond those that ``config.json`` counts.
+        A safetensors file, which is read alone; a folder with ``model.safetensors.index.json`` and
+        its shards, or with safetensors files alone; or a mapping from names to arrays of MLX, NumPy
+        or PyTorch. The names are those of DeepSeek's releases, ``layers.N.hc_attn_fn`` and
+        ``hc_head_scale``, of transformers, mlx-lm and mlx-vlm, ``layers.N.attn_hc.fn`` and
+        ``hc_head.hc_scale`` or ``hc_head.scale``, or of torchtitan, ``layers.N.hc_attn.fn``; after
+        any of ``model.``, ``language_model.``, ``transformer.``, ``base_model.`` and ``module.``,
+        with ``_orig_mod.`` wherever torch.compile put it, and also with ``.weight`` behind. Tensors
+        for drafting are ignored: ``mtp``, ``nextn`` and ``draft``, and layers beyond those that
+        ``config.json`` counts.
     model
         A model to load into, whose parameters have such names after any prefix, or that holds a
         :class:`HyperConnectedStack` of attention and MLP in turn.
@@ -117,12 +117,12 @@ def load_hyper_connections(
         The constants of the modules. Left out, they come from the ``config.json`` beside the
         weights; where there is none, they are :data:`mhc_core.DEEPSEEK_V4`.
     allow_unused
-        True leaves tensors alone whose names are of hyper-connections, having a word ``hc``,
-        ``mhc`` or ``hyper_connection``, but have another form than those above.
+        True ignores tensors whose names belong to hyper-connections, as they have a word ``hc``,
+        ``mhc`` or ``hyper_connection``, but differ from the forms above.
     allow_missing
-        True takes what a folder has, although its ``config.json`` or index promise more, and
-        leaves parameters of ``model`` as they are that have no tensor. A layer, or a head, must be
-        whole all the same, and so must the layers before it be there.
+        True loads what a folder has, even if its ``config.json`` or index promise more, and leaves
+        parameters of ``model`` unchanged that have no tensor. Each layer and head must still be
+        complete, and all layers before it must be present.
 
     Returns
     -------
@@ -202,7 +202,7 @@ def _modules(
 
 
 def _placed(stored: Stored, allow_unused: bool, allow_missing: bool) -> dict[Place, Tensor]:
-    """Order the tensors; every layer up to the last must be whole, and so must a head."""
+    """Order the tensors; every layer up to the last must be complete, and so must a head."""
     tensors = stored.tensors
     if stored.unused and not allow_unused:
         raise ValueError(
@@ -237,7 +237,7 @@ def _missing(places: list[Place]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    """Return names for an error, some of them if there are many."""
+    """Return names for an error, only some of them if there are many."""
     some = ", ".join(shown(name) for name in names[:_LISTED])
     return f"{some} and {len(names) - _LISTED} more" if len(names) > _LISTED else some
 
@@ -245,7 +245,7 @@ def _listed(names: list[str]) -> str:
 def _targets(
     model: nn.Module, placed: Mapping[Place, Tensor], allow_missing: bool
 ) -> dict[Place, str]:
-    """Find the model's parameter for every tensor, and see that they are of one shape."""
+    """Return the model's parameter for every tensor, after checking that the shapes agree."""
     found: dict[Place, tuple[str, Any]] = {}
     stacked = _of_stacks(model)
     flat = cast("list[tuple[str, Any]]", utils.tree_flatten(model.parameters()))
@@ -311,7 +311,7 @@ def _checked_sizes(placed: Mapping[Place, Tensor], config_n: Any) -> tuple[int, 
 
 
 def _streams(fn: Tensor) -> int:
-    """Read n off the first fn, ``[n * n + 2 n, n * dims]``."""
+    """Return n, from the shape of the first fn, ``[n * n + 2 n, n * dims]``."""
     if len(fn.shape) == 2:
         n = math.isqrt(fn.shape[0] + 1) - 1
         if n >= 1 and n * n + 2 * n == fn.shape[0] and fn.shape[1] and fn.shape[1] % n == 0:
@@ -358,13 +358,13 @@ def _of_array(name: str, array: Any) -> Tensor:
 
 
 def _is_of_torch(array: Any) -> bool:
-    """Whether it is PyTorch's; without importing that, as who has such a tensor has done it."""
+    """Return whether it is a PyTorch tensor; does not import PyTorch, as its owner has done so."""
     torch: Any = sys.modules.get("torch")
     return torch is not None and isinstance(array, torch.Tensor)
 
 
 def _from_torch(name: str, tensor: Any) -> mx.array:
-    """Take a tensor in, from any device and as float32, since NumPy has no bfloat16."""
+    """Convert a tensor from any device, by way of float32, since NumPy has no bfloat16."""
     try:
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         return mx.array(whole.detach().float().numpy(force=True))
@@ -373,7 +373,7 @@ def _from_torch(name: str, tensor: Any) -> mx.array:
 
 
 def _in_files(path: Path, config: Config, allow_missing: bool) -> Stored:
-    """Look into the headers of the files that hold hyper-connections."""
+    """Read the headers of the files that hold hyper-connections."""
     promised: dict[Place, str] = {}
     unused: list[str] = []
     if not path.is_dir():
@@ -412,10 +412,10 @@ def _promised(config: Config) -> dict[Place, str]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Return which shard has each tensor, every one of them a file below the index's folder.
+    """Return the shard of each tensor, every one of them a file below the index's folder.
 
-    That goes by the names as they are written. A symbolic link may lead anywhere: Hugging Face's
-    cache is made of them.
+    Only the names as written are checked. A symbolic link may lead anywhere: Hugging Face's cache
+    consists of them.
     """
     shards: Any = _json(index).get("weight_map")
     if not isinstance(shards, dict):
@@ -432,7 +432,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _is_below(shard: str) -> bool:
-    """Whether a name leads below its folder, on any system."""
+    """Return whether a name leads below its folder, on any system."""
     posix, windows = PurePosixPath(shard), PureWindowsPath(shard)
     return (
         bool(posix.name)
@@ -469,13 +469,13 @@ def _of_slice(file: Path, name: str, part: Any) -> Tensor:
 
 
 def _opened(file: Path) -> Any:
-    """Open a file; it asks NumPy for "bfloat16" by name, which ml_dtypes brings."""
+    """Open a file; safetensors asks NumPy for "bfloat16" by name, which ml_dtypes provides."""
     return safe_open(file, framework="numpy")
 
 
 @contextmanager
 def _errors_of(file: Path) -> Generator[None]:
-    """Turn what safetensors and NumPy raise, of several kinds, into one that names the file."""
+    """Turn the various errors of safetensors and NumPy into one that names the file."""
     try:
         yield
     except Exception as error:
@@ -483,7 +483,7 @@ def _errors_of(file: Path) -> Generator[None]:
 
 
 def _kind(file: Path) -> str:
-    """Tell the usual mishaps from others."""
+    """Return a description of the usual mishaps with a file."""
     try:
         with file.open("rb") as stream:
             start = stream.read(64).lstrip()
@@ -532,7 +532,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _config(path: Path | None) -> Config:
-    """Read what lies beside the weights, if anything does."""
+    """Read the ``config.json`` beside the weights, if there is one."""
     file = None if path is None else (path if path.is_dir() else path.parent) / "config.json"
     if file is None or not _is_file(file):
         return Config(None, {}, None, None, has_head=False)

@@ -31,12 +31,12 @@ SEED = 42  # mlx-mhc's
 
 
 class GradientTracker:
-    """Keep the norm of the gradients of every step.
+    """The norm of the gradients of every step.
 
     Attributes
     ----------
     history
-        The norms, the root of the sum of the squares of all numbers of a step.
+        The norms: for each step, the root of the sum of the squares of all its numbers.
 
     Examples
     --------
@@ -52,11 +52,11 @@ class GradientTracker:
         self.history: list[float] = []
 
     def record(self, grads: Any) -> None:
-        """Record a step's gradients, arrays in dicts and lists in any way."""
+        """Record a step's gradients, arrays in nested dicts and lists."""
         self.history.append(_norm(grads))
 
     def stats(self) -> dict[str, float]:
-        """Give the ``mean`` and the ``std`` of the norms, 0 without any."""
+        """Return the ``mean`` and the ``std`` of the norms, 0 without any."""
         norms = self.history or [0.0]
         return {"mean": statistics.fmean(norms), "std": statistics.pstdev(norms)}
 
@@ -141,7 +141,7 @@ def count_params(model: nn.Module) -> int:
 
 
 def train_step(model: nn.Module, x: mx.array, y: mx.array) -> tuple[mx.array, float]:
-    """Give the mean squared error of ``model(x)`` to y, and its gradients' norm; change nothing."""
+    """Return the mean squared error of ``model(x)`` to y and its gradients' norm; no update."""
     loss, grads = _value_and_grad(model)(x, y)
     return loss, _norm(grads)
 

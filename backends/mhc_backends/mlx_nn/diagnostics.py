@@ -1,4 +1,4 @@
-"""What mhc-mlx prints for a report."""
+"""The printed report of mhc-mlx."""
 
 from __future__ import annotations
 

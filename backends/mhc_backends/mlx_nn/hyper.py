@@ -26,7 +26,7 @@ MIXING = 0.01  # how much of a stream H_res takes from the others at the start
 
 
 class Projection(nn.Module):
-    """What both modules have: three float32 parameters that read the streams.
+    """The common part of both modules: three float32 parameters that read the streams.
 
     The names go with the layout of the numbers: ``fn``, ``base``, ``scale`` where the variant's
     H_res is stored transposed, as DeepSeek-V4's checkpoints name and store them; otherwise
@@ -44,12 +44,12 @@ class Projection(nn.Module):
 
     @property
     def names(self) -> Names:
-        """The parameters' names, in the order phi, scale, bias."""
+        """Return the parameters' names, in the order phi, scale, bias."""
         return ("fn", "scale", "base") if self.variant.res_transposed else ("phi", "alpha", "bias")
 
     @property
     def projection(self) -> Arrays:
-        """The parameters phi, scale and bias, as the ops take them."""
+        """Return the parameters phi, scale and bias, as the ops take them."""
         phi, scale, bias = self.names
         own = cast("dict[str, mx.array]", self)
         return own[phi], own[scale], own[bias]
@@ -57,8 +57,8 @@ class Projection(nn.Module):
     def __setitem__(self, name: str, value: Any) -> None:
         """Keep every parameter in float32, whatever the rest of a model is cast to.
 
-        What is given, loaded or assigned is what is held afterwards. Only where the module itself
-        is cast is the value no news but the present one rounded, and then the present one stays.
+        A value that is passed, loaded or assigned replaces the present one. Only when the module
+        itself is cast is the new value just the present one rounded; then the present one stays.
         """
         if isinstance(value, mx.array) and value.dtype != mx.float32:
             if not mx.issubdtype(value.dtype, mx.floating):
@@ -74,10 +74,10 @@ class Projection(nn.Module):
 
 
 def _is_applied() -> bool:
-    """Return whether ``nn.Module.apply``, which ``set_dtype`` calls, is what assigns here.
+    """Return whether the assignment comes from ``nn.Module.apply``, which ``set_dtype`` calls.
 
-    An array does not tell where it comes from, and a module inside a model is only ever given
-    arrays: ``apply`` and ``load_weights`` both end in ``update``. So the callers tell.
+    An array does not show where it comes from, and a module inside a model only ever receives
+    arrays: ``apply`` and ``load_weights`` both end in ``update``. So the call stack is inspected.
     """
     code = nn.Module.apply.__code__
     frame = inspect.currentframe()
@@ -91,9 +91,9 @@ def _is_applied() -> bool:
 
 
 def _unrounded(value: mx.array, present: mx.array | None) -> mx.array:
-    """Widen ``value``; where it is but the present one rounded, take that rounding back.
+    """Widen ``value``; if it is only the present one rounded, return the present one.
 
-    The gradient is that of widening, so that casting the parameters inside a loss works.
+    The gradient is that of the widening, so that casting the parameters inside a loss works.
     """
     wide = value.astype(mx.float32)
     if present is None or present.shape != value.shape:
@@ -131,9 +131,9 @@ class HyperConnection(Projection):
     ----------
     phi, alpha, bias
         ``[n * n + 2 n, n * dims]``, ``[3]`` and ``[n * n + 2 n]``. With the DeepSeek variants they
-        are named ``fn``, ``scale`` and ``base``, as in released checkpoints. They are float32 and
-        stay it: what is loaded or assigned in another float dtype is widened. ``set_dtype``, and
-        ``apply`` with a cast, change nothing of them, and neither does ``nn.quantize``.
+        are named ``fn``, ``scale`` and ``base``, as in released checkpoints. They are and stay
+        float32: values loaded or assigned in another float dtype are widened. ``set_dtype``,
+        ``apply`` with a cast, and ``nn.quantize`` leave them unchanged.
 
     Raises
     ------
@@ -150,18 +150,18 @@ class HyperConnection(Projection):
     - H_post_i = 1 + c_2 / 2, whose mean is 1, and also its mean weighted by H_pre;
     - H_res = 0.99 on the diagonal, the rest alike.
 
-    H_pre reads of such streams what a plain network has, whatever that H_res mixes. pre_eps and
-    post_scale are accounted for; ``sinkhorn_eps`` makes the lines of H_res sum to 1 within about
-    ``n * sinkhorn_eps``. phi is normal with variance ``0.01 / (n * dims)``, so that it moves the
-    logits by 1e-3. With n = 1 H_pre is 0.999, since no sigmoid reaches 1.
+    From such streams H_pre reads what a plain network has, however this H_res mixes them. pre_eps
+    and post_scale are accounted for; ``sinkhorn_eps`` makes the lines of H_res sum to 1 within
+    about ``n * sinkhorn_eps``. phi is normal with variance ``0.01 / (n * dims)``, so that it moves
+    the logits by 1e-3. With n = 1 H_pre is 0.999, since no sigmoid reaches 1.
 
-    **Gradients.** Were all streams alike at the start, H_res would have no gradient: what becomes
-    of equal streams does not depend on it. H_post makes them differ, and H_pre, which leans in
-    another way, makes the difference matter. For n = 2 the two leanings cannot both be had; there
-    phi alone makes a difference, and the first gradients of H_res are a hundred times smaller. The
-    first connection after ``expand`` sees equal streams all the same: where columns are normalised
-    first (PAPER, DeepSeek), its H_res has no effect, and no gradient. With rows first (LIGER) that
-    is so of the last one before the mean.
+    **Gradients.** If all streams were equal at the start, H_res would have no gradient, since
+    mixing equal streams changes nothing. H_post makes the streams differ, and H_pre, whose weights
+    vary in another pattern, makes the difference matter. For n = 2 the two patterns cannot both
+    exist; there only phi makes a difference, and the first gradients of H_res are a hundred times
+    smaller. The first connection after ``expand`` always sees equal streams: if columns are
+    normalised first (PAPER, DeepSeek), its H_res has no effect and no gradient. With rows first
+    (LIGER) the same holds for the last connection before the mean.
 
     Eqs. (3), (7-9) and (14-19) of arXiv:2512.24880.
 
@@ -179,15 +179,15 @@ class HyperConnection(Projection):
         super().__init__(dims, n, variant, 3, _residual_bias(n, variant))
 
     def mappings(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Give H_pre, H_post and H_res of the streams x: :func:`mhc_core.mappings`."""
+        """Return H_pre, H_post and H_res of the streams x: :func:`mhc_core.mappings`."""
         return mhc.mappings(x, *self.projection, self.variant)
 
     def pre(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Give h, the layer's input, H_post and H_res: :func:`mhc_core.pre`."""
+        """Return h, the layer's input, H_post and H_res: :func:`mhc_core.pre`."""
         return mhc.pre(x, *self.projection, self.variant)
 
     def combine(self, x: mx.array, y: mx.array, h_post: mx.array, h_res: mx.array) -> mx.array:
-        """Give the streams after a layer that returned y: :func:`mhc_core.combine`."""
+        """Return the streams after a layer that returned y: :func:`mhc_core.combine`."""
         return mhc.combine(x, y, h_post, h_res)
 
     def combine_pre(
@@ -198,10 +198,10 @@ class HyperConnection(Projection):
         h_res: mx.array,
         h_pre: mx.array | None = None,
     ) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
-        """End the sublayer before and begin this one, in one pass: :func:`mhc_core.combine_pre`.
+        """End the previous sublayer and begin this one in one pass: :func:`mhc_core.combine_pre`.
 
-        x, H_post and H_res are those of the connection before, y is what its layer returned; the
-        new mappings are this connection's.
+        x, H_post and H_res are those of the previous connection, y is its layer's output; the new
+        mappings are this connection's.
 
         Returns
         -------
@@ -213,7 +213,7 @@ class HyperConnection(Projection):
     def __call__(
         self, x: mx.array, layer: Callable[..., mx.array], *args: Any, **kwargs: Any
     ) -> mx.array:
-        """Take the streams ``[..., n, dims]`` through ``layer(h, *args, **kwargs)``."""
+        """Apply ``layer(h, *args, **kwargs)`` to the streams ``[..., n, dims]``."""
         h, h_post, h_res = self.pre(x)
         return self.combine(x, layer(h, *args, **kwargs), h_post, h_res)
 
@@ -249,7 +249,7 @@ class HyperHead(Projection):
         super().__init__(dims, n, variant, 1, mx.array(_pre_bias(n, variant)))
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Give ``[..., dims]`` of the streams ``[..., n, dims]``: :func:`mhc_core.head`."""
+        """Return ``[..., dims]`` from the streams ``[..., n, dims]``: :func:`mhc_core.head`."""
         return mhc.head(x, *self.projection, self.variant)
 
 
@@ -265,7 +265,7 @@ def _checked(owner: str, dims: Any, n: Any, variant: Any) -> tuple[int, int, Var
 
 
 def _residual_bias(n: int, variant: Variant) -> mx.array:
-    """Give the bias of a plain residual; what it does is in HyperConnection's notes."""
+    """Return the bias of a plain residual; HyperConnection's notes explain it."""
     post = [_logit(h / variant.post_scale) if variant.post_scale else 0.0 for h in _leaning(n, 2)]
     diagonal = _logit(1 - MIXING) + math.log(max(n - 1, 1))  # of a softmax over n, the rest 0
     res = [diagonal if i == j else 0.0 for i in range(n) for j in range(n)]
@@ -277,7 +277,7 @@ def _pre_bias(n: int, variant: Variant) -> list[float]:
 
 
 def _leaning(n: int, waves: int) -> list[float]:
-    """Give n numbers of mean 1; those of 1 and of 2 waves lean in orthogonal ways."""
+    """Return n numbers of mean 1; those of 1 and of 2 waves vary in orthogonal patterns."""
     lean = LEANING if waves < n else 0.0
     return [1 + lean * math.cos(math.pi * waves * (i + 0.5) / n) for i in range(n)]
 

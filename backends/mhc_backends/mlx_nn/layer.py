@@ -45,8 +45,8 @@ class MHCLayer(StaticModule):
 hybrid_min_C, latency_avoid_fused_n32_max_C, latency_avoid_fused_B1_min_n, \
 throughput_allow_fused_n32_min_B, throughput_allow_fused_n32_min_C, \
 throughput_allow_fused_n32_small_C, fused_backward, mix_kernel
-        How mhc-mlx chooses among its kernels. They are checked, kept as attributes and used for
-        nothing: here the table of launch shapes decides. No result depends on them.
+        The settings by which mhc-mlx chooses among its kernels. They are checked and kept as
+        attributes, but have no effect: here the table of launch shapes decides.
 
     Raises
     ------
@@ -119,7 +119,7 @@ throughput_allow_fused_n32_small_C, fused_backward, mix_kernel
         self.rms_weight = mx.ones((self.C,))
 
     def _keep_hints(self, **hints: Any) -> None:
-        """Check what would steer mhc-mlx's kernels, as it does, and keep it to be read."""
+        """Check the hints for mhc-mlx's kernels, as it does, and store them as attributes."""
         words = {
             "dispatch_policy": _checks.one_of("auto", "throughput", "latency"),
             "mix_kernel": _checks.one_of("auto", "1d", "2d"),
@@ -133,11 +133,11 @@ throughput_allow_fused_n32_small_C, fused_backward, mix_kernel
 
     @property
     def backend(self) -> str | None:
-        """The backend that this layer asks for, or None for whichever is selected."""
+        """Return the backend that this layer requires, or None for whichever is selected."""
         return None if self.use_metal else "mlx-compiled"
 
     def mappings(self) -> Triple:
-        """Give H_pre ``[n]``, H_post ``[n]`` and H_res ``[n, n]``, float32.
+        """Return H_pre ``[n]``, H_post ``[n]`` and H_res ``[n, n]``, float32.
 
         In evaluation mode they are computed once for the parameters that the layer holds.
         """
@@ -150,7 +150,7 @@ throughput_allow_fused_n32_small_C, fused_backward, mix_kernel
         return mhc.static_mappings(pre, post, res, iterations, backend=backend)
 
     def mixing_matrix(self) -> mx.array:
-        """Give H_res ``[n, n]``, what Sinkhorn makes of ``H_res_raw``."""
+        """Return H_res ``[n, n]``, Sinkhorn's result for ``H_res_raw``."""
         return self.mappings()[2]
 
     def post_combine(self, x_reshaped: mx.array, y_inner_reshaped: mx.array) -> mx.array:
@@ -208,7 +208,7 @@ throughput_allow_fused_n32_small_C, fused_backward, mix_kernel
             )
 
     def _should_use_metal(self, B: int, n: int, C: int) -> bool:
-        """Say whether Metal kernels may answer; private in mhc-mlx too, whose tests call it."""
+        """Return whether Metal kernels may run; private in mhc-mlx too, whose tests call it."""
         return self.use_metal and os.environ.get("MHC_MLX_DISABLE_METAL") != "1"
 
     def _extra_repr(self) -> str:
@@ -232,8 +232,8 @@ def residual_add_agg(x: mx.array, res: mx.array, H_pre: mx.array) -> tuple[mx.ar
 
     Notes
     -----
-    ``residual_add_agg`` of mhc-mlx 0.6.3. :func:`mhc_core.residual_add_aggregate` is the same in
-    the streams' dtype, and moves half the bytes of half-precision ones.
+    ``residual_add_agg`` of mhc-mlx 0.6.3. :func:`mhc_core.residual_add_aggregate` returns the same
+    in the streams' dtype, and moves half the bytes for half-precision streams.
     Errors: see :mod:`mhc_core._api`.
     """
     return mhc.residual_add_aggregate(_wide(x), _wide(res), H_pre)

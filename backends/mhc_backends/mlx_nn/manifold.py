@@ -88,7 +88,7 @@ class ManifoldHyperConnection(StaticModule):
             self.h_pre_raw, self.h_post_raw, self.h_res_raw = residual_start(n)
 
     def pre_scale(self, x: mx.array) -> mx.array:
-        """Give the layer's input, ``H_pre * x``.
+        """Return the layer's input, ``H_pre * x``.
 
         Parameters
         ----------
@@ -116,7 +116,7 @@ class ManifoldHyperConnection(StaticModule):
         x
             ``[..., dims]``, before :meth:`pre_scale`.
         layer_output
-            ``[..., dims]``, what the layer made of ``pre_scale(x)``.
+            ``[..., dims]``, the layer's output for ``pre_scale(x)``.
 
         Returns
         -------
@@ -132,7 +132,7 @@ class ManifoldHyperConnection(StaticModule):
         return mhc.gated_combine(x, layer_output, self._pre(), self._post(), self._res())
 
     def __call__(self, x: mx.array, layer_output: mx.array) -> mx.array:
-        """Do :meth:`post_combine`: a connection in one stage."""
+        """Call :meth:`post_combine`: a connection in one stage."""
         return self.post_combine(x, layer_output)
 
     def _check(self, x: mx.array) -> None:

@@ -24,14 +24,14 @@ OUTPUT_HEADS = (
     "output_layer",
     "unembed",
 )
-"""Names that models give to the layer in front of their logits."""
+"""The names that models give to the layer in front of their logits."""
 
 IN_A_TUPLE = "in a tuple: MLX neither trains nor saves what is in one"
 
 
 @dataclass(frozen=True)
 class Patched:
-    """What became of one module.
+    """The outcome for one module.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class Patched:
     dims
         Its size if it was wrapped, otherwise None.
     reason
-        Why it was not wrapped; of a wrapped one, what is to be known of it, or nothing.
+        Why it was not wrapped; for a wrapped one, a remark on it, or nothing.
     """
 
     name: str
@@ -53,15 +53,15 @@ class Patched:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What :meth:`AutoPatcher.patch` did.
+    """The outcome of :meth:`AutoPatcher.patch`.
 
     Attributes
     ----------
     wrapped
         The modules that it wrapped.
     left
-        Every other one, with the reason; of modules that hold modules only those that were not
-        looked into.
+        Every other one, with the reason; of modules that hold modules, only those whose contents
+        were not searched.
     """
 
     wrapped: list[Patched] = field(default_factory=list[Patched])
@@ -88,9 +88,9 @@ class AutoPatcher:
     ) -> PatchReport:
         """Wrap every Linear and QuantizedLinear that keeps its size, wherever the model holds it.
 
-        That is, as an attribute, or in lists, tuples and dicts of them, nested in any way. A
-        module that a model holds twice is wrapped once; one that is wrapped already is left as it
-        is, and so is what stands inside it.
+        A Linear may be held as an attribute, or in lists, tuples and dicts, nested in any way. A
+        module that a model holds twice is wrapped once; one that is wrapped already is left
+        unchanged with everything inside it.
 
         Parameters
         ----------
@@ -103,8 +103,8 @@ class AutoPatcher:
         init
             As for :class:`MHCRewire`.
         skip
-            Names of modules that are left with all that they hold: whole paths, or last parts of
-            paths. By default :data:`OUTPUT_HEADS`; ``()`` for none.
+            Names of modules that are left unchanged with all that they hold: whole paths, or last
+            parts of paths. By default :data:`OUTPUT_HEADS`; ``()`` for none.
         **mhc_kwargs
             For the :class:`MHCLayer` of each.
 
@@ -121,7 +121,7 @@ class AutoPatcher:
         Notes
         -----
         ``AutoPatcher.patch`` of mhc-mlx 0.6.3, which returns nothing. A wrapper is trainable even
-        where what it wraps is frozen, and it is in the mode (training or evaluation) of it.
+        if the wrapped module is frozen, and takes over that module's mode (training or evaluation).
 
         Examples
         --------
@@ -169,7 +169,7 @@ class _Patching:
                 holder[key] = new
 
     def visit(self, value: Any, name: str, in_tuple: bool) -> Any:
-        """Give what is to stand in the place of a value."""
+        """Return the replacement of a value."""
         if isinstance(value, nn.Module):
             if id(value) not in self.now:
                 self.now[id(value)] = value  # a module may hold one that holds it
@@ -199,7 +199,7 @@ class _Patching:
         return module
 
     def against(self, module: nn.Module, name: str) -> str | None:
-        """Say why a module is left as it is, "" if for its kind alone, None if it is wrapped."""
+        """Return why a module is left unchanged, "" if only for its kind, None if it is wrapped."""
         if isinstance(module, MHCRewire):
             return f"it is wrapped already, with n={module.n}"
         if name in self.skip or name.rpartition(".")[2] in self.skip:
@@ -231,7 +231,7 @@ class _Patching:
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
-    """Give what a Linear or QuantizedLinear takes and gives, or None for another module."""
+    """Return a Linear's or QuantizedLinear's input and output sizes, or None for another module."""
     if isinstance(module, nn.QuantizedLinear):
         rows, words = module.weight.shape
         return words * 32 // module.bits, rows

@@ -1,9 +1,9 @@
-"""Give up what a part of a network computed, and compute it again for the gradients.
+"""Recomputation: a part of a network drops its activations and runs again for the gradients.
 
-``mx.checkpoint`` does that too, but frees little where there are parameters: MLX evaluates what is
-needed when it is needed, a parameter's gradient is needed at the very end, and until then the
-arrays that it comes from wait, those of all parts. Here a part is computed again once its
-cotangents are there, and all its gradients are there before the part before it has its turn.
+``mx.checkpoint`` does that too, but frees little if there are parameters: MLX evaluates lazily, a
+parameter's gradient is only needed at the very end, and until then the arrays that it comes from
+stay in memory, for all parts. Here a part is recomputed as soon as its cotangents are evaluated,
+and all its gradients are evaluated before the previous part begins.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ random_state = cast("Sequence[mx.array]", mx.random.state)
 
 
 def is_repeatable(value: Any) -> bool:
-    """Whether an argument is the same when it is given again: an array, or plain data.
+    """Return whether an argument can be passed again unchanged: an array, or plain data.
 
-    A cache is not: a layer that is run again would append to it again.
+    A cache cannot: a layer that is run again would append to it again.
     """
     if isinstance(value, (list, tuple)):
         return all(map(is_repeatable, cast("Sequence[Any]", value)))
@@ -43,13 +43,13 @@ def recomputed(
     modules: Sequence[nn.Module],
     *given: Any,
 ) -> Any:
-    """Give the tuple of arrays ``function(blocks, *given)``, run again for its gradients.
+    """Return the tuple of arrays ``function(blocks, *given)``, recomputed for its gradients.
 
-    Gradients are those of the arrays in ``given`` and of the trainable parameters of ``modules``,
-    parts of ``blocks``: they must be all that ``function`` uses. It runs on copies of the blocks
-    that hold what is traced, so that nobody else ever sees that. It is called in the plain way
-    where it draws from MLX's random state, which cannot be set back, or where a part of a block
-    is known to an object that cannot be copied, such as a closure.
+    Gradients are taken for the arrays in ``given`` and for the trainable parameters of ``modules``,
+    parts of ``blocks``; ``function`` must use no other arrays. It runs on copies of the blocks that
+    hold the traced arrays, so that no other code ever sees them. It is called without recomputation
+    if it draws from MLX's random state, which cannot be reset, or if an object that cannot be
+    copied, such as a closure, refers to a part of a block.
     """
     tree: Any = ([module.trainable_parameters() for module in modules], given)
     start = random_state[0]
@@ -76,7 +76,7 @@ def _arrays(tree: Any) -> list[mx.array]:
 
 
 def _filled(tree: Any, arrays: Iterable[mx.array]) -> Any:
-    """Put arrays into the places of a tree's arrays."""
+    """Return a tree with its arrays replaced by others."""
     rest = iter(arrays)
 
     def fill(leaf: Any) -> Any:
@@ -86,14 +86,14 @@ def _filled(tree: Any, arrays: Iterable[mx.array]) -> Any:
 
 
 class CapturedError(Exception):
-    """A module is known to something that cannot be copied with it."""
+    """A module is referred to by something that cannot be copied with it."""
 
 
 class Copies:
-    """Copies of modules with other arrays in place of some, by the ids of these.
+    """Copies of modules in which some arrays, identified by id, are replaced.
 
-    A module's plain attributes are shared with its copy, so that a layer may count its runs. A
-    method of a module becomes the copy's.
+    A module shares its plain attributes with its copy, so that a layer may count its runs. A bound
+    method of a module is bound to the copy.
     """
 
     def __init__(self, arrays: Mapping[int, mx.array]) -> None:
@@ -101,7 +101,7 @@ class Copies:
         self._made: dict[int, nn.Module] = {}
 
     def of(self, value: Any) -> Any:
-        """Copy a module, or what modules consist of."""
+        """Copy a module, or a container of modules and arrays."""
         if isinstance(value, mx.array):
             return self._arrays.get(id(value), value)
         if isinstance(value, nn.Module):
@@ -131,7 +131,7 @@ class Copies:
 
 
 def _holds_a_module(value: Any) -> bool:
-    """Whether an object leads to a module, by whatever it refers to: a closure, say."""
+    """Return whether an object refers to a module, directly or indirectly, such as a closure."""
     seen: set[int] = set()
     waiting = [value]
     while waiting:
@@ -152,7 +152,7 @@ _LEAVES = (type(None), bool, int, float, complex, str, bytes, mx.array, mx.Dtype
 
 
 def _in_order(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Join a function of arrays with the vjp that calls it again, and hold that in order."""
+    """Join a function of arrays with a vjp that runs it again, in a fixed order of evaluation."""
     custom = mx.custom_function(function)
 
     def back(primals: Any, cotangents: Any, _: Any) -> Any:
@@ -174,5 +174,5 @@ def _in_order(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _after(arrays: Iterable[mx.array], others: Iterable[mx.array]) -> list[mx.array]:
-    """Give arrays that MLX evaluates after others."""
+    """Return arrays that MLX evaluates after others."""
     return cast("list[mx.array]", mx.depends(list(arrays), list(others)))

@@ -43,7 +43,7 @@ class MHCRewire(nn.Module):
     inner
         The module.
     mhc
-        The :class:`MHCLayer`. Its ``rms_weight`` is not used; it is there since mhc-mlx saves it.
+        The :class:`MHCLayer`. Its ``rms_weight`` is not used; it exists since mhc-mlx saves it.
 
     Raises
     ------
@@ -87,7 +87,7 @@ class MHCRewire(nn.Module):
         x
             ``[..., dims]``.
         *args, **kwargs
-            Given to F after ``H_pre * x``, such as a mask or a cache.
+            Passed to F after ``H_pre * x``, such as a mask or a cache.
 
         Returns
         -------

@@ -37,9 +37,9 @@ class HyperConnectedStack(nn.Module):
         H_pre. True is that of DeepSeek-V4.1: it reads them by the H_pre of the connection before,
         the first one reads stream 0, and the H_pre of the last one collapses the output.
     recompute
-        How many sublayers in a row give up their activations in training, and are run again,
-        layers and all, for the gradients. ``"auto"`` takes ``sqrt(n L / (n + 2))`` of L sublayers,
-        False none.
+        How many sublayers in a row drop their activations in training and run again, with their
+        layers, for the gradients. ``"auto"`` takes ``sqrt(n L / (n + 2))`` of L sublayers, False
+        none.
     head
         A :class:`HyperHead` to collapse the streams; without one it is their mean. The single-pass
         order has none.
@@ -51,20 +51,20 @@ class HyperConnectedStack(nn.Module):
 
     Notes
     -----
-    **Recomputation** (section 4.3.2 of arXiv:2512.24880). A sublayer leaves (n + 2) C numbers per
-    token for its gradients: its streams, h and y; that makes 6 L C for n = 4. Parts of R sublayers
-    leave their first streams and h, (n + 1) C, and one part at a time all of its own: about
-    ``(n + 1) L / R + (n + 2) R`` times C. Each layer runs twice in training, which costs as much
-    again as its forward pass; what a layer keeps inside itself is given up with the rest.
+    **Recomputation** (section 4.3.2 of arXiv:2512.24880). A sublayer keeps (n + 2) C numbers per
+    token for its gradients: its streams, h and y; that makes 6 L C for n = 4. With parts of R
+    sublayers, each part keeps its first streams and h, (n + 1) C, and one part at a time keeps all
+    of its own: about ``(n + 1) L / R + (n + 2) R`` times C. Each layer runs twice in training,
+    which costs one more forward pass; activations inside a layer are dropped with the rest.
 
-    Gradients are bit for bit those without recomputation, of the trainable parameters and of every
-    array that the stack is called with; under ``mx.compile``, which may fuse the one otherwise than
-    the other, they are so to rounding. What a layer captures otherwise gets none, and a layer must
-    not change anything when it runs, such as running means. So a call is not recomputed where it
-    is given anything but arrays and plain data, such as a cache; nor in eval mode or under
-    :func:`mhc_core.no_grad`, nor where an object that cannot be copied, such as a closure, knows a
-    part of the layer: what is run again is a copy. Layers that draw random numbers (dropout) keep
-    what they computed, since MLX cannot repeat them. ``mx.vmap`` of a gradient needs
+    Gradients of the trainable parameters, and of every array that the stack is called with, are bit
+    for bit those without recomputation; under ``mx.compile``, which may fuse the two differently,
+    they agree to rounding. Other arrays that a layer captures get no gradient, and a layer must not
+    change any state when it runs, such as running means. So a call is not recomputed if it is
+    passed anything but arrays and plain data, such as a cache; nor in eval mode or under
+    :func:`mhc_core.no_grad`; nor if an object that cannot be copied, such as a closure, refers to a
+    part of the layer, since a copy is run again. Layers that draw random numbers (dropout) keep
+    their activations, since MLX cannot repeat the numbers. ``mx.vmap`` of a gradient needs
     ``recompute=False``.
 
     **Threads** may take gradients through one stack at once: nothing that is traced is ever put
@@ -100,7 +100,7 @@ class HyperConnectedStack(nn.Module):
 
     @property
     def part(self) -> int:
-        """How many sublayers give up their activations together; all of them: none does."""
+        """Return how many sublayers drop their activations together; with all of them none do."""
         count = len(self.blocks)
         if isinstance(self.recompute, str):
             return max(1, round(math.sqrt(self.n * count / (self.n + 2))))
@@ -113,7 +113,7 @@ class HyperConnectedStack(nn.Module):
         each: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> mx.array:
-        """Take ``[..., dims]`` through all blocks, to ``[..., dims]``.
+        """Run ``[..., dims]`` through all blocks, to ``[..., dims]``.
 
         Every layer is called with ``args`` and ``kwargs`` beside its input, and the layer of block
         k with the keyword arguments ``each[k]`` too.
@@ -151,7 +151,7 @@ class HyperConnectedStack(nn.Module):
     ) -> tuple[mx.array, ...]:
         """Run the sublayers from ``start`` on, as many as there are calls.
 
-        ``blocks`` are theirs and the next one, or copies of them.
+        ``blocks`` are those of the sublayers and the next one, or copies of them.
         """
         if start == 0:
             state = self._begun(blocks[0].connection, *state)
@@ -166,7 +166,7 @@ class HyperConnectedStack(nn.Module):
         return state
 
     def _begun(self, first: HyperConnection, h: mx.array) -> tuple[mx.array, ...]:
-        """Give the streams, the first layer's input and its mappings."""
+        """Return the streams, the first layer's input and its mappings."""
         x = mhc.expand(h, self.n)
         h_pre, h_post, h_res = first.mappings(x)
         if not self.single_pass:
@@ -179,7 +179,7 @@ class HyperConnectedStack(nn.Module):
         return self.head(x) if "head" in self else mhc.contract(x, "mean")
 
     def _used(self, start: int, stop: int) -> list[nn.Module]:
-        """Give the modules of what :meth:`_run` does: a part maps for the next one's first."""
+        """Return the modules that :meth:`_run` uses: a part maps for the next one's first layer."""
         layers = [block.layer for block in self.blocks[start:stop]]
         norms = [block.norm for block in self.blocks[start:stop]]
         mapping = self.blocks[start + (start > 0) : stop + 1]

@@ -23,5 +23,5 @@ SPEC = BackendSpec(
 
 @hookimpl
 def mhc_backend_specs() -> list[BackendSpec]:
-    """Bring the backend."""
+    """Return the backend's spec."""
     return [SPEC]

@@ -1,4 +1,4 @@
-"""The ops on NumPy arrays: the neutral maths as it stands."""
+"""The ops on NumPy arrays: the neutral maths, unchanged."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def vjp(
 
 
 def from_host(array: Array) -> Array:
-    """Give the array itself."""
+    """Return the array itself."""
     return array
 
 
 def to_host(array: Array) -> Array:
-    """Give the array itself."""
+    """Return the array itself."""
     return array

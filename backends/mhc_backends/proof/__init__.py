@@ -1,10 +1,10 @@
-"""How a backend of kernels proves itself on the machine that it has come to.
+"""The proof of a kernel backend on the machine on which it is about to run.
 
-Nobody can test kernels on every machine whose compiler will make them. So before such a backend
-answers a kind of call (an op, its dtypes, its n) for the first time on a machine, every kernel that
-the op needs, in every class of its launches, runs on small fixed inputs in a process of its own,
-and its numbers are held against the float64 oracle's. A process of its own, since a fault on a GPU
-ends the process: https://github.com/ml-explore/mlx/issues/3390.
+Kernels cannot be tested in advance on every machine whose compiler will build them. So before such
+a backend runs a kind of call (an op, its dtypes, its n) for the first time on a machine, every
+kernel that the op needs, in every class of its launches, runs on small fixed inputs in a process of
+its own, and its numbers are compared with the float64 oracle's. The process is separate because a
+fault on a GPU ends the process: https://github.com/ml-explore/mlx/issues/3390.
 
 The verdict is kept in the user's cache. Importing this imports nothing heavy.
 """
@@ -24,14 +24,14 @@ Kind = tuple[str, tuple[str, ...], "int | None"]
 
 
 class KernelProof:
-    """The proof of a backend of kernels, as ``BackendSpec.proof`` wants it.
+    """The proof of a kernel backend, as ``BackendSpec.proof`` requires it.
 
     Parameters
     ----------
     name
         The backend's.
     launcher
-        Where the maker of kernels is, such as ``"mlx.core:fast.metal_kernel"``.
+        The function that makes kernels, such as ``"mlx.core:fast.metal_kernel"``.
     compiled
         Whether its kernels may be called under ``mx.compile``.
     limit
@@ -50,7 +50,7 @@ class KernelProof:
         self._lock = threading.Lock()
 
     def verdict(self, op: str, dtypes: tuple[str, ...], n: int | None) -> str | None:
-        """Return None where all kernels of a kind of call are right, or what is wrong with one."""
+        """Return None if all kernels of a kind of call are right, else what is wrong with one."""
         kind = (op, dtypes, n)
         with self._lock:  # two threads would prove the same
             if kind not in self._verdicts:
@@ -58,7 +58,7 @@ class KernelProof:
             return self._verdicts[kind]
 
     def known(self) -> Sequence[Verdict]:
-        """Return the verdicts in the cache, and those of this process that it does not have."""
+        """Return the verdicts in the cache, and those of this process that are not in it."""
         from mhc_backends.proof.cache import Cache
 
         verdicts = {kind: found["reason"] for kind, found in Cache(self._name)} | self._verdicts

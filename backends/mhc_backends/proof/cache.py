@@ -1,7 +1,8 @@
 """Verdicts on disk: a small JSON file for each kind of call, in a folder for each identity.
 
-Files are written whole, elsewhere, and put in place, so processes at the same time do no harm; what
-cannot be read, or is of another identity, is not there; and what cannot be written is forgotten.
+Files are written completely elsewhere and moved into place, so concurrent processes do no harm. A
+file that cannot be read, or has another identity, counts as absent; a verdict that cannot be
+written is dropped.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ A_DAY = 24 * 60 * 60.0
 
 
 def folder() -> Path | None:
-    """Return this project's folder in the user's cache, or None where there is no such place."""
+    """Return this project's folder in the user's cache, or None if there is no cache."""
     named = os.environ.get("MHC_CACHE")
     if named:
         return Path(named)
@@ -39,7 +40,7 @@ def folder() -> Path | None:
 
 
 def identity() -> dict[str, str]:
-    """Return what a verdict holds for: this project's kernels, MLX, the system and the chip."""
+    """Return what a verdict depends on: this project's kernels, MLX, the system and the chip."""
     import mhc_core
 
     mx: Any = import_module("mlx.core")
@@ -53,7 +54,7 @@ def identity() -> dict[str, str]:
 
 
 def _kernels() -> str:
-    """Digest all texts and launch shapes: while they are written, a version says too little."""
+    """Return a digest of all texts and launch shapes: in development the version is constant."""
     from mhc_backends.kernels.launch import VARIABLE
 
     digest = hashlib.sha256()
@@ -67,7 +68,7 @@ def _kernels() -> str:
 
 
 class Cache:
-    """The verdicts of one backend that hold here and now."""
+    """The verdicts of one backend that are valid on this machine now."""
 
     def __init__(self, backend: str) -> None:
         self._identity = identity()
@@ -76,14 +77,14 @@ class Cache:
         self._folder = base / "proofs" / f"{backend}-{digest[:16]}" if base else None
 
     def read(self, kind: Any) -> dict[str, Any] | None:
-        """Return what was found for a kind of call, or None."""
+        """Return the stored verdict on a kind of call, or None."""
         if self._folder is None:
             return None
         found = self._read(self._folder / _file(kind))
         return found if found and found["kind"] == _plain(kind) else None
 
     def write(self, kind: Any, reason: str | None, classes: Mapping[str, str], final: bool) -> None:
-        """Keep what was found, where that can be; what is not final, for a day."""
+        """Store a verdict, if possible; one that is not final, for a day."""
         if self._folder is None:
             return
         content = {
@@ -105,7 +106,7 @@ class Cache:
                 os.unlink(temporary)
 
     def __iter__(self) -> Iterator[tuple[tuple[str, tuple[str, ...], int | None], dict[str, Any]]]:
-        """Yield everything that was found, by its kind of call."""
+        """Yield all stored verdicts, each with its kind of call."""
         try:
             files = sorted(self._folder.glob("*.json")) if self._folder else []
         except OSError:
@@ -137,7 +138,7 @@ def _plain(kind: Any) -> list[Any]:
 
 
 def _file(kind: Any) -> str:
-    """Name a kind's file so that people find it and no two kinds share it."""
+    """Return a kind's file name, readable and unique."""
     op, dtypes, n = kind
     digest = hashlib.sha256(json.dumps(_plain(kind)).encode()).hexdigest()
     return f"{op}-{'' if n is None else f'n{n}-'}{dtypes[0]}-{digest[:12]}.json"

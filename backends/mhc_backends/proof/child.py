@@ -1,7 +1,7 @@
-"""The program of a process of its own: an op's kernels on small inputs, held against the oracle.
+"""The program of the separate process: it runs an op's kernels and compares them with the oracle.
 
-It tells what it does on its standard output, a line of JSON each, so that whoever started it knows
-how far it came if it never ends, or ends as a GPU's fault ends a process.
+It reports each step on its standard output as a line of JSON, so that its parent knows how far it
+came if it never ends, or is ended by a fault of the GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KINDS: tuple[Literal["forward"], Literal["gradient"]] = ("forward", "gradient")
 
 
 class FaultError(Exception):
-    """A kernel is wrong; the message says how, in a line."""
+    """A kernel is wrong; the message says how, in one line."""
 
 
 def main(request: dict[str, Any]) -> None:
@@ -31,7 +31,7 @@ def main(request: dict[str, Any]) -> None:
     request
         ``op``, ``dtypes`` and ``n``; ``launcher``, such as ``"mlx.core:fast.metal_kernel"``;
         ``compiled``, whether kernels may be called under ``mx.compile``; ``limit``, the seconds
-        after which this process ends itself, should nobody else do so.
+        after which this process ends itself if its parent has not done so.
     """
     faulthandler.dump_traceback_later(request["limit"], exit=True)
     # what libraries print must not come between the lines
@@ -138,12 +138,12 @@ def _counts(call: Any) -> Sequence[int]:
 
 
 def _stored(call: Any, outputs: Sequence[Any]) -> Any:
-    """Return the streams that an op stores and reads back, as they were rounded."""
+    """Return the streams that an op stores and reads back, as the backend rounded them."""
     return outputs[0] if call.op == "combine_pre" else None
 
 
 def _own(array: Any, offset: int) -> Any:
-    """Make MLX's array, which begins so many elements into its memory."""
+    """Return an MLX array that begins ``offset`` elements into its memory."""
     import mlx.core as mx
 
     from mhc_backends._mlx import from_host
@@ -157,7 +157,7 @@ def _own(array: Any, offset: int) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    """Return the first line of a compiler's message, or of any."""
+    """Return the first line of a message, such as a compiler's."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     found = next((line for line in lines if "error:" in line), next(iter(lines), ""))
     return f"{found or type(error).__name__}"

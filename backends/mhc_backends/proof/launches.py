@@ -1,9 +1,9 @@
-"""Which launches an op can come to, and a few small calls that make one of each kind.
+"""The launches that an op can make, and a few small calls that cover one of each kind.
 
-Nothing here knows how kernels are launched: it runs an op's launches with a launcher that computes
-nothing, and looks at what it was given. So it follows ``mhc_backends.kernels.launch`` and the ops.
+Nothing here repeats how kernels are launched: an op's launches run with a launcher that computes
+nothing and records its arguments. So this follows ``mhc_backends.kernels.launch`` and the ops.
 
-What is proven of a kernel is
+A kernel is proven for
 
 - its **launch class**: the elements of an access, the tokens of a threadgroup, and whether a thread
   keeps one access, several, or not all of them (W, TOKENS, HELD, REST), together;
@@ -78,7 +78,7 @@ STATICS: dict[str, Sequence[dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an op that is made to prove it; ``offset`` is where its arrays begin."""
+    """One call of an op, made to prove it; ``offset`` is where its arrays begin in memory."""
 
     op: str
     dtypes: tuple[str, ...]
@@ -91,7 +91,7 @@ class Call:
 
     @property
     def name(self) -> str:
-        """How a reason names it."""
+        """Return the call's name in a reason."""
         words = [f"T={self.T}", f"n={self.n}", f"C={self.C}"]
         words += ["one mapping for all tokens"] if self.shared else []
         words += ["arrays that begin anywhere"] if self.offset else []
@@ -99,22 +99,22 @@ class Call:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The static arguments."""
+        """Return the static arguments."""
         return dict(self.static)
 
     @property
     def distinct(self) -> int:
-        """How many tokens differ."""
+        """Return the number of distinct tokens."""
         return min(self.T, PERIOD)
 
     @property
     def given(self) -> int:
-        """How many arrays the call has; the other dtypes are of cotangents."""
+        """Return the number of the call's arrays; the other dtypes are of cotangents."""
         return len(self.dtypes) - len(load(self.op).OP.outputs)
 
     @property
     def differentiated(self) -> Call:
-        """The call as a library's autodiff makes it: cotangents have their outputs' dtypes."""
+        """Return the call as a library's autodiff makes it: cotangents in their outputs' dtypes."""
         outputs = load(self.op).OP.outputs.values()
         own = (self.dtypes[0] if out.dtype == "stream" else "float32" for out in outputs)
         return replace(self, dtypes=(*self.dtypes[: self.given], *own))
@@ -124,7 +124,7 @@ class Call:
 
 
 class Launched(NamedTuple):
-    """One launch, its class, and what it proves of its kernel."""
+    """One launch, its class, and the choices of its kernel that it proves."""
 
     kernel: str
     class_: str
@@ -132,7 +132,7 @@ class Launched(NamedTuple):
 
 
 class Watched:
-    """A launcher around another one, or around none, that tells of each launch."""
+    """A launcher that records each launch, around another launcher or none."""
 
     def __init__(self, launcher: Any, told: Any) -> None:
         self._launcher = launcher
@@ -169,13 +169,13 @@ def _launched(full: str, names: Sequence[str], arguments: Any) -> Launched:
 
 
 def _kernel(full: str) -> str:
-    """Find the kernel's name in the one that MLX gets."""
+    """Return the kernel's name, extracted from the one that MLX gets."""
     rest = full.removeprefix("mhc_") + "_"
     return max((name for name in table.TABLE if rest.startswith(f"{name}_")), key=len)
 
 
 def launches(call: Call) -> list[Launched]:
-    """Return what a call and its gradients launch, computing nothing."""
+    """Return the launches of a call and its gradients, computing nothing."""
     found: list[Launched] = []
 
     def told(_: Any, launched: Launched, arguments: Any) -> list[mx.array]:
@@ -188,7 +188,7 @@ def launches(call: Call) -> list[Launched]:
 
 
 def _in_its_sizes(call: Call, launched: Launched, arguments: Any) -> Launched:
-    """Add what the sizes of a call prove of a kernel, beside how it is launched."""
+    """Add what the sizes of a call prove of a kernel, besides its launch parameters."""
     W = dict(arguments["template"]).get("W", 1)
     (threads, *_), (_, tiles, _) = arguments["threadgroup"], arguments["grid"]
     facts: set[tuple[Any, ...]] = {
@@ -228,7 +228,7 @@ def _shape(call: Call, patterns: list[list[str]]) -> list[int]:
 def run(
     kernels: Kernels, call: Call, arrays: Sequence[mx.array], cotangents: Sequence[mx.array]
 ) -> tuple[Any, Any, Any]:
-    """Run an op as it is in inference, as it is where gradients are wanted, and its gradients."""
+    """Run an op in inference, then with gradients wanted, then its gradients."""
     module, options = ops.load(call.op), call.options
     plain = module.forward(kernels, *arrays, **options)
     if not hasattr(module, "saving"):
@@ -280,7 +280,7 @@ def candidates(op: str, dtypes: tuple[str, ...], n: int | None) -> Iterator[Call
 
 
 def _largest(call: Call) -> int:
-    """Count the numbers of the largest array: the streams, phi, or H_res."""
+    """Return the number of elements of the largest array: the streams, phi, or H_res."""
     n, projects = call.n, "phi" in load(call.op).OP.arrays
     return max(call.T * n * max(call.C, n), n * call.C * (n * n + 2 * n) * projects)
 

@@ -1,8 +1,8 @@
-"""A call's fixed inputs, and its results beside those of the float64 oracle on NumPy.
+"""A call's fixed inputs, and its results compared with those of the float64 oracle on NumPy.
 
-The oracle and the tolerances are the conformance kit's, which share no code with any backend. It is
-asked of the tokens that differ; where there are more, they are these over and over again, so their
-results are too, and gradients that are sums over the tokens are so many times as large.
+The oracle and the tolerances are the conformance kit's, which share no code with any backend. It
+computes only the distinct tokens. Further tokens repeat these, so their results repeat too, and
+gradients that are sums over the tokens are multiplied by the number of repeats.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Array = NDArray[Any]
 
 
 class Inputs(NamedTuple):
-    """A call's arrays and cotangents: of the tokens that differ, and of all."""
+    """A call's arrays and cotangents: for the distinct tokens, and for all."""
 
     primals: list[Array]
     cotangents: list[Array]
@@ -60,7 +60,7 @@ def inputs(call: Call) -> Inputs:
 
 
 def _per_token(call: Call, index: int) -> bool:
-    """Return whether an array has something of its own for each token."""
+    """Return whether an array has separate values for each token."""
     patterns = list(load(call.op).OP.patterns.values())[index]
     return patterns[-1 if call.shared else 0][0] == "..."
 
@@ -73,7 +73,7 @@ def _all(call: Call, array: Array) -> Array:
 
 
 class Want(NamedTuple):
-    """One result as the oracle has it: of the tokens that differ, or summed over all."""
+    """One result of the oracle: for the distinct tokens, or summed over all."""
 
     name: str
     value: Array
@@ -83,7 +83,7 @@ class Want(NamedTuple):
 
 
 def wanted(call: Call, kind: Kind, given: Inputs, stored: Array | None = None) -> list[Want]:
-    """Ask the oracle for a call's outputs or gradients.
+    """Return the oracle's outputs or gradients for a call.
 
     ``stored`` is x' as the backend rounded it, for an op that reads it back.
     """
@@ -103,7 +103,7 @@ def wanted(call: Call, kind: Kind, given: Inputs, stored: Array | None = None) -
 
 
 def _result(call: Call, kind: Kind, index: int) -> tuple[str, str]:
-    """Return the name of a result and its dtype's: a gradient's is that of its array."""
+    """Return the name of a result and the name of its dtype: a gradient has that of its array."""
     declared = load(call.op).OP
     if kind == "gradient":
         return f"d {list(declared.arrays)[index]}", call.dtypes[index]
@@ -112,7 +112,7 @@ def _result(call: Call, kind: Kind, index: int) -> tuple[str, str]:
 
 
 def fault(call: Call, got: Sequence[Array], want: Sequence[Want]) -> str | None:
-    """Return what is wrong with the first result that is not what it should be, or None."""
+    """Return what is wrong with the first wrong result, or None."""
     for one, right in zip(got, want, strict=True):
         shape = (call.T, *right.value.shape[1:]) if right.per_token else right.value.shape
         if (one.shape, one.dtype) != (shape, right.dtype):

@@ -1,4 +1,4 @@
-"""The process of its own in which kernels are tried, seen from the one that asks."""
+"""The parent's side of the separate process in which kernels are tried."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Found(NamedTuple):
     Attributes
     ----------
     reason
-        None where everything held, or what did not.
+        None if everything passed, else what failed.
     classes
-        What became of each class of launches: held, failed or not tried.
+        The outcome of each class of launches: held, failed or not tried.
     final
-        Whether running it again could not change it.
+        Whether another run cannot change the outcome.
     timed_out
         Whether it did not end by itself.
     """
@@ -51,7 +51,7 @@ class Found(NamedTuple):
 
 
 def prove(kind: Any, launcher: str, compiled: bool, limit: float) -> Found:
-    """Run a kind of call's kernels in a process of their own, which ends within the limit."""
+    """Run a kind of call's kernels in a separate process, which ends within the limit."""
     reason = _no_interpreter()
     if reason:
         return Found(reason, {}, False)
@@ -98,7 +98,7 @@ def _no_interpreter() -> str | None:
 
 
 def _end(child: subprocess.Popen[bytes]) -> bytes:
-    """Kill a process with all that it started, and take what it told."""
+    """Kill a process and all that it started, and return its output."""
     with contextlib.suppress(OSError):
         os.killpg(child.pid, signal.SIGKILL)
     try:
@@ -111,7 +111,7 @@ def _end(child: subprocess.Popen[bytes]) -> bytes:
 
 
 def _judge(code: int, told: bytes, said: bytes) -> Found:
-    """Read what a process told, and how it ended."""
+    """Return the outcome from a process's output and exit."""
     classes, at = _far(told)
     last = (_lines(told) or [{}])[-1]
     if "proven" in last:
@@ -129,7 +129,7 @@ def _judge(code: int, told: bytes, said: bytes) -> Found:
 
 
 def _far(told: bytes) -> tuple[dict[str, str], str]:
-    """Return what became of each class of launches, and where it ended."""
+    """Return the outcome of each class of launches, and where the process ended."""
     classes: dict[str, str] = {}
     at, trying = "", ""
     for line in _lines(told):

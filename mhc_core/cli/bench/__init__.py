@@ -1,8 +1,8 @@
 """``mhc bench``: how fast the backends are, beside other people's code, in one process.
 
 All sides get the same fresh random inputs, are checked to agree, and take turns; every number is a
-median over the turns. GB/s are of the ideal traffic of a row, declared in ``_rows``, and stand
-beside the speed of a copy, measured in the same run.
+median over the turns. GB/s are computed from a row's ideal traffic, declared in ``_rows``, and
+shown beside the speed of a copy measured in the same run.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CHAINS = ("combine_pre chain", "static_layer chain")
 
 
 class Mode(str, Enum):
-    """What is measured."""
+    """The quantity that is measured."""
 
     latency = "latency"
     throughput = "throughput"
@@ -70,7 +70,7 @@ SEVERAL = "; several, as 1,1024 or by repeating the option."
 
 
 def _dtypes(words: list[str] | None) -> list[str]:
-    """Give the dtypes' names, as soon as the options are read."""
+    """Return the dtypes' names, checked while the options are parsed."""
     known = {alias: name for name, aliases in DTYPES.items() for alias in aliases}
     found: list[str] = []
     for word in ",".join(words or ["float32"]).split(","):
@@ -210,7 +210,7 @@ def _numbers(option: str, words: Sequence[str] | None, default: int) -> list[int
 
 
 def _check_memory(rows: Sequence[Row], sizes: Sequence[Sizes], sides: Sequence[Side]) -> None:
-    """Refuse what cannot fit: the inputs on the host, and once in every library."""
+    """Refuse sizes that cannot fit: the inputs are held on the host, and once in every library."""
     from mhc_core.cli._machine import machine
 
     there = machine()["memory_gib"]
@@ -254,9 +254,9 @@ def _chosen_rows(mode: Mode, chosen: Sequence[str] | None, depth: int) -> list[R
 
 
 def _theirs(chosen: Sequence[str] | None, libraries: set[str]) -> tuple[list[Side], list[str]]:
-    """Give the baselines that are installed, and what is to be said of the others.
+    """Return the baselines that are installed, and a note on each of the others.
 
-    Unasked, only those of the libraries that are measured.
+    By default only those of the libraries that are measured.
     """
     from mhc_core.cli._machine import safe
     from mhc_core.cli.bench._sides import baseline_side

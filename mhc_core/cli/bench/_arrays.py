@@ -1,4 +1,4 @@
-"""What the ops are measured on: sizes, and random inputs as the ops' declarations ask for them."""
+"""The inputs of the benchmark: sizes, and random arrays as the ops' declarations describe them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Sizes:
 
     @property
     def known(self) -> dict[str, int]:
-        """What the words of the ops' declarations stand for."""
+        """Return the size that each word of the ops' declarations stands for."""
         n, C = self.n, self.C
         return {"n": n, "C": C, "D": n * C, "m": n * n + 2 * n, "nC": n * C}
 
@@ -49,7 +49,7 @@ class Sizes:
 
 
 def shape_of(pattern: str, sizes: Sizes, shared: bool = False) -> tuple[int, ...]:
-    """Read a declared shape, such as ``"... n | n"``: one per token, or one for all."""
+    """Return the sizes of a declared shape, such as ``"... n | n"``: per token, or shared."""
     words = pattern.split("|")[-1 if shared else 0].split()
     ahead = (sizes.B, sizes.T) if words[0] == "..." else ()
     known = sizes.known
@@ -57,17 +57,17 @@ def shape_of(pattern: str, sizes: Sizes, shared: bool = False) -> tuple[int, ...
 
 
 def dtype_of(name: str, sizes: Sizes) -> str:
-    """Give the dtype of an argument of that name."""
+    """Return the dtype of an argument of that name."""
     return sizes.dtype if name in STREAMS else "float32"
 
 
 def nbytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Count the bytes of an array."""
+    """Return the number of bytes of an array."""
     return math.prod(shape) * ITEMSIZE[dtype]
 
 
 def draw(name: str, shape: tuple[int, ...], dtype: str, rng: numpy.random.Generator) -> Any:
-    """Give fresh numbers for an argument of that name, none of them zero."""
+    """Draw random numbers for an argument of that name, none of them zero."""
     import ml_dtypes
     import numpy
 

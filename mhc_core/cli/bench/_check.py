@@ -17,7 +17,7 @@ TOKENS = 16  # at most: the oracle keeps every intermediate result in float64
 
 @dataclass(frozen=True)
 class Checked:
-    """One array of a result, held to the conformance kit's tolerance."""
+    """One array of a result, compared at the conformance kit's tolerance."""
 
     backend: str
     op: str
@@ -30,7 +30,7 @@ class Checked:
 
 
 def check(side: Side, rows: Sequence[Row], sizes: Sizes, seed: int) -> Iterator[Checked]:
-    """Hold the ops of these rows, and their vjps, to the oracle, on random inputs of that seed."""
+    """Compare the ops of these rows and their vjps with the oracle, on random inputs."""
     taken = [row for row in rows if not side.refuses(row, sizes)]
     for op in dict.fromkeys(op for row in taken for op in row.ops):
         yield from _check_op(side.name, op, sizes, seed)
@@ -56,7 +56,7 @@ def _check_op(backend: str, op: str, sizes: Sizes, seed: int) -> Iterator[Checke
 
 
 def _static(op: str, variant: Any) -> tuple[tuple[str, Any], ...]:
-    """Give the static arguments that are timed: the defaults, and DeepSeek-V4's constants."""
+    """Return the static arguments that are timed: the defaults, and DeepSeek-V4's constants."""
     import inspect
 
     import mhc_core

@@ -1,4 +1,4 @@
-"""What a call costs before its backend's function begins: no array work is done here."""
+"""The cost of a call before its backend's function begins: no array work is done here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Dispatched", "dispatch"]
 
 @dataclass(frozen=True)
 class Dispatched:
-    """What one small call costs, in nanoseconds."""
+    """The cost of one small call, in nanoseconds."""
 
     backend: str
     op: str
@@ -40,7 +40,7 @@ OPS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # label: op, static argume
 
 
 def dispatch(backend: str, repeats: int) -> Iterator[Dispatched]:
-    """Measure selection, validation and the whole overhead of each small call."""
+    """Measure selection, validation and the total overhead of each small call."""
     import mhc_core
     from mhc_core import _registry
     from mhc_core._signature import signature
@@ -80,7 +80,7 @@ def _arrays(backend: str, op: str, optional: bool) -> tuple[Any, ...]:
 
 @contextmanager
 def _without_array_work(registry: Any) -> Generator[None]:
-    """Put a function that does nothing in the place of every selected one."""
+    """Replace every selected function by one that does nothing."""
     selected = registry._SELECTED  # its lookup table, which has no public name
 
     def nothing(*_: Any, **__: Any) -> None:
@@ -94,9 +94,10 @@ def _without_array_work(registry: Any) -> Generator[None]:
 
 
 def _nanoseconds(function: Callable[[], Any], repeats: int, calls: int = 2000) -> float:
-    """Median over the repeats of the mean of many calls, less the cost of the loop itself.
+    """Return the median over the repeats of a call's mean time, less the cost of the loop itself.
 
-    Of the thread's own time: dispatch waits for nothing, and what else the machine does is not it.
+    It is the thread's own CPU time: dispatch waits for nothing, and other load on the machine must
+    not count.
     """
 
     def mean(body: Callable[[], Any]) -> float:

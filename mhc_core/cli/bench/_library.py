@@ -1,4 +1,4 @@
-"""What the measurement needs of each array library."""
+"""The operations that the measurement needs from each array library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AT_ONCE = 4 * 2**30
 
 @dataclass(frozen=True)
 class Library:
-    """An array library: how to wait for it, and the ways in which one runs functions in it.
+    """An array library: how to wait for it, and the ways in which users run functions in it.
 
     Attributes
     ----------
@@ -31,24 +31,25 @@ class Library:
     issue
         Starts it without waiting.
     holds
-        Whether results must be held until they were waited for.
+        Whether results must be kept until they have been waited for.
     at_once
-        The bytes of results that may be under way: more calls are not issued at once. A turn has a
-        beginning and an end, 0.3 ms with MLX on an NVIDIA H200, which only many calls make small.
+        The bytes of results that may be in flight: no further calls are issued beyond that.
+        Starting and ending a turn costs time, 0.3 ms with MLX on an NVIDIA H200, which is small
+        only over many calls.
     pull
-        Of a forward, its inputs and cotangents: the outputs and the gradients of all inputs; None
-        where the library has no autodiff.
+        Takes a forward, its inputs and cotangents; returns the outputs and the gradients of all
+        inputs. None where the library has no autodiff.
     forward, step
-        The ways in which one runs a forward, and a forward with its backward, by name.
+        The ways in which users run a forward, and a forward with its backward, by name.
     whole
-        The way to run a long chain in one piece.
+        The way to run a long chain as a whole.
     copy
         Reads and writes each byte of an array once.
     accelerator
         Whether it runs on a GPU here.
     peak
-        Of a function without arguments: the most memory, in bytes, that it took beyond what was
-        there, its results included; None where the library does not tell.
+        Takes a function without arguments; returns its peak extra memory in bytes, results
+        included. None where the library does not report it.
     """
 
     name: str
@@ -67,12 +68,12 @@ class Library:
 
     @property
     def copied_bytes(self) -> int:
-        """How large an array is copied to know the memory's speed: far beyond the caches."""
+        """Return the bytes of the array that is copied to measure memory speed: beyond caches."""
         return (1024 if self.accelerator else 128) * MIB
 
 
 def leaves(tree: Any) -> list[Array]:
-    """Give the arrays of nested tuples and lists in order."""
+    """Return the arrays of nested tuples and lists in order."""
     if isinstance(tree, (tuple, list)):
         return [leaf for part in tree for leaf in leaves(part)]  # pyright: ignore
     return [tree]
@@ -80,7 +81,7 @@ def leaves(tree: Any) -> list[Array]:
 
 @cache
 def library(name: str) -> Library:
-    """Give the library of that name; what is not known is called as it is, and never async."""
+    """Return the library of that name; an unknown one is called like NumPy, synchronously."""
     return {"jax": _jax, "mlx": _mlx, "numpy": _numpy, "torch": _torch}.get(name, _numpy)()
 
 
@@ -112,7 +113,7 @@ def _numpy() -> Library:
 
 
 def _into_the_same(numpy: Any) -> Function:
-    """Copy to memory that is there already: NumPy would ask the system for new pages each time."""
+    """Copy into existing memory: NumPy would ask the system for new pages each time."""
     there: list[Any] = []
 
     def copy(array: Any) -> Any:
@@ -185,7 +186,7 @@ def _mlx() -> Library:
 
 
 def _quarter(device: Mapping[str, Any]) -> int:
-    """Give a quarter of a GPU's memory: MLX calls that by two names."""
+    """Return a quarter of a GPU's memory, which MLX reports under two names."""
     return max(int(device.get("total_memory") or device.get("memory_size") or 0) // 4, AT_ONCE)
 
 

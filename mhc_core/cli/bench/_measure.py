@@ -1,4 +1,4 @@
-"""One row at some sizes: all sides get the same inputs, are checked to agree, and take turns."""
+"""The measurement of one row at some sizes: all sides get the same inputs, and take turns."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TIMERS = {"latency": one_call, "throughput": stream_of_calls}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How to measure.
+    """The settings of a measurement.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class Plan:
     warmup
         Calls before each turn.
     memory
-        Whether the extra memory is asked for.
+        Whether the extra memory is measured.
     copy
         Bytes a second of a copy, by library.
     """
@@ -78,7 +78,7 @@ class Measured:
     wrong: bool = False  # it ran, but gave something else
 
     def as_dict(self) -> dict[str, Any]:
-        """Give a dict for JSON, in which what is not a number is null."""
+        """Return a dict for JSON, in which anything that is not a number is null."""
         flat = asdict(self)
         flat.update(flat.pop("sizes"))
         return {k: None if _is_not_finite(v) else v for k, v in flat.items()}
@@ -91,7 +91,7 @@ def _is_not_finite(value: Any) -> bool:
 def measure(row: Row, sides: Sequence[Side], sizes: Sizes, plan: Plan) -> list[Measured]:
     """Check that all sides agree, then time them in turns.
 
-    A side that fails, or computes something else, is reported as such, and is not timed.
+    A side that fails, or whose results differ, is reported as such and not timed.
     """
     import numpy
 
@@ -114,7 +114,7 @@ def measure(row: Row, sides: Sequence[Side], sizes: Sizes, plan: Plan) -> list[M
 
 
 class _Inputs:
-    """The same random numbers for every side, once in each library."""
+    """The same random numbers for every side, copied once to each library."""
 
     def __init__(
         self, row: Row, sizes: Sizes, every: Sequence[Entry], rng: numpy.random.Generator
@@ -132,7 +132,7 @@ class _Inputs:
             self._sets.append(own)
 
     def of(self, entry: Entry, turn: int = 0) -> list[Any]:
-        """Give the inputs of a turn."""
+        """Return the inputs of a turn."""
         return self._sets[turn % DRAWS][entry.side.library.name]
 
 
@@ -142,7 +142,7 @@ class _Inputs:
 def _compare(
     every: Sequence[Entry], lines: Sequence[Measured], inputs: _Inputs, sizes: Sizes
 ) -> None:
-    """Run every entry and hold it against the first that ran."""
+    """Run every entry and compare it with the first one that ran."""
     first: tuple[Entry, list[Any]] | None = None
     for entry, line in zip(every, lines, strict=True):
         allowed = _allowed(sizes.dtype, entry.side)
@@ -178,7 +178,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _sample(result: Any, side: Side, sizes: Sizes) -> list[Any]:
-    """Bring results to the host in float64; of many tokens, the first and the last."""
+    """Copy results to the host in float64; for many tokens, only the first and the last."""
     import numpy
 
     parts: list[Any] = []
@@ -189,7 +189,7 @@ def _sample(result: Any, side: Side, sizes: Sizes) -> list[Any]:
 
 
 def _apart(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
-    """Compare results array by array, each on the scale of its largest number."""
+    """Compare results array by array, each relative to its largest number."""
     import numpy
 
     if len(ours) != len(theirs):
@@ -203,7 +203,7 @@ def _apart(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
 
 
 def _allowed(dtype: str, side: Side) -> float:
-    """Half of the dtype's digits: far above rounding, far below any mistake in a formula.
+    """Return a tolerance of half the dtype's digits: above any rounding, below any wrong formula.
 
     On a GPU, other people's float32 matmuls may be TF32, of 10 bits.
     """
@@ -220,7 +220,7 @@ def _allowed(dtype: str, side: Side) -> float:
 def _take_turns(
     good: Sequence[tuple[Entry, Measured]], inputs: _Inputs, plan: Plan
 ) -> dict[str, list[float]]:
-    """Give the seconds of every turn of every entry; who begins changes from turn to turn."""
+    """Return the seconds of every turn of every entry; the starting entry changes each turn."""
     times: dict[str, list[float]] = {entry.label: [] for entry, _ in good}
     timer = TIMERS[plan.timer]
     for turn in range(plan.repeats):
@@ -261,7 +261,7 @@ def _extra_bytes(entry: Entry, inputs: _Inputs) -> int | None:
 
 
 def _ratios(good: Sequence[tuple[Entry, Measured]], times: Mapping[str, list[float]]) -> None:
-    """Give everyone's time as a multiple of ours: the median over the turns."""
+    """Return every entry's time as a multiple of ours: the median over the turns."""
     timed = [(entry, line) for entry, line in good if not line.failed]
     ours = [(entry, line) for entry, line in timed if entry.side.ours]
     for entry, line in timed:
@@ -274,9 +274,9 @@ def _ratios(good: Sequence[tuple[Entry, Measured]], times: Mapping[str, list[flo
 
 
 def _reference(entry: Entry, ours: Sequence[tuple[Entry, Measured]]) -> str | None:
-    """Choose who an entry is shown beside: the first backend of its library, run the same way.
+    """Return the label of the entry to compare with: our first of its library, run the same way.
 
-    Where it is not run that way, its fastest; where no backend is of that library, the first.
+    If ours is not run that way, its fastest; if no backend is of that library, the first.
     """
     same = [(e, m) for e, m in ours if e.side.library is entry.side.library] or list(ours)
     if not same:

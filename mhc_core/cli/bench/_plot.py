@@ -20,14 +20,14 @@ MARKERS = "osD^vP*X"
 
 @dataclass(frozen=True)
 class Points:
-    """What a picture shows.
+    """The contents of a picture.
 
     Attributes
     ----------
     title
-        What stands above it.
+        The text above it.
     rows
-        What was measured, each with the bytes that a call must move.
+        The measured rows, each with the bytes that a call must move.
     copy
         Bytes a second of a copy, by library.
     """
@@ -38,7 +38,7 @@ class Points:
 
 
 def missing() -> str | None:
-    """Say what a plot lacks here, or None."""
+    """Return what a plot lacks here, or None."""
     there = find_spec("matplotlib")
     return None if there else "--plot needs matplotlib: pip install 'mhc-core[plot]'"
 
@@ -46,7 +46,7 @@ def missing() -> str | None:
 def plot(file: Path, points: Points) -> bytes:
     """Draw the GB/s achieved over the bytes that a call must move, under the copy's line.
 
-    Each row has a number, which stands at its points and, with its name, beside the picture.
+    Each row's number is shown at its points and, with the row's name, beside the picture.
     """
     figures: Any = import_module("matplotlib.figure")  # no pyplot: it would look for a screen
     figure = figures.Figure(figsize=(11, 6), layout="constrained")
@@ -77,17 +77,17 @@ def _tick(value: float, _: int | None) -> str:
 
 
 def _words(value: str) -> str:
-    """Return text that Matplotlib does not take for a formula."""
+    """Return text that Matplotlib does not read as a formula."""
     return _screen.one_line(value).replace("$", r"\$")
 
 
 def _speed(gb_per_s: float) -> str:
-    """Spell a speed with the digits that it has: 1.6 and 1.4 are not both 2."""
+    """Return a speed with its significant digits: 1.6 and 1.4 must not both read 2."""
     return f"{gb_per_s:.0f}" if gb_per_s >= 100 else f"{gb_per_s:.3g}"
 
 
 def _draw_side(axes: Any, k: int, mine: Sequence[tuple[Measured, float]]) -> None:
-    """Draw a side's points, filled for ours."""
+    """Draw a side's points, filled if they are ours."""
     first = mine[0][0]
     x, y = [megabytes for _, megabytes in mine], [row.gb_per_s for row, _ in mine]
     label = _words(first.side if first.ours else f"vs {first.side}")
@@ -101,7 +101,7 @@ def _draw_side(axes: Any, k: int, mine: Sequence[tuple[Measured, float]]) -> Non
 def _number_points(
     axes: Any, timed: Sequence[tuple[Measured, int]], numbers: Mapping[str, int]
 ) -> None:
-    """Number every point; two rows that move as much stand on either side of theirs."""
+    """Number every point; of two rows that move the same bytes, one is numbered left, one right."""
     columns: dict[int, list[str]] = {}
     for row, traffic in timed:
         column = columns.setdefault(traffic, [])

@@ -1,4 +1,4 @@
-"""The JSON of a run: what was measured, on what, by which command."""
+"""The JSON of a run: what was measured, on which machine, by which command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE_OPTIONS = ("--json", "--out", "--plot", "--report")
 
 
 def record(mode: str, libraries: Sequence[str]) -> dict[str, Any]:
-    """Begin a record; it has no path, no name of a user or a machine, and no environment."""
+    """Return a new record, without paths, names of users or machines, or environment variables."""
     return {
         "schema": SCHEMA,
         "command": shlex.join(["mhc", "bench", *_arguments(sys.argv)]),
@@ -32,7 +32,7 @@ def record(mode: str, libraries: Sequence[str]) -> dict[str, Any]:
 
 
 def _arguments(argv: Sequence[str]) -> list[str]:
-    """Give the command's own words, without files: their paths are nobody's business."""
+    """Return the command's own words, without the paths of files, which are private."""
     words = iter(with_places(argv[2:]) if argv[1:2] == ["bench"] else [])
     kept: list[str] = []
     for word in words:
@@ -44,7 +44,7 @@ def _arguments(argv: Sequence[str]) -> list[str]:
 
 
 def header(made: Mapping[str, Any]) -> list[str]:
-    """Say on which machine and with which versions, in lines."""
+    """Return lines that name the machine and the versions."""
     hardware = made["machine"]
     lines = [f"{hardware['processor']}, {hardware['cores']} cores, {hardware['system']}"]
     lines += [f"{name}: {device}" for name, device in made["devices"].items()]

@@ -1,6 +1,6 @@
-"""What can be measured: each row's formula in terms of ops, its inputs, and its ideal traffic.
+"""The rows of the benchmark: each one's formula in terms of ops, its inputs, and its ideal traffic.
 
-A row is written once and run on anybody's ops: ours, or a baseline's functions of the same names.
+A row is written once and runs on our ops or on a baseline's functions of the same names.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ Ops = Any  # has the ops as attributes, their static arguments already given
 
 @dataclass(frozen=True)
 class Row:
-    """One thing to measure.
+    """One row of the benchmark.
 
     Attributes
     ----------
     name
-        What people write after ``--row``, and read in the table.
+        The name to write after ``--row``, and shown in the table.
     kind
         ``"forward"``; ``"step"``, a forward with the gradients of all inputs; or ``"vjp"``, the
         gradients of an op from its primals and the cotangents of its outputs.
     formula
-        Of ops, an array namespace and the inputs, to the outputs.
+        A function from ops, an array namespace and the inputs to the outputs.
     inputs
-        Each as ``op.argument``, whose declaration gives its shape.
+        Each as ``op.argument``, whose shape the op declares.
     outputs
-        Likewise, in steps: the cotangents that are given beside the inputs.
+        Each as ``op.output``, for steps: the cotangents passed beside the inputs.
     parts
-        The ops that it is made of, ``"vjp op"`` for a vjp. Its ideal traffic is theirs: each of
-        an op's inputs read once, each output written once. What F does in between is not counted.
+        The ops that it consists of, ``"vjp op"`` for a vjp. Its ideal traffic is theirs: each of an
+        op's inputs read once, each output written once. The work of F in between is not counted.
     again
-        Inputs that are read once more: a sum of two gradients reads one of them.
+        Inputs that are read a second time: a sum of two gradients reads one of them.
     besides
-        Ops that are called too, on parameters alone: their traffic is nothing beside the rest.
+        Further ops, which run on parameters alone: their traffic is negligible.
     needs
         The functions that the formula calls, where they are not the ops themselves.
     shared
-        Whether H_pre, H_post and H_res are one for all tokens.
+        Whether all tokens share one H_pre, H_post and H_res.
     layers
         How many sublayers one call has; times are per sublayer.
     """
@@ -68,7 +68,7 @@ class Row:
 
     @property
     def ops(self) -> tuple[str, ...]:
-        """The names of all ops that it calls."""
+        """Return the names of all ops that it calls."""
         parts = (part.removeprefix("vjp ") for part in self.parts)
         return tuple(dict.fromkeys((*parts, *self.besides)))
 
@@ -79,13 +79,13 @@ class Row:
         return [draw(name, shape, dtype, rng) for name, shape, dtype in given]
 
     def held(self, sizes: Sizes) -> int:
-        """Count the bytes of the inputs and cotangents themselves."""
+        """Return the bytes of the inputs and cotangents themselves."""
         given = [_input(word, sizes) for word in self.inputs]
         given += [_output(word, sizes) for word in self.outputs]
         return sum(nbytes(*one) for one in given)
 
     def traffic(self, sizes: Sizes) -> int:
-        """Count the bytes that must be moved: the one declaration behind every GB/s."""
+        """Return the bytes that must be moved: every GB/s is computed from this."""
         moved = sum(_op_bytes(part, sizes, self.shared) for part in self.parts)
         return moved * self.layers + sum(nbytes(*_input(word, sizes)) for word in self.again)
 
@@ -100,13 +100,13 @@ def _op(name: str) -> Any:
 
 
 def arrays_of(op: str) -> tuple[str, ...]:
-    """Give an op's arrays as ``op.argument``, but for the optional one."""
+    """Return an op's arrays as ``op.argument``, except the optional one."""
     declared = _op(op)
     return tuple(f"{op}.{name}" for name in declared.arrays if name != declared.optional)
 
 
 def outputs_of(op: str) -> tuple[str, ...]:
-    """Give an op's outputs as ``op.output``."""
+    """Return an op's outputs as ``op.output``."""
     return tuple(f"{op}.{name}" for name in _op(op).outputs)
 
 
@@ -144,7 +144,7 @@ def _sublayer(ops: Ops, xp: Any, x: Array, phi: Array, scale: Array, bias: Array
 
 
 def _decode(ops: Ops, _: Any, x: Array, *rest: Array) -> Any:
-    """Sublayers with F left out, each with a projection of its own."""
+    """Run sublayers with F left out, each with a projection of its own."""
     y, h_post, h_res, scale, bias, *phis = rest
     with no_grad():
         for phi in phis:
@@ -175,7 +175,7 @@ def _step(row: Row, output: str, *again: str) -> Row:
 
 @cache
 def rows() -> Mapping[str, Row]:
-    """Give every row of the modes latency and throughput, by name."""
+    """Return every row of the modes latency and throughput, by name."""
     sublayer = Row("sublayer", "forward", _sublayer, arrays_of("pre"), ("pre", "combine"))
     static = _forward("static_layer")
     gated = Row(
@@ -205,7 +205,7 @@ TRAIN = ("sublayer fwd+bwd", "static_layer fwd+bwd", "gated_layer fwd+bwd")
 
 
 def decode_rows(layers: int) -> Mapping[str, Row]:
-    """Give the chains of the mode decode, by name."""
+    """Return the chains of the mode decode, by name."""
     streams, projections = arrays_of("combine_pre"), "combine_pre.phi"
     dynamic = Row(
         "combine_pre chain",

@@ -1,4 +1,4 @@
-"""A run: what was asked for, measured, shown, and put into a record."""
+"""A run: the options, the measurement, the tables and the record."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COPIES = 5  # turns of the copy
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What was asked for."""
+    """The options of a run."""
 
     mode: str
     sides: Sequence[Side]
@@ -42,7 +42,7 @@ class Run:
 
 @trusting()  # what is measured need not be right
 def measured(run: Run) -> tuple[dict[str, Any], bool, Points]:
-    """Measure; give the record, whether everything of ours ran and was right, and what to draw."""
+    """Measure; return the record, whether all of ours ran and was right, and the points to draw."""
     libraries = list(dict.fromkeys(side.library.name for side in run.sides))
     made = _record.record(run.mode, libraries)
     _table.print_lines(_record.header(made))
@@ -104,7 +104,7 @@ def _copies(run: Run) -> dict[str, float]:
 
 
 def _checks(run: Run) -> list[Checked]:
-    """Hold every backend to the oracle, once for sizes that differ in B and T alone."""
+    """Compare every backend with the oracle; sizes that differ only in B and T are checked once."""
     seed = secrets.randbits(31)
     sizes = {(s.n, s.C, s.dtype): s for s in run.sizes}.values()
     steps = list(itertools.product([side for side in run.sides if side.ours], sizes))
@@ -145,7 +145,7 @@ def _failures(rows: Sequence[Measured]) -> Iterator[str]:
 
 
 def _left_out(run: Run) -> Iterator[str]:
-    """Say what a backend was not measured on, and why."""
+    """Yield a line for everything that a backend was not measured on, with the reason."""
     for side in (side for side in run.sides if side.ours):
         reasons: dict[str, dict[str, None]] = {}
         for row, sizes in itertools.product(run.rows, run.sizes):
@@ -163,7 +163,7 @@ def _left_out(run: Run) -> Iterator[str]:
 
 @trusting()  # what is measured need not be right
 def dispatched(names: Sequence[str], repeats: int) -> dict[str, Any]:
-    """Measure what a call costs without its array work; give the record."""
+    """Measure the cost of a call without its array work; return the record."""
     made = _record.record("dispatch", [])
     _table.print_lines(_record.header(made))
     steps = _table.track(names, names)

@@ -1,4 +1,4 @@
-"""Who is measured: backends of ours and other people's code, each in the ways it can be run."""
+"""The sides of a comparison: our backends and other people's code, each in every way it can run."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Side:
-    """A backend of ours, or a baseline.
+    """One of our backends, or a baseline.
 
     Attributes
     ----------
     name, ours
-        What people write after ``--backend`` or ``--vs``, and which of the two it is.
+        The name to write after ``--backend`` or ``--vs``, and whether it is a backend of ours.
     library
         The array library that it runs on.
     functions
-        Its ops: their static arguments are given already.
+        Its ops, with their static arguments bound.
     refuses
-        Says why it does not take a row at some sizes, or None.
+        Returns why it does not accept a row at some sizes, or None.
     from_host, to_host
-        Take NumPy arrays in, and give them back.
+        Convert from and to NumPy arrays.
     uncompilable
         Why it cannot be compiled as a whole, or None.
     """
@@ -52,7 +52,7 @@ class Side:
         return hash(self.name)
 
     def chosen(self) -> contextlib.AbstractContextManager[None]:
-        """Let this side answer the public ops."""
+        """Select this side for the public ops."""
         from mhc_core._registry import use_backend
 
         return use_backend(self.name) if self.ours else contextlib.nullcontext()
@@ -68,7 +68,7 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """How the JSON names it: a backend and a baseline may have the same name."""
+        """Return its name in the JSON: a backend and a baseline may have the same name."""
         return f"{'' if self.side.ours else 'vs '}{self.side.name} {self.way}"
 
 
@@ -76,7 +76,7 @@ class Entry:
 
 
 def runnable(chosen: Sequence[str] | None) -> list[str]:
-    """Give the chosen backends, each of which must be able to run here, or all that can."""
+    """Return the chosen backends, each of which must be able to run here, or all that can."""
     from mhc_core._registry import backends, use_backend
 
     for name in chosen or ():
@@ -88,7 +88,7 @@ def runnable(chosen: Sequence[str] | None) -> list[str]:
 
 
 def our_side(name: str) -> Side:
-    """Give a backend that can run here."""
+    """Return a backend that can run here as a side."""
     from mhc_core._registry import backends, module
 
     spec = backends()[name].spec
@@ -112,7 +112,7 @@ def our_side(name: str) -> Side:
 
 @cache
 def _our_functions() -> Any:
-    """The public ops, with DeepSeek-V4's constants where there are any."""
+    """Return the public ops, with DeepSeek-V4's constants where there are any."""
     import mhc_core as mhc
     from mhc_core import math
 
@@ -126,7 +126,7 @@ def _our_functions() -> Any:
 
 
 def _gated_layer(x: Any, h_pre_raw: Any, h_post_raw: Any, h_res_raw: Any) -> Any:
-    """mlx-mhc's two stages, around an F that is the identity."""
+    """Run mlx-mhc's two stages, around an F that is the identity."""
     import mhc_core as mhc
 
     mappings = mhc.static_mappings(h_pre_raw, h_post_raw, h_res_raw)
@@ -146,7 +146,7 @@ def _our_vjp(op: str, static: Mapping[str, Any]) -> Function:
 
 
 def baseline_side(baseline: Baseline) -> Side:
-    """Give other people's code, which must be installed."""
+    """Return a baseline as a side; its package must be installed."""
     functions = SimpleNamespace(**baseline.load())
     host: Any = _host_functions(baseline.library)
 
@@ -167,7 +167,7 @@ def baseline_side(baseline: Baseline) -> Side:
 
 
 def _host_functions(name: str) -> Any:
-    """Take them from whichever backend of ours is built on the library."""
+    """Return the host functions of one of our backends for the library."""
     from mhc_core._registry import backends, module
 
     for backend in backends().values():
@@ -182,7 +182,7 @@ def _host_functions(name: str) -> Any:
 
 
 def entries(row: Row, side: Side) -> Iterator[Entry]:
-    """Give a row by one side in every way that there is."""
+    """Yield the entries of a row for one side, one for every way to run it."""
     forward = partial(row.formula, side.functions, side.library.xp)
     count = len(row.inputs)
     if row.layers > 1:
@@ -214,7 +214,7 @@ def _pulled(pull: Function, forward: Function, count: int, part: slice = slice(N
 
 
 def _vjp_entries(row: Row, side: Side, forward: Function, count: int) -> Iterator[Entry]:
-    """Ours by mhc.vjp, as it is; theirs by autodiff, compiled where that can be."""
+    """Yield a vjp's entry: ours by mhc.vjp, uncompiled; theirs by autodiff, compiled if allowed."""
     if side.ours:
         ours = getattr(side.functions, row.parts[0])
         yield Entry(side, "mhc.vjp", lambda *arrays: ours(arrays[:count], arrays[count:]))

@@ -19,7 +19,7 @@ BAR = 10  # cells of a bar of 100 %
 
 
 def track(steps: Sequence[Step], names: Sequence[str]) -> Iterator[tuple[Step, str]]:
-    """Give each step with its name, and show on stderr how far the run is."""
+    """Yield each step with its name, and show on stderr how far the run is."""
     with _screen.progress(44, transient=True) as bars:
         bar = bars.add_task("", total=len(steps))
         for step, name in zip(steps, names, strict=True):
@@ -29,13 +29,13 @@ def track(steps: Sequence[Step], names: Sequence[str]) -> Iterator[tuple[Step, s
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print text as it is."""
+    """Print text unchanged."""
     for line in lines:
         _screen.say(line)
 
 
 def print_measured(title: str, rows: Sequence[Measured]) -> None:
-    """Print the rows at one size, a block for each; columns of which nothing is known are not."""
+    """Print the rows at one size, a block for each; columns without any values are left out."""
     from rich.table import Table
 
     table = Table(title=_screen.text(title), title_justify="left")
@@ -82,7 +82,7 @@ def _bar(percent: float) -> Any:
 
 
 def print_dispatched(rows: Sequence[Dispatched]) -> None:
-    """Print what dispatch costs."""
+    """Print the cost of dispatch."""
     from rich.table import Table
 
     title = "nanoseconds of a small call, without array work"

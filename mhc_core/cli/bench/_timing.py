@@ -1,4 +1,4 @@
-"""Seconds of one call, in the two ways in which people wait for a GPU."""
+"""The seconds of one call, in the two ways in which users wait for a GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def one_call(
     calls: int | None,
     warmup: int = 1,
 ) -> float:
-    """Call and wait, again and again; give the median."""
+    """Call and wait repeatedly; return the median."""
     first, _ = _warm(function, arrays, library, warmup)
     count = calls or min(max(round(TURN / max(first, 1e-9)), 1), MOST)
     times: list[float] = []
@@ -44,7 +44,7 @@ def stream_of_calls(
     calls: int | None,
     warmup: int = 1,
 ) -> float:
-    """Issue calls without waiting, wait once at the end; give the mean."""
+    """Issue calls without waiting, wait once at the end; return the mean."""
     first, size = _warm(function, arrays, library, warmup)
     count = calls or min(max(round(TURN / max(first, 1e-9)), 3), MOST)
     count = max(min(count, library.at_once // max(size, 1)), 1)
@@ -64,7 +64,7 @@ def stream_of_calls(
 def _warm(
     function: Function, arrays: Sequence[Any], library: Library, times: int
 ) -> tuple[float, int]:
-    """Run, to have the caches as this side leaves them; give the last run's seconds and bytes."""
+    """Warm the caches as this side does; return the last run's seconds and bytes."""
     seconds, result = 0.0, None
     for _ in range(times):
         start = time.perf_counter()
@@ -75,7 +75,7 @@ def _warm(
 
 
 def copy_speed(library: Library, from_host: Function, numbers: Any, repeats: int) -> float:
-    """Give the bytes a second, read and written, of copying an array far beyond the caches."""
+    """Return the bytes a second, read and written, of copying an array far beyond the caches."""
     array = from_host(numbers)
     library.wait(array)
     turns = [stream_of_calls(library.copy, (array,), library, None) for _ in range(repeats)]

@@ -1,4 +1,4 @@
-"""``mhc demo``: one small transformer, its layers connected in four ways, and what came of it."""
+"""``mhc demo``: one small transformer, its layers connected in four ways, and a report."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def demo(
 ) -> None:
     """Train one small transformer four ways on this machine, and write a report to look at.
 
-    Ctrl-C ends it after the step; the same command with --resume goes on, as if nothing had been.
+    Ctrl-C ends it after the step; the same command with --resume continues exactly as without a
+    stop.
     """
     from mhc_core.cli.demo import _data, _plot, _report, _results
     from mhc_core.cli.demo._checkpoint import CheckpointError
@@ -148,10 +149,11 @@ def _check_sizes(depth: int, width: int, heads: int, rate: float) -> None:
 
 
 def _check_memory(depth: int, width: int, heads: int, context: int, batch: int) -> None:
-    """Refuse a model that cannot fit, by the least that it takes.
+    """Refuse a model that cannot fit, by a lower bound on its memory.
 
-    Of the parameters (12 C^2 for attention and MLP together) four copies: their gradients and the
-    optimizer's moments are as large. Of a step, the streams and the attention of every layer.
+    The bound counts four copies of the parameters (12 C^2 for attention and MLP together), since
+    their gradients and the optimizer's two moments are as large, and, for one step, the streams and
+    the attention of every layer.
     """
     parameters = 4 * (depth // 2) * 12 * width * width
     kept = depth * batch * context * (STREAMS * width + heads * context // 2)
@@ -164,7 +166,7 @@ def _check_memory(depth: int, width: int, heads: int, context: int, batch: int) 
 
 
 def _check_places(out: Path, plot: Path | None, json_file: Path | None) -> Path:
-    """Make the folder, find out now what cannot be written later, and give the report's place."""
+    """Make the folder, refuse paths that cannot be written, and return the report's path."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -175,10 +177,10 @@ def _check_places(out: Path, plot: Path | None, json_file: Path | None) -> Path:
 
 
 def _backend(chosen: str | None) -> tuple[str, str]:
-    """Give the backend that trains, and its array library.
+    """Return the backend that trains, and its array library.
 
-    Unasked, MLX where it has a GPU, then JAX, whose compiler makes it several times as fast as MLX
-    on a CPU, then MLX.
+    By default, MLX where it has a GPU, then JAX, whose compiler makes it several times as fast as
+    MLX on a CPU, then MLX.
     """
     from mhc_core import backends, use_backend
     from mhc_core.errors import BackendUnavailableError
@@ -209,7 +211,7 @@ def _automatic(backend: Backend) -> bool:
 
 
 def _trains(backend: Backend) -> str | None:
-    """Give the array library of a backend that has gradients and that the demo knows."""
+    """Return a backend's array library, or None if the demo cannot train with the backend."""
     from mhc_core.cli.demo._library import LIBRARIES
 
     if backend.spec is None or "grad" in backend.spec.without:
@@ -227,7 +229,7 @@ def _rank(library: str) -> int:
 def _checkpoints(
     out: Path, names: Sequence[str], settings: Settings, resume: bool, overwrite: bool
 ) -> dict[str, Checkpoint | None]:
-    """Read the checkpoints to go on from; take away those that are not wanted any more."""
+    """Load the checkpoints to resume from; delete them if they are to be overwritten."""
     from mhc_core.cli.demo import _checkpoint
 
     files = {name: _checkpoint.path(out, name) for name in names}
@@ -302,7 +304,7 @@ def _train_all(
 
 
 def _command() -> str:
-    """Spell the command that trains the same again."""
+    """Return the command that trains the same again."""
     words = sys.argv[1:]
     kept = (word for word in words if word not in ("--resume", "--overwrite"))
     return _machine.safe(shlex.join(["mhc", *kept]))

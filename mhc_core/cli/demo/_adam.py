@@ -23,7 +23,7 @@ FINAL = 0.1  # of the largest rate
 
 
 class Stepped(NamedTuple):
-    """What a step gives."""
+    """The result of a step."""
 
     parameters: Arrays
     first: Arrays  # Adam's moments
@@ -33,7 +33,7 @@ class Stepped(NamedTuple):
 
 
 def rates(step: int, steps: int, largest: float) -> numpy.ndarray[Any, Any]:
-    """Give the learning rate and the two corrections of Adam, for the step from 0 on."""
+    """Return the learning rate and Adam's two corrections for a step, counted from 0."""
     warmup = max(1, round(WARMUP * steps))
     if step < warmup:
         share = (step + 1) / warmup
@@ -45,7 +45,7 @@ def rates(step: int, steps: int, largest: float) -> numpy.ndarray[Any, Any]:
 
 
 def make_step(xp: Any, gradients_of: Callable[..., Any]) -> Callable[..., Stepped]:
-    """Make the step from a function of parameters and tokens to the loss and its gradients."""
+    """Return the training step for a function from parameters and tokens to loss and gradients."""
 
     def step(parameters: Arrays, first: Arrays, second: Arrays, tokens: Array, at: Array):
         loss, gradients = gradients_of(parameters, tokens)

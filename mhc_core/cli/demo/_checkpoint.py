@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there, whenever the process ends.
+"""Checkpoints that are complete or absent, whenever the process ends.
 
-A checkpoint is written beside the old one, brought to the disk, and then put into its place in one
-step, so that a reader finds the old one or the new one, both whole. The data's position is the
-number of the step: what a step draws depends on that and on the seed alone.
+A checkpoint is written beside the old one, flushed to the disk, and then moved into its place in
+one step, so that a reader finds either the old or the new one, complete. The data's position is the
+step's number: what a step draws depends on that and on the seed alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Arrays = dict[str, numpy.ndarray[Any, Any]]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be gone on from, for the reason that the message gives."""
+    """A checkpoint cannot be resumed from, for the reason in the message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +40,11 @@ class Checkpoint:
     Attributes
     ----------
     step
-        Steps that were taken; the next one is of this number.
+        Steps that were taken; the next one has this number.
     parameters, first, second
         The model's arrays and the optimizer's two moments.
     history
-        What was recorded of every step.
+        The records of every step.
     """
 
     step: int
@@ -55,12 +55,12 @@ class Checkpoint:
 
 
 def path(folder: Path, variant: str) -> Path:
-    """Give the file of a variant."""
+    """Return the file of a variant."""
     return folder / f"{variant}.safetensors"
 
 
 def save(file: Path, checkpoint: Checkpoint, settings: Settings, variant: str) -> None:
-    """Put a checkpoint into the place of the one before."""
+    """Replace the previous checkpoint with this one."""
     from safetensors.numpy import save as serialised
 
     arrays = {
@@ -85,7 +85,7 @@ def save(file: Path, checkpoint: Checkpoint, settings: Settings, variant: str) -
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring the new name to the disk too, where folders can be opened."""
+    """Flush the new name to the disk too, where folders can be opened."""
     try:
         number = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -97,7 +97,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _content(about: Mapping[str, str], arrays: Mapping[str, Any]) -> str:
-    """Name all that is stored by its content: safetensors itself does not see a flipped bit."""
+    """Return a digest of all that is stored: safetensors itself does not detect a flipped bit."""
     found = hashlib.sha256(json.dumps(sorted(about.items())).encode())
     for name in sorted(arrays):
         found.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
@@ -106,9 +106,9 @@ def _content(about: Mapping[str, str], arrays: Mapping[str, Any]) -> str:
 
 
 def load(file: Path, settings: Settings, variant: str) -> Checkpoint:
-    """Read a checkpoint, which must be whole and of the same settings.
+    """Load a checkpoint, which must be complete and have the same settings.
 
-    Nothing of it is interpreted before it is known to be what was saved.
+    The digest is checked before any content is interpreted.
     """
     about, arrays = _stored(file)
     if about.get("format") != FORMAT:
@@ -125,7 +125,7 @@ def load(file: Path, settings: Settings, variant: str) -> Checkpoint:
 
 
 def _stored(file: Path) -> tuple[dict[str, str], Arrays]:
-    """Return what a file holds."""
+    """Return the contents of a file."""
     safetensors: Any = import_module("safetensors")
     try:
         with safetensors.safe_open(file, framework="numpy") as stored:
@@ -139,7 +139,7 @@ def _stored(file: Path) -> tuple[dict[str, str], Arrays]:
 
 
 def _compare(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise where settings differ, and say which."""
+    """Raise if the settings differ, and name the differences."""
     differ = [name for name in wanted if found.get(name) != wanted[name]]
     if differ:
         words = ", ".join(f"{n} {_short(found.get(n))} and not {_short(wanted[n])}" for n in differ)

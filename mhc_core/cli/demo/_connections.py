@@ -1,8 +1,8 @@
 """Four ways to connect the layers of a network, on the ops of this library.
 
-Each says what happens before the first layer, between two layers and after the last one, so that
-the fused ``combine_pre`` can be used where it applies. A state is all that a layer leaves for its
-end; ``seen`` gives a state's streams and H_res.
+Each defines what happens before the first layer, between two layers and after the last one, so that
+the fused ``combine_pre`` can be used where it applies. A state holds everything that a layer's end
+needs; ``seen`` returns a state's streams and H_res.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class State(NamedTuple):
 
 
 class Connection(Protocol):
-    """What a model needs of a connection."""
+    """The interface that a model needs of a connection."""
 
     def __init__(self, xp: Any) -> None:
-        """Take the namespace of the array library."""
+        """Store the namespace of the array library."""
 
     @staticmethod
     def parameters(width: int, layers: Sequence[int], rng: Any) -> Numbers:
@@ -47,19 +47,19 @@ class Connection(Protocol):
         ...
 
     def start(self, h: Array, first: Parameters) -> tuple[Any, Array]:
-        """Make the streams of a hidden state; give the first layer's state and input."""
+        """Make the streams of a hidden state; return the first layer's state and input."""
         ...
 
     def between(self, state: Any, y: Array, following: Parameters) -> tuple[Any, Array]:
-        """Write what a layer returned; give the next layer's state and input."""
+        """Write the output of a layer; return the next layer's state and input."""
         ...
 
     def finish(self, state: Any, y: Array) -> Array:
-        """Write what the last layer returned, and collapse the streams."""
+        """Write the last layer's output, and collapse the streams."""
         ...
 
     def seen(self, state: Any) -> tuple[Array, Array]:
-        """Give the streams before the layer and its H_res."""
+        """Return the streams before the layer and its H_res."""
         ...
 
 
@@ -71,23 +71,23 @@ class Residual:
 
     @staticmethod
     def parameters(width: int, layers: Sequence[int], rng: Any) -> Numbers:
-        """Have none."""
+        """Return no parameters."""
         return {}
 
     def start(self, h: Array, first: Parameters) -> tuple[Array, Array]:
-        """The hidden state is the stream and the input."""
+        """Return the hidden state as the stream and as the input."""
         return h, h
 
     def between(self, state: Array, y: Array, following: Parameters) -> tuple[Array, Array]:
-        """Add."""
+        """Add the layer's output."""
         return state + y, state + y
 
     def finish(self, state: Array, y: Array) -> Array:
-        """Add."""
+        """Add the layer's output."""
         return state + y
 
     def seen(self, state: Array) -> tuple[Array, Array]:
-        """[..., C] -> [..., 1, C] and a 1."""
+        """Return the state as one stream, [..., C] -> [..., 1, C], and an H_res of 1."""
         return state[..., None, :], self.xp.ones((*state.shape[:-1], 1, 1), dtype=state.dtype)
 
 
@@ -104,7 +104,7 @@ class HyperConnection:
 
     @staticmethod
     def parameters(width: int, layers: Sequence[int], rng: Any) -> Numbers:
-        """Start as the paper: W = 0, each layer reads one stream in turn, H_res = 1."""
+        """Return the paper's start: W = 0, each layer reads one stream in turn, H_res = 1."""
         n, count = STREAMS, len(layers)
         static = numpy.zeros((count, n, n + 2), numpy.float32)
         static[:, :, 0] = numpy.eye(n)[[layer % n for layer in layers]]
@@ -118,11 +118,11 @@ class HyperConnection:
         }
 
     def start(self, h: Array, first: Parameters) -> tuple[State, Array]:
-        """Every stream is the hidden state."""
+        """Set every stream to the hidden state."""
         return self._enter(mhc.expand(h, STREAMS), first)
 
     def between(self, state: State, y: Array, following: Parameters) -> tuple[State, Array]:
-        """``combine``, then the mappings of the new streams and ``aggregate``."""
+        """Run ``combine``, then the mappings of the new streams and ``aggregate``."""
         return self._enter(mhc.combine(state.x, y, state.h_post, state.h_res), following)
 
     def finish(self, state: State, y: Array) -> Array:
@@ -130,7 +130,7 @@ class HyperConnection:
         return mhc.contract(mhc.combine(state.x, y, state.h_post, state.h_res))
 
     def seen(self, state: State) -> tuple[Array, Array]:
-        """As they are."""
+        """Return the streams and H_res unchanged."""
         return state.x, state.h_res
 
     def _enter(self, x: Array, p: Parameters) -> tuple[State, Array]:
@@ -153,7 +153,7 @@ class Manifold:
 
     @staticmethod
     def parameters(width: int, layers: Sequence[int], rng: Any) -> Numbers:
-        """Start near hyper-connections' start: each layer mostly reads one stream in turn."""
+        """Return a start near hyper-connections': each layer mostly reads one stream in turn."""
         n, count = STREAMS, len(layers)
         pre = numpy.where(numpy.eye(n)[[layer % n for layer in layers]] == 1, 2.0, -2.0)
         res = numpy.where(numpy.eye(n) == 1, 0.0, OFF_DIAGONAL).reshape(1, n * n)
@@ -166,13 +166,13 @@ class Manifold:
         }
 
     def start(self, h: Array, first: Parameters) -> tuple[State, Array]:
-        """Every stream is the hidden state."""
+        """Set every stream to the hidden state."""
         x = mhc.expand(h, STREAMS)
         h, h_post, h_res = mhc.pre(x, first["phi"], first["scale"], first["bias"], self.variant)
         return State(x, None, h_post, h_res), h
 
     def between(self, state: State, y: Array, following: Parameters) -> tuple[State, Array]:
-        """One pass over the streams."""
+        """Run ``combine_pre``, one pass over the streams."""
         arrays = (state.x, y, state.h_post, state.h_res, *_projection(following))
         x, h, _, h_post, h_res = mhc.combine_pre(*arrays, self.variant)
         return State(x, None, h_post, h_res), h
@@ -182,12 +182,12 @@ class Manifold:
         return mhc.contract(mhc.combine(state.x, y, state.h_post, state.h_res))
 
     def seen(self, state: State) -> tuple[Array, Array]:
-        """As they are."""
+        """Return the streams and H_res unchanged."""
         return state.x, state.h_res
 
 
 class SinglePass(Manifold):
-    """DeepSeek-V4.1's: a layer's input is mixed by the H_pre of the layer before.
+    """DeepSeek-V4.1's order: a layer's input is mixed by the H_pre of the layer before.
 
     The first layer takes stream 0, and the last H_pre collapses the output.
     """
@@ -195,18 +195,18 @@ class SinglePass(Manifold):
     variant: Variant = mhc.DEEPSEEK_V41
 
     def start(self, h: Array, first: Parameters) -> tuple[State, Array]:
-        """Every stream is the hidden state, stream 0 too."""
+        """Set every stream to the hidden state, which is the first layer's input too."""
         x = mhc.expand(h, STREAMS)
         return State(x, *mhc.mappings(x, *_projection(first), self.variant)), h
 
     def between(self, state: State, y: Array, following: Parameters) -> tuple[State, Array]:
-        """One pass over the streams, with the H_pre that is there."""
+        """Run ``combine_pre``, one pass over the streams, with the H_pre of the layer before."""
         arrays = (state.x, y, state.h_post, state.h_res, *_projection(following))
         x, h, *mapped = mhc.combine_pre(*arrays, self.variant, state.h_pre)
         return State(x, *mapped), h
 
     def finish(self, state: State, y: Array) -> Array:
-        """Collapse by the last H_pre."""
+        """Collapse the streams by the last H_pre."""
         x = mhc.combine(state.x, y, state.h_post, state.h_res)
         return mhc.aggregate(x, state.h_pre)
 

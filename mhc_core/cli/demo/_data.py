@@ -1,4 +1,4 @@
-"""The text that is learnt: bytes, and the windows of it that a step sees."""
+"""The training text: its bytes, and the windows of it that a step sees."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIBRARY_BYTES = 4_000_000  # of the standard library's sources: more than a run 
 
 
 class TextError(ValueError):
-    """The text cannot be used, for the reason that the message gives."""
+    """The text cannot be used, for the reason in the message."""
 
 
 def read(file: Path | None, context: int) -> bytes:
@@ -43,7 +43,7 @@ def _standard_library() -> bytes:
 
 
 def digest(text: bytes) -> str:
-    """Name a text by its content."""
+    """Return the SHA-256 of a text."""
     return hashlib.sha256(text).hexdigest()
 
 
@@ -55,7 +55,7 @@ def batch(text: bytes, seed: int, step: int, count: int, context: int) -> Any:
 
 
 def probe(text: bytes, context: int) -> Any:
-    """Give the one sequence that a model is looked at with, from the middle of the text."""
+    """Return the one sequence on which a model is inspected, from the middle of the text."""
     start = (len(text) - context) // 2
     data = numpy.frombuffer(text, numpy.uint8)[start : start + context + 1]
     return data.astype(numpy.int32)[None]

@@ -1,4 +1,4 @@
-"""What training needs of an array library beyond the array API: JAX or MLX."""
+"""The operations that training needs from an array library beyond the array API: JAX or MLX."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Library:
     xp
         Its namespace.
     loop
-        ``carry, kept = body(carry, entry)`` for every entry of stacked arrays; gives the last
+        ``carry, kept = body(carry, entry)`` for every entry of stacked arrays; returns the last
         carry and all that was kept, stacked.
     with_gradients
-        Of a function of a dict of arrays and more: its value and the gradients of the dict.
+        Takes a function of a dict of arrays and more; returns its value and the dict's gradients.
     prepared
-        Of a function and arguments of the right shapes: what computes it, and the bytes that it
-        takes where that is known before it ran.
+        Takes a function and arguments of the right shapes; returns a function that computes it,
+        and the bytes that this needs where they are known before it runs.
     wait
         Finishes the computation of arrays.
     peak
@@ -45,7 +45,7 @@ class Library:
 
 
 def library(name: str) -> Library:
-    """Give the library of that name, ``"jax"`` or ``"mlx"``."""
+    """Return the library of that name, ``"jax"`` or ``"mlx"``."""
     return LIBRARIES[name]()
 
 

@@ -27,7 +27,7 @@ LAYERS = ("attention", "mlp")  # of a block
 
 
 class Kept(NamedTuple):
-    """What a look into the model sees: of every layer its streams and its H_res."""
+    """The values inspected in a model: the streams and the H_res of every layer."""
 
     streams: Array  # [depth, batch, context, n, C]
     h_res: Array  # [depth, batch, context, n, n]
@@ -36,7 +36,7 @@ class Kept(NamedTuple):
 def initial(settings: Settings, variant: str) -> dict[str, numpy.ndarray[Any, Any]]:
     """Draw the parameters; the arrays of the blocks are stacked.
 
-    The transformer's are the same for every variant.
+    The transformer's parameters are the same for every variant.
     """
     s, rng = settings, numpy.random.default_rng(settings.seed)
     blocks, C = s.depth // 2, s.width
@@ -87,7 +87,7 @@ class Model:
         self.loop = loop
 
     def loss(self, parameters: Parameters, tokens: Array) -> Array:
-        """Give the cross entropy of the next byte, in nats; tokens ``[batch, context + 1]``."""
+        """Return the cross entropy of the next byte, in nats; tokens ``[batch, context + 1]``."""
         xp = self.xp
         h, _ = self._hidden(parameters, tokens[:, :-1], look=False)
         logits = xp.matmul(mhc.rms_norm(h, parameters["norm"]), parameters["logits"])
@@ -97,13 +97,13 @@ class Model:
         return xp.mean(normaliser - own)
 
     def look(self, parameters: Parameters, tokens: Array) -> Kept:
-        """Give every layer's streams and H_res."""
+        """Return every layer's streams and H_res."""
         return self._hidden(parameters, tokens[:, :-1], look=True)[1]
 
     # ---- the blocks -----------------------------------------------------------------------------
 
     def _hidden(self, parameters: Parameters, tokens: Array, look: bool) -> tuple[Array, Any]:
-        """Run all blocks, as a loop but for the last, after which no layer comes."""
+        """Run all blocks: a loop, then the last one alone, since no layer follows it."""
         xp, connection = self.xp, self.connection
         blocks = {name: array for name, array in parameters.items() if name.startswith(LAYERS)}
         first = {name: array[0] for name, array in _mapping(blocks, "attention").items()}
@@ -127,7 +127,7 @@ class Model:
         return connection.finish(state, y), self._joined(kept) if look else None
 
     def _block(self, carry: Any, own: Parameters, look: bool) -> tuple[Any, Array, Kept | None]:
-        """Give the state of the block's last layer, what that layer returns, and what is seen."""
+        """Return the state of the block's last layer, that layer's output, and what is seen."""
         xp, connection = self.xp, self.connection
         state, h = carry
         seen = [connection.seen(state)]
@@ -169,6 +169,6 @@ class Model:
 
 
 def _mapping(parameters: Parameters, layer: str) -> dict[str, Array]:
-    """Pick the connection's parameters of one kind of layer."""
+    """Return the connection's parameters of one kind of layer."""
     prefix = f"{layer}.connection."
     return {k.removeprefix(prefix): v for k, v in parameters.items() if k.startswith(prefix)}

@@ -17,7 +17,7 @@ COLOURS = {"residual": "0.5", "HC": "C3", "mHC": "C0", "single-pass": "C2"}
 
 
 def missing() -> str | None:
-    """Say what a picture lacks here, or None."""
+    """Return what a picture lacks here, or None."""
     there = find_spec("matplotlib")
     return None if there else "--plot needs matplotlib: pip install 'mhc-core[plot]'"
 

@@ -1,4 +1,4 @@
-"""The report: one page that stands by itself, with its lines, its matrices and its numbers."""
+"""The report: one self-contained page with charts, matrices and numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Told = Mapping[str, Any]
 
 
 def missing() -> str | None:
-    """Say what the report lacks here, or None."""
+    """Return what the report lacks here, or None."""
     try:
         distribution(PACKAGE)
     except PackageNotFoundError:
@@ -33,7 +33,7 @@ def missing() -> str | None:
 
 
 def page(told: Told) -> str:
-    """Give the page; ``told`` is what ``_results.results`` gives."""
+    """Return the page; ``told`` is the result of ``_results.results``."""
     script, style = (
         Path(str(distribution(PACKAGE).locate_file(file))).read_text("utf-8") for file in DRAWS
     )
@@ -61,9 +61,9 @@ class Chart:
     name, title, note
         Its name in the page, its title, and one sentence on how to read it.
     across, log
-        What x is, and whether y is logarithmic.
+        The quantity on the x axis, and whether y is logarithmic.
     lines
-        Keys of a variant's numbers, the second's line dashed, and what to add to its name.
+        Keys of a variant's numbers, and the suffix of each line's name; the second line is dashed.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Chart:
     log: bool = False
 
     def spec(self, told: Told) -> dict[str, Any]:
-        """Give what the script draws."""
+        """Return the data that the script draws."""
         drawn = [
             {"name": f"{name}{suffix}", "of": name, "dashed": k > 0, "y": self._y(one, key)}
             for name, one in told["variants"].items()
@@ -248,7 +248,7 @@ def _title(told: Told) -> str:
 
 
 def _finding(told: Told) -> str:
-    """Say in a sentence what the gains are."""
+    """Return a sentence that states the gains."""
     said = [
         f"{_short(one['gain_forward'][-1])} times in {name}"
         for name, one in told["variants"].items()
@@ -288,7 +288,7 @@ def _plain(number: float | None) -> str:
 
 
 def _matrices(told: Told) -> Iterable[str]:
-    """Make room for the pictures of every layer's matrix."""
+    """Yield a section for each kind of matrix, with places for the pictures of every layer's."""
     names = [name for name in told["variants"] if name != "residual"]
     if not names:
         return

@@ -1,4 +1,4 @@
-"""The numbers of a report, from what was trained."""
+"""The numbers of a report, computed from the trained models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def results(
     command: str,
     trained: Mapping[str, Trained],
 ) -> dict[str, Any]:
-    """Give all that a report shows, as plain lists and numbers."""
+    """Return all that a report shows, as plain lists and numbers."""
     library = mhc.backends()[settings.backend].spec
     names = (library.array_types[0].partition(".")[0],) if library else ()
     return {
@@ -68,7 +68,7 @@ def _variant(name: str, trained: Trained) -> dict[str, Any]:
 
 
 def smooth(numbers: Column) -> Column:
-    """Give the mean of each number and those before it, a twentieth of all."""
+    """Return the mean of each number and those before it, over a window of a twentieth of all."""
     window = max(1, round(LAST * len(numbers)))
     means: Column = []
     for k, last in enumerate(numbers):
@@ -78,7 +78,7 @@ def smooth(numbers: Column) -> Column:
 
 
 def _depth(streams: Numbers, h_res: Numbers) -> dict[str, Any]:
-    """Give what changes from layer to layer, as means over the tokens of the sequence."""
+    """Return the numbers that change from layer to layer, as means over the sequence's tokens."""
     products = diagnostics.composite(h_res)
     layer = diagnostics.gain(h_res)
     whole = diagnostics.composite_gain(h_res)
@@ -108,7 +108,7 @@ def _flat(matrices: Numbers) -> list[Column]:
 
 
 def _sinkhorn(name: str, trained: Trained) -> dict[str, Column] | None:
-    """Give the worst error of any layer and token after 1, 2, ... iterations."""
+    """Return the worst error of any layer and token after 1, 2, ... iterations."""
     connection = CONNECTIONS[name]
     if not issubclass(connection, Manifold):
         return None
@@ -122,7 +122,7 @@ def _sinkhorn(name: str, trained: Trained) -> dict[str, Column] | None:
 
 
 def _mapped(trained: Trained, variant: mhc.Variant) -> Sequence[Numbers]:
-    """Map every layer's streams anew."""
+    """Return H_res of every layer's streams, computed anew with the given variant."""
     found: list[Numbers] = []
     for layer, x in enumerate(trained.kept.streams):
         kind, block = LAYERS[layer % len(LAYERS)], layer // len(LAYERS)
@@ -135,7 +135,7 @@ def _mapped(trained: Trained, variant: mhc.Variant) -> Sequence[Numbers]:
 
 
 def _rounded(numbers: Numbers) -> Column:
-    """Keep five digits: a report is read by people."""
+    """Round to five digits: people read the report."""
     return [_number(number) for number in numbers]
 
 

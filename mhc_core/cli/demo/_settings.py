@@ -1,4 +1,4 @@
-"""What the numbers of a run depend on."""
+"""The settings that determine the numbers of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VARIANTS = {
     "mHC": "H_res made doubly stochastic (arXiv:2512.24880)",
     "single-pass": "mHC as in DeepSeek-V4.1: each layer's mix comes from the layer before",
 }
-"""The ways to connect the layers, and what each is."""
+"""The ways to connect the layers, with a description of each."""
 
 
 @dataclass(frozen=True, kw_only=True)

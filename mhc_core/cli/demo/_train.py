@@ -1,4 +1,4 @@
-"""Training one variant, step by step, so that it can be ended at any moment and gone on with."""
+"""The training of one variant, step by step, so that it can be stopped and resumed anywhere."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class InterruptedRunError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is to be trained, on what, and where its checkpoints go."""
+    """The description of a training run: what is trained, on what, and where its checkpoints go."""
 
     settings: Settings
     variant: str
@@ -58,7 +58,7 @@ class Trained:
     history
         ``loss``, ``norm`` and ``seconds`` of every step; ``looked``, ``gain_forward`` and
         ``gain_backward``: steps, and the gain over the whole depth before them; ``memory``: the
-        bytes that a step takes, or 0 where the library does not tell.
+        bytes that a step takes, or 0 where the library does not report it.
     kept
         The streams and H_res of every layer, for one sequence.
     """
@@ -76,7 +76,7 @@ def train(task: Task, tell: Callable[[int, float], None]) -> Trained:
 
 @contextmanager
 def _held_back() -> Generator[threading.Event]:
-    """Let Ctrl-C set a flag, so that it never falls into the middle of a step."""
+    """Let Ctrl-C set a flag, so that it never interrupts a step."""
     flag = threading.Event()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -116,7 +116,7 @@ class _Run:
     def run(self, tell: Callable[[int, float], None], interrupted: threading.Event) -> Trained:
         steps, every = self.task.settings.steps, self.task.save_every
         if self.task.before is None:
-            self._save()  # so that any folder can be gone on with
+            self._save()  # so that any folder can be resumed from
         self.library.forget()
         while self.taken < steps:
             if self.taken % max(1, steps // LOOKS) == 0:
@@ -136,7 +136,7 @@ class _Run:
         )
 
     def _given(self, step: int) -> tuple[Any, Any]:
-        """Give what a step of this number is told: its windows of the text, and its rates."""
+        """Return the inputs of a step: its windows of the text, and its rates."""
         s, xp = self.task.settings, self.library.xp
         tokens = _data.batch(self.task.text, s.seed, step, s.batch, s.context)
         return xp.asarray(tokens), xp.asarray(_adam.rates(step, s.steps, s.rate))
@@ -154,7 +154,7 @@ class _Run:
         return loss
 
     def _note_gain(self) -> None:
-        """Record the gain over the whole depth, once for each step."""
+        """Record the gain over the whole depth, at most once for each step."""
         if self.taken in self.history["looked"]:
             return
         told = diagnostics.summary(self._looked().h_res)

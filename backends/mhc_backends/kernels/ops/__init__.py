@@ -1,9 +1,9 @@
 """Each op as launches of kernels: one module per op, as in ``mhc_core.math``.
 
-``forward(kernels, *arrays, **static)`` and ``vjp(kernels, primals, cotangents, saved=None,
-**static)`` answer what the functions of the same names in ``mhc_core.math.<op>`` do, and
-``saving``, where a vjp needs more than the primals, is as there. ``kernels`` is a
-:class:`mhc_backends.kernels.mlx.Kernels`.
+``forward(kernels, *arrays, **static)`` and
+``vjp(kernels, primals, cotangents, saved=None, **static)`` return the same as the functions of
+these names in ``mhc_core.math.<op>``, and so does ``saving``, where a vjp needs more than the
+primals. ``kernels`` is a :class:`mhc_backends.kernels.mlx.Kernels`.
 
 Listing the ops imports nothing heavy; loading one imports MLX.
 """
@@ -28,5 +28,5 @@ def load(op: str) -> Any:
 
 
 def outputs(op: str) -> int:
-    """Return how many outputs an op has."""
+    """Return the number of outputs of an op."""
     return len(math.load(op).OP.outputs)

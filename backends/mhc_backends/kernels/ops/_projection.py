@@ -1,4 +1,4 @@
-"""What the ops with a projection share: its launches, and the way back through it."""
+"""The common parts of the ops with a projection: its launches, and those of its vjp."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Projected(NamedTuple):
 
 
 def settings(variant: Variant) -> dict[str, Sequence[float]]:
-    """Give the variant's numbers, which are written into the text of its kernels."""
+    """Return the variant's numbers, which are written into the text of its kernels."""
     v = variant
     return {"settings": (v.norm_eps, v.pre_eps, v.post_scale, v.sinkhorn_eps)}
 
 
 def constants(variant: Variant) -> dict[str, int]:
-    """Give the variant's choices that are compiled in."""
+    """Return the variant's choices that are compiled in."""
     return {
         "ITERATIONS": variant.sinkhorn_iterations,
         "LOG": variant.sinkhorn_eps == 0,
@@ -60,7 +60,7 @@ def constants(variant: Variant) -> dict[str, int]:
 
 
 def project(kernels: Kernels, x: mx.array, phi: mx.array) -> mx.array:
-    """Give the sums over all channels, in parts."""
+    """Return the sums over all channels, in parts."""
     sizes = Sizes.of(x)
     inputs, out = {"x": tokens(x, 2), "phi": phi}, _parts(sizes, phi)
     at_once = 1 if phi.shape[0] > WIDE else _at_once(x)
@@ -85,7 +85,7 @@ def combine_project(
     h_res: mx.array,
     phi: mx.array,
 ) -> tuple[mx.array, mx.array]:
-    """Give x', and its sums over all channels, in parts."""
+    """Return x', and its sums over all channels, in parts."""
     sizes = Sizes.of(x)
     inputs = {**combine.inputs(x, y, h_post, h_res), "phi": phi}
     outputs = {"out": Out.like(x), "parts": _parts(sizes, phi)}
@@ -113,7 +113,7 @@ def _parts(sizes: Sizes, phi: mx.array) -> Out:
 
 
 def _at_once(x: mx.array) -> int:
-    """Count the blocks of channels or of tokens that are under way together."""
+    """Return the number of blocks of channels or of tokens that are in flight together."""
     return 1 if x.dtype == mx.float32 else 2
 
 
@@ -131,8 +131,8 @@ def _stage(
     rows: int = 0,
     most: int = 0,
 ) -> tuple[Stage, int]:
-    """Choose how many blocks' factors are in threadgroup memory at a time, ``unit`` at least, and
-    how many times ``rows`` of each thread are on their way there, ``most`` times where it has room.
+    """Choose how many blocks' factors are in threadgroup memory at a time, at least ``unit``, and
+    how many times ``rows`` of each thread are in flight to it, ``most`` if there is room.
     """
     dtype = dtype_name(x.dtype)
     each = launch.factor_bytes(tiles, dtype, kernels.dialect)
@@ -147,7 +147,7 @@ def _stage(
 
 
 def mapped(ahead: Sequence[int], n: int, columns: int, saves: bool) -> dict[str, Out]:
-    """Ask for the mappings of all tokens, and with ``saves`` for what their vjp needs."""
+    """Return the outputs for the mappings of all tokens and, with ``saves``, for their vjp."""
     wanted = {"h_pre": (n,), "h_post": (n,), "h_res": (n, n)}
     if saves:
         wanted |= {"u": (columns,), "r": (1,)}
@@ -155,7 +155,7 @@ def mapped(ahead: Sequence[int], n: int, columns: int, saves: bool) -> dict[str,
 
 
 class Pre(NamedTuple):
-    """What the kernel ``pre`` gives; saved are u and r, where they were asked for."""
+    """The results of the kernel ``pre``; ``saved`` holds u and r if they were requested."""
 
     h: mx.array
     h_pre: mx.array
@@ -191,7 +191,7 @@ def pre(
 
 
 def weights_vjp(kernels: Kernels, x: mx.array, dh: mx.array) -> mx.array:
-    """Give dw[T, n], what h = sum_i w_i x_i gives its weights per token."""
+    """Return dw[T, n], the cotangents of each token's weights in h = sum_i w_i x_i."""
     sizes = Sizes.of(x)
     inputs = {"x": tokens(x, 2), "dh": tokens(dh, 1)}
     outputs = {"dw": Out((sizes.T, sizes.n), mx.float32)}
@@ -199,10 +199,10 @@ def weights_vjp(kernels: Kernels, x: mx.array, dh: mx.array) -> mx.array:
 
 
 class Local(NamedTuple):
-    """What the part of a vjp that knows one token gives.
+    """The results of the part of a vjp that works on each token separately.
 
-    du is the cotangent of u and ``pull`` what the root mean square takes from x; ``terms`` are to
-    be summed over the tokens, first dbias, then dscale.
+    du is the cotangent of u, and ``pull`` the factor of x in dx that comes from the root mean
+    square; ``terms`` must be summed over the tokens: dbias first, then dscale.
     """
 
     du: mx.array
@@ -234,7 +234,7 @@ def local_vjp(
 def summed(
     kernels: Kernels, local: Local, scale: mx.array, bias: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Give dscale and dbias."""
+    """Return dscale and dbias."""
     total = kernels.sum_rows(local.terms)[0]
     return total[bias.size :].astype(scale.dtype), total[: bias.size].astype(bias.dtype)
 
@@ -249,7 +249,7 @@ def back_projection(
     dh: mx.array | None = None,
     g: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Launch ``project_dx`` and ``project_dphi``; dx includes w_i dh and g where they are given."""
+    """Launch ``project_dx`` and ``project_dphi``; dx includes w_i dh and g if they are given."""
     sizes, nothing = Sizes.of(x), local.pull
     flat = tokens(x, 2)
     inputs = {
@@ -275,7 +275,7 @@ def back_projection(
 
 
 class Cotangents(NamedTuple):
-    """Those of the mappings; of h with its weights; and of the streams, beside what is computed."""
+    """The cotangents of the mappings; of h, with its weights; and of x, to add to the result."""
 
     h_pre: mx.array
     h_post: mx.array
@@ -296,7 +296,7 @@ def back(
     variant: Variant,
     out: Out,
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Give dx, dphi, dscale and dbias of the mappings of x, and of h where it has a cotangent."""
+    """Return dx, dphi, dscale and dbias of the mappings of x, and of h if it has a cotangent."""
     inputs = {
         "u": tokens(projected.u, 1),
         "r": tokens(projected.r, 1),

@@ -38,7 +38,7 @@ def vjp(
 
 
 def inputs(x: mx.array, y: mx.array, h_post: mx.array, h_res: mx.array) -> dict[str, mx.array]:
-    """Give what the kernels take, all tokens in one axis."""
+    """Return the kernels' inputs, all tokens in one axis."""
     return {
         "x": tokens(x, 2),
         "y": tokens(y, 1),

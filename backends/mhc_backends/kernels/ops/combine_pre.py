@@ -1,4 +1,4 @@
-"""combine_pre: kernels ``combine_project`` and ``pre``; back as pre's, then combine's vjp."""
+"""combine_pre: kernels ``combine_project`` and ``pre``; the vjp is pre's, then combine's."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def saving(
     variant: Variant,
     saves: bool = True,
 ) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
-    """Give the outputs and, for the vjp, x' and the projection of x'."""
+    """Return the outputs and, for the vjp, x' and the projection of x'."""
     x_new, parts = _projection.combine_project(kernels, x, y, h_post, h_res, phi)
     made = _projection.pre(kernels, x_new, parts, scale, bias, h_pre, variant, saves)
     outputs = (x_new, made.h, made.h_pre, made.h_post, made.h_res)
@@ -40,7 +40,7 @@ def saving(
 def vjp(
     kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant
 ) -> tuple[mx.array, ...]:
-    """The next pre's vjp gives the cotangent of x', combine's vjp takes it on."""
+    """Pull back through the next pre, for the cotangent of x', then through combine."""
     x, y, h_post, h_res, phi, scale, bias, *given = primals
     if saved is None:
         _, saved = saving(kernels, *primals, variant=variant)

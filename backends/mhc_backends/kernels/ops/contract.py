@@ -1,6 +1,6 @@
 """contract: the kernel ``aggregate`` with the same weight for every stream; MLX repeats a gradient.
 
-The weights are constants, which nothing is differentiated by.
+The weights are constants and get no gradient.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def vjp(
 
 
 def collapsed(kernels: Kernels, x: mx.array, weight: float, dtype: mx.Dtype) -> mx.array:
-    """Give sum_i weight x_i."""
+    """Return sum_i weight x_i."""
     sizes = Sizes.of(x)
     weights = mx.array([[weight] * sizes.n], mx.float32)
     outputs = {"h": Out((*x.shape[:-2], sizes.C), dtype)}
@@ -36,6 +36,6 @@ def collapsed(kernels: Kernels, x: mx.array, weight: float, dtype: mx.Dtype) -> 
 
 
 def repeated(h: mx.array, n: int) -> mx.array:
-    """Give n streams that are each h, written once: every kernel would copy a view that repeats."""
+    """Return n streams that are each h, written once: every kernel would copy a broadcast view."""
     streams = mx.broadcast_to(h[..., None, :], (*h.shape[:-1], n, h.shape[-1]))
     return mx.contiguous(streams)

@@ -37,7 +37,7 @@ def vjp(kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None) -> t
 
 
 def _back(kernels: Kernels, *arrays: mx.array) -> list[mx.array]:
-    """Give dx, dy and each token's gradients of the mappings."""
+    """Return dx, dy and each token's gradients of the mappings."""
     x, y, *_, g = arrays
     sizes, inputs = _inputs(*arrays[:-1])
     inputs["g"] = slices(g, sizes.n)
@@ -60,7 +60,7 @@ def _back_wide(
     h_res: mx.array,
     g: mx.array,
 ) -> tuple[mx.array, ...]:
-    """The same of combine's kernel, for H = h_post H_res h_pre and no layer, and pre_scale's.
+    """Return the same from combine's kernel, for H = h_post H_res h_pre without y, and pre_scale's.
 
     With G[i, j] = g_i . x_j and Y_i = g_i . y_i the sums over C; see gated_combine_vjp.h.
     """

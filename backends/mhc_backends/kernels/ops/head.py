@@ -1,4 +1,4 @@
-"""head: kernels ``project`` and ``head``, and the way back."""
+"""head: kernels ``project`` and ``head``, and those of their vjps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def saving(
     variant: Variant,
     saves: bool = True,
 ) -> tuple[tuple[mx.array], tuple[mx.array, ...]]:
-    """Give h and, for the vjp, the projection and the weights."""
+    """Return h and, for the vjp, the projection and the weights."""
     sizes, ahead = Sizes.of(x), x.shape[:-2]
     parts = _projection.project(kernels, x, phi)
     inputs = {"x": tokens(x, 2), "parts": parts, "scale": scale, "bias": bias}
@@ -41,7 +41,7 @@ def saving(
 def vjp(
     kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant
 ) -> tuple[mx.array, ...]:
-    """The weighted sum's vjp, then the sigmoid's and the projection's."""
+    """Pull back through the weighted sum, then the sigmoid and the projection."""
     (x, phi, scale, bias), (g,) = primals, cotangents
     if saved is None:
         _, saved = saving(kernels, *primals, variant=variant)

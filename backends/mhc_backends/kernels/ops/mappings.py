@@ -1,4 +1,4 @@
-"""mappings: kernels ``project`` and ``mappings``, and the way back."""
+"""mappings: kernels ``project`` and ``mappings``, and those of their vjps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def saving(
     variant: Variant,
     saves: bool = True,
 ) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
-    """Give the outputs and, for the vjp, the projection."""
+    """Return the outputs and, for the vjp, the projection."""
     sizes, ahead = Sizes.of(x), x.shape[:-2]
     parts = _projection.project(kernels, x, phi)
     inputs = {"parts": parts, "scale": scale, "bias": bias}
@@ -39,7 +39,7 @@ def saving(
 def vjp(
     kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant
 ) -> tuple[mx.array, ...]:
-    """Through the activations, the division by the root mean square and the projection."""
+    """Pull back through the activations, the division by the RMS and the projection."""
     x, phi, scale, bias = primals
     if saved is None:
         _, saved = saving(kernels, *primals, variant=variant)

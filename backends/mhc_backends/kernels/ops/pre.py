@@ -1,4 +1,4 @@
-"""pre: kernels ``project`` and ``pre``, and the way back."""
+"""pre: kernels ``project`` and ``pre``, and those of their vjps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def saving(
     variant: Variant,
     saves: bool = True,
 ) -> tuple[tuple[mx.array, mx.array, mx.array], tuple[mx.array, ...]]:
-    """Give the outputs and, for the vjp, the projection and H_pre."""
+    """Return the outputs and, for the vjp, the projection and H_pre."""
     parts = _projection.project(kernels, x, phi)
     made = _projection.pre(kernels, x, parts, scale, bias, None, variant, saves)
     return (made.h, made.h_post, made.h_res), (*made.saved, made.h_pre)
@@ -37,7 +37,7 @@ def saving(
 def vjp(
     kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant
 ) -> tuple[mx.array, ...]:
-    """The aggregate's vjp, then the mappings' with the cotangent that it gives H_pre."""
+    """Pull back through the aggregate, then through the mappings with the cotangent of H_pre."""
     (x, phi, scale, bias), (g_h, g_post, g_res) = primals, cotangents
     if saved is None:
         _, saved = saving(kernels, *primals, variant=variant)

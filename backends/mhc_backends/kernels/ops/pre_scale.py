@@ -27,7 +27,7 @@ def vjp(
 def scaled_back(
     kernels: Kernels, x: mx.array, h_pre: mx.array, g: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Give dx, and each token's dh_pre."""
+    """Return dx, and each token's dh_pre."""
     sizes, inputs = _inputs(x, h_pre)
     inputs["g"] = slices(g, sizes.n)
     outputs = {"dx": Out.like(x), "dh_pre": Out((sizes.T, sizes.n), mx.float32)}

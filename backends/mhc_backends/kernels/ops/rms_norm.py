@@ -25,7 +25,7 @@ def vjp(
 
 
 def normalised(kernels: Kernels, x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    """Give y in the dtype of x."""
+    """Return y in the dtype of x."""
     inputs = _inputs(x, weight, eps)
     return kernels("rms_norm", inputs, {"y": Out.like(x)}, _sizes(x))[0]
 
@@ -33,7 +33,7 @@ def normalised(kernels: Kernels, x: mx.array, weight: mx.array, eps: float) -> m
 def back(
     kernels: Kernels, x: mx.array, weight: mx.array, g: mx.array, eps: float
 ) -> tuple[mx.array, mx.array]:
-    """Give dx in the dtype of x, and dweight[1, C] in float32."""
+    """Return dx in the dtype of x, and dweight[1, C] in float32."""
     sizes = _sizes(x)
     inputs = {**_inputs(x, weight, eps), "g": tokens(g, 1)}
     parts = Out((shares("rms_norm_vjp", *sizes, kernels.dialect), sizes.C), mx.float32)

@@ -13,7 +13,7 @@ from mhc_backends.kernels.mlx import Kernels, Out, Sizes, tokens
 def forward(
     kernels: Kernels, logits: mx.array, *, iterations: int, eps: float, first: str
 ) -> mx.array:
-    """Eq. (9), ``M_t = T_r(T_c(M_{t-1}))``."""
+    """Compute eq. (9), ``M_t = T_r(T_c(M_{t-1}))``."""
     inputs = {"logits": tokens(logits, 2), "eps": mx.array([eps], mx.float32)}
     outputs = {"out": Out(logits.shape, mx.float32)}
     constants = _constants(iterations, eps, first)
@@ -30,7 +30,7 @@ def vjp(
     eps: float,
     first: str,
 ) -> tuple[mx.array]:
-    """Run the iterations again and walk them back."""
+    """Run the iterations again and reverse them."""
     (logits,), (g,) = primals, cotangents
     inputs = {
         "logits": tokens(logits, 2),

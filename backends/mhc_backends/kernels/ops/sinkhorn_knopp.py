@@ -13,7 +13,7 @@ from mhc_backends.kernels.mlx import Kernels, Out, Sizes, tokens
 def forward(
     kernels: Kernels, matrix: mx.array, *, max_iterations: int, epsilon: float, log_space: bool
 ) -> mx.array:
-    """Each matrix stops by itself, after a full step, once its largest error is under epsilon."""
+    """Stop each matrix after its first full step that leaves the largest error under epsilon."""
     inputs = {"logits": tokens(matrix, 2), "epsilon": mx.array([epsilon], mx.float32)}
     outputs = {"out": Out(matrix.shape, mx.float32)}
     constants = {"ITERATIONS": max_iterations, "LOG_SPACE": log_space}
@@ -30,7 +30,7 @@ def vjp(
     epsilon: float,
     log_space: bool,
 ) -> tuple[mx.array]:
-    """Back through the steps that were taken."""
+    """Reverse the steps that were taken."""
     (matrix,), (g,) = primals, cotangents
     inputs = {
         "logits": tokens(matrix, 2),

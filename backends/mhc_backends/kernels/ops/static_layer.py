@@ -26,7 +26,7 @@ def forward(kernels: Kernels, *primals: mx.array, eps: float, iterations: int) -
 def saving(
     kernels: Kernels, *primals: mx.array, eps: float, iterations: int
 ) -> tuple[mx.array, tuple[mx.array, ...]]:
-    """Give the output and, for the vjp, the mappings."""
+    """Return the output and, for the vjp, the mappings."""
     x, *raw, weight = primals
     mapped = static_mappings.forward(kernels, *raw, iterations=iterations)
     inputs = _inputs(x, mapped, weight, eps)
@@ -43,7 +43,7 @@ def vjp(
     eps: float,
     iterations: int,
 ) -> tuple[mx.array, ...]:
-    """Through combine, the norm and the aggregate in one pass, then the static mappings."""
+    """Pull back through combine, norm and aggregate in one pass, then the static mappings."""
     (x, *raw, weight), (g,) = primals, cotangents
     mapped = saved or static_mappings.forward(kernels, *raw, iterations=iterations)
     back = _back if x.shape[-2] <= MOST_IN_REGISTERS else _back_wide
@@ -91,14 +91,14 @@ def _back_wide(
 
 
 def _collapsed(kernels: Kernels, x: mx.array, weights: mx.array) -> mx.array:
-    """Give sum_i weights_i x_i per token, not rounded to the dtype of the streams."""
+    """Return sum_i weights_i x_i per token, not rounded to the dtype of the streams."""
     sizes = Sizes.of(x)
     inputs = {"x": tokens(x, 2), "h_pre": tokens(weights, 1)}
     return kernels("aggregate", inputs, {"h": Out((sizes.T, sizes.C), mx.float32)}, sizes)[0]
 
 
 def _split(sums: mx.array, n: int) -> tuple[mx.array, ...]:
-    """Give dh_pre, dh_post, dH_res and what comes after them."""
+    """Return dh_pre, dh_post, dH_res and what comes after them."""
     dh_pre, dh_post, dh_res, rest = mx.split(sums.reshape(-1), [n, 2 * n, 2 * n + n * n])
     return dh_pre, dh_post, dh_res.reshape(n, n), rest
 

@@ -1,4 +1,4 @@
-"""Our hyper-connections in the models of other libraries.
+"""The acceleration of other libraries' models: their hyper-connections run on the uniform ops.
 
 A model keeps its modules, its parameters and their names. What changes is the class of some of
 its modules: each becomes an instance of a subclass of its own class, which is defined in this
@@ -45,7 +45,7 @@ _UNTRAINED = (
 
 
 class Note(NamedTuple):
-    """What was done with a module, or why nothing was: its path, its class and a sentence."""
+    """A module's path and class, with a sentence on what was done with it, or why nothing was."""
 
     path: str
     kind: str
@@ -53,7 +53,7 @@ class Note(NamedTuple):
 
 
 class AccelerationReport(NamedTuple):
-    """What :func:`accelerate` replaced, and what it left; printed, a line per kind of module."""
+    """The modules that :func:`accelerate` replaced and those it left; printed, a line per kind."""
 
     replaced: tuple[Note, ...]
     left: tuple[Note, ...]
@@ -84,22 +84,24 @@ def accelerate(model: Any, *, trainable: bool = False) -> AccelerationReport:
     replaced or pipelined.
 
     The ops run on the backend that is selected when the model is called. Logits are the model's up
-    to rounding; where a model rounds to fp8 or fp4, a last bit may turn such a rounding over. On
-    ``mlx-metal`` a token's hyper-connections have the same bits alone and in any block or batch,
-    so that mlx-vlm's speculative decoding is exact without its loop over tokens. ``mlx-compiled``
-    does not promise that, though on CPUs blocks of tokens had it in every size that was tried.
-    Where no gradients are needed, generate inside ``with mhc_core.no_grad():``.
+    to rounding; where a model rounds to fp8 or fp4, a difference in the last bit may change that
+    rounding. On ``mlx-metal`` a token's hyper-connections have the same bits alone and in any block
+    or batch, so mlx-vlm's speculative decoding is exact without its loop over tokens.
+    ``mlx-compiled`` does not promise that, though on CPUs it held for blocks of tokens in every
+    size that was tried. Where no gradients are needed, generate inside
+    ``with mhc_core.no_grad():``.
 
     Parameters
     ----------
     model
-        As the library made or loaded it.
+        The model as the library made or loaded it.
     trainable
         Also replace what has no gradient in these versions, with the same forward, bit by bit:
         choices of indices become constants of the gradient, rounding to fp8 and fp4 passes it
         straight through. Call ``model.train()`` before training, as always: in ``eval`` mlx-vlm
-        runs short blocks by kernels without gradients. mlx-lm's ``grad_checkpoint`` does not fit
-        these layers, with or without this: they write to caches, which it would do twice.
+        runs short blocks by kernels without gradients. mlx-lm's ``grad_checkpoint`` does not suit
+        these layers, with or without this: they write to caches, and it would run those writes
+        twice.
 
     Returns
     -------
@@ -114,8 +116,8 @@ def accelerate(model: Any, *, trainable: bool = False) -> AccelerationReport:
     RuntimeError
         For a version of its library in which this was not tested.
     ValueError
-        For hyper-connections whose parameters have wrong shapes. Whatever is raised, the model is
-        as it was.
+        For hyper-connections whose parameters have wrong shapes. After any of these errors, the
+        model is unchanged.
 
     Notes
     -----
@@ -130,20 +132,22 @@ def accelerate(model: Any, *, trainable: bool = False) -> AccelerationReport:
 
 
 def restore(model: Any) -> AccelerationReport:
-    """Take back what :func:`accelerate` did, in place: every module gets its own class again.
+    """Undo :func:`accelerate` in place: every module gets its own class again.
 
-    Parameters stay as they are, trained or loaded since; what :func:`accelerate` froze can be
-    trained again, as before. Of a model that was not accelerated, nothing changes.
+    Parameters keep their present values, even if trained or loaded since; those that
+    :func:`accelerate` froze can be trained again, as before. A model that was not accelerated is
+    not changed.
 
     Parameters
     ----------
     model
-        A model that :func:`accelerate` takes.
+        A model that :func:`accelerate` accepts.
 
     Returns
     -------
     AccelerationReport
-        Each module that was given back, with the class that it has again; nothing is left.
+        Each module that was restored, with the class that it has again; the list of modules left is
+        empty.
 
     Raises
     ------
@@ -161,7 +165,7 @@ def restore(model: Any) -> AccelerationReport:
 
 
 def _given_back(family: Family, modules: Sequence[tuple[str, Any]]) -> Iterator[_Planned]:
-    """Say which modules get the library's class again."""
+    """Yield the modules that get the library's class again."""
     layers = family.layers
     own = {swap.by: kind for kind, swap in (*family.trainable.items(), *family.connections.items())}
     own |= {layers.passing: layers.kind, layers.writing: layers.kind}
@@ -172,7 +176,7 @@ def _given_back(family: Family, modules: Sequence[tuple[str, Any]]) -> Iterator[
 
 
 def _family(model: Any) -> Family:
-    """Import the family of a model's class, unless the class or the version is unknown."""
+    """Return the family of a model's class; raise if the class or the version is unknown."""
     names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__]
     name = next((name for name in names if name in _MODELS), None)
     if name is None:
@@ -210,7 +214,7 @@ class _Planned(NamedTuple):
 def _plan(
     family: Family, model: Any, modules: Sequence[tuple[str, Any]], trainable: bool
 ) -> Iterator[_Planned]:
-    """Say which modules get which class; what is of that class already is left out."""
+    """Yield the modules to change and their new classes, without those that have them already."""
     swaps = {**family.connections, **(family.trainable if trainable else {})}
     layers = family.layers
     order = model.layers  # in which they run
@@ -237,7 +241,7 @@ def _takes_pending(family: Family, layer: Any) -> bool:
 
 
 def _left(family: Family, modules: Sequence[tuple[str, Any]], trainable: bool) -> Iterator[Note]:
-    """Say what is left as it is, or without gradients."""
+    """Yield a note for each module that is left unchanged, or has no gradients."""
     ours = {swap.by for swap in family.trainable.values()}
     trains = trainable or any(type(module) in ours for _, module in modules)
     untrained = family.untrained if trains else dict.fromkeys(family.trainable, _UNTRAINED)
@@ -248,7 +252,7 @@ def _left(family: Family, modules: Sequence[tuple[str, Any]], trainable: bool) -
 
 
 def _swap(plan: Sequence[_Planned]) -> None:
-    """Change all classes, or none."""
+    """Change all classes, or none if one fails."""
     try:
         for planned in plan:
             planned.module.__class__ = planned.swap.by

@@ -1,4 +1,4 @@
-"""What a model family declares: which class stands in for which, and why."""
+"""The declaration of a model family: which class replaces which, and why."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Swap(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Layers:
-    """The layers, which hand each other what is pending.
+    """The layers, which pass pending streams to each other.
 
     Attributes
     ----------
     kind
         The library's class.
     passing, writing
-        Our class for a layer whose successor takes what is pending, and for one that writes the
-        streams because nobody else will.
+        Our class for a layer whose successor accepts pending streams, and for one that writes the
+        streams because its successor does not.
     takes_pending
         Whether a layer may be such a successor; all may, unless it is given.
     why

@@ -1,8 +1,7 @@
-"""Gradients for what has none: choices of indices, rounding, rotations made of views.
+"""Gradients for operations without any: choices of indices, rounding, rotations made of views.
 
-A library's method is not copied to get them. :func:`rebound` runs the very code of the installed
-method with other values for some of the global names that it uses, and the library's own module
-stays as it is.
+No method of a library is copied for this. :func:`rebound` runs the code of the installed method
+with other values for some of the global names that it uses; the library's own module is unchanged.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ __all__ = ["choosing", "rebound", "straight_through", "with_gradient"]
 
 
 def rebound(function: Any, **names: Any) -> Any:
-    """Give the same function with other values for some of its global names.
+    """Return the same function with other values for some of its global names.
 
     Raises
     ------
     AttributeError
-        Where the function's code does not use such a name: the library is not what it was.
+        If the function's code does not use such a name: the library has changed.
     """
     for name in names:
         if name not in function.__code__.co_names:
@@ -37,7 +36,7 @@ def rebound(function: Any, **names: Any) -> Any:
 def with_gradient(
     function: Callable[[mx.array], mx.array], back: Callable[[mx.array], mx.array]
 ) -> Callable[[mx.array], mx.array]:
-    """Give a function of one array a gradient: ``back`` takes the cotangent of what it returns."""
+    """Return a function of one array with a gradient: ``back`` maps its output's cotangent."""
     joined: Any = mx.custom_function(function)
 
     def vjp(_: Any, cotangent: mx.array, __: Any) -> mx.array:
@@ -48,7 +47,7 @@ def with_gradient(
 
 
 def straight_through(rounding: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """Round as ``rounding`` does, bit for bit, and pass gradients as if nothing was rounded.
+    """Return ``rounding``, bit for bit the same, with the gradient of the identity.
 
     The straight-through estimator of arXiv:1308.3432.
     """
@@ -73,4 +72,4 @@ def _constant(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
 choosing = SimpleNamespace(
     **{**vars(mx), "argpartition": _constant(mx.argpartition), "argsort": _constant(mx.argsort)}
 )
-"""``mlx.core`` whose choices of indices are constants, as a gradient through them needs."""
+"""``mlx.core`` in which choices of indices are constants, as gradients through them require."""

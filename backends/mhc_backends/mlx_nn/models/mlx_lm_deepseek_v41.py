@@ -1,4 +1,4 @@
-"""DeepSeek-V4.1 of mlx-lm: what stands in for its classes.
+"""DeepSeek-V4.1 of mlx-lm: the replacements of its classes.
 
 Each class is a subclass of the library's, without parameters of its own.
 """
@@ -25,23 +25,23 @@ class Connection(v41.HyperConnection):
 
     @property
     def projection(self) -> Projection:
-        """What the ops take."""
+        """Return the projection as the ops take it."""
         variant = deepseek(self.norm_eps, self.hc_eps, self.iters)
         return Projection(self.fn, self.scale, self.base, variant)
 
     def __call__(self, streams: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Give H_pre, H_post, and H_res transposed."""
+        """Return H_pre, H_post, and H_res transposed."""
         h_pre, h_post, h_res = mappings(streams, *self.projection)
         return h_pre, h_post, h_res.swapaxes(-1, -2)
 
 
 class Layer(v41.DecoderLayer):
-    """A layer in the single-pass order: each sublayer reads by the H_pre of the one before."""
+    """A layer in the single-pass order: each sublayer reads by the previous one's H_pre."""
 
     passes_on = True
 
     def __call__(self, streams: Any, pre_mix: mx.array, **state: Any) -> tuple[Any, mx.array]:
-        """Give the streams, or what makes them, and the H_pre by which they are read."""
+        """Return the streams, or the pending ones, and the H_pre by which they are read."""
         attention = enter(streams, self.attn_hc.projection, pre_mix)
         y = self.self_attn(self.input_layernorm(attention.h), **state)
         experts = enter(attention.left(y), self.ffn_hc.projection, attention.h_pre)

@@ -1,4 +1,4 @@
-"""DeepSeek-V4 of mlx-vlm: what stands in for its classes.
+"""DeepSeek-V4 of mlx-vlm: the replacements of its classes.
 
 Each class is a subclass of the library's, without parameters of its own.
 """
@@ -26,12 +26,12 @@ class Connection(v4.HyperConnection):
 
     @property
     def projection(self) -> Projection:
-        """What the ops take."""
+        """Return the projection as the ops take it."""
         variant = deepseek(self.norm_eps, self.hc_eps, self.sinkhorn_iters)
         return Projection(self.fn, self.scale, self.base, variant)
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Give the sublayer's input, H_post, and H_res transposed."""
+        """Return the sublayer's input, H_post, and H_res transposed."""
         entered = enter(x, self.projection)
         return entered.h, entered.h_post, entered.h_res.swapaxes(-1, -2)
 
@@ -40,7 +40,7 @@ class Head(v4.HyperHead):
     """The collapse before the output, without a loop over the tokens of a block."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Give the hidden state ``[..., C]``."""
+        """Return the hidden state ``[..., C]``."""
         variant = deepseek(self.norm_eps, self.hc_eps)
         return head(x, self.fn, self.scale, self.base, variant)
 
@@ -59,7 +59,7 @@ class Block(v4.DeepseekV4Block):
         *args: Any,
         **state: Any,
     ) -> Any:
-        """Give the streams, or what makes them."""
+        """Return the streams, or the pending ones."""
         attention = enter(h, self.attn_hc.projection)
         y = self.attn(self.attn_norm(attention.h), mask, cache, *args, **state)
         experts = enter(attention.left(y), self.ffn_hc.projection)
@@ -77,7 +77,7 @@ class Indexer(v4.Indexer):
     """An indexer whose choice is a constant."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array | None:
-        """Give the chosen entries, as the library does."""
+        """Return the chosen entries, as the library does."""
         chosen = cast("mx.array | None", super().__call__(*args, **kwargs))
         return None if chosen is None else mx.stop_gradient(chosen)
 
@@ -85,7 +85,8 @@ class Indexer(v4.Indexer):
 def _constant_choice(select: Callable[..., Any], logits_at: int) -> Callable[..., Any]:
     """Make a compiled choice of experts a constant; their weights keep their gradient.
 
-    It comes from the library's function for given experts, which adds nothing to the weights.
+    The gradient comes from the library's function for given experts, which adds nothing to the
+    weights.
     """
 
     def selected(*args: Any) -> tuple[mx.array, mx.array]:
@@ -104,7 +105,7 @@ class Gate(v4.MoEGate):
 
     @property
     def tid2eid(self) -> mx.array:
-        """The table of experts by token, a constant."""
+        """Return the table of experts by token, as a constant."""
         return mx.stop_gradient(cast("mx.array", self["tid2eid"]))
 
     __call__ = rebound(

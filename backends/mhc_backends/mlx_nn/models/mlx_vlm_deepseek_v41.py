@@ -1,4 +1,4 @@
-"""DeepSeek-V4.1 of mlx-vlm: what stands in for its classes.
+"""DeepSeek-V4.1 of mlx-vlm: the replacements of its classes.
 
 Each class is a subclass of the library's, without parameters of its own.
 """
@@ -30,12 +30,12 @@ def _names(sublayer: str) -> list[str]:
 
 
 class Block(v41.DeepseekV41Block):
-    """A layer in the single-pass order: each sublayer reads by the H_pre of the one before."""
+    """A layer in the single-pass order: each sublayer reads by the previous one's H_pre."""
 
     passes_on = True
 
     def projection(self, sublayer: str) -> Projection:
-        """What the ops take before ``attn`` or ``ffn``."""
+        """Return the projection before ``attn`` or ``ffn``, as the ops take it."""
         fn, scale, base = _names(sublayer)
         variant = deepseek(self.norm_eps, self.hc_eps, self.hc_sinkhorn_iters)
         return Projection(self[fn], self[scale], self[base], variant)
@@ -43,7 +43,7 @@ class Block(v41.DeepseekV41Block):
     def __call__(
         self, h: Any, pre_mix: mx.array, image_mask: mx.array | None, cache: Any
     ) -> tuple[Any, mx.array]:
-        """Give the streams, or what makes them, and the H_pre by which they are read."""
+        """Return the streams, or the pending ones, and the H_pre by which they are read."""
         attention = enter(h, self.projection("attn"), pre_mix)
         y = self.attn(self.attn_norm(attention.h), cache)
         experts = enter(attention.left(y), self.projection("ffn"), attention.h_pre)
@@ -61,7 +61,7 @@ _fp8 = straight_through(v41.fake_quant_fp8_ue8m0)
 
 
 def _rotary(x: mx.array, cos: mx.array, sin: mx.array, rope_dim: int) -> mx.array:
-    """Rotate as the library does; the gradient is rotated back."""
+    """Rotate as the library does; the gradient is rotated in the opposite direction."""
 
     def turned(x: mx.array, sin: mx.array) -> mx.array:
         return v41._apply_index_rotary(x, cos, sin, rope_dim)

@@ -1,4 +1,4 @@
-"""What stands between two sublayers of a DeepSeek model: one pass over the streams."""
+"""The step between two sublayers of a DeepSeek model: one pass over the streams."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Entered", "Pending", "Projection", "check", "deepseek", "enter"]
 
 
 class Pending(NamedTuple):
-    """Streams that the last sublayer's output is not written to yet: the arguments of combine.
+    """Streams to which the last sublayer's output is not written yet: the arguments of combine.
 
     A layer hands this to the next instead of the streams, so that writing them and reading them
     again is one pass. It is a tuple of arrays, so it goes through ``mx.compile`` and
@@ -27,15 +27,15 @@ class Pending(NamedTuple):
     h_res: mx.array
 
     def written(self) -> mx.array:
-        """Give the streams ``[..., n, C]``."""
+        """Return the streams ``[..., n, C]``."""
         return mhc.combine(*self)
 
     def mean(self, axis: int) -> mx.array:
-        """Give the streams' mean, which mlx-vlm's drafters take after any layer."""
+        """Return the streams' mean, which mlx-vlm's drafters take after any layer."""
         return self.written().mean(axis=axis)
 
     def __getattr__(self, name: str) -> Any:
-        """Raise: whoever asks takes this for streams. No AttributeError, which hasattr hides."""
+        """Raise RuntimeError: the caller expects streams, and hasattr would hide AttributeError."""
         if name.startswith("__"):
             raise AttributeError(name)
         raise RuntimeError(
@@ -45,7 +45,7 @@ class Pending(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """What reads the streams: the parameters as the ops take them, and the variant."""
+    """The projection that reads the streams: the ops' parameters for it, and the variant."""
 
     phi: mx.array
     scale: mx.array
@@ -54,7 +54,7 @@ class Projection(NamedTuple):
 
 
 class Entered(NamedTuple):
-    """A sublayer's input h, and all that belongs to what follows it."""
+    """A sublayer's input h, and everything that its end and its successor need."""
 
     x: mx.array
     h: mx.array
@@ -63,14 +63,14 @@ class Entered(NamedTuple):
     h_res: mx.array
 
     def left(self, y: mx.array) -> Pending:
-        """Leave the sublayer, whose output is y."""
+        """Return the pending streams after the sublayer, whose output is y."""
         return Pending(self.x, y, self.h_post, self.h_res)
 
 
 def enter(streams: Any, projection: Projection, h_pre: mx.array | None = None) -> Entered:
-    """Begin a sublayer, with streams or what is pending.
+    """Begin a sublayer, from streams or from pending ones.
 
-    With ``h_pre``, which the sublayer before gave, in the single-pass order of V4.1.
+    With ``h_pre``, the previous sublayer's, in the single-pass order of V4.1.
     """
     if isinstance(streams, Pending):
         return Entered(*mhc.combine_pre(*streams, *projection, h_pre))
@@ -83,7 +83,7 @@ def enter(streams: Any, projection: Projection, h_pre: mx.array | None = None) -
 
 @functools.cache
 def deepseek(norm_eps: float, hc_eps: float, iterations: int = 20) -> mhc.Variant:
-    """Give the variant of a DeepSeek model with these constants in its configuration."""
+    """Return the variant of a DeepSeek model with these constants in its configuration."""
     return replace(
         mhc.DEEPSEEK_V4,
         norm_eps=norm_eps,
