@@ -39,7 +39,7 @@ def main(wheel: str) -> None:
 
 
 def source(archive: str) -> None:
-    """Fail where a source archive has any part of a plugin, or lacks what its tests read."""
+    """Fail if a source archive has any part of a plugin, or lacks a file that its tests read."""
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
     assert not {name for name in names if name.startswith("plugins/")}

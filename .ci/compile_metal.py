@@ -23,7 +23,7 @@ DOWNLOAD = ("xcodebuild", "-downloadComponent", "MetalToolchain")  # apart from 
 
 
 def run(command: Sequence[str]) -> tuple[int, str]:
-    """Return a command's exit status and all that it says."""
+    """Return a command's exit status and everything that it printed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
@@ -32,7 +32,7 @@ def run(command: Sequence[str]) -> tuple[int, str]:
 
 
 def compiler() -> str:
-    """Return the compiler's version; download it first where Xcode comes without."""
+    """Return the compiler's version; download the compiler first if Xcode comes without it."""
     for prepare in (None, DOWNLOAD):
         if prepare is not None:
             run(prepare)
@@ -49,7 +49,7 @@ def compiled(file: Path, standard: str, folder: str) -> tuple[int, str]:
 
 
 def main(folder: Path, log: Path) -> int:
-    """Compile all of them and return the exit status."""
+    """Compile all texts and return the exit status."""
     files = sorted(folder.glob("*.metal"))
     if not files:
         sys.exit(f"there is no text in {folder}: python -m mhc_metal_simulator.texts {folder}")

@@ -25,7 +25,7 @@ def lowest(requirement: str) -> str:
 
 
 def constraints() -> Iterator[str]:
-    """Give each requirement of the project, of its extras and of its build once."""
+    """Yield each requirement of the project, its extras and its build once."""
     found = tomllib.loads(FILE.read_text(encoding="utf-8"))
     project = found["project"]
     wanted = [*found["build-system"]["requires"], *project["dependencies"]]

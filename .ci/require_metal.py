@@ -11,7 +11,7 @@ SOURCE = "o[thread_position_in_grid.x] = 2 * a[thread_position_in_grid.x];"
 
 
 def problem() -> str | None:
-    """Say what is in the way, or None."""
+    """Return why Metal kernels cannot be tested here, or None."""
     backend = mhc_core.backends()["mlx-metal"]
     if not backend.available:
         return f"mlx-metal cannot run here: {backend.reason}"
@@ -23,7 +23,7 @@ def problem() -> str | None:
 
 
 def wrong(mx: Any, metal_kernel: Any) -> str | None:
-    """Run a kernel of one line; virtual devices are known to leave outputs at zero."""
+    """Return what is wrong with a one-line kernel: virtual devices are known to leave zeros."""
     a = mx.arange(1.0, 1001.0)
     doubled = metal_kernel(name="doubled", input_names=["a"], output_names=["o"], source=SOURCE)
     (o,) = doubled(

@@ -46,7 +46,7 @@ SIZES: dict[str, Any] = {
 
 
 def random_model() -> deepseek_v41.Model:
-    """Make a model whose hyper-connections do something: its own start is all zeros."""
+    """Make a model whose hyper-connections have an effect: its own initial values are all zeros."""
     model = deepseek_v41.Model(deepseek_v41.ModelArgs(**SIZES))
 
     def random(path: str, array: mx.array) -> mx.array:
@@ -61,13 +61,13 @@ def random_model() -> deepseek_v41.Model:
 
 
 def generate(model: nn.Module, prompt: mx.array, count: int) -> list[int]:
-    """Give the most likely tokens after a prompt, one at a time."""
+    """Return the most likely tokens after a prompt, generated one at a time."""
     with mhc.no_grad():
         return [int(token) for token, _ in generate_step(prompt, model, max_tokens=count)]
 
 
 def main() -> None:
-    """Compare before and after, then train."""
+    """Compare the model before and after acceleration, then train it."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--tokens", type=int, default=64)
     arguments.add_argument("--steps", type=int, default=10)

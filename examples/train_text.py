@@ -31,7 +31,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(dims, dims, bias=False)
 
     def __call__(self, h: mx.array) -> mx.array:
-        """Take ``[batch, tokens, dims]`` to the same."""
+        """Map ``[batch, tokens, dims]`` to the same shape."""
         parts = self.qkv(h).reshape(*h.shape[:2], 3, self.heads, -1)
         q, k, v = (parts[:, :, i].swapaxes(1, 2) for i in range(3))
         y = mx.fast.scaled_dot_product_attention(
@@ -41,7 +41,7 @@ class Attention(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Bytes to logits, attention and MLP in turn on n streams."""
+    """A model from bytes to logits: attention and MLP alternate on n streams."""
 
     def __init__(self, dims: int, heads: int, layers: int, n: int, recompute: bool) -> None:
         super().__init__()
@@ -57,12 +57,12 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(dims)
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        """Take ``[batch, tokens]`` to ``[batch, tokens, 256]``."""
+        """Map ``[batch, tokens]`` to ``[batch, tokens, 256]``."""
         return self.embedding.as_linear(self.norm(self.stack(self.embedding(tokens))))
 
 
 def read_text(size: int) -> mx.array:
-    """Give the first bytes of the standard library."""
+    """Return the first bytes of the standard library's sources."""
     text = b""
     for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         text += file.read_bytes()
@@ -72,13 +72,13 @@ def read_text(size: int) -> mx.array:
 
 
 def batch(text: mx.array, count: int, context: int) -> mx.array:
-    """Give random pieces of a text, each of ``context`` bytes and the one after."""
+    """Return random pieces of a text, each of ``context`` bytes and the next one."""
     starts = mx.random.randint(0, text.size - context, (count, 1))
     return text[starts + mx.arange(context + 1)]
 
 
 def main() -> None:
-    """Train, and say how the loss goes down."""
+    """Train, and print how the loss goes down."""
     arguments = argparse.ArgumentParser(description=__doc__)
     for name, default in {
         "steps": 200,

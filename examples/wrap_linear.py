@@ -41,12 +41,12 @@ def main() -> None:
 
 
 def distance(a: mx.array, b: mx.array) -> float:
-    """Give how far a is from b, of b's size."""
+    """Return the distance of a from b, relative to the size of b."""
     return float((mx.linalg.norm(a - b) / mx.linalg.norm(b)).item())
 
 
 def fit(model: nn.Module, x: mx.array, target: mx.array, steps: int) -> list[float]:
-    """Train a model to give ``target`` for ``x``; return the losses."""
+    """Train a model to return ``target`` for ``x``; return the losses."""
     optimizer = optimizers.Adam(1e-3)
     step = nn.value_and_grad(model, lambda: (model(x) - target).square().mean())
     losses: list[float] = []

@@ -22,13 +22,13 @@ LIBRARY = "fake_library"
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep what the shell has set out of the tests."""
+    """Hide the shell's environment variables from the tests."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
 class FakeArray:
-    """An array of a library that nobody has: a shape and a dtype."""
+    """An array of a library that does not exist: a shape and a dtype."""
 
     def __init__(self, *shape: int, dtype: str = "float32") -> None:
         self.shape = shape
@@ -47,12 +47,12 @@ class Plugins:
         self.forget()
 
     def forget(self) -> None:
-        """Let the next call discover and choose anew, as a new process would."""
+        """Clear all caches: the next call discovers and chooses anew, as a new process would."""
         self._monkeypatch.setattr(_registry, "_discovered", None)
         self._monkeypatch.setattr(_registry, "_SELECTED", {})
 
     def only(self, *names: str) -> None:
-        """Leave of the installed plugins only these."""
+        """Keep only these of the installed plugins."""
         self._points = [point for point in self._points if point.name in names]
         kept = [m for m in mhc_backends.BUILTINS if m.split(".")[1].replace("_", "-") in names]
         self._monkeypatch.setattr(mhc_backends, "BUILTINS", tuple(kept))
@@ -115,11 +115,11 @@ class Plugins:
 
 @pytest.fixture
 def plugins(monkeypatch: pytest.MonkeyPatch) -> Plugins:
-    """Plugins that are gone after the test."""
+    """Return plugins that are gone after the test."""
     return Plugins(monkeypatch)
 
 
 @pytest.fixture
 def fake() -> type[FakeArray]:
-    """The array type of the fake library."""
+    """Return the array type of the fake library."""
     return FakeArray

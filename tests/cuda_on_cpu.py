@@ -1,8 +1,8 @@
-"""Runs texts in the CUDA dialect on a CPU, thread by thread: slow, and right where the text is.
+"""A CPU runner of texts in the CUDA dialect, thread by thread: slow, and right where the text is.
 
-What no other test sees without a GPU is what the dialect alone has, above all its products of
-matrices. Threads take turns at barriers in one order, so a missing barrier is not found here; the
-simulator of Metal finds it in the same body.
+No other test without a GPU covers what only this dialect has, above all its matrix products.
+Threads take turns at barriers in one order, so a missing barrier is not found here; the simulator
+of Metal finds it in the same body.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TYPES = {
     "float16": "__half",
     "bfloat16": "__nv_bfloat16",
 }
-"""MLX's dtypes in CUDA."""
+"""The CUDA types of MLX's dtypes."""
 PTX = {
     "mma.sync.aligned.m16n8k8.": "tensor_core<8>(sum, a, b0, b1)",
     "mma.sync.aligned.m16n8k16.": "tensor_core<16>(sum, a, b[0], b[1])",
@@ -54,11 +54,11 @@ PTX = {
     "cp.async.commit_group": "(void)0",
     "cp.async.wait_group": "(void)0",
 }
-"""What each statement of the dialect does, in its own names."""
+"""The effect of each PTX statement of the dialect, in C++ with the dialect's own names."""
 
 
 def without_ptx(text: str) -> str:
-    """Put C++ in the place of each statement in PTX."""
+    """Replace each PTX statement with C++."""
     while found := re.search(r"\basm( volatile)?\(", text):
         end, brackets = found.end(), 1
         while brackets:
@@ -71,7 +71,7 @@ def without_ptx(text: str) -> str:
 
 
 def checked(text: str) -> str:
-    """Have every address looked at that a vector is loaded from or stored to."""
+    """Check every address that a vector is loaded from or stored to."""
     return re.sub(
         r"reinterpret_cast<((?:const )?typename A::type\*)>\((.*?)\)",
         r"at_vector(reinterpret_cast<\1>(\2), A::BYTES)",
@@ -80,7 +80,7 @@ def checked(text: str) -> str:
 
 
 def launcher(folder: Path) -> Callable[..., Any]:
-    """Give what stands in for ``mx.fast.cuda_kernel``; programs are compiled in a folder."""
+    """Return a stand-in for ``mx.fast.cuda_kernel`` that compiles programs in a folder."""
 
     def make(*, name: str, **texts: Any) -> _Kernel:
         return _Kernel(folder, **texts)
@@ -90,7 +90,7 @@ def launcher(folder: Path) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class _Kernel:
-    """A kernel as MLX makes one of texts; a call runs it."""
+    """A kernel as MLX makes one from texts; a call runs it."""
 
     folder: Path
     input_names: Sequence[str]
@@ -130,7 +130,7 @@ class _Kernel:
         return [_to_mlx(array, *out) for array, out in zip(raw, made, strict=True)]
 
     def _inputs(self, inputs: Sequence[mx.array]) -> tuple[list[Any], list[str]]:
-        """Give arrays and shapes as MLX passes them, and what declares them."""
+        """Return arrays and shapes as MLX passes them, and the parameters that declare them."""
         arguments: list[Any] = []
         parameters: list[str] = []
         for name, array in zip(self.input_names, inputs, strict=True):
@@ -186,7 +186,7 @@ def _type(dtype: mx.Dtype) -> str:
 
 
 def _to_host(array: mx.array) -> Any:
-    """Copy an array, as far from a multiple of 16 bytes as a view begins in its buffer."""
+    """Copy an array to an address as far from a multiple of 16 bytes as a view's in its buffer."""
     import mlx.core as mx
 
     def address(array: mx.array) -> int:

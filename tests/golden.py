@@ -34,7 +34,7 @@ Attrs = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Golden:
-    """One case: where it comes from, its arrays by role, and how close one has to come."""
+    """One case: its source, its arrays by role, and its tolerances."""
 
     id: str
     variant: str
@@ -61,12 +61,12 @@ class Golden:
         }
 
     def precisions(self) -> frozenset[str]:
-        """The precisions for which the case has a tolerance."""
+        """Return the precisions for which the case has a tolerance."""
         keys = {key for about in self.about.values() for key in about if key.startswith("atol_")}
         return frozenset(key.removeprefix("atol_") for key in keys)
 
     def stopped_alike(self) -> bool:
-        """Whether the source stopped after as many steps in float32 as in float64."""
+        """Return whether the source stopped after as many steps in float32 as in float64."""
         wide = self.attrs.get("iterations_executed_f64")
         return wide == self.attrs.get("iterations_executed_f32")
 
@@ -143,7 +143,7 @@ def _only_unclamped(case: Golden) -> Golden:
 def _unclamped(
     given: NDArray[Any], positive: bool, axes: tuple[int, int], attrs: Attrs
 ) -> NDArray[np.bool_]:
-    """Which matrices never have a line whose sum is as small as the clamp."""
+    """Return which matrices never have a line whose sum is as small as the clamp."""
     matrix = given.astype(np.float64)
     if not positive:
         matrix = np.exp(matrix - matrix.max(axes[0], keepdims=True))
@@ -157,7 +157,7 @@ def _unclamped(
 
 
 def problems(case: Golden, found: Mapping[str, NDArray[Any]], precision: Precision) -> list[str]:
-    """Hold outputs and gradients to ``|got - ref| <= atol[array] + rtol * |ref|``."""
+    """Return the arrays that do not meet ``|got - ref| <= atol[array] + rtol * |ref|``."""
     skipped = case.skipped_always | (case.skipped_in_f32 if precision == "f32" else frozenset())
     wanted = {key for key in case.arrays if key.split(".", 1)[0] in ("out", "grad")}
     report = [f"{key}: not computed" for key in sorted(wanted - set(found))]
@@ -206,16 +206,16 @@ class Ops(ABC):
 
     @abstractmethod
     def one_hot(self, shape: tuple[int, ...], like: Any) -> Any:
-        """Ones at index 0 of the last axis."""
+        """Return ones at index 0 of the last axis, zeros elsewhere."""
 
     def layer(self, h: Any, W: Any) -> Any:
-        """The toy layer of the golden cases; it computes in the precision of its weights."""
+        """Return the toy layer of the golden cases, computed in the precision of its weights."""
         wide = self.cast(h, W)
         return self.cast(self.unary("tanh", wide @ W if W.ndim == 2 else wide * W), h)
 
 
 class TapeOps(Ops):
-    """Everything on the oracle's tape."""
+    """The ops on the oracle's tape."""
 
     def call(self, op: str, *arrays: Any, **static: Any) -> Any:
         return oracle.OPS[op](*arrays, **static)
@@ -245,11 +245,11 @@ class TapeOps(Ops):
 
 
 class VjpOps(TapeOps):
-    """The library's ops on the tape: what ``mhc.vjp`` returns is each op's derivative.
+    """The library's ops on the tape: each op's derivative is what ``mhc.vjp`` returns.
 
-    So a chain of ops needs nothing from its array library but forwards, and the glue between ops
-    is differentiated by the oracle's tape, where its constants are float64. ``widest`` is the
-    dtype to which such results are narrowed before they enter an op.
+    So a chain of ops needs only forwards from its array library: the oracle's tape differentiates
+    the arithmetic between ops, with constants in float64. ``widest`` is the dtype to which such
+    results are narrowed before they enter an op.
     """
 
     def __init__(self, backend: str, widest: Any) -> None:
@@ -283,7 +283,7 @@ class VjpOps(TapeOps):
 
 
 def on_host(array: Any) -> NDArray[Any]:
-    """A NumPy array of the same dtype; MLX cannot hand out its bfloat16 as it is."""
+    """Return a NumPy array of the same dtype; MLX cannot export its bfloat16 directly."""
     if str(array.dtype) != "mlx.core.bfloat16":
         return np.asarray(array)
     import mlx.core as mx
@@ -328,7 +328,7 @@ class NativeOps(Ops):
         return self.take_in(np.eye(1, shape[-1]) * np.ones(shape), like.dtype)
 
     def take_in(self, array: NDArray[Any], dtype: Any = None) -> Any:
-        """Make an array of the library, in a dtype of the library if one is given."""
+        """Return an array of the library, in a dtype of the library if one is given."""
         narrow = array.dtype == ml_dtypes.bfloat16
         taken = self.xp.array(array.astype(np.float32) if narrow else array)
         return taken.astype(dtype or (self.xp.bfloat16 if narrow else taken.dtype))
@@ -389,7 +389,7 @@ DTYPES: Mapping[str, Any] = {"f64": np.float64, "f32": np.float32, "bf16": ml_dt
 
 
 def host_inputs(case: Golden, precision: Precision) -> dict[str, NDArray[Any]]:
-    """The inputs in a precision; in bf16 only streams are narrow, parameters are float32."""
+    """Return the inputs in a precision; in bf16 only streams are narrow, parameters are float32."""
     return {
         name: array.astype(_dtype(case.about[f"in.{name}"], case.precision, precision))
         for name, array in case.role("in").items()
@@ -406,7 +406,7 @@ def _dtype(about: Mapping[str, Any], recorded: Precision, wanted: Precision) -> 
 
 
 def run(ops: Ops, case: Golden, form: Form, precision: Precision) -> dict[str, NDArray[Any]]:
-    """Compute ``out.*`` and ``grad.*`` of a case."""
+    """Return ``out.*`` and ``grad.*`` of a case."""
     host = host_inputs(case, precision)
     if isinstance(ops, NativeOps):
         outputs, gradients = _run_natively(ops, case, form, host)

@@ -1,4 +1,4 @@
-"""Bad arguments: one text for each on every backend, and before any work."""
+"""Bad arguments: one text for each on every backend, raised before any work."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAN = float("nan")
 
 @pytest.fixture(params=LIKE)
 def like(request: pytest.FixtureRequest, plugins: Plugins) -> Callable[[Any], Any]:
-    """Make a library's arrays, all of whose backends fail the test if they are called."""
+    """Return a library's arrays; every backend fails the test if it is called."""
 
     def called(*_: Any, **__: Any) -> None:
         raise AssertionError("the backend was called")
@@ -457,7 +457,7 @@ class BadVjp:
 
 
 def _zeros(like: Callable[[Any], Any], shapes: Any) -> Any:
-    """Put arrays in the place of shapes, which are tuples of integers."""
+    """Replace shapes, which are tuples of integers, by arrays of zeros."""
     if isinstance(shapes, list):
         return tuple(_zeros(like, shape) for shape in shapes)
     return like(np.zeros(shapes, np.float32)) if isinstance(shapes, tuple) else shapes

@@ -1,4 +1,4 @@
-"""mhc bench: who is timed and how, that all agree first, and what its records say."""
+"""mhc bench: what it times and how, that all results agree first, and what its records contain."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_options_as_mhc_mlx_spells_them(tmp_path: Path, monkeypatch: pytest.Monk
     [("pre", 40), ("combine", 71), ("combine_pre", 80), ("sublayer fwd+bwd", 330)],
 )
 def test_traffic_is_the_floor(row: str, microseconds: float) -> None:
-    """The floors at 4.2 TB/s, T=4096, n=4, C=4096, bfloat16, as reckoned by hand."""
+    """Check the floors at 4.2 TB/s, T=4096, n=4, C=4096, bfloat16, calculated by hand."""
     sizes = _arrays.Sizes(1, 4096, 4, 4096, "bfloat16")
     assert _rows.rows()[row].traffic(sizes) / 4.2e6 == pytest.approx(microseconds, rel=0.025)
 
@@ -251,7 +251,7 @@ def test_large_inputs_do_not_repeat_from_token_to_token(monkeypatch: pytest.Monk
 
 
 def wrong(name: str, monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., Any]) -> None:
-    """Give a baseline other functions, made from its own."""
+    """Replace functions of a baseline by others made from them."""
     right = BASELINES[name]
 
     def load() -> Mapping[str, Any]:
@@ -312,7 +312,7 @@ def test_of_many_tokens_the_first_and_the_last_are_compared(
 
 
 def test_a_sum_that_cancels_on_some_inputs_is_no_mistake() -> None:
-    """Far apart on one draw, together on the next: as rounding is, and no wrong formula."""
+    """Check results far apart on one draw and equal on the next: rounding, not a wrong formula."""
     sizes, row = _arrays.Sizes(1, 4, 2, 8, "float32"), _rows.rows()["aggregate"]
     side = _sides.our_side("numpy")
     right, *_ = _sides.entries(row, side)
@@ -396,7 +396,7 @@ def test_check_finds_a_wrong_gradient(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 class Clock:
-    """A library that counts what is asked of it, and a function that takes time."""
+    """A library that counts its calls, and a function that takes time."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float = 1.0) -> None:
         self.log: list[str] = []
@@ -676,7 +676,7 @@ def test_the_help_lists_every_row() -> None:
 
 
 def test_numbers_that_cannot_be_written_are_kept(tmp_path: Path, monkeypatch: Any) -> None:
-    """A full disk after the run: /dev/full takes to be opened, and nothing else."""
+    """Check a full disk after the run: /dev/full can be opened, but not written."""
     monkeypatch.chdir(tmp_path)
     result = run(*SMALL, *MLX, "--vs", "none", "--row", "aggregate", "--json", "/dev/full")
     assert result.exit_code == 1

@@ -194,7 +194,7 @@ def test_what_two_ops_leave_out_is_grouped(plugins: Plugins) -> None:
 
 
 def test_a_report_that_cannot_be_written_is_kept(tmp_path: Path, monkeypatch: Any) -> None:
-    """A full disk: /dev/full takes to be opened, and nothing else."""
+    """Check a full disk: /dev/full can be opened, but not written."""
     monkeypatch.chdir(tmp_path)
     result = run("numpy", "--op", "expand", "--kind", "forward", "--json", "/dev/full")
     assert result.exit_code == 1
@@ -257,7 +257,7 @@ def test_what_a_dead_process_leaves_is_recorded() -> None:
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads processes from /proc")
 def test_ctrl_c_and_sigterm_end_the_run_and_its_processes() -> None:
-    """Some seconds on a machine with nothing else to do; the bound is for one that is busy."""
+    """Check that all processes end: in seconds on an idle machine; the bound is for a busy one."""
     words = [sys.executable, "-c", "from mhc_core.cli import app; app()", "conformance", "numpy"]
     for number in (signal.SIGINT, signal.SIGTERM):
         pipes: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
@@ -307,7 +307,7 @@ EVIL = "<script>alert(1)</script> & \x1b[31m\x00"
 
 @pytest.fixture
 def reports(plugins: Plugins, tmp_path: Path) -> Any:
-    """Report on NumPy beside a backend that raises, lacks and says what no page may take as is."""
+    """Make reports on NumPy and a backend that raises, lacks ops, and needs its texts escaped."""
     from mhc_backends.numpy import SPEC
     from mhc_backends.numpy import ops as right
 
@@ -444,7 +444,7 @@ def test_the_chain_reads_real_text() -> None:
 
 
 def test_the_chains_gradients_are_those_of_its_loss() -> None:
-    """By central differences in float64, along a random direction of each parameter."""
+    """Compare with central differences in float64, along a random direction of each parameter."""
     chain = chains.Chain.make(1)
     wide = dataclasses.replace(
         chain, parameters={k: v.astype(np.float64) for k, v in chain.parameters.items()}

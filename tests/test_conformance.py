@@ -1,4 +1,4 @@
-"""The built-in backends, held by the very lines that anyone writes for their own."""
+"""The built-in backends, tested by the same lines that anyone writes for their own."""
 
 from mhc_conformance import BackendConformance
 

@@ -1,4 +1,4 @@
-"""Kernels in the CUDA dialect, forward and back, run on a CPU and held against NumPy in float64."""
+"""Kernels in the CUDA dialect, forward and back, run on a CPU against NumPy in float64."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _draw(case: Case) -> list[Any]:
-    """Draw an op's arrays; x' is exact in every dtype, so that no rounding of it is arbitrary."""
+    """Draw an op's arrays; x' is exact in every dtype, so that its rounding cannot differ."""
     _, dtype, n, _, _, T, C = case
     rng, m = np.random.default_rng(n), n if case.op == "head" else n * n + 2 * n
 
@@ -107,7 +107,7 @@ def test_kernels_on_a_cpu(case: Case, folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_mappings_begin_anywhere(folder: Path) -> None:
-    """A view such as flat[1:5] is handed over as it is, whatever the streams' addresses are."""
+    """Check views such as flat[1:5], passed as they are whatever the streams' addresses."""
     from mhc_backends.kernels.mlx import Kernels, Ops
 
     own = Ops(Kernels(launcher(folder), "cuda", 227 * 1024))
@@ -124,7 +124,7 @@ def test_mappings_begin_anywhere(folder: Path) -> None:
 
 
 def test_a_nan_that_gpus_make_stays_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its bits are 0x7fffffff, which overflow where the nearest TF32 is taken."""
+    """Check NaN with bits 0x7fffffff, as GPUs make it: they overflow in the rounding to TF32."""
     from mhc_backends.kernels.mlx import Kernels, Ops
 
     case = Case("mappings", "float32", 2, MANY)

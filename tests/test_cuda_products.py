@@ -1,4 +1,4 @@
-"""The products of matrices in the CUDA dialect, on a CPU: nothing else runs them without a GPU."""
+"""The matrix products of the CUDA dialect, run on a CPU: without a GPU nothing else runs them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SOURCE = Path(__file__).with_name("cuda_products.cpp")
 
 
 def _errors(folder: Path, header: str) -> dict[str, float]:
-    """Compile and run, and give each product's error."""
+    """Compile and run, and return each product's error."""
     (folder / "header.h").write_text(without_ptx(header))
     program = folder / "products"
     made = subprocess.run(
@@ -32,7 +32,7 @@ def _errors(folder: Path, header: str) -> dict[str, float]:
 
 
 def test_products_are_exact_to_float32(tmp_path: Path) -> None:
-    """Of floats, a product of two rests is left out: 2^-22 of the numbers' product at most."""
+    """Check floats: only a product of two rests is left out, at most 2^-22 of the product."""
     errors = _errors(tmp_path, kernels.header("cuda"))
     assert len(errors) == 1 + 3 * 8
     assert all(error <= 2**-21 for error in errors.values()), errors

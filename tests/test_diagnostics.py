@@ -23,7 +23,7 @@ Array = Any
 
 
 def take(library: str, array: Array, dtype: str = "float32") -> Array:
-    """Make an array of a library."""
+    """Return an array of a library."""
     if library == "numpy":
         ml_dtypes = pytest.importorskip("ml_dtypes")
         return array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
@@ -80,7 +80,7 @@ def one_similarity(x: Array) -> float:
 
 
 def products(h: Array, backward: bool = False) -> Array:
-    """Multiply one token's matrices, in loops over the layers that are left."""
+    """Multiply one token's matrices in loops over the remaining layers."""
     made = []
     for layer in range(len(h)):
         product = np.eye(N)

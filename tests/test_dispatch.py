@@ -1,4 +1,4 @@
-"""Who answers a call: backend=, use_backend, MHC_BACKEND, or the arrays' own library."""
+"""The choice of a backend: backend=, use_backend, MHC_BACKEND, or the arrays' own library."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OWN: dict[str, type] = {"numpy": np.ndarray, "jax": jax.Array, "mlx-compiled": m
 
 @pytest.fixture
 def four(plugins: Plugins) -> None:
-    """Four backends for one library, of which "best" is taken unasked."""
+    """Add four backends for one library, of which "best" is chosen by default."""
     for priority, name in enumerate(["argument", "context", "variable", "best"]):
         plugins.backend(name, priority=priority)
 
@@ -260,7 +260,7 @@ except mhc.BackendUnavailableError as error:
 
 
 def _reasons(name: str, hidden: tuple[str, ...] = (), path: Path | None = None) -> list[str]:
-    """Ask a new process, in which some libraries are hidden or others stand before them."""
+    """Return reasons from a new process, where some libraries are hidden or shadowed by others."""
     code = HIDE.format(name=name, hidden=hidden)
     if path:
         code = f"import sys; sys.path.insert(0, {str(path)!r})\n" + code
@@ -311,7 +311,7 @@ def test_an_mlx_that_is_new_enough(monkeypatch: pytest.MonkeyPatch, version: str
 
 @pytest.fixture
 def metal(plugins: Plugins, monkeypatch: pytest.MonkeyPatch) -> Plugins:
-    """A backend named mlx-metal that runs anywhere, in place of the one that needs a Mac."""
+    """Add a backend named mlx-metal that runs anywhere, in place of the one that needs a Mac."""
     monkeypatch.setenv("MHC_DISABLE_PLUGINS", "mlx-metal")
     plugins.backend("other")
     plugins.plugin("fake-metal", [plugins.spec("mlx-metal", priority=9)])

@@ -1,4 +1,4 @@
-"""The README says only what is true: its code runs, its tables are the declarations'."""
+"""The README says only what is true: its code runs, and its tables match the declarations."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def _knopp(ops: Ops, logits: Any, a: Attrs, log_space: bool) -> Any:
 
 
 def _addeps(ops: Ops, logits: Any, iterations: int, eps: float) -> Any:
-    """mHC.cu's Sinkhorn, which none of our ops is: the ops around it are under test."""
+    """Return mHC.cu's Sinkhorn, which none of our ops computes: the ops around it are tested."""
     matrix = ops.unary("exp", logits)
     for _ in range(iterations):
         matrix = matrix / (ops.total(matrix, -1) + eps)
@@ -232,7 +232,7 @@ def _megatron_weights(ops: Ops, p: Arrays, prefix: str) -> tuple[Any, Any, Any]:
 
 
 def _megatron_mappings(ops: Ops, x: Any, p: Arrays, a: Attrs, prefix: str = "") -> Any:
-    """mappings, whose root takes Megatron's eps inside: 1e-6 away."""
+    """Return mappings with Megatron's eps inside the root: 1e-6 away."""
     variant = mhc.Variant(
         norm_eps=a["norm_eps"], sinkhorn_iterations=a["iters"], sinkhorn_first="rows"
     )
@@ -240,7 +240,7 @@ def _megatron_mappings(ops: Ops, x: Any, p: Arrays, a: Attrs, prefix: str = "") 
 
 
 def _megatron_exact(ops: Ops, x: Any, p: Arrays, a: Attrs, prefix: str = "") -> Any:
-    """Megatron's norm and projection, and our sinkhorn."""
+    """Return Megatron's norm and projection, and our sinkhorn."""
     n = a["n"]
     weight, scale, bias = _megatron_weights(ops, p, prefix)
     flat = x.reshape(*x.shape[:-2], weight.shape[1])
@@ -386,7 +386,7 @@ def _mlxmhc_combine(ops: Ops, p: Arrays, a: Attrs, y: Any) -> Any:
 
 
 def _lucid(ops: Ops, x: Any, p: Arrays, a: Attrs) -> tuple[Any, Any, Any, Any]:
-    """Branch input, mixed streams, beta ``[..., n]`` and x_out; x is ``[..., n, C]``."""
+    """Return branch input, mixed streams, beta ``[..., n]`` and x_out; x is ``[..., n, C]``."""
     n, C = x.shape[-2:]
     norm = ops.power(ops.total(x * x, -1), 0.5)
     xn = x / norm * C**0.5 * (p["gamma"] + 1.0)
@@ -415,7 +415,7 @@ def lucid2_sublayer(ops: Ops, p: Arrays, a: Attrs) -> dict[str, Any]:
 
 
 def lucid1_sublayer(ops: Ops, p: Arrays, a: Attrs) -> dict[str, Any]:
-    """The streams come folded into the batch, ``[(b s), S, C]``."""
+    """Return the sublayer's outputs; the streams come folded into the batch, ``[(b s), S, C]``."""
     n = a["n"]
     folded = p["x"]
     size, length, C = folded.shape
@@ -477,7 +477,7 @@ CASES = read_index(Path(ELSEWHERE)) if ELSEWHERE else read_subset(SUBSET)
 
 
 class Checked(NamedTuple):
-    """One case, computed in one way, held to the tolerance of one precision."""
+    """One case, computed in one way and checked to the tolerance of one precision."""
 
     case: Golden
     label: str
@@ -489,7 +489,7 @@ class Checked(NamedTuple):
 
 
 def _checked(precision: Precision) -> list[Checked]:
-    """Every case and form, computed in a precision and held to the closest tolerance it has."""
+    """Return every case and form, computed in a precision, with the closest tolerance it has."""
     return [
         Checked(case, label, precision, held)
         for case in CASES
@@ -524,7 +524,7 @@ def _check(ops: Ops, checked: Checked) -> None:
 
 
 def _smallest(checks: list[Checked]) -> list[Checked]:
-    """The smallest case of each variant, form and precision."""
+    """Return the smallest case of each variant, form and precision."""
     chosen: dict[tuple[str, str, str], Checked] = {}
     for checked in sorted(checks, key=lambda c: sum(a.size for a in c.case.arrays.values())):
         chosen.setdefault((checked.case.variant, checked.label, checked.computed), checked)
@@ -581,7 +581,7 @@ def test_the_autodiff_of_the_library(backend: str, checked: Checked) -> None:
 
 
 def _broken(op: str) -> Any:
-    """The oracle, with one op off by a part in a hundred thousand."""
+    """Return the oracle with one op off by a part in a hundred thousand."""
 
     class Broken(TapeOps):
         def call(self, name: str, *arrays: Any, **static: Any) -> Any:

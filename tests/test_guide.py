@@ -52,7 +52,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def _environment(site: Path) -> dict[str, str]:
-    """Let pip take what is here, from nowhere else, and put it into a folder of its own."""
+    """Let pip install only from the packages here, into a folder of its own."""
     path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
     pip = {
         "PIP_TARGET": str(site),
@@ -100,7 +100,7 @@ def test_the_plugin_is_there_and_can_be_left_out(followed: dict[str, Any]) -> No
 
 
 def test_a_slip_in_it_is_found(followed: dict[str, Any]) -> None:
-    """The same files with one sign changed: the kit is not passed by whatever is there."""
+    """Check that the kit fails the same files with one sign changed."""
     ops = followed["site"] / "mhc_mine" / "ops.py"
     right = ops.read_text(encoding="utf-8")
     wrong = right.replace("(g @ y[..., None])[..., 0]", "-(g @ y[..., None])[..., 0]")

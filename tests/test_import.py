@@ -1,4 +1,4 @@
-"""What ``import mhc_core`` costs and brings, and what the public names say of themselves."""
+"""The cost and the effects of ``import mhc_core``, and the docstrings of the public names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mhc info: what it tells, why things do not run, and what it keeps to itself."""
+"""mhc info: its facts, its reasons for what does not run, and what it keeps to itself."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """JAX at its own defaults and at its strictest: shard_map, Explicit meshes, promotions, rounding.
 
-What needs two devices runs in one process of its own, since JAX must be told of them before it
-starts; what that process finds is held here, a test for each setting.
+Calls that need two devices run in one process of their own, since JAX must be told of them before
+it starts; the tests here check that process's results, one test for each setting.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def test_forwards_and_gradients_are_those_of_one_device(
 
 
 def test_narrowing_is_a_rounding_that_xla_must_keep() -> None:
-    """x' goes to bfloat16 and back inside combine_pre; XLA drops such a pair of casts on GPUs."""
+    """Check x' in combine_pre: it goes to bfloat16 and back, and XLA drops such casts on GPUs."""
     import jax
     import jax.numpy as jnp
 
@@ -107,7 +107,7 @@ def test_forward_mode_is_refused_with_the_way_out() -> None:
 
 
 class _Parameter:
-    """What flax.nnx.Param is to JAX: no array, but one through a method."""
+    """An object like flax.nnx.Param: no array, but JAX gets one through a method."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -169,7 +169,7 @@ def _calls() -> dict[str, tuple[str, dict[str, Any], list[np.ndarray[Any, Any]],
 
 
 def _by_numpy(op: str, static: dict[str, Any], arrays: list[Any]) -> Any:
-    """Return the loss and its gradients, by the NumPy backend."""
+    """Return the loss and its gradients by the NumPy backend."""
     import mhc_core as mhc
 
     outputs = getattr(mhc, op)(*arrays, **static)

@@ -80,7 +80,7 @@ def test_bodies_are_neutral(name: str) -> None:
 
 @pytest.mark.parametrize("dialect", kernels.DIALECTS)
 def test_no_name_is_a_word_of_metal(dialect: str) -> None:
-    """Clang, which compiles for the simulator, knows these as names of types at most."""
+    """Check without Clang: it compiles for the simulator, and knows these as type names at most."""
     words = "half|bfloat|uint|ushort|uchar|ulong|kernel|vertex|fragment|device|constant|thread"
     text = kernels.header(dialect) + "".join(
         kernels.function(name) + kernels.source(name, dialect) for name in kernels.KERNELS
@@ -93,7 +93,7 @@ FAST = "exp|exp2|exp10|log|log2|log10|sqrt|rsqrt|sin|cos|tan|tanh|pow|max|min|fm
 
 
 def test_functions_with_a_fast_variant_are_called_precise() -> None:
-    """The simulator makes errors where they are not; so far as Apple's compiler may, see math.h."""
+    """Check the texts: the simulator's fast functions err as far as Apple's may, see math.h."""
     parts = [path.read_text() for path in Path(kernels.__file__).parent.glob("*.h")]
     for text in parts:
         text = re.sub(r"//[^\n]*", "", text).partition("struct precise {")
@@ -141,7 +141,7 @@ def test_the_size_of_each_text() -> None:
 
 @pytest.mark.parametrize("dialect", kernels.DIALECTS)
 def test_no_definition_stands_twice(dialect: str) -> None:
-    """No five lines that say something follow one another twice in a text."""
+    """Check that no five meaningful lines appear twice in a text."""
     for name in kernels.KERNELS:
         lines = [line for line in _text(name, dialect).splitlines() if len(line) > 12]
         runs = Counter(zip(*(lines[k:] for k in range(5)), strict=False))
@@ -150,7 +150,7 @@ def test_no_definition_stands_twice(dialect: str) -> None:
 
 
 def test_every_directive_is_understood() -> None:
-    """A body whose arrays are never asked for vectors would be right, and slow."""
+    """Check every body: one that never asks its arrays for vectors would be right, and slow."""
     folder = Path(kernels.__file__).parent
     asking = {name for name in kernels.KERNELS if "vectors<" in (folder / f"{name}.h").read_text()}
     assert len(asking) > 20
@@ -181,7 +181,7 @@ using Shape = cuda::std::array<int32_t, 10>;
 
 
 class Launched(NamedTuple):
-    """What MLX would be asked to compile."""
+    """The launch that MLX would be asked to compile."""
 
     kernel: str
     inputs: tuple[tuple[str, str], ...]  # names and dtypes
@@ -195,7 +195,7 @@ class Launched(NamedTuple):
         return self.kernel, dtypes, dict(self.template).get("N")
 
     def cuda(self, function: str) -> str:
-        """Write the function as MLX does around a body."""
+        """Return the function as MLX writes it around a body."""
         body = kernels.source(self.kernel, "cuda")
         names = {name for name, _ in (*self.inputs, *self.outputs)}
         numbers = {"settings": (1e-6, 1e-6, 2.0, 1e-6)} if "settings" in body else {}
@@ -216,12 +216,12 @@ class Launched(NamedTuple):
 
 
 def _kernel(name: str) -> str:
-    """Return which kernel MLX's name for it is of."""
+    """Return the name of the kernel that MLX's name belongs to."""
     return max((k for k in kernels.KERNELS if name.startswith(f"mhc_{k}_")), key=len)
 
 
 class Recorder:
-    """Stands in for ``mx.fast.cuda_kernel``: notes what is launched and gives zeros."""
+    """A stand-in for ``mx.fast.cuda_kernel`` that records what is launched and returns zeros."""
 
     def __init__(self) -> None:
         self.launched: set[Launched] = set()
@@ -255,7 +255,7 @@ class Recorder:
 def _launched(monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
     """Run the kit's cases on every op, forward and back: n = 4 in every dtype, others in one.
 
-    The products with phi have other kernels for many tokens, which are asked for as well.
+    The products with phi have other kernels for many tokens, which run as well.
     """
     from mhc_backends._mlx import as_tuple, from_host
     from mhc_backends.kernels.mlx import Kernels, Ops
@@ -307,7 +307,7 @@ def test_every_body_compiles_as_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("kibibytes", [99, 163, 227])
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 8, 32])
 def test_factors_fit_in_any_gpu(n: int, kibibytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What NVIDIA's GPUs give a threadgroup, from sm_80 on."""
+    """Check the memory that NVIDIA's GPUs give a threadgroup, from sm_80 on."""
     import mlx.core as mx
 
     from mhc_backends.kernels.mlx import Kernels
@@ -470,7 +470,7 @@ def test_a_tuning_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 class Launcher:
-    """Stands in for ``mx.fast.metal_kernel``; its kernels answer by mhc_core.math."""
+    """A stand-in for ``mx.fast.metal_kernel`` whose kernels compute with mhc_core.math."""
 
     def __init__(self) -> None:
         self.names: list[str] = []

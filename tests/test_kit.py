@@ -1,4 +1,4 @@
-"""The conformance kit itself: every bug that it is there to catch, put into a right backend."""
+"""The conformance kit itself: each bug that it is there to catch, put into a right backend."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_every_declared_argument_has_mutants_of_both_halves() -> None:
 
 @pytest.mark.parametrize("op", [op for op in math.OPS if math.load(op).OP.static])
 def test_in_some_case_all_numbers_differ(op: str) -> None:
-    """From each other, and from all that is published: one may not stand for another."""
+    """Check numbers against each other and the published ones: none may stand for another."""
     numbers = [path for path in paths(op) if type(published(op, path)[0]) in (int, float)]
 
     def apart(static: dict[str, Any]) -> bool:
@@ -233,7 +233,7 @@ def test_a_message_is_followed_to_the_same_failure() -> None:
 
 
 def _functions() -> dict[str, Any]:
-    """Give NumPy's ops module as a dict."""
+    """Return NumPy's ops module as a dict."""
     return {name: getattr(right, name) for name in (*math.OPS, "vjp", "from_host", "to_host")}
 
 

@@ -39,7 +39,7 @@ COMPOSED = ("pre", "combine_pre", "static_layer")  # of other ops, which have mo
 
 
 def _chosen(op: str) -> Iterator[Case]:
-    """An op's first cases, and those that differ from them in more than sizes."""
+    """Return an op's first cases, and those that differ from them in more than sizes."""
     count = 1 if op in COMPOSED else 2
     yield from SINKHORNS if op == "sinkhorn" else itertools.islice(cases(op), count)
     for case in cases(op):
@@ -52,7 +52,7 @@ CASES = [case for op in math.OPS for case in _chosen(op)]
 
 
 def _loss(case: Case, cotangents: Any) -> Callable[..., Any]:
-    """sum(cotangent * output) of the neutral forward, which any autodiff can take apart."""
+    """Return sum(cotangent * output) of the neutral forward, which any autodiff can follow."""
     forward = math.load(case.op).forward
 
     def loss(*primals: Any) -> Any:
@@ -64,7 +64,7 @@ def _loss(case: Case, cotangents: Any) -> Callable[..., Any]:
 
 
 def _off_by(got: Any, want: Any) -> float:
-    """The worst error of several arrays, each relative to its largest number."""
+    """Return the worst error of several arrays, each relative to its largest number."""
     pairs = [(np.asarray(g), np.asarray(w)) for g, w in zip(got, want, strict=True)]
     assert all(g.shape == w.shape for g, w in pairs)
     return max(float(np.abs(g - w).max() / (np.abs(w).max() or 1)) for g, w in pairs)
@@ -230,7 +230,7 @@ def test_sinkhorns_vjp_keeps_as_little_in_jax(eps: float) -> None:
 
 
 def _bits(array: Array) -> int:
-    """How many significant bits the numbers need at most."""
+    """Return how many significant bits the numbers need at most."""
     mantissas = np.abs(np.frexp(array.astype(np.float64))[0])
     return next(bits for bits in range(60) if not np.any(np.modf(np.ldexp(mantissas, bits))[0]))
 
@@ -252,7 +252,7 @@ def _tf32(array: mx.array) -> Array:
 
 
 def _tf32_hardware() -> Any:
-    """MLX, but for a matmul whose inputs are rounded to TF32 and whose sums are in float32."""
+    """Return MLX with a matmul that rounds its inputs to TF32 and sums in float32."""
 
     def multiply(a: mx.array, b: mx.array) -> mx.array:
         return mx.array((_tf32(a) @ _tf32(b)).astype(np.float32))
@@ -277,7 +277,7 @@ def test_products_by_halves_are_float32_products(mean: float) -> None:
 def test_gradients_of_products_by_halves_are_such_products(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """MLX's own derivative would take TF32, also of the gradient in turn."""
+    """Check gradients of gradients too: MLX's own derivative would take TF32 for them."""
     made: list[Any] = []
 
     def counted(*arrays: Any) -> Any:
@@ -317,7 +317,7 @@ def test_gradients_of_products_by_halves_are_such_products(
 @pytest.mark.parametrize("op", ["pre", "head", "rms_norm"])
 @pytest.mark.parametrize("size", [1e15, 1e18])
 def test_streams_as_large_as_float32_nearly_holds(op: str, size: float) -> None:
-    """The squares of 4096 numbers of 1e18 are beyond it, and so is the inverse of its cube."""
+    """Check numbers of 1e18: 4096 of their squares overflow, and so does the inverse's cube."""
     rng, n, C = np.random.default_rng(1), 4, 1024
     x = (size * rng.uniform(-1, 1, size=(3, n, C))).astype(np.float32)
     phi = (rng.normal(size=(24, n * C)) / 64).astype(np.float32)

@@ -1,4 +1,4 @@
-"""mhc.no_grad: said once, heard by backends that save something by it."""
+"""mhc.no_grad: set once, and seen by the backends that can save work by it."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ DIGITS = 1e-12
 
 @dataclass(frozen=True)
 class Variant:
-    """The oracle reads a variant by attribute, so any object with these will do."""
+    """A variant as any object with these attributes: the oracle reads nothing else."""
 
     norm_eps: float = 1e-6
     pre_eps: float = 1e-2
@@ -44,7 +44,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Case:
-    """An op, what is fixed, and the shapes of its primals."""
+    """An op, its static arguments, and the shapes of its primals."""
 
     op: str
     shapes: tuple[tuple[int, ...], ...]
@@ -355,7 +355,7 @@ def _sigmoid(z: float) -> float:
 def _loop_sinkhorn(
     logits: NDArray[Any], iterations: int, eps: float, first: str
 ) -> NDArray[np.float64]:
-    """Section 3's division form, one line at a time; eps may be 0."""
+    """Return section 3's division form, computed one line at a time; eps may be 0."""
     work = np.array(logits if first == "rows" else logits.T, dtype=np.float64)
     n = len(work)
     for i in range(n):

@@ -1,4 +1,4 @@
-"""Plugins that bring backends, and all the ways in which one can be broken."""
+"""Plugins that bring backends, and every way in which one can be broken."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _leaving(plugins: Plugins) -> None:
 
 
 def _skipping(plugins: Plugins) -> None:
-    """As ``pytest.importorskip`` at a module's top does: an error that is no Exception."""
+    """Raise as ``pytest.importorskip`` does at a module's top: an error that is no Exception."""
     plugins.plugin("mine", lambda: pytest.skip("no driver"))
 
 
@@ -298,7 +298,7 @@ def _folder(package: str) -> Path:
 
 @pytest.mark.parametrize("older", [False, True], ids=["no metadata", "an older distribution"])
 def test_built_ins_need_no_metadata(tmp_path: Path, older: bool) -> None:
-    """A process that sees the three packages and the libraries, and no distribution of ours."""
+    """Check a process that sees the three packages and the libraries, no distribution of ours."""
     for name in ("mhc_core", "mhc_backends", "numpy", "pluggy", "array_api_compat"):
         (tmp_path / name).symlink_to(_folder(name))
     beside = _folder("numpy").with_name("numpy.libs")
@@ -365,7 +365,7 @@ def test_an_ops_module_without_what_it_declares(
 def test_the_module_of_an_array_types_backend_is_imported_ahead_of_dispatch(
     plugins: Plugins, fake: type[FakeArray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that it can tell a compiler to leave dispatch alone; others' modules stay unimported."""
+    """Check that it can tell a compiler to leave dispatch alone; other modules stay unimported."""
     monkeypatch.setattr(_registry, "_PREPARED", set())
     imported: list[str] = []
 

@@ -1,6 +1,6 @@
-"""What a backend has to prove before it answers: who asks, when, and what becomes of the verdict.
+"""The proof that a backend needs before it is selected: who asks, when, and the verdict's fate.
 
-The kernels themselves prove themselves in plugins/mhc-metal-simulator/tests/test_proof.py.
+plugins/mhc-metal-simulator/tests/test_proof.py runs the proof on the kernels themselves.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WHY = "kernel pre: program_source:3: error: expected expression"
 
 
 class Fixed:
-    """A proof that is asked and answers."""
+    """A proof with a fixed answer that counts its calls."""
 
     def __init__(self, reason: str | None = None) -> None:
         self.reason = reason
@@ -64,7 +64,7 @@ def _nobody_was_warned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def proof(plugins: Plugins) -> Fixed:
-    """The proof of the better of two backends."""
+    """Return the proof of the better of two backends."""
     made = Fixed()
     dtypes = ("float32", "bfloat16")
     best = plugins.spec("best", proof=made, priority=1, dtypes=dtypes)
@@ -271,7 +271,7 @@ def test_the_kit_and_the_bench_run_what_is_not_proven(plugins: Plugins, tmp_path
 
 
 def test_it_is_asked_under_a_trace_too(plugins: Plugins) -> None:
-    """Selection looks at types alone; the process that tries kernels is another one."""
+    """Check traces: selection looks at types alone, and another process tries the kernels."""
     asked = Fixed(WHY)
     spec = plugins.spec("kernels", array_types=METAL.array_types, proof=asked, priority=99)
     plugins.plugin("kernels", [spec])
@@ -300,7 +300,7 @@ NEVER = Found("no process can be started", {}, False)
 
 
 class Tries:
-    """Stands in for the process of its own: what it finds, and how often it was asked."""
+    """A stand-in for the process of its own: its findings, and how often it was asked."""
 
     def __init__(self, found: Found) -> None:
         self.found = found
@@ -320,7 +320,7 @@ def tries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tries:
 
 
 def new() -> KernelProof:
-    """Make the proof of another process."""
+    """Return a proof as another process would make it."""
     return KernelProof("kernels", "nowhere:metal_kernel")
 
 
@@ -331,7 +331,7 @@ def the_file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("found", "again"), [(HELD, 1), (FAILED, 1), (LATE, 1), (NEVER, 2)])
 def test_a_verdict_is_kept_for_other_processes(tries: Tries, found: Found, again: int) -> None:
-    """But not that nothing could be tried, which is so of this process alone."""
+    """Check also that "nothing could be tried" is not kept: that holds for this process alone."""
     tries.found = found
     proof = new()
     assert proof.verdict(*KIND) == found.reason
@@ -488,7 +488,7 @@ def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_processes_at_the_same_time_do_no_harm(tries: Tries, tmp_path: Path) -> None:
-    """Each writes its own file whole; whoever reads meanwhile sees one or none."""
+    """Check that each writes its own file whole: a reader meanwhile sees a whole file or none."""
     stop = threading.Event()
     wrong: list[Any] = []
 
@@ -563,9 +563,9 @@ def test_where_no_process_may_be_started(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_a_launcher_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The process ends before it comes to a kernel: nothing is kept.
+    """Check that nothing is kept if the process ends before it comes to a kernel.
 
-    And nothing of the folder that it is started in comes before Python's own modules.
+    No file of the folder that it is started in hides one of Python's own modules.
     """
     monkeypatch.setenv("MHC_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -600,7 +600,7 @@ def _some_sizes() -> Iterator[tuple[int, int]]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("n", [1, 4])
 def test_every_launch_class_that_a_call_can_come_to_is_tried(n: int, dtype: str) -> None:
-    """Of ops that differ in how they launch, at sizes that are not those of the proof."""
+    """Check ops that launch in different ways, at sizes other than the proof's."""
     for op in ("aggregate", "combine", "pre", "static_layer"):
         dtypes = _dtypes(op, dtype)
         chosen = calls(op, dtypes, n)
@@ -663,7 +663,7 @@ def test_what_runs_differentiated_has_its_outputs_cotangents() -> None:
 def test_without_a_mac_metal_itself_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """By MLX, in the process that tries kernels, which came as far as to launch one."""
+    """Check that MLX refuses, in the process that tries kernels, once that launches one."""
     monkeypatch.setenv("MHC_CACHE", str(tmp_path))
     assert METAL.proof is not None
     reason = METAL.proof.verdict("sinkhorn", ("float32", "float32"), 2)

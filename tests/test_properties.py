@@ -1,4 +1,4 @@
-"""The laws that the kit tries on inputs of hypothesis's choosing: each is seen broken."""
+"""The laws that the kit tries on inputs that hypothesis chooses: each is seen to fail."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Array = NDArray[Any]
 
 
 def _mine(plugins: Plugins, op: str = "", wrong: Any = None, **fields: Any) -> Subject:
-    """Make a backend that is NumPy's but for one op, or its vjp."""
+    """Return a backend that is NumPy's but for one op, or its vjp."""
     functions = {name: getattr(right, name) for name in (*math.OPS, "vjp", "from_host", "to_host")}
     functions |= {op: wrong} if op else {}
     given = {"array_types": SPEC.array_types, "dtypes": SPEC.dtypes, "without": SPEC.without}
@@ -37,7 +37,7 @@ def _too_few(logits: Array, *, iterations: int, eps: float, first: str) -> Array
 
 
 def _favourite(logits: Array, **static: Any) -> Array:
-    """Mix a fixed preference of the first stream for the second in."""
+    """Mix in a fixed preference for the first stream over the second."""
     moved = logits.copy()
     moved[..., 0, 1:2] += 0.1
     return right.sinkhorn(moved, **static)
@@ -111,7 +111,7 @@ def test_a_broken_law_is_seen(
 
 @pytest.mark.parametrize("op", math.OPS)
 def test_a_gradient_that_is_no_slope_is_seen(plugins: Plugins, op: str) -> None:
-    """Off by one part in 100 000, in one array of several."""
+    """Check gradients off by one part in 100 000, in one array of several."""
 
     def wrong(name: str, primals: Any, cotangents: Any, **static: Any) -> Any:
         *others, last = right.vjp(name, primals, cotangents, **static)
@@ -138,7 +138,7 @@ def test_every_law_is_seen_broken() -> None:
 def test_the_same_seed_draws_the_same(
     plugins: Plugins, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Also where other modules are loaded, and no folder is left behind."""
+    """Check also that other loaded modules change nothing, and no folder is left behind."""
     monkeypatch.chdir(tmp_path)
     drawn: list[list[bytes]] = []
     for index, seed in enumerate((5, 5, 6)):

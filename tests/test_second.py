@@ -46,7 +46,7 @@ CASES = {op: _case(op) for op in math.OPS} | {
 
 
 class _Trial:
-    """<d, the gradient of a loss>, whose gradient is a product of d with the second derivatives.
+    """The function <d, gradient of a loss>, whose gradient is the Hessian's product with d.
 
     The loss is sum c sin(outputs): in a sum of the outputs alone, much would be constant.
     """
@@ -84,14 +84,14 @@ class _Trial:
         return product
 
     def gradients(self, primals: Sequence[Array]) -> Sequence[Array]:
-        """Give the loss's gradients in float64."""
+        """Return the loss's gradients in float64."""
         outputs = oracle.forward(self.case.op, primals, **self.case.options)
         pairs = zip(self.cotangents, _tuple(outputs), strict=True)
         given = [c.astype(np.float64) * np.cos(o) for c, o in pairs]
         return oracle.gradients(self.case.op, primals, given, **self.case.options)
 
     def check(self, got: Any) -> None:
-        """Hold second derivatives against differences of the oracle's gradients."""
+        """Compare second derivatives with differences of the oracle's gradients."""
         step = 1e-5
         ends = [
             self.gradients(

@@ -1,4 +1,4 @@
-"""The libraries' own transformations of ops, two and three deep, against the oracle."""
+"""The libraries' own transformations of ops, two and three deep, compared with the oracle."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class _Trial:
         return self.subject.transform("vmap")(function, axes)
 
     def check(self, got: Any) -> None:
-        """Hold gradients against the oracle's, none of which is zero."""
+        """Compare gradients with the oracle's, and check that none is zero."""
         want = oracle.gradients(self.case.op, self.primals, self.cotangents, **self.case.options)
         for one, other in zip(self.subject.give(got), want, strict=True):
             scale = np.abs(other).max()
@@ -135,7 +135,7 @@ def _is_parameter(op: str, name: str) -> bool:
 
 
 def _in_axes(op: str, count: int) -> dict[str, list[int | None]]:
-    """Ways to map an op: what per token, at which axis; the parameters; all arrays."""
+    """Return ways to map an op: what per token, at which axis; the parameters; all arrays."""
     names = list(math.load(op).OP.arrays)[:count]
     parameter = [_is_parameter(op, name) for name in names]
     ways: dict[str, list[int | None]] = {
@@ -177,7 +177,7 @@ class _Mapped:
         return lambda *both: _tuple(own(*both))
 
     def loop(self, function: Function) -> list[Any]:
-        """Call it on every slice; what has no mapped axis is given to each."""
+        """Call the function on every slice; every call gets what has no mapped axis."""
         both = list(zip([*self.primals, *self.cotangents], self.every_axis, strict=True))
         return [
             _tuple(function(*[a if axis is None else mx.take(a, k, axis) for a, axis in both]))
@@ -189,7 +189,7 @@ class _Mapped:
         return [*self.axes, *[0] * len(self.cotangents)]
 
     def gradients(self) -> list[Any]:
-        """Give the loop's gradients: the sum of those of what was given to each."""
+        """Return the loop's gradients; those of arrays given to every slice are sums."""
         each = zip(*self.loop(self.grad(self.function)), strict=True)
         return [
             mx.stack(list(ds), axis) if axis is not None else sum(ds)
@@ -219,7 +219,7 @@ _EVERY = Sizes((2,), 2, 4, "one leading axis, beside the mapped one")
 
 
 def _case(op: str, way: str, **changes: Any) -> tuple[Case, list[int | None]]:
-    """Give an op's first case with all of its arrays, small, and the axes to map."""
+    """Return an op's first case with all of its arrays, small, and the axes to map."""
     declared = math.load(op).OP
     optional = declared.optional is not None
     case = next(c for c in cases(op) if c.optional == optional)
@@ -255,7 +255,7 @@ def test_mlx_vmap_of_mappings_for_all_tokens(op: str, way: str) -> None:
 def test_grad_of_mlx_vmap_takes_the_written_vjp(
     monkeypatch: pytest.MonkeyPatch, op: str, way: str
 ) -> None:
-    """By a vjp that gives twice the gradients: autodiff of the body would not know of it."""
+    """Check with a vjp that returns twice the gradients: autodiff of the body would not know it."""
     trial = _Mapped(*_case(op, way))
     want = trial.gradients()
     module = math.load(op)
@@ -279,7 +279,7 @@ def test_grad_of_mlx_vmap_takes_the_written_vjp(
 def test_nested_mlx_vmap_takes_the_written_vjp(
     monkeypatch: pytest.MonkeyPatch, outer: tuple[int | None, ...], inner: tuple[int | None, ...]
 ) -> None:
-    """Of mappings: what is mapped twice, or once outside or inside, tokens or parameters."""
+    """Check mappings: what is mapped twice, or once outside or inside, tokens or parameters."""
     rng = np.random.default_rng(0)
     shapes = [(2, 2, 4), (8, 8), (3,), (8,)]
     arrays: list[mx.array] = []
@@ -328,7 +328,7 @@ TWICE = {
 
 @pytest.mark.parametrize("name", TWICE)
 def test_grad_of_grad_in_jax(name: str) -> None:
-    """A product with the Hessian, against a difference of the oracle's gradients."""
+    """Compare a product with the Hessian with a difference of the oracle's gradients."""
     case = TWICE[name]
     primals, cotangents = data(case, "float64", 0)
     rng = np.random.default_rng(1)
@@ -364,7 +364,7 @@ X = np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float32)
 
 
 def _sublayers(x: Any, logits: Any, tanh: Function) -> Any:
-    """Two sublayers of an own model, with ops of several kinds between own lines."""
+    """Return two sublayers of a user's model, with ops of several kinds between other lines."""
     for _ in range(2):
         h_res = mhc.sinkhorn(logits * 2, iterations=4)
         y = tanh(mhc.aggregate(x, h_res[0]))
@@ -382,7 +382,7 @@ def test_ops_inside_an_own_compiled_function() -> None:
 
 
 def test_a_training_step_compiled_by_its_user() -> None:
-    """Gradients with respect to parameters that are used in several ops, and their update."""
+    """Check gradients of parameters that are used in several ops, and their update."""
     x, logits = X, X[0, :, :2]
 
     def run(library: Any, compile: Function, value_and_grad: Function) -> tuple[Array, float]:
@@ -424,7 +424,7 @@ def _calls(like: Function, variant: mhc.Variant, iterations: Any, eps: Any, seed
 
 @pytest.fixture
 def compilations(caplog: pytest.LogCaptureFixture) -> Callable[[], int]:
-    """Count what JAX compiled since the last time."""
+    """Return how many compilations JAX made since the last time."""
 
     def count() -> int:
         found = sum("Finished XLA compilation" in record.message for record in caplog.records)
@@ -480,7 +480,7 @@ def test_mlx_traces_an_own_compiled_function_once() -> None:
 
 
 def test_mlx_keeps_little_more_under_a_plain_grad_than_in_a_compiled_step() -> None:
-    """What is evaluated while mx.grad traces would keep all that it was made of."""
+    """Check memory: what is evaluated while mx.grad traces would keep all that it was made of."""
     T, n, C = 128, 4, 256
     m = n * n + 2 * n
     arrays = [

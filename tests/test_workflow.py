@@ -1,4 +1,4 @@
-"""The workflow is one that GitHub takes, and every command in it exists with its options."""
+"""The workflow is valid for GitHub, and every command in it exists with its options."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ USAGE_ERROR = typer.BadParameter.__mro__[1]  # the base of what command lines ge
 
 
 class Strict(yaml.SafeLoader):
-    """Refuses a key that is there twice; the last one would win."""
+    """A loader that refuses duplicate keys, of which the last would otherwise win."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key) for key, _ in node.value]
@@ -113,7 +113,7 @@ def test_no_step_is_left_out_but_none_is_skipped() -> None:
 
 
 def require(command: str) -> None:
-    """Raise unless a command line, word for word, is one that can run."""
+    """Raise unless a command line can run exactly as it is written."""
     program, *words = shlex.split(command)
     checks = {"mhc": mhc, "pip": pip, "pytest": files, "bash": files, "python": python}
     assert program in checks, f"{program} is unknown; teach this test how to check it"
@@ -121,7 +121,7 @@ def require(command: str) -> None:
 
 
 def mhc(words: list[str]) -> None:
-    """Parse them as the command would, and look up the backends that they name."""
+    """Parse arguments as the command would, and look up the backends that they name."""
     group: Any = typer.main.get_command(app)
     command = group.commands[words[0]]
     parsed = command.make_context(words[0], words[1:]).params
@@ -246,7 +246,7 @@ COMPILE = ROOT / ".ci" / "compile_metal.py"
 
 @pytest.fixture
 def toolchain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Put commands of Apple's names on the path, which note how they are called."""
+    """Put commands with Apple's names on the path, which record how they are called."""
     commands = tmp_path / "bin"
     commands.mkdir()
     # refuses texts with the word BAD in them, and is not there before it was downloaded

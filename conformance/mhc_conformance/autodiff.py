@@ -153,7 +153,7 @@ def _unbroadcast(cotangent: Array, shape: tuple[int, ...]) -> Array:
 
 
 def real_part(a: Array) -> Array:
-    """The part that comparisons look at: all of it, unless a test steps in the imaginary one."""
+    """Return the real part, for comparisons: a test may step in the imaginary direction."""
     return np.asarray(np.real(a), dtype=np.float64)
 
 
@@ -238,7 +238,7 @@ def log(a: Operand) -> Value:
 
 
 def sigmoid(a: Operand) -> Value:
-    """1 / (1 + exp(-a)), of which neither tail overflows or cancels."""
+    """Return 1 / (1 + exp(-a)), computed so that neither tail overflows or cancels."""
     a = value(a)
     rising, falling = _logistic(a.data), _logistic(-a.data)
     return node("sigmoid", rising, (a,), lambda g: (g * rising * falling,))
@@ -257,7 +257,7 @@ def tanh(a: Operand) -> Value:
 
 
 def maximum(a: Operand, floor: float) -> Value:
-    """The larger of a and a constant, NaN for NaN; nothing flows back where it is the constant."""
+    """Return the larger of a and a constant, NaN for NaN; the constant passes no gradient back."""
     a = value(a)
     below = real_part(a.data) <= floor
     return node("maximum", np.where(below, floor, a.data), (a,), lambda g: (g * ~below,))
@@ -291,7 +291,7 @@ def where(condition: NDArray[np.bool_], a: Operand, b: Operand) -> Value:
 
 
 def straight_through(a: Operand, replacement: Array) -> Value:
-    """Read `replacement` in place of a, and let the cotangent pass to a as it is."""
+    """Return ``replacement`` in place of a, and pass the cotangent on to a unchanged."""
     a = value(a)
     if replacement.shape != a.shape:
         raise ValueError(f"a replacement has shape {replacement.shape}; it replaces {a.shape}")
@@ -299,7 +299,7 @@ def straight_through(a: Operand, replacement: Array) -> Value:
 
 
 def logsumexp(a: Operand, axis: int) -> Value:
-    """log(sum(exp(a))) along an axis, which stays with size 1.
+    """Return log(sum(exp(a))) along an axis, which stays with size 1.
 
     The largest entry is subtracted as a constant: the result does not depend on it.
     """
@@ -337,7 +337,7 @@ def broadcast_to(a: Operand, shape: tuple[int, ...]) -> Value:
 
 
 def take(a: Operand, index: Index | tuple[Index, ...]) -> Value:
-    """Basic indexing: integers, slices, None and an ellipsis, which read no entry twice."""
+    """Return a[index] for integers, slices, None and an ellipsis, which read no entry twice."""
     a = value(a)
 
     def pullback(g: Array) -> tuple[Array, ...]:

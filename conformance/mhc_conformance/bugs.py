@@ -1,4 +1,4 @@
-"""Every bug that shipped in this field, by name: what it is, which check sees it, and in what case.
+"""Every bug that shipped in this field, by name, with the check and the case that see it.
 
 Each bug is put into a backend that is right otherwise, and the kit must fail that backend in the
 checks named here and in no other. ``mhc conformance --mutations`` prints the table, and ``mhc
@@ -79,11 +79,11 @@ class Bug:
 
     @property
     def backend(self) -> str:
-        """The name of the backend that has it."""
+        """Return the name of the backend that has the bug."""
         return PREFIX + self.name
 
     def functions(self) -> dict[str, Any]:
-        """Give the functions that are not the right backend's."""
+        """Return the functions that replace those of the right backend."""
         given: dict[str, Any] = {}
         if self.forward is not None:
             stateful = isinstance(self.forward, type)
@@ -552,7 +552,7 @@ BUGS: Mapping[str, Bug] = {bug.name: bug for bug in (*SHIPPED, *THOUGHT_OF)}
 
 @contextlib.contextmanager
 def present(*backends: str | Bug) -> Generator[None]:
-    """Let bugs, and those of the named backends that are ``bug:...``, exist in a block.
+    """Register bugs, and those of the named backends that are ``bug:...``, within a ``with`` block.
 
     Raises
     ------
@@ -621,7 +621,7 @@ class _Wrong(ModuleType):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the kit made of one bug."""
+    """The kit's result on one bug."""
 
     bug: Bug
     records: tuple[Record, ...] = ()
@@ -629,19 +629,19 @@ class Outcome:
 
     @property
     def failed(self) -> tuple[Record, ...]:
-        """The checks that fail, the one that is there for this bug first."""
+        """Return the checks that fail, the one that is there for this bug first."""
         first = self.bug.fails[0]
         failed = [record for record in self.records if not record.passed]
         return tuple(sorted(failed, key=lambda record: record.kind != first))
 
     @property
     def message(self) -> str:
-        """What the kit says of it."""
+        """Return the kit's message about the bug."""
         return self.failed[0].detail if self.failed else ""
 
     @property
     def problem(self) -> str:
-        """What is wrong with the kit, or nothing where it caught the bug as it should."""
+        """Return how the kit failed to catch the bug as it should, or "" if it did not fail."""
         if self.reason:
             return ""
         failed, named = {record.kind for record in self.failed}, set(self.bug.fails)

@@ -1,4 +1,4 @@
-"""What every op is tried on: sizes, static arguments and inputs, all from one seed.
+"""The cases that every op is tried on: sizes, static arguments and inputs, all from one seed.
 
 The shapes come from the ops' own declarations. The grid is pruned: each size class meets each
 variant of an op at least once (they are paired in turn), not every one with every other, because
@@ -78,7 +78,7 @@ def _projection(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 
 def _mixing(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Positive, of the size of a doubly stochastic matrix, but not symmetric in any way."""
+    """Draw positive entries of a doubly stochastic matrix's size, not symmetric in any way."""
     return rng.uniform(0.05, 1.95, shape) / shape[-1]
 
 
@@ -120,13 +120,13 @@ class Case:
 
     @property
     def name(self) -> str:
-        """How reports name it."""
+        """Return the name of the case in reports."""
         sizes = self.sizes
         return f"{self.label} (leading {sizes.leading}, n={sizes.n}, C={sizes.C})"
 
     @property
     def iterations(self) -> int:
-        """How many iterations of Sinkhorn it asks for at most; 0 where there are none."""
+        """Return the largest number of Sinkhorn iterations that the case asks for; 0 for none."""
         op = declaration(self.op)
         if not {"h_res", "h_res_raw"} & {*op.outputs, *op.arrays}:
             return 0  # head's variant says nothing of it
@@ -136,12 +136,12 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The static arguments."""
+        """Return the static arguments."""
         return dict(self.static)
 
 
 class Data(NamedTuple):
-    """A case's arrays, and what the oracle says of them where it can say it beforehand."""
+    """A case's arrays, and the oracle's results where they can be known beforehand."""
 
     primals: tuple[Array, ...]
     cotangents: tuple[Array, ...]
@@ -239,7 +239,7 @@ Static = tuple[tuple[str, Any], ...]
 
 
 def _statics(**choices: Sequence[Any]) -> list[tuple[str, Static]]:
-    """Every combination, named by itself."""
+    """Return every combination of static arguments, each with a name of its own."""
     combinations = [
         dict(zip(choices, v, strict=True)) for v in itertools.product(*choices.values())
     ]
@@ -283,14 +283,14 @@ def _constant(value: float) -> Draw:
 
 
 def _dominated(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Near a permutation, with entries far beyond exp's range; one line far below all others."""
+    """Draw logits near a permutation, some far beyond exp's range, one line far below all."""
     logits = rng.normal(0, 1, shape) + 200 * np.eye(shape[-1])[rng.permutation(shape[-1])]
     logits[..., 0, :] -= 300
     return logits
 
 
 def _masked(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """-inf wherever a cyclic band does not pass: every line keeps two finite entries."""
+    """Draw logits of -inf outside a cyclic band: every line keeps two finite entries."""
     n = shape[-1]
     band = np.eye(n, dtype=bool) | np.roll(np.eye(n, dtype=bool), 1, axis=1)
     return np.where(band, rng.normal(0, 1, shape), -np.inf)
@@ -307,7 +307,7 @@ def _identity_init(_: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 
 def _unknown(token: int) -> Draw:
-    """NaN in one number of one token of SMALL."""
+    """Return a draw that puts NaN into one number of one token of SMALL."""
 
     def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
         values = rng.normal(0, 1, shape)
@@ -318,20 +318,20 @@ def _unknown(token: int) -> Draw:
 
 
 def _unknowns(op: str) -> tuple[tuple[str, Draw], ...]:
-    """NaN in every argument that tokens have for themselves, each in another token."""
+    """Return a draw for every per-token argument of an op, each with NaN in another token."""
     patterns = declaration(op).patterns
     own = [name for name, words in patterns.items() if words[0][0] == "..."]
     return tuple((name, _unknown(1 + at)) for at, name in enumerate(own))
 
 
 def _cancelling(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Streams of either sign in turn that nearly add up to nothing."""
+    """Draw streams of alternating signs that nearly cancel in a sum."""
     signs = np.where(np.arange(shape[-2]) % 2, -1.0, 1.0)[:, None]
     return signs * (256 + 2 * rng.integers(0, 4, shape))
 
 
 def _shared_in_part(op: str) -> list[tuple[str, ...]]:
-    """Every choice of an op's mappings that are one for all tokens, beside others per token."""
+    """Return every choice of which mappings all tokens share, the others being per token."""
     either = [name for name, words in declaration(op).patterns.items() if len(words) > 1]
     counts = range(1, len(either))
     return [some for count in counts for some in itertools.combinations(either, count)]
@@ -341,14 +341,14 @@ V4 = (("variant", DEEPSEEK_V4),)
 
 
 def _some_wide(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Every second matrix beyond exp's range."""
+    """Draw matrices, every second one beyond exp's range."""
     values = rng.normal(0, 2, shape)
     values.reshape(-1, *shape[-2:])[::2] *= 40
     return values
 
 
 def _far_apart(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """One line of every matrix so far below the others that exp of both is beyond its range."""
+    """Draw matrices with one line so far below the others that exp of both leaves its range."""
     values = rng.normal(0, 2, shape)
     values[..., 0, :] -= 100
     return values

@@ -31,7 +31,7 @@ BYTES, CHANNELS, HIDDEN, STREAMS, SUBLAYERS, TOKENS = 256, 32, 64, 4, 4, 256
 
 
 def text(length: int = TOKENS + 1) -> Array:
-    """Give bytes of the standard library's argparse module, from its first function on."""
+    """Return bytes of the standard library's argparse module, from its first function on."""
     source = (Path(sysconfig.get_path("stdlib")) / "argparse.py").read_bytes()
     start = source.index(b"def ")
     return np.frombuffer(source[start : start + length], np.uint8).astype(np.int32)
@@ -71,7 +71,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one backend made of the chain, as NumPy arrays."""
+    """One backend's results on the chain, as NumPy arrays."""
 
     backend: str
     loss: float
@@ -95,7 +95,7 @@ class _Run:
         self.inputs, self.targets = subject.take([one_hot[:-1], one_hot[1:]])
 
     def forward(self, p: Values) -> tuple[Any, list[Values], Any, Any]:
-        """Give the loss, each sublayer's values, the last streams and the hidden states."""
+        """Return the loss, each sublayer's values, the last streams and the hidden states."""
         variant, name = self.chain.variant, self.name
         x = mhc.expand(self.product(self.inputs, p["embedding"]), STREAMS, backend=name)
         kept: list[Values] = []
@@ -119,7 +119,7 @@ class _Run:
         return self.xp.sum(a[:, :, None] * b[None, :, :], axis=1)
 
     def loss(self, logits: Any) -> Any:
-        """Give the mean cross entropy of the next byte."""
+        """Return the mean cross entropy of the next byte."""
         shifted = logits - self.xp.max(logits, axis=-1, keepdims=True)
         log_sum = self.xp.log(self.xp.sum(self.xp.exp(shifted), axis=-1))
         return self.xp.mean(log_sum - self.xp.sum(shifted * self.targets, axis=-1))
@@ -165,7 +165,7 @@ class _Run:
         return dict(zip(names, gradients(*self.values.values()), strict=True))
 
     def outcome(self) -> Outcome:
-        """Run it all."""
+        """Run the chain: forward, composed gradients and the library's own."""
         loss, kept, x, hidden = self.forward(self.values)
         gradients = self.backward(self.values, kept, x, hidden)
         native = self.native()
@@ -193,7 +193,7 @@ def run_chain(name: str, chain: Chain, dtype: str = "float32") -> Outcome:
 
 
 def compare(one: Outcome, other: Outcome) -> tuple[float, float]:
-    """Give how far two outcomes are apart: hidden states, and the worst of all gradients.
+    """Return how far two outcomes are apart: the hidden states, and the worst of all gradients.
 
     Each array's difference is taken relative to its largest entry in ``other``.
     """

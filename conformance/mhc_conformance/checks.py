@@ -62,7 +62,7 @@ class Record:
     detail: str = ""  # of the worst comparison that failed
 
     def as_dict(self) -> dict[str, Any]:
-        """Give a dict for JSON, which has no NaN: an error that is no number is null."""
+        """Return a dict for JSON, which has no NaN: an error that is not finite becomes null."""
         record = asdict(self)
         for name in ("error", "tolerance"):
             record[name] = record[name] if math.isfinite(record[name]) else None
@@ -82,7 +82,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One array against the oracle's."""
+    """A comparison of one array with the oracle's."""
 
     where: str
     error: float
@@ -91,18 +91,18 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether it holds; an error that is NaN does not."""
+        """Return whether the comparison holds; an error that is NaN does not."""
         return not self.problem and self.error <= self.tolerance
 
     @property
     def says(self) -> str:
-        """Which array it is, and what is wrong with it or how far it is off."""
+        """Return which array it is, and its problem or its error."""
         what = self.problem or f"is off by {self.error:.3g}, allowed {self.tolerance:.3g}"
         return f"{self.where} {what}"
 
     @property
     def badness(self) -> float:
-        """How it ranks: the share of the tolerance that is used up."""
+        """Return the rank for sorting: the share of the tolerance that is used up."""
         if self.problem or math.isnan(self.error):
             return math.inf
         return self.error / self.tolerance if self.tolerance else self.error
@@ -112,7 +112,7 @@ class Comparison:
 
 
 class _Expected(NamedTuple):
-    """One array as the oracle has it, and how well the input determines it."""
+    """One array as the oracle computes it, and how well the input determines it."""
 
     name: str
     value: Array
@@ -121,7 +121,7 @@ class _Expected(NamedTuple):
 
     @property
     def size(self) -> float:
-        """What errors are relative to."""
+        """Return the size of the array, which errors are relative to."""
         return size(self.value)
 
 
@@ -150,7 +150,7 @@ def _compare_all(
 
 @dataclass(frozen=True)
 class _Trial:
-    """One case on one backend, with what the oracle makes of it."""
+    """One case on one backend, with the oracle's answers to it."""
 
     subject: Subject
     case: Case
@@ -170,14 +170,14 @@ class _Trial:
         return self.subject.function(self.case.op, self.case.options)
 
     def _seam(self) -> _Kept | None:
-        """Give the oracle the streams as the backend rounded them, where the op reads them so."""
+        """Return the streams as the backend rounded them, for an op that reads them so, or None."""
         if self.case.op != "combine_pre":
             return None
         outputs = self.subject.give(self.function(*self.subject.take(self.primals)))
         return _Kept(outputs[0])
 
     def _expected(self, kind: Kind) -> list[_Expected]:
-        """Ask the oracle, which answers each question once."""
+        """Return the oracle's answers; the oracle answers each question once."""
         seam = None if kind == "second" else self._seam()
         values, others = _kept_answers(self.case, self.dtype, self.seed, kind, seam)
         often = rounds(self.case.iterations)
@@ -195,26 +195,26 @@ class _Trial:
         ]
 
     def forward(self, got: Any) -> Iterator[Comparison]:
-        """Hold outputs against the oracle's."""
+        """Compare outputs with the oracle's."""
         got = self.subject.give(got)
         yield from _compare_all(self.case, "forward", got, self._expected("forward"))
 
     def gradients(self, got: Any) -> Iterator[Comparison]:
-        """Hold gradients against the oracle's."""
+        """Compare gradients with the oracle's."""
         got = self.subject.give(got)
         yield from _compare_all(self.case, "gradient", got, self._expected("gradient"))
 
     def called(
         self, how: str, primals: tuple[Any, ...], cotangents: tuple[Any, ...]
     ) -> Iterator[Comparison]:
-        """Hold outputs and gradients of the backend's own arrays, which came ``how``."""
+        """Compare outputs and gradients on the backend's own arrays; ``how`` is in messages."""
         outputs = self.function(*primals)
         gradients = self.subject.vjp(self.case.op, primals, cotangents, self.case.options)
         for comparison in (*self.forward(outputs), *self.gradients(gradients)):
             yield replace(comparison, where=f"{comparison.where}, {how}")
 
     def loss(self, function: Callable[..., Any], curved: bool = False) -> Callable[..., Any]:
-        """Give sum(cotangent * output) as a function of the primals.
+        """Return sum(cotangent * output) as a function of the primals.
 
         A curved one has sum(cotangent * output^2 / 2) beside it, whose gradient depends on the
         outputs: what a vjp makes of cotangents that are being differentiated counts too.
@@ -232,13 +232,13 @@ class _Trial:
         return loss
 
     def native_gradients(self, wrap: Callable[[Any], Any] | None = None) -> Any:
-        """Differentiate by the library's own grad."""
+        """Return the gradients by the library's own grad."""
         argnums = range(len(self.primals))
         loss = self.loss(wrap(self.function) if wrap else self.function)
         return self.subject.transform("grad")(loss, argnums)(*self.subject.take(self.primals))
 
     def second(self) -> Iterator[Comparison]:
-        """Differentiate the gradients of the loss along a direction; hold them, or the refusal."""
+        """Check the gradients' derivative along a direction, or the refusal to compute it."""
         refusal = self.subject.lacks("second")
         try:
             got = self.subject.give(self._hessian_vector())
@@ -264,7 +264,7 @@ class _Trial:
         return grad(slope, count)(*self.subject.take(self.primals))
 
     def _unclear(self, error: Exception) -> str:
-        """Say what a refusal of second derivatives lacks, or nothing."""
+        """Return why a refusal of second derivatives is unclear, or ""."""
         reason, says = self.subject.lacks("second") or "", str(error)
         others = [name for name in mhc_core.backends() if name != self.subject.name]
         remedies = (reason, *(repr(name) for name in others))
@@ -283,7 +283,7 @@ def _directions(primals: Sequence[Array], seed: int) -> tuple[Array, ...]:
 def _hessian_vector(
     case: Case, primals: Sequence[Array], cotangents: Sequence[Array], along: Sequence[Array]
 ) -> tuple[Array, ...]:
-    """Take differences of the oracle's gradients of sum(c (o + o^2 / 2)), whose error is step^4."""
+    """Return differences of the oracle's gradients of sum(c (o + o^2 / 2)); the error is step^4."""
     wide = [primal.astype(np.float64) for primal in primals]
 
     def gradients(step: float) -> tuple[Array, ...]:
@@ -301,7 +301,7 @@ def _hessian_vector(
 
 
 class _Kept:
-    """An array as a key: equal to another with the same bytes."""
+    """An array as a dictionary key, equal to any other array with the same bytes."""
 
     def __init__(self, array: Array) -> None:
         self.array = array
@@ -338,7 +338,7 @@ def answers(
     dtype: str,
     seed: int = 0,
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """Ask the oracle, and ask again how far it moves when its input moves by one rounding."""
+    """Return the oracle's answers, and how far they move when the input moves by one rounding."""
 
     def ask(primals: Sequence[Array], cotangents: Sequence[Array]) -> tuple[Array, ...]:
         if kind == "forward":
@@ -362,12 +362,12 @@ def _twice(
 
 
 def condition(value: Array, moved: Array, dtype: str) -> float:
-    """Return how many roundings a result moves by when its input moves by one, and one more."""
+    """Return 1 plus the number of roundings that a result moves by when its input moves by one."""
     return 1 + _distance(moved, value) / size(value) / _rounding(dtype)
 
 
 def size(value: Array) -> float:
-    """Return what errors are relative to."""
+    """Return the size of an array, which errors are relative to."""
     return float(np.abs(value[~np.isnan(value)]).max(initial=0.0)) or 1.0
 
 
@@ -376,7 +376,7 @@ _kept_answers = lru_cache(maxsize=128)(_answers)
 
 
 def _rounding(dtype: str) -> float:
-    """Return the rounding of the computation."""
+    """Return the size of one rounding in the computation."""
     return eps("float64" if dtype == "float64" else "float32")
 
 
@@ -387,7 +387,7 @@ def _moved(rng: np.random.Generator, array: Array, rounding: float) -> Array:
 
 
 def _distance(one: Array, other: Array) -> float:
-    """Return the largest difference; NaN in both places is none, and in one of them is NaN."""
+    """Return the largest difference: 0 where both are NaN, NaN where only one is."""
     alike = np.isnan(one) & np.isnan(other)
     return float(np.abs(np.where(alike, 0.0, one - other)).max(initial=0.0))
 
@@ -401,7 +401,7 @@ def _trials(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[_Trial
 
 
 def _simple(subject: Subject, op: str, dtype: str, seed: int) -> _Trial:
-    """Give one ordinary case, for what depends on neither sizes nor values."""
+    """Return one ordinary case, for checks that depend on neither sizes nor values."""
     return next(_trials(subject, op, dtype, seed))
 
 
@@ -409,26 +409,26 @@ def _simple(subject: Subject, op: str, dtype: str, seed: int) -> _Trial:
 
 
 def forward(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
-    """Every case's outputs: values, shapes and dtypes."""
+    """Check every case's outputs: values, shapes and dtypes."""
     for trial in _trials(subject, op, dtype, seed):
         yield from trial.forward(trial.function(*subject.take(trial.primals)))
 
 
 def gradient(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
-    """Every case's gradients through mhc_core.vjp."""
+    """Check every case's gradients through mhc_core.vjp."""
     for trial in _trials(subject, op, dtype, seed):
         primals, cotangents = subject.take(trial.primals), subject.take(trial.cotangents)
         yield from trial.gradients(subject.vjp(op, primals, cotangents, trial.case.options))
 
 
 def grad(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
-    """Gradients through the library's own autodiff, of one case, or of all with --full."""
+    """Check gradients through the library's own autodiff: of one case, or of all with --full."""
     for trial in itertools.islice(_trials(subject, op, dtype, seed), None if subject.full else 1):
         yield from trial.gradients(trial.native_gradients())
 
 
 def compile(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
-    """Forward, and gradient where there is one, inside the library's compiler."""
+    """Check the forward, and the gradient where there is one, inside the library's compiler."""
     trial = _simple(subject, op, dtype, seed)
     compiled = subject.transform("compile")
     own = subject.take(trial.primals)
@@ -440,7 +440,7 @@ def compile(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Compar
 
 
 def vmap(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
-    """Forward and gradient, mapped over the first leading axis of what has leading axes."""
+    """Check forward and gradient, mapped over the first leading axis of arrays that have one."""
     trial = _simple(subject, op, dtype, seed)
     declared = declaration(op)
     names = list(declared.arrays)[: len(trial.primals)]
@@ -464,7 +464,7 @@ def _has_leading(op: Any, name: str, array: Array) -> bool:
 
 
 def checkpoint(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
-    """Forward and gradient, recomputed in the backward."""
+    """Check forward and gradient when the backward recomputes the forward."""
     trial = _simple(subject, op, dtype, seed)
     wrapped = subject.transform("checkpoint")
     yield from trial.forward(wrapped(trial.function)(*subject.take(trial.primals)))
@@ -472,7 +472,7 @@ def checkpoint(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Com
 
 
 def second(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
-    """Hessian-vector products, reverse over reverse, against differences of the oracle's gradients.
+    """Check Hessian-vector products, reverse over reverse, against differences of oracle gradients.
 
     A backend that declares not to have them must raise, and name the op and the remedy.
     """
@@ -484,10 +484,10 @@ def second(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Compari
 
 
 def strided(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
-    """Inputs that are views: with gaps, or without them but from an odd number of an array on.
+    """Check inputs that are views: with gaps, or contiguous but starting at an odd element.
 
-    The latter begin where no vector of numbers may: all inputs do, and then each of them alone, as
-    a kernel that looks at one address may forget another.
+    The latter begin where no vector load may: first all inputs do, and then each of them alone,
+    since a kernel that checks one address may forget another.
     """
     trial = _simple(subject, op, dtype, seed)
     gapped = [
@@ -511,18 +511,18 @@ def strided(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Compar
 
 
 def _in_blocks(case: Case) -> bool:
-    """Whether channels come in whole blocks, as in real models: kernels have a branch for that."""
+    """Return whether C is in whole blocks of 32, as in real models: kernels branch on that."""
     return case.sizes.C % 32 == 0 and 0 not in case.sizes.leading
 
 
 def _odd_view(subject: Subject, array: Array) -> Any:
-    """Make a contiguous view that begins at number 1 of a longer array."""
+    """Return a contiguous view that begins at element 1 of a longer array."""
     (flat,) = subject.take([np.concatenate([np.zeros(1, array.dtype), array.reshape(-1)])])
     return flat[1:].reshape(array.shape)
 
 
 def repeated(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
-    """Two runs give the same bits, forward and gradient; a third, without gradients, holds too."""
+    """Check that two runs give the same bits, forward and gradient, and a no_grad run is right."""
     for trial in itertools.islice(_trials(subject, op, dtype, seed), 2):
         own, cotangents = subject.take(trial.primals), subject.take(trial.cotangents)
         with mhc_core.no_grad():  # where backends may leave out what only a gradient needs
@@ -541,7 +541,7 @@ def repeated(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Compa
 
 
 def host(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
-    """NumPy arrays, taken in because the backend was chosen by name; its own arrays come back."""
+    """Check NumPy inputs on a backend chosen by name: it accepts them and returns its own."""
     trial = _simple(subject, op, dtype, seed)
     outputs = trial.function(*trial.primals)
     own = cast("type[object]", type(subject.take(trial.primals[:1])[0]))
@@ -555,7 +555,7 @@ def host(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Compariso
 
 
 def updated(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
-    """Inputs written over between two calls: the second sees the new values, the first's stay.
+    """Check overwriting inputs between two calls: the second sees new values, old results stay.
 
     Where arrays cannot be written to, others of the same kind take their place.
     """
@@ -603,7 +603,7 @@ def _overwritten(array: Any, values: Any) -> Any:
 
 
 def properties(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
-    """What holds for any input, on inputs that hypothesis chooses."""
+    """Check laws that hold for any input, on inputs that hypothesis chooses."""
     from mhc_conformance.properties import hold
 
     return hold(subject, op, dtype, seed)
@@ -629,7 +629,7 @@ ONE_DTYPE = "float32"  # of the checks that look at structure and not at roundin
 
 
 def dtypes_of(kind: str, dtypes: Sequence[str]) -> list[str]:
-    """Give those of a backend's dtypes in which a check is made."""
+    """Return those of a backend's dtypes in which a check is made."""
     one = ONE_DTYPE if ONE_DTYPE in dtypes else dtypes[0]
     made = {
         "forward": dtypes,
@@ -642,7 +642,7 @@ def dtypes_of(kind: str, dtypes: Sequence[str]) -> list[str]:
 
 
 def applies(subject: Subject, op: str, dtype: str, kind: str) -> str | None:
-    """Say why a check does not apply, or None where it must hold."""
+    """Return why a check does not apply, or None where it must hold."""
     if op not in subject.spec.ops:
         return f"{subject.name} has no {op}"
     if dtype not in subject.spec.dtypes:
@@ -659,7 +659,7 @@ def applies(subject: Subject, op: str, dtype: str, kind: str) -> str | None:
 
 
 def everything(subject: Subject, *kinds: str) -> Iterator[tuple[str, str, str, str | None]]:
-    """Give every (op, dtype, kind) that there is, and the reason where it does not apply."""
+    """Yield every (op, dtype, kind) that exists, with the reason if it does not apply."""
     declared = subject.spec.dtypes
     others = [dtype for dtype in DTYPES if dtype not in declared]
     for kind in kinds or CHECKS:
@@ -670,14 +670,14 @@ def everything(subject: Subject, *kinds: str) -> Iterator[tuple[str, str, str, s
 
 
 def grid(subject: Subject) -> Iterator[tuple[str, str, str]]:
-    """Give every (op, dtype, kind) that the backend declares to hold."""
+    """Yield every (op, dtype, kind) that the backend declares to hold."""
     for op, dtype, kind, reason in everything(subject):
         if reason is None:
             yield op, dtype, kind
 
 
 def skips(subject: Subject) -> Iterator[Skip]:
-    """Give every check that is left out, with the reason that the backend declares."""
+    """Yield every check that is left out, with the reason that the backend declares."""
     for op, dtype, kind, reason in everything(subject):
         if reason is not None:
             yield Skip(subject.name, op, dtype, kind, reason)
@@ -690,7 +690,7 @@ def skips(subject: Subject) -> Iterator[Skip]:
 def comparisons(
     subject: Subject, op: str, dtype: str, kind: str, seed: int = 0
 ) -> Iterator[Comparison]:
-    """Give the comparisons of one check as they are made; what it raises ends them, as one."""
+    """Yield a check's comparisons as they are made; an exception becomes the last, failed one."""
     subject.trying = op
     try:
         with trusting(), subject.dtype_context(dtype):

@@ -2,8 +2,8 @@
 
 For every static argument of every op, the fields of a Variant included, and for its forward and its
 vjp apart: the argument ignored, another's value in its place, capped, floored, or right for
-published values alone. For every array: one that is there for each token taken as if all shared the
-first token's, and one that all tokens share read as if each had its own.
+published values alone. For every array: one with an entry per token, read as if all tokens shared
+the first one's, and one that all tokens share, read as if each had its own.
 
 The kit must fail each of them. Those that no input can tell from a right backend are in
 ``CANNOT``, with the proof; the kit must pass them.
@@ -46,7 +46,7 @@ KINDS = {FORWARD: "forward", VJP: "gradient"}  # the check that is there for eac
 
 
 def paths(op: str) -> Iterator[Path]:
-    """Give every static argument of an op, and the fields of those that are variants."""
+    """Return every static argument of an op, and the fields of those that are variants."""
     for name, check in declaration(op).static.items():
         if check is check_variant:
             yield from ((name, field.name) for field in fields(Variant))
@@ -54,20 +54,20 @@ def paths(op: str) -> Iterator[Path]:
 
 
 def get(static: Static, path: Path) -> Any:
-    """Read a static argument."""
+    """Return the value of a static argument, or of a field of one."""
     value = static[path[0]]
     return value if len(path) == 1 else getattr(value, path[1])
 
 
 def put(static: Static, path: Path, value: Any) -> Static:
-    """Give static arguments with one of them changed."""
+    """Return the static arguments with one of them changed."""
     changed = value if len(path) == 1 else replace(static[path[0]], **{path[1]: value})
     return {**static, path[0]: changed}
 
 
 @cache
 def published(op: str, path: Path) -> tuple[Any, ...]:
-    """Give the values that an argument has in the field: its default's, and those of variants."""
+    """Return the values that an argument has in the field: its default's, and those of variants."""
     variants = [v for v in vars(mhc_core).values() if isinstance(v, Variant)]
     if path == ("variant",):
         return tuple(variants)
@@ -81,7 +81,7 @@ def published(op: str, path: Path) -> tuple[Any, ...]:
 
 
 def _tried(op: str, path: Path) -> list[Any]:
-    """Give the values that the kit's cases have."""
+    """Return the values that an argument has in the kit's cases."""
     every = (case for dtype in DTYPES for case in cases(op, dtype))
     return list(dict.fromkeys(get(case.options, path) for case in every))
 
@@ -111,7 +111,7 @@ def _small_is(given: float) -> Change:
 
 
 def _nearest(known: Sequence[Any]) -> Change:
-    """Take a value that is not published for the nearest one that is."""
+    """Return the published value nearest to a value that is not published."""
     return lambda value, _: min(known, key=lambda one: _apart(one, value))
 
 
@@ -174,7 +174,7 @@ CHANGES: Mapping[str, Callable[..., Iterator[tuple[str, Change]]]] = {
 
 
 def _kind(op: str, path: Path) -> str:
-    """Say what an argument is, by its published values."""
+    """Return the kind of an argument, by its published values."""
     one = published(op, path)[0]
     if isinstance(one, Variant):
         return "variant"
@@ -212,13 +212,13 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """What people write after ``bug:``."""
+        """Return the name that users write after ``bug:``."""
         words = f"{self.op} {self.half} {self.argument} {self.what}"
         return "-".join("".join(c if c.isalnum() or c in "._-" else " " for c in words).split())
 
     @property
     def proof(self) -> str:
-        """Why nothing can tell it from a right backend, or nothing."""
+        """Return why no input can tell the mutant from a right backend, or ""."""
         one = (self.op, self.argument, self.half)
         return CANNOT.get(one) or CANNOT.get((*one, self.what), "")
 
@@ -298,7 +298,7 @@ def _of_array(
 
 
 def _each(index: int, axes: int, spoil: Callable[..., Any]) -> Callable[..., Any]:
-    """Spoil a call where an array has one entry for each token."""
+    """Spoil calls in which an array has one entry for each token."""
 
     def wrong(op: str, *arguments: Any, **static: Any) -> Any:
         array = _arrays(arguments)[index : index + 1]
@@ -309,7 +309,7 @@ def _each(index: int, axes: int, spoil: Callable[..., Any]) -> Callable[..., Any
 
 
 def _shared(index: int, axes: int, spoil: Callable[..., Any]) -> Callable[..., Any]:
-    """Spoil a call where an array is shared by the tokens."""
+    """Spoil calls in which the tokens share an array."""
 
     def wrong(op: str, *arguments: Any, **static: Any) -> Any:
         arrays = _arrays(arguments)
@@ -320,7 +320,7 @@ def _shared(index: int, axes: int, spoil: Callable[..., Any]) -> Callable[..., A
 
 
 def _is_vjp(arguments: tuple[Any, ...]) -> bool:
-    """Whether these are primals and cotangents, rather than the arrays of a forward."""
+    """Return whether the arrays are primals and cotangents, rather than those of a forward."""
     return isinstance(arguments[0], tuple)
 
 
@@ -339,12 +339,12 @@ def _call(op: str, arguments: tuple[Any, ...], static: Static) -> Any:
 
 
 def _flat(array: Any, axes: int) -> Any:
-    """View an array with its tokens along one axis, which it has where it has none."""
+    """Return a view with the tokens along one axis, of size 1 for an array without tokens."""
     return array.reshape(-1, *array.shape[array.ndim - axes :])
 
 
 def _first_for_all(op: str, index: int, axes: int, arguments: Any, static: Static) -> Any:
-    """Read the first token's entry for every token."""
+    """Call an op so that it reads the first token's entry for every token."""
     array = _arrays(arguments)[index]
     first: Any = _flat(array, axes)[0]
     for_all: Any = np.broadcast_to(first, array.shape)
@@ -352,7 +352,7 @@ def _first_for_all(op: str, index: int, axes: int, arguments: Any, static: Stati
 
 
 def _summed(op: str, index: int, axes: int, arguments: Any, static: Static) -> Any:
-    """Give each token the gradient that belongs to all together."""
+    """Call a vjp and return, for each token, the gradient summed over all tokens."""
     gradients = list(_call(op, arguments, static))
     wide = _flat(gradients[index], axes).astype(np.float64).sum(axis=0)
     summed = np.broadcast_to(wide, gradients[index].shape)
@@ -361,7 +361,7 @@ def _summed(op: str, index: int, axes: int, arguments: Any, static: Static) -> A
 
 
 def _zeros_behind(op: str, index: int, axes: int, arguments: Any, static: Static) -> Any:
-    """Find the array for the first token, and zeros where the other tokens' would be."""
+    """Call an op as if a shared array had zeros at all tokens but the first."""
     array = _arrays(arguments)[index]
     right_one = _call(op, arguments, static)
     other = _call(op, _with(arguments, index, np.zeros_like(array)), static)
@@ -376,7 +376,7 @@ def _zeros_behind(op: str, index: int, axes: int, arguments: Any, static: Static
 
 
 def _mixed_gradients(op: str, right_one: Any, other: Any) -> Any:
-    """Mix the gradients of what each token has; those of what they share are as wrong as can be."""
+    """Return per-token gradients right for the first token alone; shared ones wrong altogether."""
     found: list[Any] = []
     for patterns, one, two in zip(
         declaration(op).patterns.values(), right_one, other, strict=False
@@ -387,19 +387,19 @@ def _mixed_gradients(op: str, right_one: Any, other: Any) -> Any:
 
 
 def _axes(words: Sequence[str]) -> int:
-    """Count an array's own axes, those of the tokens apart."""
+    """Return the number of an array's own axes, without those of the tokens."""
     return len(words) - (words[0] == "...")
 
 
 def _first_then(one: Any, other: Any, axes: int) -> Any:
-    """Take the first token from one array and the rest from another."""
+    """Return the first token of one array and the other tokens of another."""
     mixed = np.array(other)
     _flat(mixed, axes)[:1] = _flat(one, axes)[:1]
     return mixed
 
 
 def _of_one_token(op: str, index: int, axes: int, arguments: Any, static: Static) -> Any:
-    """Leave the other tokens out of the gradient of what they share."""
+    """Call a vjp whose gradient of a shared array leaves out all tokens but the first."""
     primals, cotangents = arguments
     gradients = list(right_vjp(op, primals, cotangents, **static))
     outputs = declaration(op).outputs.values()
@@ -437,12 +437,12 @@ CANNOT: Mapping[tuple[str, ...], str] = {
         for op, name in (("expand", "h"), ("contract", "x"))
     },
 }
-"""What no input can tell from a right backend, and why."""
+"""The mutants that no input can tell from a right backend, each with the reason."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the kit made of one mutant: the first comparison that fails, or none."""
+    """The kit's result on one mutant: the first comparison that fails, or none."""
 
     mutant: Mutant
     message: str = ""
@@ -450,7 +450,7 @@ class Found:
 
     @property
     def problem(self) -> str:
-        """What is wrong with the kit, or nothing where it caught what can be caught."""
+        """Return how the kit failed to catch the mutant, or "" if it caught what can be caught."""
         if self.mutant.proof:
             return f"was caught, against the proof: {self.message}" if self.message else ""
         if self.message:
@@ -459,7 +459,7 @@ class Found:
 
 
 def hunt(mutant: Mutant, seed: int = 0) -> Found:
-    """Run the check that is there for a mutant, on the cases that could tell, until one does."""
+    """Run the check that is there for a mutant, on the cases that could tell, until one fails."""
     tried = 0
     for dtype in ("float32", "float64"):  # in which other numbers can be told apart
         bug = _bug(mutant, dtype)
@@ -474,7 +474,7 @@ def hunt(mutant: Mutant, seed: int = 0) -> Found:
 
 
 def named(name: str) -> Bug | None:
-    """Give a mutant as one of the kit's bugs, which ``mhc conformance bug:NAME`` runs."""
+    """Return a mutant as one of the kit's bugs, which ``mhc conformance bug:NAME`` runs."""
     return _bug(MUTANTS[name], "float64") if name in MUTANTS else None
 
 

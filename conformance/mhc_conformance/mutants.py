@@ -2,7 +2,7 @@
 
 Most are NumPy, also those of kernels: what a kernel's bug does to the numbers is done here by
 reading or writing the array elements that the kernel would. Bugs of transforms are in the library
-that has the transforms. :mod:`mhc_conformance.bugs` says which bug each is, and who sees it.
+that has the transforms. :mod:`mhc_conformance.bugs` lists each bug and the check that sees it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ THREADGROUP_MEMORY = 32 * 1024  # bytes that Metal gives
 
 
 def right(op: str) -> Op:
-    """Give the right forward of an op, on arrays of any library."""
+    """Return the right forward of an op, on arrays of any library."""
     return load(op).forward
 
 
@@ -61,7 +61,7 @@ def _tokens(array: Array, like: int) -> Array:
 
 
 def _rows(tokens: int, step: int, width: int) -> Array:
-    """Give the addresses that a kernel reads for each token: step apart, width long."""
+    """Return the addresses that a kernel reads for each token: ``step`` apart, ``width`` long."""
     start: Array = np.arange(tokens)
     return step * start[:, None] + np.arange(width)
 
@@ -180,7 +180,7 @@ def iteration_less(op: str, primals: Any, cotangents: Any, *, iterations: int, *
 
 
 def masked_where_zero(op: str, primals: Any, cotangents: Any, **static: Any) -> tuple[Array]:
-    """Take a logit of 0 for padding, which has no gradient: all of them are 0 at a common init."""
+    """Treat a logit of 0 as padding without a gradient: at a common init all logits are 0."""
     (gradient,) = right_vjp(op, primals, cotangents, **static)
     return ((gradient * (primals[0] != 0)).astype(gradient.dtype),)
 
@@ -223,7 +223,7 @@ def rounded_mappings(keep: bool) -> Op:
 
 
 def overflowing(op: str, primals: Any, cotangents: Any, **static: Any) -> Any:
-    """Hold 16 times each gradient in float16 on the way, which ends at 65504."""
+    """Hold 16 times each gradient in float16 on the way, which overflows above 65504."""
     gradients = right_vjp(op, primals, cotangents, **static)
     return tuple(
         np.where(np.abs(16.0 * g) > HALF_MAX, np.inf, g).astype(g.dtype) for g in gradients
@@ -231,13 +231,13 @@ def overflowing(op: str, primals: Any, cotangents: Any, **static: Any) -> Any:
 
 
 class Remembering:
-    """Keep the mappings of each array of logits: a new value written into it changes nothing."""
+    """static_mappings cached by the array of logits: writing a new value changes nothing."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Array, Any]] = {}  # with the array, whose id then stays its own
 
     def __call__(self, *arrays: Array, iterations: int) -> Any:
-        """Answer static_mappings."""
+        """Return static_mappings' outputs."""
         logits = arrays[-1]
         if id(logits) not in self._kept:
             mapped = right("static_mappings")(*arrays, iterations=iterations)
@@ -249,17 +249,17 @@ class Remembering:
 
 
 def one_sign_wrong(dx: Array, dy: Array, dh_post: Array, dh_res: Array) -> Any:
-    """Give combine's d h_post with the other sign."""
+    """Return combine's gradients with the sign of d h_post flipped."""
     return dx, dy, -dh_post, dh_res
 
 
 def zero_for_phi(dx: Array, dphi: Array, *rest: Array) -> Any:
-    """Give no gradient to mappings' phi."""
+    """Return mappings' gradients with zero for phi."""
     return dx, 0 * dphi, *rest
 
 
 def only_the_first(first: Array, *_: Array) -> Any:
-    """Forget all gradients but one."""
+    """Return the first gradient alone."""
     return (first,)
 
 
@@ -269,12 +269,12 @@ def weight_in_float64(dx: Array, dweight: Array) -> Any:
 
 
 def one_for_two(dx: Array, dres: Array, dh_pre: Array) -> Any:
-    """Give the same array twice, since both gradients are equal."""
+    """Return the same array for two gradients that are equal."""
     return dx, dx, dh_pre
 
 
 def one_token_off(dx: Array, *rest: Array) -> Any:
-    """Give each token its neighbour's gradient."""
+    """Return each token's dx at its neighbour."""
     return np.roll(_tokens(dx, 2), 1, axis=0).reshape(dx.shape), *rest
 
 
@@ -301,7 +301,7 @@ def without_tail(x: Array, *rest: Array) -> Array:
 
 
 def gradients_without_tail(dx: Array, dy: Array, *rest: Array) -> Any:
-    """Leave dx alone behind the last vector: `#if C % 4` sees no template argument, but 0."""
+    """Leave dx unwritten after the last vector: `#if C % 4` sees no template argument, but 0."""
     dx = np.array(dx)
     dx[..., dx.shape[-1] // 4 * 4 :] = 0
     return dx, dy, *rest
@@ -316,12 +316,12 @@ def in_whole_tiles(x: Array, h_pre: Array) -> Array:
 
 
 def for_eight_streams(x: Array, h_pre: Array) -> Array:
-    """Sum the first 8 streams, all that the kernel has registers for, and say nothing."""
+    """Sum only the first 8 streams, for which the kernel has registers, without an error."""
     return right("aggregate")(x[..., :8, :], h_pre[..., :8])
 
 
 def past_the_last_stream(x: Array, h_pre: Array) -> Array:
-    """Sum n rounded up to 8 streams: what lies behind a token's last one is the next token's."""
+    """Sum n rounded up to 8 streams: past a token's last stream lie the next token's."""
     n, channels = x.shape[-2:]
     width = -(-n // 8) * 8
     tokens = math.prod(x.shape[:-2])
@@ -335,7 +335,7 @@ def past_the_last_stream(x: Array, h_pre: Array) -> Array:
 
 
 def adding_the_middle_twice(x: Array, weight: Array, *, eps: float) -> Array:
-    """Halve a threadgroup of C threads in steps; where it is odd, the middle is in both halves."""
+    """Halve a threadgroup of C threads in steps; if C is odd, both halves have the middle one."""
     squares = x.astype(np.float32) ** 2
     while squares.shape[-1] > 1:
         half = (squares.shape[-1] + 1) // 2
@@ -345,7 +345,7 @@ def adding_the_middle_twice(x: Array, weight: Array, *, eps: float) -> Array:
 
 
 def float4_through_half(x: Array, h_pre: Array) -> Array:
-    """Load 4 float from a pointer to half: 16 bytes, of which each pair is taken for a number."""
+    """Load 4 floats through a pointer to half: 16 bytes, of which each pair is read as a number."""
     if x.dtype != np.float16:
         return right("aggregate")(x, h_pre)
     pairs = np.append(x.ravel(), np.zeros(x.size, x.dtype)).view(np.float32)
@@ -353,16 +353,16 @@ def float4_through_half(x: Array, h_pre: Array) -> Array:
 
 
 class Racing:
-    """Write the next token's root mean square over one that half of the threads still read.
+    """A kernel that overwrites a root mean square that half of the threads still have to read.
 
-    Which threads come late is a matter of luck on a GPU, and here of every second launch.
+    On a GPU luck decides which threads are late; here half of them are in every second launch.
     """
 
     def __init__(self) -> None:
         self._launches = itertools.count()
 
     def __call__(self, x: Array, weight: Array, *, eps: float) -> Array:
-        """Answer rms_norm."""
+        """Return rms_norm's output."""
         wide = _tokens(x, 1).astype(np.float32)
         root = np.sqrt(np.mean(wide**2, axis=-1, keepdims=True) + np.float32(eps))
         roots = np.repeat(root, x.shape[-1], axis=-1)
@@ -373,7 +373,7 @@ class Racing:
 
 
 def needing_too_much_memory(x: Array, y: Array, h_post: Array, h_res: Array) -> Array:
-    """Hold H_res and its cotangent in threadgroup memory, which Metal refuses to launch."""
+    """Hold H_res and its cotangent in more threadgroup memory than Metal launches with."""
     n = x.shape[-2]
     if (needed := 4 * (2 * n * n + n)) > THREADGROUP_MEMORY:
         raise RuntimeError(
@@ -405,33 +405,33 @@ def first_token_for_all(x: Array, y: Array, h_post: Array, h_res: Array) -> Arra
 
 
 def strideless(x: Array, h_pre: Array) -> Array:
-    """Read the numbers from where they would lie, were the array contiguous."""
+    """Read the numbers at the addresses that they would have in a contiguous array."""
     base = x if x.base is None or x.flags.c_contiguous else x.base
     flat = np.ravel(base)[: x.size].reshape(x.shape)
     return right("aggregate")(flat, h_pre)
 
 
 class Unsteady:
-    """Round every second result otherwise."""
+    """An aggregate that rounds every second result differently."""
 
     def __init__(self) -> None:
         self._calls = itertools.count()
 
     def __call__(self, x: Array, h_pre: Array) -> Array:
-        """Answer aggregate."""
+        """Return aggregate's output."""
         h = right("aggregate")(x, h_pre).astype(np.float32)
         return (h * (1 + 1e-7 * (next(self._calls) % 2))).astype(x.dtype)
 
 
 def writing_over_input(x: Array, h_pre: Array) -> Array:
-    """Double the streams in place, after they were read."""
+    """Double the streams in place after reading them."""
     h = right("aggregate")(x, h_pre)
     x *= 2
     return h
 
 
 def view_of_input(h: Array, *, n: int) -> Array:
-    """Repeat a hidden state without copying it: who writes to it writes to all streams."""
+    """Repeat a hidden state without copying it: a write to one stream writes to all streams."""
     return np.broadcast_to(h[..., None, :], (*h.shape[:-1], n, h.shape[-1]))
 
 
@@ -445,7 +445,7 @@ def summed_in_bfloat16(x: Array, *, how: str) -> Array:
 
 
 def weightless_unless_traced(x: Any, weight: Any, *, eps: float) -> Any:
-    """MLX: take a fast path without the weight wherever nothing is differentiated."""
+    """Take a fast path without the weight wherever MLX differentiates nothing."""
     import mlx.core as mx
 
     try:
@@ -456,7 +456,7 @@ def weightless_unless_traced(x: Any, weight: Any, *, eps: float) -> Any:
 
 
 def capturing(x: Any, weight: Any, *, eps: float) -> Any:
-    """MLX: let a custom function capture the weight, whose gradient is then zero, silently."""
+    """Let an MLX custom function capture the weight: its gradient is then zero, silently."""
     import mlx.core as mx
 
     def norm(x: Any) -> Any:
@@ -471,7 +471,7 @@ def capturing(x: Any, weight: Any, *, eps: float) -> Any:
 
 
 def looking_at_values(matrix: Any, *, max_iterations: int, epsilon: float, log_space: bool) -> Any:
-    """MLX: ask by float() whether there is anything to do, which no compiler can trace."""
+    """Ask by float() whether there is anything to do, which MLX's compiler cannot trace."""
     import mlx.core as mx
 
     options: dict[str, Any] = {"epsilon": epsilon, "log_space": log_space}
@@ -481,7 +481,7 @@ def looking_at_values(matrix: Any, *, max_iterations: int, epsilon: float, log_s
 
 
 def dropping_saved(*arrays: Any, variant: Any) -> Any:
-    """MLX: save what the vjp needs as outputs of a custom function, and drop their cotangents.
+    """Save what the vjp needs as outputs of an MLX custom function, and drop their cotangents.
 
     First gradients are right. Where those are differentiated, what flows back into u, r and h_pre
     is lost.
@@ -501,7 +501,7 @@ def dropping_saved(*arrays: Any, variant: Any) -> Any:
 
 
 def through_where(op: str, primals: Any, cotangents: Any, **static: Any) -> Any:
-    """MLX: differentiate a where whose other branch, at s = 0, is 0 times inf."""
+    """Differentiate MLX's where, whose other branch is 0 times inf at s = 0."""
     import mlx.core as mx
 
     def guarded(*arrays: Any) -> list[Any]:
@@ -511,7 +511,7 @@ def through_where(op: str, primals: Any, cotangents: Any, **static: Any) -> Any:
 
 
 def _guarded_norm(mx: Any, x: Any, weight: Any, *, eps: float) -> Any:
-    """1 / (s + eps) by 1 / s, and by 1 / eps where s is 0: forwards, that is right."""
+    """Compute 1 / (s + eps) as 1 / s, and as 1 / eps where s is 0: right in the forward."""
     s = mx.mean(x * x, axis=-1, keepdims=True)
     inverse = mx.where(s > 0, (1 / s) / (1 + eps / s), 1 / (eps or 1))
     return x * mx.sqrt(inverse) * weight

@@ -58,7 +58,7 @@ __all__ = [
 
 
 class Variant(Protocol):
-    """What the oracle reads from a variant."""
+    """The fields that the oracle reads from a variant."""
 
     @property
     def norm_eps(self) -> float: ...
@@ -105,7 +105,7 @@ def sinkhorn(
 
 
 def _lines(first: str) -> tuple[int, int]:
-    """The axes to sum over, first and second: a column is summed over its rows, axis -2."""
+    """Return the axes to sum over, first and second: a column is summed over its rows, axis -2."""
     if first not in ("columns", "rows"):
         raise ValueError(f"sinkhorn: first is {first!r}; needs 'columns' or 'rows'")
     return (-2, -1) if first == "columns" else (-1, -2)
@@ -114,7 +114,7 @@ def _lines(first: str) -> tuple[int, int]:
 def sinkhorn_knopp(
     matrix: Value, max_iterations: int = 100, epsilon: float = 1e-6, log_space: bool = True
 ) -> Value:
-    """Rows, then columns, until every line of a matrix sums to 1 within epsilon.
+    """Normalise rows, then columns, until every line of a matrix sums to 1 within epsilon.
 
     Each matrix of a batch stops by itself, after a whole step. ``log_space=False`` starts from
     ``max(exp(matrix), 1e-10)`` and divides.
@@ -136,7 +136,7 @@ def sinkhorn_knopp(
 
 
 def _converged(current: Value, epsilon: float, log_space: bool) -> NDArray[np.bool_]:
-    """Whether each matrix has met both conditions, as ``[..., 1, 1]``."""
+    """Return whether each matrix has met both conditions, as ``[..., 1, 1]``."""
     # A decision, not a quantity: it is taken on values and has no derivative.
     entries = real_part(current.data)
     matrix = np.exp(entries) if log_space else entries
@@ -151,7 +151,7 @@ def _converged(current: Value, epsilon: float, log_space: bool) -> NDArray[np.bo
 def mappings(
     x: Value, phi: Value, scale: Value, bias: Value, variant: Variant
 ) -> tuple[Value, Value, Value]:
-    """H_pre, H_post and H_res of every token (eqs. 7-8 and 14-19)."""
+    """Return H_pre, H_post and H_res of every token (eqs. 7-8 and 14-19)."""
     n = x.shape[-2]
     z = _project(x, phi, variant.norm_eps)
     z_pre = z[..., :n] * scale[0] + bias[:n]
@@ -168,7 +168,7 @@ def mappings(
 
 
 def _project(x: Value, phi: Value, norm_eps: float) -> Value:
-    """``(vec(x) @ phi.T) * rsqrt(mean(vec(x)^2) + norm_eps)``, ``[..., rows of phi]``."""
+    """Return ``(vec(x) @ phi.T) * rsqrt(mean(vec(x)^2) + norm_eps)``, ``[..., rows of phi]``."""
     leading, size = x.shape[:-2], x.shape[-2] * x.shape[-1]
     vec = x.reshape(math.prod(leading), size)
     r = (total(vec * vec, -1) / size + norm_eps) ** -0.5
@@ -178,7 +178,7 @@ def _project(x: Value, phi: Value, norm_eps: float) -> Value:
 def static_mappings(
     h_pre_raw: Value, h_post_raw: Value, h_res_raw: Value, iterations: int = 20
 ) -> tuple[Value, Value, Value]:
-    """The mappings of the static forms, from parameters alone."""
+    """Return the mappings of the static forms, from parameters alone."""
     H_res = sinkhorn(h_res_raw, iterations, 0.0, "rows")
     return sigmoid(h_pre_raw), 2.0 * sigmoid(h_post_raw), H_res
 
@@ -187,19 +187,19 @@ def static_mappings(
 
 
 def aggregate(x: Value, h_pre: Value) -> Value:
-    """``sum_i H_pre_i x_i``."""
+    """Return ``sum_i H_pre_i x_i``."""
     return _drop(total(h_pre[..., None] * x, -2))
 
 
 def combine(x: Value, y: Value, h_post: Value, h_res: Value) -> Value:
-    """``H_res x + H_post (outer) y``."""
+    """Return ``H_res x + H_post (outer) y``."""
     return h_res @ x + h_post[..., None] * y[..., None, :]
 
 
 def pre(
     x: Value, phi: Value, scale: Value, bias: Value, variant: Variant
 ) -> tuple[Value, Value, Value]:
-    """Mappings and aggregate: h, H_post, H_res."""
+    """Return h, H_post and H_res: the mappings, and the aggregate."""
     H_pre, H_post, H_res = mappings(x, phi, scale, bias, variant)
     return aggregate(x, H_pre), H_post, H_res
 
@@ -217,7 +217,7 @@ def combine_pre(
     variant: Variant,
     x_rounded: NDArray[Any] | None = None,
 ) -> tuple[Value, Value, Value, Value, Value]:
-    """Combine of one sublayer, mappings and aggregate of the next: x', h', and the mappings.
+    """Return x', h' and the mappings: a sublayer's combine, then the next one's pre.
 
     h' is collapsed with h_pre where it is given (V4.1), else with the H_pre' found here.
     ``x_rounded`` is what the second half reads in place of x': a library that stores the streams
@@ -231,18 +231,18 @@ def combine_pre(
 
 
 def head(x: Value, phi: Value, scale: Value, bias: Value, variant: Variant) -> Value:
-    """Collapse of the streams before the output: one sigmoid weight for each."""
+    """Return the streams collapsed before the output: one sigmoid weight for each."""
     weights = sigmoid(_project(x, phi, variant.norm_eps) * scale + bias) + variant.pre_eps
     return aggregate(x, weights)
 
 
 def expand(h: Value, n: int) -> Value:
-    """The n equal streams that a model starts from."""
+    """Return the n equal streams that a model starts from."""
     return broadcast_to(h[..., None, :], (*h.shape[:-1], n, h.shape[-1]))
 
 
 def contract(x: Value, how: str = "sum") -> Value:
-    """The sum or the mean of the streams."""
+    """Return the sum or the mean of the streams."""
     if how not in ("sum", "mean"):
         raise ValueError(f"contract: how is {how!r}; needs 'sum' or 'mean'")
     summed = _drop(total(x, -2))
@@ -255,12 +255,12 @@ def _drop(summed: Value) -> Value:
 
 
 def rms_norm(x: Value, weight: Value, eps: float) -> Value:
-    """``x * rsqrt(mean(x^2) + eps) * weight`` along the last axis."""
+    """Return ``x * rsqrt(mean(x^2) + eps) * weight`` along the last axis."""
     return x * (total(x * x, -1) / x.shape[-1] + eps) ** -0.5 * weight
 
 
 def residual_add_aggregate(x: Value, res: Value, h_pre: Value) -> tuple[Value, Value]:
-    """``x + res`` and its aggregate."""
+    """Return ``x + res`` and its aggregate."""
     added = x + res
     return added, aggregate(added, h_pre)
 
@@ -277,13 +277,13 @@ def static_layer(
     eps: float = 1e-5,
     iterations: int = 20,
 ) -> Value:
-    """``H_res x + H_post (outer) rms_norm(aggregate(x, H_pre))``."""
+    """Return ``H_res x + H_post (outer) rms_norm(aggregate(x, H_pre))``."""
     H_pre, H_post, H_res = static_mappings(h_pre_raw, h_post_raw, h_res_raw, iterations)
     return combine(x, rms_norm(aggregate(x, H_pre), rms_weight, eps), H_post, H_res)
 
 
 def gated_combine(x: Value, y: Value, h_pre: Value, h_post: Value, h_res: Value) -> Value:
-    """``H_post * (y + H_res (H_pre * x))``, where the streams are n slices of the last axis."""
+    """Return ``H_post * (y + H_res (H_pre * x))``; the streams are n slices of the last axis."""
     n = h_pre.shape[-1]
     streams, update = _slices(x, n), _slices(y, n)
     mixed = h_post[..., None] * (update + h_res @ (h_pre[..., None] * streams))
@@ -291,7 +291,7 @@ def gated_combine(x: Value, y: Value, h_pre: Value, h_post: Value, h_res: Value)
 
 
 def pre_scale(x: Value, h_pre: Value) -> Value:
-    """``H_pre * x``, where the streams are n slices of the last axis."""
+    """Return ``H_pre * x``, where the streams are n slices of the last axis."""
     return (h_pre[..., None] * _slices(x, h_pre.shape[-1])).reshape(*x.shape)
 
 
@@ -343,7 +343,7 @@ def _leaves(primals: Sequence[NDArray[Any]]) -> tuple[Value, ...]:
 
 
 def _raised(array: NDArray[Any]) -> Array:
-    """Every float of 64 bits or fewer is a float64; complex numbers stay for the tests."""
+    """Return floats of 64 bits or fewer as float64; complex numbers stay, for the tests."""
     array = np.asarray(array)
     return array if np.iscomplexobj(array) else array.astype(np.float64)
 

@@ -1,8 +1,7 @@
-"""Processes of our own for the grid: they tell each record as it is made, and die with us.
+"""The processes that run the grid: they report each record as it is made, and die with us.
 
-A backend may take its process with it, or be deep in a compiler when Ctrl-C comes, so each worker
-is known together with what it does: one that dies fails its own checks alone, and to stop is to
-kill them all.
+A backend may crash its process, or be deep in a compiler when Ctrl-C comes. So the present task of
+each worker is known: one that dies fails its own checks alone, and a stop kills all workers.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ Task = TypeVar("Task")
 
 @dataclass(frozen=True)
 class Began(Generic[Task]):
-    """A worker has taken up a task."""
+    """The report that a worker has begun a task."""
 
     task: Task
 
 
 @dataclass(frozen=True)
 class Told(Generic[Task]):
-    """A worker has told something of its task."""
+    """An item that a worker's task has yielded."""
 
     task: Task
     news: Any
@@ -40,7 +39,7 @@ class Told(Generic[Task]):
 
 @dataclass(frozen=True)
 class Died(Generic[Task]):
-    """A worker ended in the middle of its task, without a word."""
+    """The report that a worker's process ended during its task, without an error."""
 
     task: Task
     exit_code: int | None
@@ -49,12 +48,12 @@ class Died(Generic[Task]):
 def work(
     function: Callable[[Task], Iterable[Any]], tasks: Sequence[Task], jobs: int
 ) -> Iterator[Began[Task] | Told[Task] | Died[Task]]:
-    """Run ``function`` on every task, the first ones first, and give what it yields as it comes.
+    """Run ``function`` on every task, in order, and yield its items as they come.
 
     Raises
     ------
     Exception
-        What the function raised, of whatever task.
+        The function's exception, from any task.
     """
     # fresh processes: JAX and MLX keep threads, which do not survive a fork
     context = multiprocessing.get_context("spawn")
@@ -84,7 +83,7 @@ def work(
 
 
 class _Worker(Generic[Task]):
-    """One process, and what it does now."""
+    """One process, and its present task."""
 
     def __init__(self, context: Any, function: Callable[[Task], Iterable[Any]]) -> None:
         self.pipe: Connection
@@ -98,7 +97,7 @@ class _Worker(Generic[Task]):
         theirs.close()  # so that its end is seen here
 
     def begin(self, left: list[Task]) -> Iterator[Began[Task]]:
-        """Hand out the next task, if there is one."""
+        """Send the worker the next task, if there is one."""
         if left:
             self.task = left.pop()
             with contextlib.suppress(OSError):  # it died between two tasks: its end tells so
@@ -106,7 +105,7 @@ class _Worker(Generic[Task]):
             yield Began(self.task)
 
     def news(self) -> Iterator[Told[Task] | Died[Task]]:
-        """Take in one message, or its end."""
+        """Receive one message, or the end of the process."""
         task = self.task
         assert task is not None
         try:
@@ -126,7 +125,7 @@ class _Worker(Generic[Task]):
             yield Told(task, news)
 
     def kill(self) -> None:
-        """End it at once, whatever it does."""
+        """End the process at once, whatever it is doing."""
         self._process.kill()
         self._process.join(1)
         self.pipe.close()
@@ -134,10 +133,10 @@ class _Worker(Generic[Task]):
 
 @contextlib.contextmanager
 def _signals_held_back() -> Generator[None]:
-    """Hear Ctrl-C and SIGTERM a moment later: a process half started would complain of it.
+    """Delay Ctrl-C and SIGTERM for a moment: a half-started process would print a traceback.
 
-    What is started meanwhile never hears Ctrl-C, which a terminal sends to every process: ours are
-    ended by :meth:`_Worker.kill`, silently.
+    A process started meanwhile ignores Ctrl-C, which a terminal sends to every process:
+    :meth:`_Worker.kill` ends ours, silently.
     """
     heard: list[int] = []
     handlers: dict[int, Any] = {}
@@ -160,7 +159,7 @@ def _signals_held_back() -> Generator[None]:
 
 
 def _serve(pipe: Connection, function: Callable[[Any], Iterable[Any]]) -> None:
-    """Do, in the worker, one task after another."""
+    """Run one task after another, in the worker."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     pipe.send(("ready", None))
     while True:
@@ -178,7 +177,7 @@ def _serve(pipe: Connection, function: Callable[[Any], Iterable[Any]]) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """Return an error that can be sent: not every class can be made anew from its arguments."""
+    """Return an error that can be pickled: not every class can be rebuilt from its arguments."""
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:
@@ -186,7 +185,7 @@ def _portable(error: Exception) -> Exception:
 
 
 def _end_with_parent() -> None:
-    """Wait until the process that started this one is gone, even by kill -9, and go too."""
+    """Wait until the process that started this one is gone, even by kill -9, and exit."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

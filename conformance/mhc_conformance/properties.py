@@ -1,4 +1,4 @@
-"""What holds for every input: laws of mHC, tried on inputs that hypothesis chooses.
+"""The laws of mHC, which hold for every input, tried on inputs that hypothesis chooses.
 
 A law compares results of the backend with each other, or with what is known of them, and not with
 the oracle. A failure is shrunk to the simplest input that breaks it. The same seed draws the same
@@ -40,7 +40,7 @@ LARGEST = 4.0
 
 
 def lacks(subject: Subject, op: str, dtype: str) -> str | None:
-    """Say why no property of an op can be tried, or None."""
+    """Return why no property of an op can be tried, or None."""
     if find_spec("hypothesis") is None:
         return "hypothesis is not installed: pip install hypothesis"
     known = [law for law in PROPERTIES if op == law.op and dtype in law.dtypes]
@@ -52,7 +52,7 @@ def lacks(subject: Subject, op: str, dtype: str) -> str | None:
 
 
 def hold(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
-    """Try every property of an op; give the worst comparison of each."""
+    """Yield the worst comparison of each property of an op."""
     for law in _of(subject, op, dtype):
         yield _tried(law, subject, dtype, seed)
 
@@ -66,7 +66,7 @@ def _of(subject: Subject, op: str, dtype: str) -> list[Property]:
 
 
 class _BrokenError(Exception):
-    """Carries the comparison that fails out of hypothesis."""
+    """An exception that carries the failed comparison out of hypothesis."""
 
     def __init__(self, comparison: Comparison) -> None:
         super().__init__(comparison)
@@ -74,7 +74,7 @@ class _BrokenError(Exception):
 
 
 def _tried(law: Property, subject: Subject, dtype: str, seed: int) -> Comparison:
-    """Run a law on many inputs; give the worst comparison, or the simplest that fails."""
+    """Run a law on many inputs; return the worst comparison, or the simplest that fails."""
     import hypothesis as h
     from hypothesis import strategies as st
 
@@ -140,7 +140,7 @@ class Draws:
     draw: Callable[[Any], Any]
 
     def op(self, name: str, *arrays: Array, **static: Any) -> tuple[Array, ...]:
-        """Run a public op on host arrays; give host arrays in float64."""
+        """Return a public op's results on host arrays, as host arrays in float64."""
         own = self.subject.take([array.astype(self.dtype) for array in arrays])
         outputs = self.subject.give(self.subject.function(name, static)(*own))
         return tuple(output.astype(np.float64) for output in outputs)
@@ -173,19 +173,19 @@ class Draws:
         return np.array(self.draw(st.permutations(range(n))), np.intp)
 
     def sizes(self) -> Sizes:
-        """Choose one of the law's shapes that the backend takes."""
+        """Choose one of the law's shapes that the backend accepts."""
         return self.one(*self.law.taken_by(self.subject))
 
     def compare(
         self, what: str, got: Array, want: Array, size: float = 0.0, condition: float = 1.0
     ) -> Comparison:
-        """Compare two results that both come with roundings, relative to the largest number."""
+        """Compare two results that both have rounding errors, relative to the largest number."""
         limit = 2 * tolerance(self.law.op, "forward", self.dtype, condition)
         size = size or float(np.abs(want).max(initial=0.0))
         return self.within(what, np.abs(got - want), limit, size)
 
     def within(self, what: str, off: Array, limit: Any, size: float = 1.0) -> Comparison:
-        """Hold every deviation within its own limit; the worst share of a limit counts."""
+        """Check every deviation against its own limit, and return the worst share of a limit."""
         share = off / np.broadcast_to(limit, off.shape) / (size or 1.0)
         worst = int(np.argmax(np.nan_to_num(share, nan=np.inf))) if off.size else 0
         error = float(off.ravel()[worst]) / (size or 1.0) if off.size else 0.0
@@ -204,7 +204,7 @@ class Property:
     shapes: tuple[Sizes, ...] = SHAPES
 
     def taken_by(self, subject: Subject) -> list[Sizes]:
-        """Give the shapes that a backend takes."""
+        """Return the shapes that a backend accepts."""
         smallest, largest = subject.spec.sizes
         return [sizes for sizes in self.shapes if smallest <= sizes.n <= (largest or sizes.n)]
 
@@ -213,7 +213,7 @@ class Property:
 
 
 def _doubly_stochastic(d: Draws) -> Iterator[Comparison]:
-    """One axis sums to 1, the other to within what the iterations must have achieved.
+    """Check that one axis sums to 1, the other to within what the iterations must have achieved.
 
     Each iteration brings the sums closer to equal, in Hilbert's metric d(s) = max log(s_i / s_j),
     by at least tanh(D / 4)^2 with D the diameter of the logits (Franklin and Lorenz, 1989).
@@ -236,7 +236,7 @@ def _doubly_stochastic(d: Draws) -> Iterator[Comparison]:
 
 
 def _diameter(logits: Array) -> Array:
-    """max (L_ik + L_jl - L_jk - L_il), which no normalisation changes."""
+    """Return max (L_ik + L_jl - L_jk - L_il), which no normalisation changes."""
     apart = logits[..., :, None, :] - logits[..., None, :, :]
     return (apart.max(axis=-1) - apart.min(axis=-1)).max(axis=(-1, -2))
 
@@ -253,7 +253,7 @@ def _rows_and_columns_permute(d: Draws) -> Iterator[Comparison]:
 
 
 def _constants_cancel(d: Draws) -> Iterator[Comparison]:
-    """A constant on each line of the axis normalised first, the same on all of them included."""
+    """Check that constants on the lines of the axis normalised first, equal ones too, cancel."""
     sizes = d.sizes()
     logits = d.array(*sizes.leading, sizes.n, sizes.n)
     first = d.one("columns", "rows")
@@ -276,7 +276,7 @@ def _constants_in_mappings(d: Draws) -> Iterator[Comparison]:
 
 
 def _one_by_one(d: Draws) -> Iterator[Comparison]:
-    """H_res of one stream is 1, whatever its logit."""
+    """Check that H_res of one stream is 1, whatever its logit."""
     leading = d.sizes().leading
     (h_res,) = d.op("sinkhorn", d.array(*leading, 1, 1, low=-100, high=100), **LOG)
     yield d.within("sinkhorn", np.abs(h_res - 1), eps(d.dtype))
@@ -286,7 +286,7 @@ def _one_by_one(d: Draws) -> Iterator[Comparison]:
 
 
 def _streams_permute(d: Draws) -> Iterator[Comparison]:
-    """Streams have no order: permuting all that is per stream permutes the results."""
+    """Check that streams have no order: permuting all that is per stream permutes the results."""
     leading, n, C, _ = d.sizes()
     x, y = d.array(*leading, n, C), d.array(*leading, C)
     weights, mixing = d.array(*leading, n), d.array(*leading, n, n)
@@ -331,7 +331,7 @@ def _linear_in_y(d: Draws) -> Iterator[Comparison]:
 
 
 def _mean_preserved(d: Draws) -> Iterator[Comparison]:
-    """A doubly stochastic H_res, here a mean of permutations, leaves the streams' mean alone."""
+    """Check that a doubly stochastic H_res, a mean of permutations, keeps the streams' mean."""
     leading, n, C, _ = d.sizes()
     x, y, h_post = d.array(*leading, n, C), d.array(*leading, C), d.array(*leading, n)
     parts = [np.eye(n)[d.order(n)] for _ in range(4)]
@@ -343,7 +343,7 @@ def _mean_preserved(d: Draws) -> Iterator[Comparison]:
 
 
 def _one_stream(d: Draws) -> Iterator[Comparison]:
-    """With one stream and H_post = 1, mHC is an ordinary residual connection."""
+    """Check that with one stream and H_post = 1, mHC is an ordinary residual connection."""
     leading, _, C, _ = d.sizes()
     x, y = d.array(*leading, 1, C), d.array(*leading, C)
     (added,) = d.op("combine", x, y, np.ones((*leading, 1)), np.ones((*leading, 1, 1)))
@@ -354,7 +354,7 @@ def _one_stream(d: Draws) -> Iterator[Comparison]:
 
 
 def _gradients_are_slopes(d: Draws) -> Iterator[Comparison]:
-    """The vjp along a random direction, against central differences in float64."""
+    """Check the vjp along a random direction against central differences in float64."""
     case = _smooth_case(d.law.op)
     primals, cotangents = data(case, "float64", d.integer())
     rng = np.random.default_rng(d.integer())
@@ -382,7 +382,7 @@ def _slope_at_0(value: Callable[[float], float], step: float = 2e-3) -> float:
 
 
 def _smooth_case(op: str) -> Case:
-    """Give an op's most ordinary case; sinkhorn_knopp's is not to stop, which is a jump."""
+    """Return an op's most ordinary case; sinkhorn_knopp's never stops early: that is a jump."""
     if op == "sinkhorn_knopp":
         _, static = next(both for both in STATICS[op] if dict(both[1])["epsilon"] == 0)
         return Case(op, "never stopping", SMALL, static)

@@ -1,7 +1,7 @@
 """One run of the kit as a document: JSON for machines, JUnit for CI, HTML for people.
 
-All three say the same: every check and its outcome, every check left out and why, and what is
-needed to see it again: the command, the seed, the machine, its device and the versions.
+All three have the same content: every check and its outcome, every check left out and why, and
+what a rerun needs: the command, the seed, the machine, its device and the versions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mhc_core.math import OPS
 __all__ = ["NUMERIC", "SUFFIXES", "LeftOut", "Report", "in_order", "left_out", "worst"]
 
 NUMERIC = {"forward": "forward", "gradient": "gradient", "grad": "gradient"}
-"""The checks whose errors the matrix shows, and in which of its two columns."""
+"""The checks whose errors the matrix shows, each with its column, of two."""
 
 SETTINGS = (
     "MHC_BACKEND",
@@ -46,7 +46,7 @@ FORMAT = 1  # of the JSON; goes up when a reader of the old one would misread it
 
 @dataclass(frozen=True)
 class Report:
-    """What was run, where, and what came of it."""
+    """The settings, machine and records of one run."""
 
     command: str
     seed: int
@@ -62,13 +62,13 @@ class Report:
 
     @property
     def summary(self) -> dict[str, int]:
-        """How many checks passed, failed and were left out."""
+        """Return how many checks passed, failed and were left out."""
         passed = sum(record.passed for record in self.records)
         failed = len(self.records) - passed
         return {"passed": passed, "failed": failed, "skipped": len(self.skips)}
 
     def as_dict(self) -> dict[str, Any]:
-        """Give all of it for JSON."""
+        """Return the whole run as a dict for JSON."""
         return {
             "format": FORMAT,
             "command": self.command,
@@ -86,7 +86,7 @@ class Report:
         }
 
     def spelled(self, suffix: str) -> str:
-        """Give it in the format that a file's suffix asks for."""
+        """Return the report in the format that a file's suffix asks for."""
         return SUFFIXES[suffix.lower()](self)
 
 
@@ -95,12 +95,12 @@ def _safe(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def worst(records: Iterable[Record]) -> Record | None:
-    """Give the record with the largest error; one that failed goes before all that passed."""
+    """Return the record with the largest error; any failed record comes before all that passed."""
     return max(records, key=lambda r: (not r.passed, r.error), default=None)
 
 
 class LeftOut(NamedTuple):
-    """Checks of one backend that were left out for one reason."""
+    """The checks of one backend that were left out for one reason."""
 
     backend: str
     checks: str
@@ -128,7 +128,7 @@ def left_out(skips: Iterable[Skip]) -> list[LeftOut]:
 
 
 def in_order(records: Iterable[Record], backends: Sequence[str]) -> list[Record]:
-    """Sort records by backend, op, dtype and check, however they came."""
+    """Sort records by backend, op, dtype and check, whatever order they came in."""
 
     def place(record: Record) -> tuple[int, ...]:
         lists = (backends, (*OPS, "chain"), DTYPES, tuple(CHECKS))
@@ -145,7 +145,7 @@ def in_order(records: Iterable[Record], backends: Sequence[str]) -> list[Record]
 
 
 def devices(backends: Sequence[str]) -> dict[str, str]:
-    """Name the device of every backend's array library, as far as the library tells."""
+    """Return the device of every backend's array library, as far as the library names it."""
     return {name: _device(name) for name in backends}
 
 
@@ -168,7 +168,7 @@ def _device_of_array(subject: Subject) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Give the versions of Python, of what matters here, and of every plugin."""
+    """Return the versions of Python, of the libraries that matter here, and of every plugin."""
     found = {"python": platform.python_version(), **_machine.versions()}
     for plugin, _ in plugins():
         name, _, version = plugin.distribution.partition(" ")
@@ -182,7 +182,7 @@ def _settings() -> dict[str, str]:
 
 
 def _not_here() -> dict[str, str]:
-    """Say which known backends cannot run here, and why."""
+    """Return the known backends that cannot run here, with the reasons."""
     known = mhc_core.backends().items()
     return {name: _machine.safe(one.reason) for name, one in known if one.reason is not None}
 
@@ -191,12 +191,12 @@ def _not_here() -> dict[str, str]:
 
 
 def as_json(report: Report) -> str:
-    """Give the whole run for machines: what to send in, and to compare with another's."""
+    """Return the whole run as JSON, to send in or to compare with another run."""
     return json.dumps(report.as_dict(), indent=1) + "\n"
 
 
 def as_junit(report: Report) -> str:
-    """Give a test case per check, as CI systems read them."""
+    """Return the run as JUnit XML, a test case per check, as CI systems read it."""
     whole = report.as_dict()
     root = ElementTree.Element("testsuites", name=_plain(whole["command"]))
     for name in report.backends:
@@ -235,12 +235,12 @@ def _case(suite: Any, one: Record | Skip) -> Any:
 
 
 def _plain(text: str) -> str:
-    """Leave out the control characters that no XML may have; a backend may raise any text."""
+    """Return a text without control characters that XML forbids; backends may raise any text."""
     return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
 
 
 def _facts(whole: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Give all that describes a run, line by line."""
+    """Return everything that describes a run, as rows of a name and a value."""
     facts = [(key, str(whole[key])) for key in ("command", "date", "seconds", "seed")]
     for group in ("machine", "devices", "versions", "settings", "not_here"):
         title = {"devices": "device of ", "not_here": "not here: "}.get(group, "")
@@ -249,7 +249,7 @@ def _facts(whole: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def as_html(report: Report) -> str:
-    """Give a page that stands by itself, in the reader's colours, on any screen."""
+    """Return the run as a self-contained HTML page, in the reader's colours, for any screen."""
     whole = report.as_dict()
     counts = report.summary
     title = f"{', '.join(report.backends)}: " + ", ".join(f"{v} {k}" for k, v in counts.items())
@@ -272,7 +272,7 @@ def _escaped(text: Any) -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Give a table of cells in HTML; a narrow screen shows each row as a list of its own."""
+    """Return an HTML table of cells; a narrow screen shows each row as a list of its own."""
     labels = [_escaped(text) for text in heads]
     head = "".join(f"<th>{label}</th>" for label in labels)
     head = f"<thead><tr>{head}</tr></thead>" if any(heads) else ""

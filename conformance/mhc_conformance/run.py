@@ -1,4 +1,4 @@
-"""Running the whole grid, on several processes, record by record."""
+"""A run of the whole grid, on several processes, record by record."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run."""
+    """The checks that a run makes, and how."""
 
     backends: Sequence[str]
     ops: Sequence[str] = ()
@@ -46,7 +46,7 @@ class Plan:
     quick: bool = False  # one case of every op, forward and gradient, in one dtype, and no chain
 
     def units(self) -> list[Unit]:
-        """Split the grid, the slowest first."""
+        """Split the grid into units, the slowest first."""
         units: list[Unit] = []
         for name in self.backends:
             found = [triple for triple in self._grid(name) if self._wants(*triple)]
@@ -70,7 +70,7 @@ class Plan:
         return all(not chosen or one in chosen for chosen, one in pairs)
 
     def skips(self) -> list[Skip]:
-        """Give what is left out of it, with the reasons that the backends declare."""
+        """Return the checks that are left out, with the reasons that the backends declare."""
         if self.quick:
             return []
         found = [skip for name in self.backends for skip in skips(Subject(name))]
@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def size(self) -> int:
-        """How many records there will be."""
+        """Return the number of records that the run will make."""
         return sum(len(unit.kinds) for unit in self.units())
 
 
@@ -93,9 +93,9 @@ def _weight(unit: Unit) -> int:
 def run(
     plan: Plan, jobs: int | None = None, began: Callable[[str], None] = lambda what: None
 ) -> Iterator[Record]:
-    """Give the records as they come; ``began`` is told of each check before it runs.
+    """Yield the records as they come; call ``began`` with each check's name before it runs.
 
-    A process that ends in a check is no end of the run: the check has failed, and those after it
+    A process that ends in a check does not end the run: the check has failed, and those after it
     in its unit have not been tried.
     """
     units = plan.units()
@@ -129,7 +129,7 @@ def _told(
 
 
 def _records_of(unit: Unit, seed: int, full: bool) -> Iterator[str | Record]:
-    """Give, for each check, its name before it runs and its record after it."""
+    """Yield, for each check, its name before it runs and its record after it."""
     with present(unit.backend):
         if unit.op == "chain":
             yield "forward and gradient"
@@ -142,7 +142,7 @@ def _records_of(unit: Unit, seed: int, full: bool) -> Iterator[str | Record]:
 
 
 def _lost(unit: Unit, kind: str, seed: int, died: str, exit_code: int | None) -> Record:
-    """Record a check in which, or before which, its process ended."""
+    """Record the check that its process ended in, or before, as failed."""
     what = f"ended its process (exit code {exit_code})" if kind == died else "was not tried"
     after = "" if kind == died else f": the process ended in {died}"
     words = ["mhc conformance", unit.backend]
@@ -164,7 +164,7 @@ def _lost(unit: Unit, kind: str, seed: int, died: str, exit_code: int | None) ->
 
 
 def _chain_records(backend: str, seed: int) -> list[Record]:
-    """Hold the text model in float32 against the NumPy backend's in float64."""
+    """Compare the text model in float32 with the NumPy backend's in float64."""
     chain = Chain.make(seed)
     reference = run_chain("numpy", chain, "float64")
     try:

@@ -19,7 +19,7 @@ Array = NDArray[Any]
 
 
 def several(arrays: Any) -> tuple[Any, ...]:
-    """Give the arrays of an op with one output or many as a tuple."""
+    """Return the outputs of an op, one or many, as a tuple."""
     return tuple(cast("Sequence[Any]", arrays)) if isinstance(arrays, (tuple, list)) else (arrays,)
 
 
@@ -43,20 +43,20 @@ class Subject:
         self.module: Any = module(backend.spec)
 
     def dtype_context(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
-        """Enter whatever the library needs to have arrays of that dtype (JAX's x64 mode)."""
+        """Enter the context that the library needs for arrays of that dtype (JAX's x64 mode)."""
         enter = getattr(self.module, "dtype_context", None)
         return enter(dtype) if enter else contextlib.nullcontext()
 
     def take(self, arrays: Sequence[Array]) -> tuple[Any, ...]:
-        """Make the backend's own arrays."""
+        """Convert NumPy arrays to the backend's own."""
         return tuple(self.module.from_host(np.ascontiguousarray(array)) for array in arrays)
 
     def give(self, arrays: Any) -> tuple[Array, ...]:
-        """Make NumPy arrays of one array or several."""
+        """Convert one array or several to NumPy's."""
         return tuple(self.module.to_host(array) for array in several(arrays))
 
     def function(self, op: str, static: dict[str, Any]) -> Callable[..., Any]:
-        """Give the public op on positional arrays alone."""
+        """Return the public op as a function of positional arrays alone."""
         public = getattr(mhc_core, op)
         if op != "combine_pre":
             return lambda *arrays: public(*arrays, **static, backend=self.name)
@@ -72,11 +72,11 @@ class Subject:
         return mhc_core.vjp(op, primals, cotangents, **static, backend=self.name)
 
     def lacks(self, transform: str) -> str | None:
-        """Say why it does not have a transform, or None where it declares to have it."""
+        """Return why the backend lacks a transform, or None where it declares to have it."""
         return self.spec.without.get(transform)
 
     def transform(self, name: str) -> Callable[..., Any]:
-        """Give a declared transform; one that is declared but absent is an error of the backend."""
+        """Return a declared transform; raise if the backend declares it and does not have it."""
         function = getattr(self.module, name, None)
         if function is None:
             raise AssertionError(

@@ -29,7 +29,7 @@ class BackendConformance:
     backend
         The name of the backend.
     seed
-        Of all inputs; a failure's message says how to run it again with the same one.
+        The seed of all inputs; a failure's message has the command that repeats it.
     """
 
     backend: ClassVar[str]

@@ -71,16 +71,16 @@ LITTLE = Variant(
 
 
 def _triangle(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Logits of which one triangle is out of sight: Sinkhorn comes near its limit as 1 / t.
+    """Return logits with one triangle out of sight: Sinkhorn nears its limit only as 1 / t.
 
-    All that is in that triangle is what eps puts there.
+    That triangle holds only what eps adds.
     """
     n = shape[-1]
     return rng.normal(0, 0.5, shape) - 60 * np.tril(np.ones((n, n)), -1)
 
 
 def _biases(pre: float, res: Draw) -> Draw:
-    """Draw biases that leave H_pre's gates at sigmoid(pre), those of H_post open, and H_res's."""
+    """Draw biases: H_pre's gates at sigmoid(pre), H_post's open, H_res's from ``res``."""
 
     def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
         (size,) = shape
@@ -206,7 +206,7 @@ CONSTANTS: Sequence[Case] = (
 # --- the ends of float32's range --------------------------------------------------------------
 
 BOUND = 1e18
-"""Streams up to this size are held to the oracle, forward and gradient."""
+"""The largest size of streams that are compared with the oracle, forward and gradient."""
 
 NOTHING = replace(PAPER, norm_eps=0.0, post_scale=0.0)  # every number of it is 0
 NORMED = (
@@ -223,7 +223,7 @@ def _up_to(bound: float) -> Draw:
 
 
 def _far_apart(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Logits of 3e38 at a permutation, of -3e38 elsewhere: their distance is no float."""
+    """Draw logits of 3e38 at a permutation, -3e38 elsewhere: the difference overflows float32."""
     n = shape[-1]
     return 3e38 * (2 * np.eye(n)[rng.permutation(n)] - 1) * np.ones(shape)
 
@@ -231,7 +231,7 @@ def _far_apart(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 def _far_below(first: str) -> Draw:
     """Make logits of which one line lies below every float once the others are normalised.
 
-    What is left of that line is the distances within it.
+    Only the differences within that line are left of it.
     """
 
     def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
@@ -314,7 +314,7 @@ CASES: Sequence[Case] = (*CONSTANTS, *RANGE)
 
 
 def quick(op: str) -> Case:
-    """Give the one case of an op that shows most, where there is time for one alone."""
+    """Return the case of an op that shows most, for runs with time for only one."""
     return next((case for case in CONSTANTS if case.op == op), next(cases(op)))
 
 

@@ -1,4 +1,4 @@
-"""The one tolerance table: a result may be off by K roundings of the computation, and its own.
+"""The one tolerance table: a result may be off by K roundings of the computation, plus its own.
 
 The error of an array is ``max |got - want| / max |want|``. What is allowed is::
 
@@ -53,14 +53,14 @@ K: Mapping[str, tuple[float, float, float]] = {
 }
 
 ITERATIONS = 20
-"""How many iterations the factors were measured with."""
+"""The number of iterations that the factors were measured with."""
 
 DIFFERENCES = 1e-8
-"""How far a gradient in float64 may be off differences of values, along a direction: measured."""
+"""The measured limit on how far a float64 gradient is from differences along a direction."""
 
 
 def rounds(iterations: int) -> float:
-    """Return how many times more roundings there are than in the iterations of the factors."""
+    """Return how many times as many roundings there are as in the iterations of the factors."""
     return max(1.0, iterations / ITERATIONS)
 
 

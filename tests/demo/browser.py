@@ -1,4 +1,4 @@
-"""A real Chromium without a screen, and what a page must be like in it."""
+"""A real headless Chromium, and the checks that every page must pass in it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Browser:
         self.driver: Any = webdriver.Chrome(options=options, service=service)
 
     def open(self, page: Path, width: int, scheme: str) -> None:
-        """Show a page anew; what the console says of it begins here."""
+        """Show a page anew, with an empty console log."""
         self.driver.get_log("browser")
         size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width == PHONE}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -109,7 +109,7 @@ class Browser:
         self.ask(f"return new Promise({frame})")
 
     def check(self, width: int, scheme: str) -> None:
-        """Hold the page that is open to what holds for every page here."""
+        """Check on the open page what must hold for every page."""
         own = "willReadFrequently"  # what reading the pixels twice brings about, in tests alone
         said = [line for line in self.driver.get_log("browser") if own not in line["message"]]
         assert not said, json.dumps(said, indent=1)
@@ -131,7 +131,7 @@ class Browser:
 
 @contextlib.contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
-    """Start the browser; where there is none, skip, but fail in CI, where there has to be one."""
+    """Start the browser; without one, skip, but fail in CI, which must have one."""
     if reason := _missing():
         if os.environ.get("CI"):
             pytest.fail(reason)

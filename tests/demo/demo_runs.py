@@ -1,4 +1,4 @@
-"""What the tests of mhc demo share: a model so small that a step takes milliseconds."""
+"""The shared part of mhc demo's tests: a model so small that a step takes milliseconds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Array = Any
 
 
 def settings(backend: str = "jax", **changed: Any) -> Settings:
-    """Give the settings of a small model."""
+    """Return the settings of a small model."""
     small: dict[str, Any] = {
         "depth": 4,
         "width": 8,
@@ -43,7 +43,7 @@ def settings(backend: str = "jax", **changed: Any) -> Settings:
 
 
 def model(library: str, variant: str, **changed: Any) -> tuple[_model.Model, dict[str, Array]]:
-    """Give a small model on a library, and its first parameters there."""
+    """Return a small model on a library, and its first parameters there."""
     here = _library.library(library)
     chosen = settings(BACKENDS[library], **changed)
     made = _model.Model(chosen, variant, here.xp, here.loop)
@@ -57,13 +57,13 @@ def run(*arguments: str) -> Result:
 
 
 def words(out: Path, *more: str, steps: int = 6, variants: str = "mHC") -> list[str]:
-    """Spell a small run on MLX, whose processes start fast."""
+    """Return the command line of a small run on MLX, whose processes start fast."""
     chosen = ["--backend", "mlx-compiled", "--variants", variants, "--steps", str(steps)]
     return [*SIZES, *chosen, "--out", str(out), *more]
 
 
 def process(arguments: Sequence[str], before: str = "") -> subprocess.Popen[str]:
-    """Start the command in a process of its own, some code ahead of it."""
+    """Start the command in a process of its own, with some code ahead of it."""
     code = f"import os, signal, sys\n{before}\nfrom mhc_core.cli import app\napp()"
     command = [sys.executable, "-c", code, "demo", *arguments]
     environment = {**os.environ, "COLUMNS": "200"}
@@ -73,14 +73,14 @@ def process(arguments: Sequence[str], before: str = "") -> subprocess.Popen[str]
 
 
 def was_killed(done: subprocess.Popen[str]) -> bool:
-    """Wait for the end of a process; say whether it was kill -9."""
+    """Wait for the end of a process; return whether it was killed by kill -9."""
     output, _ = done.communicate(timeout=120)
     assert done.returncode in (0, -signal.SIGKILL), output
     return done.returncode == -signal.SIGKILL
 
 
 def numbers(out: Path, variant: str = "mHC") -> dict[str, Array]:
-    """Read everything that a checkpoint holds, but for times and memory."""
+    """Return everything that a checkpoint holds, except times and memory."""
     from safetensors.numpy import load_file
 
     arrays = load_file(_checkpoint.path(out, variant))
@@ -96,7 +96,7 @@ def about(out: Path, variant: str = "mHC") -> dict[str, str]:
 
 
 def same(ours: dict[str, Array], theirs: dict[str, Array]) -> bool:
-    """Say whether two sets of arrays are equal bit for bit."""
+    """Return whether two sets of arrays are equal bit for bit."""
     assert set(ours) == set(theirs)
     return all(
         ours[k].dtype == theirs[k].dtype and np.array_equal(ours[k], theirs[k]) for k in ours

@@ -111,14 +111,14 @@ def test_after_kill_9_it_goes_on_as_if_nothing_had_been(
 
 
 def _folder_last(out: Path) -> list[str]:
-    """Spell the run with its folder last, where the code that kills it looks."""
+    """Return the command line with its folder last, where the code that kills the run looks."""
     spelled = words(out, *OPTIONS, steps=STEPS)
     at = spelled.index("--out")
     return [*spelled[:at], *spelled[at + 2 :], "--out", str(out)]
 
 
 def test_killed_at_any_time_and_again_and_again(whole: dict[str, Any], tmp_path: Path) -> None:
-    """No code is added here: the signal comes when it comes, at least twice while it trains."""
+    """Check kills at any time, without added code: at least two signals come during training."""
     file, kills = _checkpoint.path(tmp_path, "mHC"), 0
     for after in (0.01, 0.05):
         start = time.monotonic()
@@ -284,7 +284,7 @@ def test_a_damaged_checkpoint_is_refused(damage: Any, said: str, tmp_path: Path)
 
 @pytest.mark.parametrize("bit", [0, 5])
 def test_any_flipped_bit_is_seen(bit: int, tmp_path: Path) -> None:
-    """The step and the settings too: 29 steps must not become 39 unseen."""
+    """Check the step and the settings too: 29 steps must not silently become 39."""
     file = tmp_path / "HC.safetensors"
     _checkpoint.save(file, checkpoint(), settings(), "HC")
     whole = file.read_bytes()

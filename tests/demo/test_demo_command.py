@@ -1,4 +1,4 @@
-"""mhc demo's words: what it refuses before any work, and what it chooses unasked."""
+"""mhc demo's command line: its refusals before any work, and its defaults."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def _no_work(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Fail where anything is trained."""
+    """Fail if anything is trained."""
     monkeypatch.setattr(_train, "train", lambda *_: pytest.fail("something was trained"))
 
 
 def refused(*arguments: str) -> str:
-    """Run a command that is refused; give what it says, in its one line."""
+    """Run a command that is refused; return its one line of output."""
     result = run(*arguments)
     assert result.exit_code == 2, result.output
     assert len(result.output.splitlines()) == 1
@@ -32,7 +32,7 @@ def refused(*arguments: str) -> str:
 
 
 def bare(said: str) -> str:
-    """Leave out the spaces: lines may be broken anywhere."""
+    """Return a text without spaces: lines may be broken anywhere."""
     return "".join(said.split())
 
 

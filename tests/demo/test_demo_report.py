@@ -45,7 +45,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def told(out: Path) -> dict[str, Any]:
-    """Give the numbers."""
+    """Return the report's numbers."""
     text = (out / "out.json").read_text()
     return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
 
@@ -89,7 +89,7 @@ def test_it_tells_of_the_machine_and_the_settings_but_not_of_folders(
 
 
 def made(h_res: Array, streams: Array, loss: list[float]) -> dict[str, Any]:
-    """Give the numbers of a training that never was."""
+    """Return the numbers of a training that never ran."""
     history = {name: np.array(loss) for name in ("loss", "norm")}
     history |= {"seconds": np.array([0.5, 0.1, 0.2])}
     history |= {name: np.array([1.0]) for name in ("gain_forward", "gain_backward")}
@@ -267,7 +267,7 @@ return cells.map((cell) => cell.scrollWidth - cell.clientWidth + out(cell));
 
 @pytest.fixture(scope="module")
 def conformance_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write the other report of this library, with a check that fails."""
+    """Write this library's other report, with a check that fails."""
     file = tmp_path_factory.mktemp("conformance") / "out.html"
     words = ["conformance", "numpy", "bug:dead-tail", "--op", "combine", "--op", "pre"]
     result = CliRunner().invoke(app, [*words, "--jobs", "1", "--report", str(file)])

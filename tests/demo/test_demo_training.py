@@ -36,14 +36,14 @@ def trained(library: str, variant: str, tmp_path: Any, **changed: Any) -> Traine
 
 
 def drawn(variant: str, seed: int = 0) -> dict[str, Array]:
-    """Draw the parameters of one layer, none of them as they start."""
+    """Draw the parameters of one layer, none of them at its initial value."""
     rng = np.random.default_rng(seed)
     first = CONNECTIONS[variant].parameters(C, range(1), rng)
     return {k: v[0] + rng.normal(0, 0.3, v.shape[1:]) for k, v in first.items()}
 
 
 def hyper_connection(x: Array, p: dict[str, Array]) -> tuple[Array, Array, Array]:
-    """Eqs. (10-13) of arXiv:2409.19606 for one token, entry by entry."""
+    """Return Eqs. (10-13) of arXiv:2409.19606 for one token, entry by entry."""
     normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["norm"]
     pre, post, res = np.zeros(N), np.zeros(N), np.zeros((N, N))
     for j in range(N):
@@ -113,7 +113,7 @@ def test_single_pass_takes_the_mix_of_the_layer_before() -> None:
 
 
 def test_the_loss_is_that_of_a_transformer_in_numpy() -> None:
-    """The residual variant, written again in float64 with one loop over the layers."""
+    """Compare the residual variant with one in float64 NumPy, with one loop over the layers."""
     made, parameters = model("jax", "residual")
     tokens = _data.batch(TEXT, 0, 0, 2, 8)
     p = {name: np.asarray(array, np.float64) for name, array in parameters.items()}
@@ -216,7 +216,7 @@ def test_the_loss_at_the_start_hardly_depends_on_the_variant() -> None:
 
 
 def test_adamw_and_the_norm() -> None:
-    """Two steps by hand, from gradients 30 and 0.3 times the parameters."""
+    """Compare two steps with those made by hand, from gradients 30 and 0.3 times the parameters."""
     p = {"mlp.in": np.array([[1.0, -2.0]]), "norm": np.array([0.5])}
     zeros = {name: np.zeros_like(array) for name, array in p.items()}
     tokens: Any = None

@@ -1,4 +1,4 @@
-"""What the tests of the static modules share."""
+"""The shared part of the static modules' tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MLX = {"array_types": ("mlx.core.array",), "dtypes": ("float32", "float16", "bfl
 
 
 def recorder(plugins: Any) -> list[str]:
-    """Add a backend ``recorder``, mlx-compiled that writes down which ops it is asked for."""
+    """Add a backend ``recorder``: mlx-compiled, which records the ops that it is asked for."""
     asked: list[str] = []
 
     def answer(op: str, *arrays: Any, **static: Any) -> Any:
@@ -29,19 +29,19 @@ def recorder(plugins: Any) -> list[str]:
 
 
 def off(found: mx.array, wanted: mx.array) -> float:
-    """How far apart two arrays are, relative to the second."""
+    """Return how far apart two arrays are, relative to the second."""
     assert found.shape == wanted.shape
     found, wanted = found.astype(mx.float32), wanted.astype(mx.float32)
     return float(mx.linalg.norm((found - wanted).flatten()) / mx.linalg.norm(wanted.flatten()))
 
 
 def leaves(tree: Any) -> dict[str, mx.array]:
-    """The arrays of a tree by their paths."""
+    """Return the arrays of a tree by their paths."""
     return dict(tree_flatten(tree))
 
 
 def gradients_match(found: Any, wanted: Any, tolerance: float = 1e-5) -> bool:
-    """Whether two trees of gradients are the same and not all zero."""
+    """Return whether two trees of gradients are equal, and fail if all are zero."""
     ours, theirs = leaves(found), leaves(wanted)
     assert ours.keys() == theirs.keys()
     largest = max(float(mx.abs(g).max()) for g in theirs.values())

@@ -30,7 +30,7 @@ Weights = dict[str, Any]
 
 
 def released(n: int = 4, head: bool = True, dtype: mx.Dtype = mx.float32) -> Weights:
-    """A checkpoint with DeepSeek's names, some of it not ours."""
+    """Return a checkpoint with DeepSeek's names, some of it not ours."""
     mx.random.seed(4)
     m = n * n + 2 * n
     shapes = {
@@ -54,7 +54,7 @@ def released(n: int = 4, head: bool = True, dtype: mx.Dtype = mx.float32) -> Wei
 
 
 def renamed(weights: Weights) -> Weights:
-    """The names of mlx-lm and mlx-vlm."""
+    """Return a checkpoint under the names of mlx-lm and mlx-vlm."""
     for part in ("attn", "ffn"):
         weights = {name.replace(f".hc_{part}_", f".{part}_hc."): w for name, w in weights.items()}
     return {name.replace("hc_head_", "hc_head."): w for name, w in weights.items()}
@@ -67,7 +67,7 @@ def prefixed(weights: Weights, prefix: str) -> Weights:
 
 
 def tensors(loaded: HyperConnections) -> Weights:
-    """What was loaded, under the released names."""
+    """Return the loaded tensors under the released names."""
     parts = {
         f"layers.{k}.hc_{part}": getattr(layer, part)
         for k, layer in enumerate(loaded.layers)
@@ -111,7 +111,7 @@ def test_every_form_of_the_names_is_known(
 
 
 def sharded(folder: Path, weights: Weights, index: bool = True) -> Path:
-    """A folder with our tensors over two shards, and a third that nobody can read."""
+    """Return a folder with our tensors in two shards, and a third shard that nobody can read."""
     ours = [name for name in weights if "hc_" in name]
     shards = {"a.safetensors": ours[::2], "b.safetensors": ours[1::2]}
     for file, names in shards.items():
@@ -250,7 +250,7 @@ class Foreign(nn.Module):
 
 
 class Decoder(nn.Module):
-    """As in mlx-lm and mlx-vlm."""
+    """A decoder as in mlx-lm and mlx-vlm."""
 
     def __init__(self, connection: Callable[[], nn.Module] = Foreign) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ class Decoder(nn.Module):
 
 
 class Flat(nn.Module):
-    """As in mlx-vlm's DeepSeek-V4.1: the parameters stand in the block itself."""
+    """A decoder as in mlx-vlm's DeepSeek-V4.1: the parameters are in the block itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -279,7 +279,7 @@ class Text(nn.Module):
 
 
 class Model(nn.Module):
-    """A model around it."""
+    """A model around a text model."""
 
     def __init__(self, text: nn.Module) -> None:
         super().__init__()
@@ -593,7 +593,7 @@ PREFIXES = (
 
 
 def spelled(weights: Weights, layer: str, head: str, prefix: str = "") -> Weights:
-    """The same checkpoint under other names."""
+    """Return the same checkpoint under other names."""
     found: Weights = {}
     for name, array in weights.items():
         own = re.fullmatch(r"(layers\.\d+)\.hc_(attn|ffn)_(\w+)", name)
@@ -669,7 +669,7 @@ def test_drafting_is_left_alone_under_any_name(name: str) -> None:
 
 
 def test_a_head_of_a_drafting_layer_is_left_alone(tmp_path: Path) -> None:
-    """torchtitan's layers beyond the model's have one each."""
+    """Check drafting layers: torchtitan's layers beyond the model's have one head each."""
     weights = released()
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": LAYERS}))
     drafting = {f"layers.{LAYERS}.hc_head.hc_fn": mx.zeros((2, 2))}
@@ -688,7 +688,7 @@ def test_a_layer_beyond_any_model_is_refused_at_once(
 
 
 def test_the_three_ways_of_transformers(tmp_path: Path) -> None:
-    """What ``save_pretrained`` itself writes; the numbers of the head come back."""
+    """Check files that ``save_pretrained`` itself writes; the head's numbers come back."""
     transformers = pytest.importorskip("transformers", minversion="5.24", reason="needs 5.24")
     pytest.importorskip("torch")
     sizes = {

@@ -15,7 +15,7 @@ SMALL = "--steps 20 --dims 32 --layers 2 --batch 4 --context 32 --bytes 100000 -
 
 
 def run(script: str, arguments: str) -> str:
-    """What a script prints; a warning is an error."""
+    """Return a script's output; a warning is an error."""
     command = [sys.executable, "-W", "error", str(EXAMPLES / script), *arguments.split()]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

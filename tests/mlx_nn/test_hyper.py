@@ -37,7 +37,7 @@ def wide(array: mx.array) -> Array:
 
 
 def trained(module: type[Any], n: int, variant: mhc.Variant, seed: int = 0) -> Any:
-    """A module whose parameters are far from the start."""
+    """Return a module whose parameters are far from their initial values."""
     mx.random.seed(seed)
     made = module(DIMS, n, variant)
     made.apply(lambda p: p + 0.5 * mx.random.normal(p.shape))
@@ -335,7 +335,7 @@ WAYS: dict[str, Any] = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 def test_what_is_loaded_is_what_is_held(module: type[Any], way: str, dtype: mx.Dtype) -> None:
-    """Also over weights that round to it, from which a run may have come a little way."""
+    """Check loading over weights that round to the loaded ones: a run may have begun there."""
     connection = trained(module, 4, mhc.DEEPSEEK_V4)
     values = {name: p.astype(dtype) for name, p in connection.parameters().items()}
     WAYS[way](connection, values)
@@ -397,7 +397,7 @@ def test_quantising_a_model_leaves_them_alone() -> None:
 
 
 class Layer(nn.Module):
-    """Something that is not linear and not small."""
+    """A layer that is not linear and not small."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -458,7 +458,7 @@ def test_nothing_starts_without_a_gradient(
 
 
 def without_effect(variant: mhc.Variant, weighted: bool) -> int | None:
-    """The sublayer whose H_res moves nothing: it has equal streams, or the mean after it.
+    """Return the sublayer whose H_res has no effect: it has equal streams, or the mean after it.
 
     Rows that sum to 1 leave equal streams alone, columns that do leave the mean alone. The lines
     normalised last sum to 1 whatever the parameters are.

@@ -1,4 +1,4 @@
-"""docs/integration.md runs as it is written, from top to bottom."""
+"""The code of docs/integration.md runs as written, from top to bottom."""
 
 from __future__ import annotations
 

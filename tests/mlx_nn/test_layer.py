@@ -27,7 +27,7 @@ def _seeded() -> None:
 
 
 def a_layer(seed: int = 0, **options: Any) -> MHCLayer:
-    """A layer with random parameters."""
+    """Return a layer with random parameters."""
     layer = MHCLayer(n=4, C=8, **options)
     mx.random.seed(seed)
     layer.update({name: mx.random.normal(shape) for name, shape in SHAPES.items()})
@@ -35,7 +35,7 @@ def a_layer(seed: int = 0, **options: Any) -> MHCLayer:
 
 
 def formula(layer: MHCLayer, x: mx.array) -> mx.array:
-    """The layer's formula, written out."""
+    """Return the layer's formula, written out."""
     h_pre, h_post = mx.sigmoid(layer.H_pre_raw), 2 * mx.sigmoid(layer.H_post_raw)
     logits = layer.H_res_raw
     for _ in range(layer.sinkhorn_iters):

@@ -26,7 +26,7 @@ def _seeded() -> None:
 
 
 def a_connection(dims: int = 12, expansion: int = 3, **options: Any) -> ManifoldHyperConnection:
-    """A connection with random parameters."""
+    """Return a connection with random parameters."""
     module = ManifoldHyperConnection(dims, expansion, **options)
     mx.random.seed(3)
     module.update({name: mx.random.normal(module[name].shape) for name in NAMES})
@@ -34,7 +34,7 @@ def a_connection(dims: int = 12, expansion: int = 3, **options: Any) -> Manifold
 
 
 def formula(module: ManifoldHyperConnection, x: mx.array, y: mx.array) -> mx.array:
-    """The connection's formula, written out."""
+    """Return the connection's formula, written out."""
     n = module.expansion
     gated = scaled(module, x).reshape(*x.shape[:-1], n, -1)
     h_post = 2 * mx.sigmoid(module["h_post_raw"] + module["h_post_bias"])
@@ -175,7 +175,7 @@ def written_by_parameters(module: ManifoldHyperConnection) -> None:
 
 
 def loaded_again(module: ManifoldHyperConnection) -> None:
-    """The same arrays, with other content: only the loading can be noticed."""
+    """Load the same arrays with other content: only the loading itself can be noticed."""
     new = other(module)
     arrays = dict(dict.items(module))
     x = mx.ones((1, 12))
@@ -242,7 +242,7 @@ def test_in_evaluation_everything_is_computed_once(
 
 
 def test_inside_a_model_it_follows_the_models_mode() -> None:
-    """MLX sets the mode of what a model holds without calling its train()."""
+    """Check a connection in a model: MLX sets its mode without calling its train()."""
     model = nn.Sequential(lambda x: x)
     model.connection = module = a_connection()
     x = mx.random.normal((2, 5, 12))

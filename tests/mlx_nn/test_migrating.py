@@ -1,4 +1,4 @@
-"""docs/migrating.md says only what is true: its code and its commands run."""
+"""The code and the commands of docs/migrating.md run, so it says only what is true."""
 
 from __future__ import annotations
 

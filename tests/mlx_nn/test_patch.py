@@ -1,4 +1,4 @@
-"""AutoPatcher: every Linear that can have a connection gets one, once, and says so."""
+"""AutoPatcher: every Linear that can have a connection gets one, once, and is reported."""
 
 from __future__ import annotations
 

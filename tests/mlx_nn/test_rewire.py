@@ -60,13 +60,13 @@ def wrapped(kind: str, n: int = 4, **options: Any) -> tuple[MHCRewire, mx.array]
 
 
 def scatter(module: MHCRewire) -> None:
-    """Give the connection random parameters."""
+    """Set the connection's parameters to random values."""
     raw = {name: mx.random.normal(module.mhc[name].shape) for name in MHCLayer.raw}
     module.mhc.update(raw)
 
 
 def formula(module: MHCRewire, x: mx.array) -> mx.array:
-    """The connection's formula, written out."""
+    """Return the connection's formula, written out."""
     raw = (module.mhc[name] for name in MHCLayer.raw)
     h_pre, h_post, h_res = mhc.static_mappings(*raw, module.mhc.sinkhorn_iters)
     slices = (*x.shape[:-1], module.n, module.dims // module.n)
@@ -96,7 +96,7 @@ def test_without_identity_init_it_starts_at_zeros(init: str) -> None:
 
 
 def test_its_parameters_can_leave_the_start() -> None:
-    """Were the start nearer to 1, H_pre would hardly have a gradient."""
+    """Check the start: were it nearer to 1, H_pre would have almost no gradient."""
     module, x = wrapped("linear")
     grads = nn.value_and_grad(module, lambda x: mx.sum(module(x) ** 2))(x)[1]["mhc"]
     for name in MHCLayer.raw:

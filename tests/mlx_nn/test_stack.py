@@ -24,7 +24,7 @@ orders = pytest.mark.parametrize("single_pass", [False, True], ids=["two passes"
 
 
 class Layer(nn.Module):
-    """An MLP that notes how often it is run."""
+    """An MLP that counts how often it runs."""
 
     def __init__(self, dims: int = DIMS) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def made(
     layer: Callable[[], nn.Module] = Layer,
     norm: Callable[[int], nn.Module] = nn.RMSNorm,
 ) -> HyperConnectedStack:
-    """The same stack for the same arguments, its parameters far from the start."""
+    """Return the same stack for the same arguments, its parameters far from the start."""
     mx.random.seed(3)
     blocks = [HyperConnectedBlock(layer(), DIMS, 4, variant, norm(DIMS)) for _ in range(COUNT)]
     last = HyperHead(DIMS, 4, variant) if head else None
@@ -70,7 +70,7 @@ def gradients(
     call: Callable[..., mx.array] | None = None,
     compiled: bool = False,
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """The loss, and its gradients by every parameter and by the arrays, under their index."""
+    """Return the loss, and its gradients by every parameter and by the arrays (by index)."""
     call = call or stack
     own = stack.trainable_parameters()
 
@@ -90,7 +90,7 @@ def gradients(
 
 
 def same(one: Any, other: Any, tolerance: float = 0.0) -> None:
-    """Bit for bit unless a tolerance is given, and none of it zero everywhere."""
+    """Check equality, bit for bit without a tolerance, and that no array is zero everywhere."""
     assert set(one[1]) == set(other[1])
     for name, gradient in {"loss": one[0], **one[1]}.items():
         want = {"loss": other[0], **other[1]}[name]
@@ -111,7 +111,7 @@ def by_blocks(stack: HyperConnectedStack, h: mx.array) -> mx.array:
 
 
 def in_a_single_pass(stack: HyperConnectedStack, h: mx.array) -> mx.array:
-    """DeepSeek-V4.1, op by op: the mix is always the one before."""
+    """Return the output of DeepSeek-V4.1, op by op: each sublayer uses the previous one's mix."""
     x, mix = mhc.expand(h, 4), mx.array([1.0, 0.0, 0.0, 0.0])
     for block in stack.blocks:
         h_pre, h_post, h_res = block.connection.mappings(x)
@@ -155,7 +155,7 @@ def test_the_streams_are_read_once_between_two_layers(monkeypatch: pytest.Monkey
 
 @orders
 def test_gradients_are_those_of_float64(single_pass: bool) -> None:
-    """Along a random direction of each parameter, by differences of a NumPy stack in float64."""
+    """Compare with a float64 NumPy stack's differences, along a random direction per parameter."""
     stack, h = made(single_pass), hidden(3)
     _, derived = gradients(stack, h)
     rng = np.random.default_rng(0)
@@ -241,7 +241,7 @@ def test_what_a_stack_is_called_with_gets_its_gradient_too() -> None:
 
 
 class Choosing(nn.Module):
-    """Takes rows of h by number, for which MLX has no gradient, and weighs them by others."""
+    """A layer that takes rows of h by index, which MLX cannot differentiate, and weights them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -338,7 +338,7 @@ def test_a_training_step_of_mlx_works_as_it_is_written_everywhere() -> None:
 
 
 def runs(stack: HyperConnectedStack, **kwargs: Any) -> int:
-    """How often each layer runs for a loss and its gradients."""
+    """Return how often each layer runs for a loss and its gradients."""
     for block in stack.blocks:
         block.layer.runs = 0
     gradients(stack, hidden(3), call=lambda h: stack(h, **kwargs))
@@ -358,7 +358,7 @@ def test_layers_run_twice_in_training_alone() -> None:
 
 
 class Cached(nn.Module):
-    """The mean of all tokens so far, of which a cache keeps the sum."""
+    """A layer that returns the mean of all tokens so far, with their sum in a cache."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -377,7 +377,7 @@ class Cached(nn.Module):
 
 
 class Cache:
-    """What a layer keeps between tokens."""
+    """The sum and the number of tokens, which a layer keeps between calls."""
 
     def __init__(self) -> None:
         self.total = mx.zeros((1, DIMS))
@@ -404,7 +404,7 @@ def test_a_cache_is_not_filled_twice_for_gradients() -> None:
 
 
 class Dropping(nn.Module):
-    """Dropout that notes what it dropped, or drops what it is told."""
+    """Dropout that records what it dropped, or drops what it is told."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -430,7 +430,7 @@ def test_layers_that_draw_random_numbers_keep_what_they_drew() -> None:
 
 
 class Scale(nn.Module):
-    """A layer that keeps nothing but its input."""
+    """A layer that keeps only its input."""
 
     def __init__(self, dims: int) -> None:
         super().__init__()
@@ -442,7 +442,7 @@ class Scale(nn.Module):
 
 @pytest.fixture
 def _evaluated_one_by_one() -> Any:
-    """MLX runs ahead of what it has computed on a CPU; so it frees before it goes on."""
+    """Evaluate one by one: on a CPU, MLX otherwise schedules work ahead and frees memory late."""
     before = mx.set_memory_limit(1)
     yield
     mx.set_memory_limit(before)
@@ -451,10 +451,10 @@ def _evaluated_one_by_one() -> Any:
 @orders
 @pytest.mark.usefixtures("_evaluated_one_by_one")
 def test_48_sublayers_train_in_less_than_45_percent_of_the_memory(single_pass: bool) -> None:
-    """The most memory that MLX held at a time during a compiled step, above what it began with.
+    """Measure MLX's peak memory during a compiled step, above what it held at the start.
 
-    That is streams, h and y, which the layers here are made to keep alone, and all else that a
-    step needs: gradients, and what the ops use meanwhile.
+    That is the streams, h and y, all that the layers here keep, and whatever else a step needs:
+    gradients, and the ops' temporary arrays.
     """
     dims, tokens, count = 128, 256, 48
     peaks: dict[Any, int] = {}
@@ -574,7 +574,7 @@ def test_threads_take_gradients_through_one_stack_and_leave_it_as_it_was() -> No
 
 
 class Known(Layer):
-    """A layer that something else knows: a method, or a closure."""
+    """A layer that something else refers to: a method, or a closure."""
 
     def __init__(self, closure: bool) -> None:
         super().__init__()

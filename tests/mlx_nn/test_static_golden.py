@@ -1,4 +1,4 @@
-"""The modules of mhc-mlx and mlx-mhc against what those packages returned, and their gradients."""
+"""The modules of mhc-mlx and mlx-mhc against those packages' outputs and gradients."""
 
 from __future__ import annotations
 

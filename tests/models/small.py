@@ -1,4 +1,4 @@
-"""Small models of the real packages, with random weights, behind one face."""
+"""Small models of the real packages, with random weights, behind one interface."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ LONG = 20  # tokens: more than the sliding window, and not a multiple of what is
 
 
 class Family(NamedTuple):
-    """One kind of model: how to make it, and where things are in it."""
+    """One kind of model: how to make it, and where its parts are."""
 
     package: str
     module: str  # with the classes of its layers
@@ -80,12 +80,12 @@ class Family(NamedTuple):
     rounds: bool  # keys, values and more, to fp8 and fp4
 
     def known(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Leave out what this kind of model has not."""
+        """Return a configuration without the fields that this kind of model lacks."""
         return {k: v for k, v in config.items() if k != "num_hash_layers" or not self.rounds}
 
 
 def random_weights(path: str, value: Any) -> mx.array:
-    """Give weights of the size that a trained model has, hyper-connections far from their init."""
+    """Draw weights of a trained model's size, hyper-connections far from their initial values."""
     if value.dtype == mx.int32:
         return mx.random.randint(0, 2, value.shape)  # experts
     if path.endswith("scale"):
@@ -106,19 +106,19 @@ def filled(model: Any, seed: int) -> Any:
 
 
 def mlx_lm_v41(seed: int = 0, **config: Any) -> Any:
-    """DeepSeek-V4.1 of mlx-lm."""
+    """Return mlx-lm's DeepSeek-V4.1."""
     library = import_module("mlx_lm.models.deepseek_v41")
     return filled(library.Model(library.ModelArgs(**{**V41, **config})), seed)
 
 
 def mlx_vlm_v4(seed: int = 0, **config: Any) -> Any:
-    """DeepSeek-V4 of mlx-vlm."""
+    """Return mlx-vlm's DeepSeek-V4."""
     library = import_module("mlx_vlm.models.deepseek_v4")
     return filled(library.Model(library.ModelConfig(**{**V4, **config})), seed)
 
 
 def mlx_vlm_v41(seed: int = 0, **config: Any) -> Any:
-    """DeepSeek-V4.1 of mlx-vlm."""
+    """Return mlx-vlm's DeepSeek-V4.1."""
     library = import_module("mlx_vlm.models.deepseek_v41")
     return filled(library.Model(library.ModelConfig(**{**VLM_V41, **config})), seed)
 
@@ -152,12 +152,12 @@ FAMILIES = {
 
 
 def tokens(*shape: int, seed: int = 7) -> mx.array:
-    """Give token ids, without those that mean an image."""
+    """Return token ids, without those that mean an image."""
     return mx.random.randint(0, 60, shape, key=mx.random.key(seed))
 
 
 def logits(model: Any, ids: mx.array, cache: Any = None) -> mx.array:
-    """Run a model of either package."""
+    """Return the logits of a model of either package."""
     out = model(ids, cache=cache)
     return getattr(out, "logits", out)
 
@@ -173,31 +173,31 @@ def greedy(model: Any, prompts: mx.array, count: int = 64) -> list[list[int]]:
 
 
 def loss(model: Any, ids: mx.array) -> mx.array:
-    """Cross-entropy of the next token."""
+    """Return the cross-entropy of the next token."""
     predicted = logits(model, ids[:, :-1]).astype(mx.float32)
     return nn.losses.cross_entropy(predicted, ids[:, 1:]).mean()
 
 
 def gradients(model: Any, ids: mx.array) -> tuple[mx.array, Any]:
-    """Give the loss and its gradients, evaluated."""
+    """Return the loss and its gradients, evaluated."""
     value, gradient = nn.value_and_grad(model, lambda ids: loss(model, ids))(ids)
     mx.eval(value, gradient)
     return value, gradient
 
 
 def apart(a: mx.array, b: mx.array) -> float:
-    """Give the largest difference, as a part of the largest value."""
+    """Return the largest difference, relative to the largest value."""
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     return (mx.abs(a - b).max() / mx.abs(b).max()).item()
 
 
 def equal(a: mx.array, b: mx.array) -> bool:
-    """Whether two arrays have the same bits; zeros have a sign, NaN are none."""
+    """Return whether two arrays have the same bits; zeros have a sign, NaN equals nothing."""
     return a.dtype == b.dtype and bool(mx.array_equal(a, b).item())
 
 
 def only_connections(layer: Any) -> Any:
-    """Make a layer's attention, experts and norms do nothing, so that the rest is seen alone."""
+    """Disable a layer's attention, experts and norms, so that its connections are tested alone."""
     kept = ("attn_hc", "ffn_hc", "engram")
     for name in [name for name in layer.children() if name not in kept]:
         layer.pop(name)
@@ -206,7 +206,7 @@ def only_connections(layer: Any) -> Any:
 
 
 def call_layer(layer: Any, h: Any, mixes: mx.array) -> tuple[Any, ...]:
-    """Call a layer of any kind; give what it gives, V4.1's mixes among it."""
+    """Call a layer of any kind; return what it returns, V4.1's mixes included."""
     module = type(layer).__module__
     if module.endswith("mlx_vlm_deepseek_v4"):
         return (layer(h, None, None, None),)
@@ -214,7 +214,7 @@ def call_layer(layer: Any, h: Any, mixes: mx.array) -> tuple[Any, ...]:
 
 
 def classes(model: Any) -> dict[str, type[Any]]:
-    """Give the class of every module by its path."""
+    """Return the class of every module by its path."""
     return {path: type(module) for path, module in model.named_modules()}
 
 
@@ -234,7 +234,7 @@ VIEWS = {
 
 
 def nodes(*outputs: mx.array) -> int:
-    """Count what has to be computed for some arrays, as MLX has it: a launch each, on a GPU."""
+    """Return how many nodes MLX has to compute for some arrays: a launch each, on a GPU."""
     with NamedTemporaryFile(suffix=".dot") as file:
         mx.export_to_dot(file.name, *outputs)
         text = Path(file.name).read_text()

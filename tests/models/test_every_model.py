@@ -1,4 +1,4 @@
-"""accelerate, for every model that it knows, against the real packages."""
+"""accelerate on every model that it knows, with the real packages."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from mhc_core.mlx import accelerate, restore
 
 @pytest.fixture(params=list(small.FAMILIES))
 def family(request: pytest.FixtureRequest) -> small.Family:
-    """Each kind of model whose library is installed."""
+    """Return each kind of model whose library is installed."""
     family = small.FAMILIES[request.param]
     pytest.importorskip(family.package.replace("-", "_"), reason=f"{family.package} is missing")
     return family
 
 
 def pair(family: small.Family, **config: Any) -> tuple[Any, Any]:
-    """Give a plain model and an accelerated one with the same weights."""
+    """Return a plain model and an accelerated one with the same weights."""
     plain, fast = family.make(**config), family.make(**config)
     accelerate(fast)
     return plain, fast
 
 
 def unrounded(family: small.Family, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Give a configuration in which nothing is rounded, so that nothing can turn over."""
+    """Return a configuration without rounding, so that no rounded value can flip."""
     if family.package == "mlx-vlm":
         fakequant = import_module("mlx_vlm.models.deepseek_v41.fakequant")
         monkeypatch.setattr(fakequant, "DISABLE", True)
@@ -85,7 +85,7 @@ def test_64_greedy_tokens_are_those_of_the_model(
 
 
 def bfloat16(model: Any) -> Any:
-    """Make a model as people run it; of experts, MLX's CPU has only quantised ones in bfloat16."""
+    """Make a bfloat16 model; of its experts, MLX's CPU runs only quantised ones in bfloat16."""
     keep = getattr(model, "cast_predicate", lambda path: ".hc_" not in path)
 
     def cast(path: str, value: Any) -> mx.array:
@@ -226,7 +226,7 @@ def test_train_and_eval_reach_every_module(family: small.Family) -> None:
 
 
 def trainable(family: small.Family, **config: Any) -> tuple[Any, models.AccelerationReport]:
-    """Give a model that trains."""
+    """Return an accelerated model that can be trained."""
     model = family.make(**config)
     return model, accelerate(model, trainable=True)
 
@@ -273,7 +273,7 @@ NOT_RUN = ("vision", "aligner", "image_")  # the prompts have no images
 
 
 def slope(model: Any, ids: mx.array, at: dict[str, mx.array], along: dict[str, mx.array]) -> float:
-    """Give the derivative of the loss along a direction of length 1, by a difference."""
+    """Return the derivative of the loss along a direction of length 1, by a difference."""
     step, values = 5e-3, list[float]()
     for sign in (1, -1):
         model.update(tree_unflatten([(k, at[k] + sign * step * along[k]) for k in along]))
@@ -285,7 +285,7 @@ def slope(model: Any, ids: mx.array, at: dict[str, mx.array], along: dict[str, m
 def test_gradients_are_the_slopes_of_the_loss(
     family: small.Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Along each kind of parameter's own gradient, and along two random directions of all."""
+    """Check along each kind of parameter's own gradient, and along two random directions of all."""
     config = {**unrounded(family, monkeypatch), **small.SMOOTH}
     model, _ = trainable(family, **config)
     ids = small.tokens(2, small.LONG)
@@ -312,7 +312,7 @@ def test_gradients_are_the_slopes_of_the_loss(
 
 @pytest.mark.parametrize("low_rank", [False, True], ids=["all weights", "LoRA"])
 def test_training_lowers_the_loss(family: small.Family, low_rank: bool) -> None:
-    """With all that the model rounds and chooses."""
+    """Check with all the rounding and the choices that the model makes."""
     model, _ = trainable(family)
     before = dict(tree_flatten(model.parameters()))
     if low_rank:
@@ -338,7 +338,7 @@ def test_training_lowers_the_loss(family: small.Family, low_rank: bool) -> None:
 
 
 def add_lora(model: Any) -> None:
-    """Adapt every linear layer, of which mlx-lm's own function knows the right class."""
+    """Adapt every linear layer by mlx-lm's own function, which knows the right class for each."""
     tuner = pytest.importorskip("mlx_lm.tuner.utils", reason="mlx-lm is not installed")
     model.freeze()
     tuner.linear_to_lora_layers(model, 5, {"rank": 4, "scale": 10.0, "dropout": 0.0})
@@ -348,7 +348,7 @@ def add_lora(model: Any) -> None:
 
 
 def refused(model: Any, error: type[Exception], match: str) -> None:
-    """Hold that a call raises and leaves the model as it was."""
+    """Check that a call raises and leaves the model as it was."""
     before = small.classes(model)
     frozen = [path for path, _ in tree_flatten(model.trainable_parameters())]
     with pytest.raises(error, match=match):

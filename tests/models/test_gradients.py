@@ -1,4 +1,4 @@
-"""What gives a library's methods gradients, without a library."""
+"""The functions that give a library's methods gradients, tested without the library."""
 
 from __future__ import annotations
 

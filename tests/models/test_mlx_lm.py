@@ -24,14 +24,14 @@ from mhc_core.mlx import accelerate
 
 
 def pair() -> tuple[Any, Any]:
-    """Give a plain model and an accelerated one with the same weights."""
+    """Return a plain model and an accelerated one with the same weights."""
     plain, fast = small.mlx_lm_v41(), small.mlx_lm_v41()
     accelerate(fast)
     return plain, fast
 
 
 def test_generate_step_gives_the_same_64_tokens() -> None:
-    """With the rounding to fp8 and fp4, which keeps the last bits of a float from adding up."""
+    """Check with the rounding to fp8 and fp4, which keeps last-bit differences from adding up."""
     plain, fast = pair()
     prompt = small.tokens(33)
     expected = [token for token, _ in generate_step(prompt, plain, max_tokens=64)]
@@ -42,7 +42,7 @@ def test_generate_step_gives_the_same_64_tokens() -> None:
 
 
 def test_a_compiled_model_gives_the_same() -> None:
-    """With one iteration and no indexer: MLX calls a C++ compiler for what it fuses on a CPU."""
+    """Check one iteration without indexer: on a CPU, MLX runs a C++ compiler for what it fuses."""
     config = {"num_hidden_layers": 2, "compress_ratios": [0, 0], "hc_sinkhorn_iters": 1}
     fast = small.mlx_lm_v41(**config, kv_source_layer_ids=[], index_source_layer_ids=[])
     expected = fast(ids := small.tokens(1, small.LONG))
@@ -59,7 +59,7 @@ def test_a_connection_called_by_itself_gives_what_the_library_gives() -> None:
 
 
 def test_streams_are_passed_on_between_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One combine_pre per sublayer but the first, one combine after the last."""
+    """Check for one combine_pre per sublayer but the first, and one combine after the last."""
     _, fast = pair()
     calls: list[str] = []
     for name in ("mappings", "aggregate", "pre", "combine", "combine_pre"):
@@ -77,7 +77,7 @@ def counted(name: str, function: Any, calls: list[str]) -> Any:
 
 
 def test_launches_of_the_metal_kernels() -> None:
-    """Between two sublayers 2; the library's formulas have more, though Sinkhorn's were but one."""
+    """Check for 2 launches between sublayers; the library needs more, even with Sinkhorn as one."""
     simulator = pytest.importorskip("mhc_metal_simulator", reason="the simulator is not installed")
     plain, fast = pair()
     ids = small.tokens(1, 4)
@@ -125,7 +125,7 @@ def test_lora_trains_what_the_plain_model_cannot() -> None:
 def test_mlx_lms_own_trainer_lowers_the_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Uncompiled, since a compiled step takes a minute of C++ compiler on a CPU."""
+    """Train uncompiled, since a compiled step takes a minute of C++ compiler on a CPU."""
     monkeypatch.setattr(mx, "compile", lambda function, **_: function)
     model = small.mlx_lm_v41()
     accelerate(model, trainable=True)
@@ -155,7 +155,7 @@ def test_lora_on_a_quantised_model() -> None:
 
 
 class Group:
-    """One process's place among others."""
+    """One process's place in a group."""
 
     def __init__(self, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
@@ -169,7 +169,7 @@ class Group:
 
 @pytest.mark.parametrize("accelerated_first", [False, True])
 def test_two_pipeline_stages(monkeypatch: pytest.MonkeyPatch, accelerated_first: bool) -> None:
-    """In one process: what a stage sends waits in a list for the next one to receive."""
+    """Run both stages in one process: a list holds what one sends until the next receives it."""
     sent: list[mx.array] = []
 
     def send(message: mx.array, _: int) -> mx.array:
@@ -194,7 +194,7 @@ def test_two_pipeline_stages(monkeypatch: pytest.MonkeyPatch, accelerated_first:
 
 @pytest.mark.parametrize("accelerated_first", [False, True])
 def test_a_sharded_model(accelerated_first: bool) -> None:
-    """Tensor parallelism changes the layers within, which stay as they are; a group of one."""
+    """Check a group of one: tensor parallelism replaces only layers that accelerate keeps."""
     plain, fast = small.mlx_lm_v41(), small.mlx_lm_v41()
     if accelerated_first:
         accelerate(fast, trainable=True)

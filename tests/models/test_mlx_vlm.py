@@ -27,12 +27,12 @@ BLOCK = 4  # mlx-vlm calls up to 8 tokens a short block
 
 @pytest.fixture(params=["mlx-vlm V4", "mlx-vlm V4.1"])
 def family(request: pytest.FixtureRequest) -> small.Family:
-    """Each kind of model."""
+    """Return each kind of model."""
     return small.FAMILIES[request.param]
 
 
 def on(backend: str) -> contextlib.AbstractContextManager[None]:
-    """Answer by a backend; the simulator is a plugin."""
+    """Select a backend; the simulator is a plugin."""
     if backend == SIMULATOR:
         pytest.importorskip("mhc_metal_simulator", reason="the simulator is not installed")
     return mhc.use_backend(backend)
@@ -54,7 +54,7 @@ def test_generate_step_gives_the_same_64_tokens(family: small.Family) -> None:
 
 
 def test_compiled_layers_give_the_same(family: small.Family) -> None:
-    """Streams that one layer leaves to the next go through mx.compile."""
+    """Check that streams which one layer leaves to the next pass through mx.compile."""
     model = family.make(hc_sinkhorn_iters=1)
     accelerate(model)
     layers = [small.only_connections(layer) for layer in model.layers[:2]]
@@ -74,7 +74,7 @@ def test_compiled_layers_give_the_same(family: small.Family) -> None:
 
 
 def block_and_single_tokens(model: Any) -> tuple[mx.array, mx.array]:
-    """Give the logits of a block after a prompt, at once and token by token."""
+    """Return the logits of a block after a prompt, at once and token by token."""
     prompt, block = small.tokens(1, small.LONG), small.tokens(1, BLOCK, seed=8)
     caches = [model.make_cache() for _ in range(2)]
     for cache in caches:
@@ -86,7 +86,7 @@ def block_and_single_tokens(model: Any) -> tuple[mx.array, mx.array]:
 
 @pytest.mark.parametrize("backend", [SIMULATOR, "mlx-compiled"])
 def test_a_block_of_v4_has_the_bits_of_its_tokens(backend: str) -> None:
-    """As speculative decoding needs; mlx-compiled is so on CPUs, without a promise."""
+    """Check equal bits, for speculative decoding; mlx-compiled has them on CPUs, unpromised."""
     fast = small.mlx_vlm_v4()
     accelerate(fast)
     with on(backend):
@@ -100,7 +100,7 @@ def test_a_block_of_v4_has_the_bits_of_its_tokens(backend: str) -> None:
 def test_hyper_connections_of_a_block_have_the_bits_of_its_tokens(
     family: small.Family, dtype: mx.Dtype
 ) -> None:
-    """A layer with attention and experts that do nothing, in whole and token by token."""
+    """Compare a layer whose attention and experts do nothing, as a block and token by token."""
     fast = family.make(hidden_size=96)
     accelerate(fast)
     layer = small.only_connections(fast.layers[1])
@@ -114,13 +114,13 @@ def test_hyper_connections_of_a_block_have_the_bits_of_its_tokens(
 
 
 def run(layer: Any, h: mx.array, mixes: mx.array) -> tuple[mx.array, ...]:
-    """Call a layer; give its streams, and its mixes where it has them."""
+    """Call a layer; return its streams, and its mixes if it has them."""
     pending, *rest = small.call_layer(layer, h, mixes)
     return pending.written(), *rest
 
 
 def test_a_block_takes_no_more_launches_than_a_token() -> None:
-    """The kernels of 4 tokens are as many as those of one: mlx-vlm's projection alone is more."""
+    """Check that 4 tokens need as many kernels as one: mlx-vlm's projection alone needs more."""
     simulator = pytest.importorskip("mhc_metal_simulator", reason="the simulator is not installed")
     plain, fast = small.mlx_vlm_v4(), small.mlx_vlm_v4()
     accelerate(fast)
@@ -168,7 +168,7 @@ def test_apply_branch_called_by_itself() -> None:
 
 
 def test_what_drafters_read_is_the_same() -> None:
-    """The streams before the head, and their mean after some layers."""
+    """Compare the streams before the head, and their mean after some layers."""
     plain, fast = small.mlx_vlm_v4().language_model, small.mlx_vlm_v4()
     accelerate(fast)
     ids = small.tokens(1, small.LONG)
@@ -187,7 +187,7 @@ IMAGE = mx.array([[3, 7, 64, 66, 66, 67, 66, 66, 67, 68, 9, 30]])  # start, imag
 
 
 def test_v4_with_images_trains() -> None:
-    """Its choice among experts for images is compiled, with indices that have no gradient."""
+    """Check its choice among experts for images: compiled, with indices that have no gradient."""
     with pytest.raises(ValueError, match="VJP with respect to indices"):
         image_gradients(small.mlx_vlm_v4(**VISION))
     fast, model = small.mlx_vlm_v4(**VISION), small.mlx_vlm_v4(**VISION)
@@ -211,7 +211,7 @@ def image_loss(model: Any) -> mx.array:
 
 
 def check_slope(model: Any, gradient: dict[str, mx.array], suffix: str) -> None:
-    """Hold the gradient of some parameters to differences of the loss along it."""
+    """Compare the gradient of some parameters with differences of the loss along it."""
     along = {path: g for path, g in gradient.items() if path.endswith(suffix)}
     at = {path: v for path, v in tree_flatten(model.parameters()) if path in along}
     norm = sum(mx.square(g).sum() for g in along.values()).item() ** 0.5

@@ -40,7 +40,7 @@ Files = dict[str, bytes]
 
 @dataclass
 class Outcome:
-    """What a reader did with one file."""
+    """The result of one file in a reader."""
 
     kind: str  # "taken", the name of a documented error, or what is wrong
     lost: bool
@@ -60,7 +60,7 @@ class Reader:
     unchanged: Callable[[], bool] = field(default=lambda: True)
 
     def outcome(self, folder: Path, files: Files) -> Outcome:
-        """Read the files that lie in the folder, and judge what happened."""
+        """Read the files in the folder, and judge the outcome."""
         start = time.process_time()
         try:
             self.read(folder)
@@ -95,7 +95,7 @@ def contents(folder: Path) -> Files:
 
 
 def meaning(files: Files) -> dict[str, Any]:
-    """Return what files say: a safetensors header may have its spaces elsewhere."""
+    """Return the content of files: a safetensors header may have its spaces elsewhere."""
     said: dict[str, Any] = dict(files)
     for name, content in files.items():
         if name.endswith(".safetensors"):
@@ -105,7 +105,7 @@ def meaning(files: Files) -> dict[str, Any]:
 
 
 def checkpoints(scratch: Path) -> Reader:
-    """``load_hyper_connections``, of files and folders, into a model and without."""
+    """Return the reader ``load_hyper_connections``, of files and folders, into a model or not."""
     import mlx.core as mx
     from mlx import nn, utils
 
@@ -187,7 +187,7 @@ def stored(scratch: Path, tensors: dict[str, Any]) -> bytes:
 
 
 def demo(scratch: Path) -> Reader:
-    """The checkpoints that ``mhc demo --resume`` goes on from."""
+    """Return the reader of the checkpoints that ``mhc demo --resume`` continues from."""
     import numpy
 
     from mhc_core.cli.demo import _checkpoint
@@ -221,7 +221,7 @@ def demo(scratch: Path) -> Reader:
 
 
 def tuning(scratch: Path) -> Reader:
-    """``MHC_METAL_TUNING``."""
+    """Return the reader of ``MHC_METAL_TUNING``."""
     from mhc_backends.kernels import launch
 
     def read(folder: Path) -> None:
@@ -240,7 +240,7 @@ def tuning(scratch: Path) -> Reader:
 
 
 def simulator(scratch: Path) -> Reader:
-    """The simulator's cache: a damaged entry is not loaded, but compiled again."""
+    """Return the reader of the simulator's cache, which compiles a damaged entry again."""
     from mhc_metal_simulator import compiler
 
     entry = scratch / "entry.so"
@@ -262,7 +262,7 @@ def simulator(scratch: Path) -> Reader:
 
 
 class Damage:
-    """Makes one damaged set of files from a good one."""
+    """The damage that turns a good set of files into a bad one."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -292,7 +292,7 @@ class Damage:
         )  # fmt: skip
 
     def _at(self, content: bytes) -> int:
-        """Return a position, the first bytes more often: there are headers."""
+        """Return a position, more often among the first bytes, where headers are."""
         end = self.rng.choice((16, 200, len(content) + 1))
         return self.rng.randrange(min(end, len(content) + 1))
 
@@ -420,7 +420,7 @@ def available() -> list[str]:
 
 
 def run(name: str, files: int, seed: int, folder: Path, keep: Path | None = None) -> Counter[str]:
-    """Put damaged files through a reader and count what happened; what is lost begins so."""
+    """Put damaged files through a reader and count the outcomes; losses are named "lost: ..."."""
     scratch, place = folder / "made", folder / "read"
     scratch.mkdir()
     reader = READERS[name](scratch)
@@ -443,7 +443,7 @@ def run(name: str, files: int, seed: int, folder: Path, keep: Path | None = None
 
 
 def write(place: Path, files: Files) -> None:
-    """Make a folder's content what is given."""
+    """Replace a folder's content."""
     place.mkdir(parents=True, exist_ok=True)
     for path in place.iterdir():
         if path.name not in files:

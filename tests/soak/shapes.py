@@ -2,8 +2,8 @@
 
 ``python tests/soak/shapes.py --calls 20000 --shapes 500 --backend mlx-compiled``
 
-Memory is the process's resident set after each tenth of the calls. The first pass over the shapes
-may grow: what a backend keeps for a shape is a cache, and JAX's is of 8.7 MiB for each.
+Memory is the process's resident set after each tenth of the calls. It may grow in the first pass
+over the shapes: a backend caches what it makes for a shape, JAX 8.7 MiB for each.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def shapes(count: int, seed: int) -> list[tuple[int, int, int]]:
 
 
 def call(backend: str, T: int, n: int, C: int, rng: np.random.Generator) -> None:
-    """Take one `pre` and its gradients."""
+    """Compute one `pre` and its gradients."""
     m = n * n + 2 * n
     sizes = ((T, n, C), (m, n * C), (3,), (m,))
     arrays = tuple(rng.normal(0, 0.5, size).astype(np.float32) for size in sizes)

@@ -21,7 +21,7 @@ def test_nothing_is_lost(name: str, tmp_path: Path) -> None:
 
 
 def test_a_reader_that_loses_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The errors that are counted as ours are not simply all."""
+    """Check that errors which are not documented count as losses."""
     whole = fuzz_readers.tuning
 
     def careless(scratch: Path) -> fuzz_readers.Reader:

@@ -3,8 +3,8 @@
 ``python tests/soak/threads.py --threads 16 --seconds 300``
 
 Each thread calls `pre` and `combine` and takes their gradients on its own backend, with arrays of
-its own, and holds them to what one thread computed before,
-by NumPy's vjps, to float32's rounding.
+its own, and compares them, to float32's rounding, with what one thread computed before by NumPy's
+vjps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""mhc-mlx 0.6.3's names, answered by mhc-core: what they are is said in :mod:`mhc_core.mlx`."""
+"""mhc-mlx 0.6.3's names, provided by mhc-core and documented in :mod:`mhc_core.mlx`."""
 
 from mhc_mlx._originals import refuse
 

@@ -1,4 +1,4 @@
-"""What this distribution cannot stand beside: the two whose import names it takes."""
+"""The two distributions that this one cannot be installed beside: it takes their import names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ORIGINALS = ("mhc-mlx", "mlx-mhc")
 
 
 def refuse() -> None:
-    """Raise ImportError where an original is installed, since files of both share folders."""
+    """Raise ImportError if an original is installed, since both put files into the same folders."""
     there = {name: number for name in ORIGINALS if (number := _version(name))}
     if there:
         found = " and ".join(f"{name} {number}" for name, number in there.items())

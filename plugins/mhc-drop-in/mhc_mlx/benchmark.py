@@ -57,7 +57,7 @@ Function = Callable[..., Any]
 
 
 class Row(NamedTuple):
-    """What one line measures: a function of arrays, on one backend (None: the selection's)."""
+    """The measurement of one line: a function of arrays on one backend (None: the selection's)."""
 
     name: str
     backend: str | None
@@ -179,7 +179,7 @@ def _name(dtype: mx.Dtype) -> str:
 
 
 def _common(asked: argparse.Namespace, mode: str) -> dict[str, Any]:
-    """Return what every line of a run says, by mhc-mlx's names."""
+    """Return the fields that every line of a run has, by mhc-mlx's names."""
     recorded = (*NUMBERS, *CHOICES, *SWITCHES, "compiled", "with-backward", "sinkhorn-iters")
     words = {name.replace("-", "_") for name in (*recorded, "iters", "warmup", "repeats")}
     return {
@@ -201,7 +201,7 @@ def _common(asked: argparse.Namespace, mode: str) -> dict[str, Any]:
 def _records(
     asked: argparse.Namespace, mode: str, case: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Measure one row after another."""
+    """Yield the record of each row, measured one after another."""
     rows = list(_rows(asked, case))
     if not asked.no_correctness:
         layers = [row for row in rows if row.name.startswith("layer_")][:2]
@@ -291,7 +291,7 @@ def _largest(array: Array) -> float:
 
 
 def _turns(asked: argparse.Namespace, mode: str, row: Row) -> list[float]:
-    """Return the seconds a call takes, in each turn."""
+    """Return the seconds per call of each repetition."""
     function = mx.compile(_called(row)) if asked.compiled else _called(row)
     for _ in range(asked.warmup):
         mx.eval(function(*row.arrays))

@@ -1,4 +1,4 @@
-"""The command ``mhc-mlx-info``: what mhc-mlx's says, of what runs here."""
+"""The command ``mhc-mlx-info``: mhc-mlx's report on what runs here."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _lines() -> Iterator[str]:
 
 
 def main() -> None:
-    """Print it; a reader that has seen enough, such as ``head``, ends it without a word."""
+    """Print the report; end silently when the reader, such as ``head``, closes the pipe."""
     try:
         diagnostics()
         sys.stdout.flush()

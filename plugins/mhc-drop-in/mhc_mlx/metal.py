@@ -1,7 +1,7 @@
-"""mhc-mlx's kernels by their names, answered by the uniform ops on the selected backend.
+"""mhc-mlx's kernels by their names, computed by the uniform ops on the selected backend.
 
-Every function has gradients, those with and those without ``autograd`` in their names. What sets
-the launches of mhc-mlx's own kernels is taken and not used.
+Every function has gradients, with or without ``autograd`` in its name. Arguments that set the
+launches of mhc-mlx's own kernels are accepted and ignored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def sinkhorn_knopp_metal(
     threads_per_group: int | None = None,
     verbose: bool = False,
 ) -> mx.array:
-    """Give ``sinkhorn(H_res_raw, first="rows")``."""
+    """Return ``sinkhorn(H_res_raw, first="rows")``."""
     return mixing_matrix_from_logits(H_res_raw, iters, eps)
 
 
@@ -46,7 +46,7 @@ def mhc_forward_fused_metal(
     mix_kernel: str = "auto",
     verbose: bool = False,
 ) -> mx.array:
-    """Give the layer's output ``[B, n, C]`` from its mapped parameters."""
+    """Return the layer's output ``[B, n, C]`` from its mapped parameters."""
     out = mhc_forward_fused_reference(x, M, H_pre, H_post, rms_weight, eps)
     return out if output_dtype is None else out.astype(output_dtype)
 
@@ -64,7 +64,7 @@ def mhc_forward_fused_metal_autograd(
     mix_kernel: str = "auto",
     verbose: bool = False,
 ) -> mx.array:
-    """Give the layer's output ``[B, n, C]`` from its mapped parameters."""
+    """Return the layer's output ``[B, n, C]`` from its mapped parameters."""
     return mhc_forward_fused_metal(x, M, H_pre, H_post, rms_weight, eps, output_dtype=output_dtype)
 
 
@@ -75,7 +75,7 @@ def stream_mix_add_metal(
     threads_per_group: int | None = None,
     verbose: bool = False,
 ) -> mx.array:
-    """Give ``sum_j M[i, j] x_j + y_i``, ``[B, n, C]``, float32."""
+    """Return ``sum_j M[i, j] x_j + y_i``, ``[B, n, C]``, float32."""
     ones = mx.ones(M.shape[:1])
     wide, y = (array.astype(mx.float32).flatten(-2) for array in (x, y_dist))
     return mhc.gated_combine(wide, y, ones, ones, M).reshape(x.shape)
@@ -89,7 +89,7 @@ def residual_add_agg_metal(
     output_dtype: mx.Dtype | None = None,
     verbose: bool = False,
 ) -> tuple[mx.array, mx.array]:
-    """Give ``x' = x + res`` and ``sum_i H_pre_i x'_i``."""
+    """Return ``x' = x + res`` and ``sum_i H_pre_i x'_i``."""
     out, h = residual_add_agg(x, res, H_pre)
     return (out if output_dtype is None else out.astype(output_dtype)), h
 

@@ -1,7 +1,7 @@
-"""mhc-mlx's formulas by their names, answered by the uniform ops on the selected backend.
+"""mhc-mlx's formulas by their names, computed by the uniform ops on the selected backend.
 
 As there, results are float32 for half-precision arrays too. ``eps`` of Sinkhorn, under which
-mhc-mlx stops dividing, is taken and not used: ours divides in the log domain, where no line
+mhc-mlx stops dividing, is accepted and ignored: ours divides in the log domain, where no line
 underflows.
 """
 
@@ -24,32 +24,32 @@ __all__ = [
 
 
 def activate_pre_post(H_pre_raw: mx.array, H_post_raw: mx.array) -> tuple[mx.array, mx.array]:
-    """Give ``sigmoid(H_pre_raw)`` and ``2 sigmoid(H_post_raw)``."""
+    """Return ``sigmoid(H_pre_raw)`` and ``2 sigmoid(H_post_raw)``."""
     return mx.sigmoid(_wide(H_pre_raw)), 2.0 * mx.sigmoid(_wide(H_post_raw))
 
 
 def mixing_matrix_from_logits(H_res_raw: mx.array, iters: int = 20, eps: float = 1e-5) -> mx.array:
-    """Give ``sinkhorn(H_res_raw, first="rows")``."""
+    """Return ``sinkhorn(H_res_raw, first="rows")``."""
     return mhc.sinkhorn(_wide(H_res_raw), iters, first="rows")
 
 
 def stream_aggregate(x_expanded: mx.array, H_pre: mx.array) -> mx.array:
-    """Give ``sum_i H_pre_i x_i``, ``[B, C]``."""
+    """Return ``sum_i H_pre_i x_i``, ``[B, C]``."""
     return mhc.aggregate(_wide(x_expanded), H_pre)
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float = 1e-5) -> mx.array:
-    """Give ``x / sqrt(mean(x^2) + eps) * weight``."""
+    """Return ``x / sqrt(mean(x^2) + eps) * weight``."""
     return mhc.rms_norm(_wide(x), weight, eps)
 
 
 def stream_distribute(y_norm: mx.array, H_post: mx.array) -> mx.array:
-    """Give ``H_post_i y``, ``[B, n, C]``."""
+    """Return ``H_post_i y``, ``[B, n, C]``."""
     return _wide(H_post)[:, None] * _wide(y_norm)[..., None, :]
 
 
 def stream_mix_ref(x_expanded: mx.array, M: mx.array) -> mx.array:
-    """Give ``sum_j M[i, j] x_j``, ``[B, n, C]``."""
+    """Return ``sum_j M[i, j] x_j``, ``[B, n, C]``."""
     nothing = mx.zeros(x_expanded.shape[-1:])
     y = mx.broadcast_to(nothing, (*x_expanded.shape[:-2], nothing.size))
     return mhc.combine(_wide(x_expanded), y, mx.zeros(M.shape[:1]), M)
@@ -63,7 +63,7 @@ def mhc_forward_fused_reference(
     rms_weight: mx.array,
     eps: float = 1e-5,
 ) -> mx.array:
-    """Give the layer's output ``[B, n, C]`` from its mapped parameters."""
+    """Return the layer's output ``[B, n, C]`` from its mapped parameters."""
     y = rms_norm(stream_aggregate(x_expanded, H_pre_act), rms_weight, eps)
     return mhc.combine(_wide(x_expanded), y, H_post_act, M)
 
@@ -77,7 +77,7 @@ def mhc_forward_reference(
     sinkhorn_iters: int = 20,
     eps: float = 1e-5,
 ) -> mx.array:
-    """Give the layer's output ``[B, n, C]`` from its raw parameters."""
+    """Return the layer's output ``[B, n, C]`` from its raw parameters."""
     raw = (H_pre_raw, H_post_raw, H_res_raw)
     return mhc.static_layer(_wide(x_expanded), *raw, rms_weight, eps, sinkhorn_iters)
 

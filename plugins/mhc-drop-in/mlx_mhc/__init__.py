@@ -1,6 +1,6 @@
-"""mlx-mhc 0.4.1's names, answered by mhc-core: what they are is said in :mod:`mhc_core.mlx`.
+"""mlx-mhc 0.4.1's names, provided by mhc-core and documented in :mod:`mhc_core.mlx`.
 
-``MHCLayer`` and ``MHCRewire`` are there since mhc-mlx offers them under this name too.
+``MHCLayer`` and ``MHCRewire`` are included since mhc-mlx offers them under this name too.
 """
 
 from mhc_mlx import MHCLayer, MHCRewire

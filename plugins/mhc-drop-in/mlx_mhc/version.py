@@ -1,3 +1,3 @@
-"""Whose names these are."""
+"""The version of mlx-mhc whose names these are."""
 
 __version__ = "0.4.1"

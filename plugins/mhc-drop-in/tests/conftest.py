@@ -1,4 +1,4 @@
-"""A clean environment, and the originals, each fetched once a run."""
+"""A clean environment, and the originals, each fetched once per run."""
 
 from __future__ import annotations
 

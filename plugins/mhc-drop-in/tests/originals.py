@@ -1,4 +1,4 @@
-"""The source distributions of the two originals, fetched from PyPI and run, never kept."""
+"""The source distributions of the two originals: fetched from PyPI, run, and not stored."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PINNED = {
 
 @dataclass(frozen=True)
 class Original:
-    """An original as its author published it, unpacked."""
+    """An original, unpacked as its author published it."""
 
     name: str
     root: Path
 
     def run(self, code: str, *arguments: str | Path, folder: Path) -> str:
-        """Run code that imports the original, not what stands in for it."""
+        """Run code that imports the original, not its stand-in."""
         environment = {**os.environ, "PYTHONPATH": str(self.root)}
         command = (sys.executable, "-c", code, *map(str, arguments))
         return checked(command, folder, environment)

@@ -93,7 +93,7 @@ def test_bench_takes_every_option_and_records_it(
 
 
 def test_what_changes_results_is_used() -> None:
-    """The norm's eps, Sinkhorn's iterations and the outputs' dtype reach the function."""
+    """Check that the norm's eps, Sinkhorn's iterations and the output dtype reach the function."""
 
     def layer(*options: str) -> Any:
         asked = benchmark._parser().parse_args([*CASE, *options])

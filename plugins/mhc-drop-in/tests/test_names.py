@@ -1,4 +1,4 @@
-"""What the drop-in is made of, and what it refuses to stand beside."""
+"""The names that the drop-in provides, and the packages that it refuses to stand beside."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_commands_are_declared() -> None:
 
 
 def beside(original: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run Python where an original is installed, as its metadata says."""
+    """Run Python with metadata that says an original is installed."""
     metadata = folder / f"{original.replace('-', '_')}-9.8.7.dist-info"
     metadata.mkdir(exist_ok=True)
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {original}\nVersion: 9.8.7\n")

@@ -1,4 +1,4 @@
-"""The originals beside what stands in for them: the same signatures, weights and numbers."""
+"""The originals beside their stand-ins: the same signatures, weights and numbers."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ assert any(name.startswith("_cached") for name in connection.state)
 
 
 def test_the_faults_of_mhc_mlx_are_still_there(mhc_mlx_original: Original, tmp_path: Path) -> None:
-    """What docs/migrating.md says of it; that ours has none of them is tested with the modules."""
+    """Check the faults that docs/migrating.md lists; the modules' tests show that ours has none."""
     mhc_mlx_original.run(FAULTS_OF_MHC_MLX, folder=tmp_path)
 
 

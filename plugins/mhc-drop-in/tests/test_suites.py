@@ -1,4 +1,4 @@
-"""The originals' own tests, unmodified, against what stands in for them."""
+"""The originals' own tests, unmodified, against the stand-ins."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ GPU = mx.default_device() == mx.Device(mx.gpu)
 
 
 def unreached(name: str) -> dict[str, str]:
-    """The tests that cannot pass, of the README's table, with the reasons."""
+    """Return the tests of the README's table that cannot pass, with the reasons."""
     rows = re.findall(r"^\| ([\w-]+) \| `([\w.:]+)` \| ([^|]+) \|$", README, re.MULTILINE)
     return {test: reason for suite, test, reason in rows if suite == name}
 
 
 def outcomes(original: Original, folder: Path) -> dict[str, str]:
-    """Run a suite as it is published; give what became of each test."""
+    """Run a suite as it is published; return the outcome of each test."""
     shutil.copytree(original.root / "tests", folder / "tests")
     report = folder / "report.xml"
     command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}")

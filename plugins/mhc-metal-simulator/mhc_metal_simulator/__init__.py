@@ -1,4 +1,4 @@
-"""Runs Metal kernels of ``mx.fast.metal_kernel`` on a Linux machine without a GPU.
+"""A simulator that runs kernels of ``mx.fast.metal_kernel`` on a Linux machine without a GPU.
 
 :func:`metal_kernel` takes the place of ``mx.fast.metal_kernel``. The text that MLX would hand to
 Apple's compiler is compiled by clang and run thread by thread, and what a GPU leaves undefined is

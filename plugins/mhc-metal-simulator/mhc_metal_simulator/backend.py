@@ -1,6 +1,6 @@
 """The backend ``mlx-metal-simulator``: the ops and kernels of ``mlx-metal``, simulated.
 
-It is only ever taken by name. Importing this module imports neither MLX nor the simulator.
+It is selected only by name. Importing this module imports neither MLX nor the simulator.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NO_COMPILE = (
 
 
 def missing() -> str | None:
-    """Say what the simulator lacks here, or None."""
+    """Return what the simulator lacks here, or None."""
     if sys.platform != "linux":  # its fibers, and the loading of what it compiles
         return f"the simulator runs on Linux, and this is {sys.platform}"
     if reason := _mlx.missing():
@@ -54,7 +54,7 @@ SPEC = BackendSpec(
 
 @hookimpl
 def mhc_backend_specs() -> list[BackendSpec]:
-    """Bring the backend."""
+    """Return the spec of the backend."""
     return [SPEC]
 
 

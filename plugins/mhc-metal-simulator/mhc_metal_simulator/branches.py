@@ -1,4 +1,4 @@
-"""Marks, while a kernel runs, which side each of its choices takes.
+"""The marks that record, while a kernel runs, which side each of its choices takes.
 
 The choices are those of the text: ``if``, ``?:`` and loops that are not unrolled, whether their
 conditions are known when they are compiled or when they run. Each gets a call around its condition,
@@ -33,7 +33,7 @@ _OPEN = {")": "(", "]": "[", "}": "{"}
 
 
 class Token(Protocol):
-    """What is read of a token of the text."""
+    """The fields that are read of a token of the text."""
 
     @property
     def kind(self) -> str: ...
@@ -76,7 +76,7 @@ def find(text: str, tokenise: Tokenise) -> tuple[Edits, tuple[Branch, ...]]:
 
 
 def _parts(text: str) -> Iterator[tuple[int, str]]:
-    """Give the text, and what macros stand for, which its tokens leave out."""
+    """Yield the text and the bodies of macros, which its tokens leave out, each with its offset."""
     yield 0, text
     for macro in re.finditer(r"^[ \t]*#define \w+(?:\([^)]*\))?((?:\\\n|[^\n])*)", text, re.M):
         body = macro[1].replace("\\\n", " \n")
@@ -234,7 +234,7 @@ class _Finder:
         self.edits.append((self.offset + at, self.offset + at, text))
 
     def _level(self, first: int, end: int) -> Iterator[int]:
-        """Give the tokens outside of brackets."""
+        """Yield the tokens outside of brackets."""
         at = first
         while at < end:
             if self.tokens[at].text in "([{":
@@ -247,7 +247,7 @@ class _Finder:
 
 
 def _brackets(tokens: Sequence[Token]) -> dict[int, int]:
-    """Give the other bracket of each."""
+    """Return the index of each bracket's counterpart."""
     pairs: dict[int, int] = {}
     stack: list[int] = []
     for at, token in enumerate(tokens):

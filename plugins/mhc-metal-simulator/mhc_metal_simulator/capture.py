@@ -1,4 +1,4 @@
-"""Obtains the Metal source that MLX would hand to Apple's compiler, on a machine without a GPU.
+"""The Metal source that MLX would pass to Apple's compiler, obtained without a GPU.
 
 ``mx.export_function`` traces a call of an ``mx.fast.metal_kernel`` without running it, and with
 ``verbose=True`` MLX prints the source that it generated, to file descriptor 1.

@@ -1,4 +1,4 @@
-"""Finds a clang, compiles prepared texts into shared libraries and keeps those on disk.
+"""The search for a clang, and the disk cache of libraries that it compiles from prepared texts.
 
 One pass of the front end sees the real address spaces, so that a mismatch is a compile error.
 Its output, LLVM's textual intermediate code, then has the address spaces erased, since clang
@@ -178,14 +178,14 @@ def _runtime_object(compiler: Compiler, folder: Path) -> Path:
 
 
 def _keep(built: Path, entry: Path) -> None:
-    """Put a file into the cache, sealed with its hash; linkers do not look behind an ELF file."""
+    """Write a file into the cache, sealed with its hash; linkers do not look behind an ELF file."""
     with built.open("ab") as stream:
         stream.write(_SEAL + _digest(built.read_bytes()))
     os.replace(built, entry)
 
 
 def _is_whole(entry: Path) -> bool:
-    """Whether an entry is there and as it was kept: a library cut short would be a bus error."""
+    """Return whether an entry exists and is intact: loading a truncated library is a bus error."""
     try:
         content = entry.read_bytes()
     except OSError:
@@ -202,7 +202,7 @@ def _digest(content: bytes) -> bytes:
 
 
 def front_end(text: str, file: str, original: str) -> str:
-    """Return clang's intermediate code of a prepared text, if Metal takes it."""
+    """Return clang's intermediate code of a prepared text, if Metal accepts it."""
     flags = f"{_LANGUAGE} {_FRONT_END} -I{_HERE / 'metal'} -o - -"
     done = _run([*find_compiler().clang, *flags.split()], text)
     if done.returncode != 0:
@@ -231,7 +231,7 @@ def _check(command: list[str]) -> str:
 
 
 def readable(said: str) -> str:
-    """Return what clang said in Metal's words."""
+    """Return clang's message in Metal's words."""
     for number, name in ((1, "device"), (2, "constant"), (3, "threadgroup")):
         said = said.replace(f"__attribute__((address_space({number})))", name)
     return said.replace("_Float16", "half").replace("__bf16", "bfloat").strip()

@@ -1,4 +1,4 @@
-"""Which cases of the conformance kit run which kernel, and which sides of its choices.
+"""The coverage of the conformance kit: which cases run which kernel and sides of its choices.
 
 ``python -m mhc_metal_simulator.coverage`` runs the default kit's cases on the simulator, forward
 and back, and prints each kernel with its launches' classes and each side of its choices with a case
@@ -70,7 +70,7 @@ class Place(NamedTuple):
 
 
 class Coverage(NamedTuple):
-    """What cases ran: kernels, classes of launches and sides of choices, each with the first case.
+    """The kernels, classes of launches and sides of choices that ran, each with its first case.
 
     ``sides`` are all that the texts have, of functions that any launch of the kernel calls.
     """
@@ -82,7 +82,7 @@ class Coverage(NamedTuple):
 
     @property
     def missing(self) -> list[Place]:
-        """The sides that no case ran."""
+        """Return the sides that no case ran."""
         return sorted(self.sides - set(self.places), key=str)
 
 
@@ -103,7 +103,7 @@ def _unit(unit: tuple[str, str]) -> Coverage:
 
 
 def tried(op: str, dtype: str) -> Iterator[tuple[Ran, list[LaunchRecord]]]:
-    """Run an op's cases, forward and back, and give what each launched."""
+    """Run an op's cases, forward and back, and yield what each launched."""
     subject = Subject(BACKEND)
     smallest, largest = subject.spec.sizes
     for case in cases(op, dtype):
@@ -130,7 +130,7 @@ def _checked(op: str, dtype: str, kind: str) -> tuple[Ran, list[LaunchRecord]]:
 
 
 def units() -> Iterator[tuple[str, str, str]]:
-    """Give the ops, dtypes and checks that :func:`checked` takes to run what `measure` runs."""
+    """Yield the ops, dtypes and checks with which :func:`checked` runs what `measure` runs."""
     dtypes = Subject(BACKEND).spec.dtypes
     for kind in KINDS:
         for dtype in DTYPES:
@@ -161,7 +161,7 @@ def covered(ran: Ran, launches: Sequence[LaunchRecord]) -> Coverage:
 
 
 def together(parts: Iterable[Coverage]) -> Coverage:
-    """Join what was found, with the first case for each."""
+    """Return the union of what was found, with the first case for each."""
     kernels: dict[str, Ran] = {}
     found: dict[tuple[str, str], Ran] = {}
     places: dict[Place, Ran] = {}
@@ -184,7 +184,7 @@ _VALUES = re.compile(r"decltype\(\w+<([^<>]*)>\)")
 
 
 def classes(one: LaunchRecord) -> set[str]:
-    """Name the classes that a launch is in: how the launch table has the kernel do its work."""
+    """Return the names of a launch's classes: how the launch table has the kernel do its work."""
     names, values = _TEMPLATE.search(one.source), _VALUES.search(one.source)
     words: dict[str, str] = {}
     if names and values:
@@ -216,7 +216,7 @@ def _classes(
 
 
 def possible(kernel: str, words: Iterable[str]) -> set[str]:
-    """Name the classes that the launch table has for a kernel, of those kinds that it names."""
+    """Return the classes that the launch table has for a kernel, of the kinds in ``words``."""
     channels = (1, 2, 4, 8, 37, 257, 1028, 4096, 4100, 8192, 16388, 32768)
     made: set[str] = set()
     for T in (1, 5, 257, 515, 1031, 16385):
@@ -240,7 +240,7 @@ def _kind(word: str) -> str:
 
 
 class Unreached(NamedTuple):
-    """Sides that no case runs, by what their names match, and why."""
+    """The sides that no case runs, by what their names match, and the reason."""
 
     pattern: str
     reason: str
@@ -332,7 +332,7 @@ def reasons(missing: Iterable[Place]) -> dict[Unreached | None, list[Place]]:
 
 
 def listing(found: Coverage) -> Iterator[str]:
-    """Give a line for each kernel, class and side, with a case that runs it; at the end, counts."""
+    """Yield a line per kernel, class and side, with a case that runs it; at the end, counts."""
     for kernel, ran in sorted(found.kernels.items()):
         yield f"{kernel}: {ran}"
         for (name, word), one in sorted(found.classes.items()):

@@ -1,4 +1,4 @@
-"""Loads compiled kernels and runs grids of threads on NumPy buffers."""
+"""A loader of compiled kernels, which runs grids of threads on NumPy buffers."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ class _SharedArray(ctypes.Structure):
 
 
 class _Stacks:
-    """Stacks for the fibers of one launch, lent to one launch after another."""
+    """The fibers' stacks, lent to one launch after another."""
 
     def __init__(self) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
@@ -209,7 +209,7 @@ def _stacks() -> Generator[_Stacks]:
 
 @dataclass
 class _Arena:
-    """All buffers of a launch in one range of addresses, apart from each other."""
+    """All buffers of a launch in one range of addresses, with gaps between them."""
 
     memory: mmap.mmap
     address: int
@@ -240,7 +240,7 @@ class _Arena:
 
 @dataclass
 class _Shadow:
-    """What is recorded about one buffer while a launch runs."""
+    """The record of one buffer's loads and stores while a launch runs."""
 
     loaded: npt.NDArray[np.uint64]
     stored: npt.NDArray[np.uint64]

@@ -1,4 +1,4 @@
-"""What the simulator reports. Every class derives from :class:`SimulatorError`."""
+"""The errors that the simulator reports. Every class derives from :class:`SimulatorError`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = [
 
 
 class SimulatorError(RuntimeError):
-    """Something that the simulator refuses or found."""
+    """Something that the simulator refuses or has found."""
 
 
 class SimulatorUnavailableError(SimulatorError):

@@ -1,4 +1,4 @@
-"""Puts what the runtime found into sentences."""
+"""The sentences for what the runtime found."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class _Library(Protocol):
 
 @dataclass(frozen=True)
 class _Scene:
-    """Everything that the sentences are made of."""
+    """The facts that the sentences are made of."""
 
     fault: Fault
     kernel: str

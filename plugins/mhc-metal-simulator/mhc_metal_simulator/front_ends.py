@@ -1,4 +1,4 @@
-"""What clang's front end says of a text, in several languages, and what it finds in it.
+"""The verdicts of clang's front end on a text, in several languages, and what it finds in it.
 
 No code is made here. :func:`metal` is the simulator's own language, C++17 with a shim of Apple's
 library; :func:`cxx14` the language that Metal extends (MSL specification 1.5), with every later
@@ -45,9 +45,9 @@ def _run(flags: str, text: str, *more: str, name: str = "-") -> subprocess.Compl
 
 
 def metal(text: str, name: str = "text") -> None:
-    """Raise unless the simulator's front end takes a text, which need not have a kernel.
+    """Raise unless the simulator's front end accepts a text, which need not have a kernel.
 
-    MLX's own headers may stand in it: the functions of bfloat that they bring are not the shim's.
+    It may contain MLX's own headers, whose functions of bfloat are not the shim's.
     """
     require_metal(text, name)
     front_end(prepare_declarations(text, name), f"{name}.metal", text)
@@ -175,7 +175,7 @@ def calls(text: str, name: str) -> set[str]:
 
 
 def _pointers(demangled: str) -> Iterator[str]:
-    """Give the pointers among the template arguments, not among the parameters."""
+    """Yield the pointers among the template arguments, not those among the parameters."""
     opening = demangled.find("<")
     inside = demangled[opening : _close(demangled, opening)] if opening >= 0 else ""
     for type_, const, space in re.findall(r"(\w+)( const)? AS(\d)\*", inside):
@@ -183,7 +183,7 @@ def _pointers(demangled: str) -> Iterator[str]:
 
 
 def _close(text: str, opening: int) -> int:
-    """Return the place of the bracket that closes the one at ``opening``."""
+    """Return the index of the bracket that closes the one at ``opening``."""
     left, right = text[opening], {"<": ">", "(": ")"}[text[opening]]
     depth = 0
     for k in range(opening, len(text)):
@@ -194,7 +194,7 @@ def _close(text: str, opening: int) -> int:
 
 
 def _overload(demangled: str) -> str:
-    """Leave out the result, the template arguments and what only the shim has."""
+    """Return an overload without its result, its template arguments and what only the shim has."""
     if shared := re.search(r"mhc::shared<(\w+) ?[\[,]", demangled):
         return f"threadgroup {shared[1]}[]"
     if made := re.search(r"mhc::make<(\w+)", demangled):
@@ -230,7 +230,7 @@ def _demangled(symbol: str) -> str:
 
 @functools.cache
 def missing_opencl() -> str | None:
-    """Say why this clang has no C++ for OpenCL, or None."""
+    """Return why this clang has no C++ for OpenCL, or None."""
     done = _run(_OPENCL, "__kernel void f(__global int* p) { *p = 1; }")
     return None if done.returncode == 0 else f"clang has no C++ for OpenCL: {done.stderr.strip()}"
 

@@ -1,4 +1,4 @@
-"""MLX's own Metal headers, as they are installed with it: code that Apple's compiler accepts.
+"""MLX's own Metal headers, as installed with it: code that Apple's compiler accepts.
 
 MLX puts ``utils.h``, with everything that it includes, before the text of a custom kernel
 (``metal::utils()``, made by ``mlx/backend/metal/make_compiled_preamble.sh``).
@@ -15,7 +15,7 @@ from mhc_metal_simulator.errors import SimulatorError
 __all__ = ["KERNELS", "flattened", "include_folder", "utilities"]
 
 KERNELS = "mlx/backend/metal/kernels"
-"""Where they are, below the folder for includes."""
+"""The folder of the headers, below the folder for includes."""
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"(mlx/[^"]+)"[^\n]*$', re.MULTILINE)
 _ONCE = re.compile(r"^[ \t]*#[ \t]*pragma[ \t]+once[ \t]*$", re.MULTILINE)
@@ -32,7 +32,7 @@ def include_folder() -> Path:
 
 
 def flattened(*names: str) -> str:
-    """Return headers, named from ``mlx/`` on, with all that they include of MLX, each once."""
+    """Return headers, named from ``mlx/`` on, with all MLX headers that they include, each once."""
     return _flat(include_folder(), names, set())
 
 
@@ -48,5 +48,5 @@ def _flat(folder: Path, names: tuple[str, ...], seen: set[str]) -> str:
 
 @functools.cache
 def utilities() -> str:
-    """Return what MLX puts before the text of every custom kernel."""
+    """Return the text that MLX puts before every custom kernel."""
     return "#include <metal_stdlib>\n" + flattened(f"{KERNELS}/utils.h")

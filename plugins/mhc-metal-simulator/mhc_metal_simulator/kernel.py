@@ -43,7 +43,7 @@ def metal_kernel(
 
 
 class SimulatedKernel:
-    """Called with the arguments that a kernel of ``mx.fast.metal_kernel`` takes."""
+    """A kernel to be called with the arguments that one of ``mx.fast.metal_kernel`` takes."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ def _address(host: HostArray) -> int:
 
 @functools.cache
 def _first_address() -> int:
-    """Return where a buffer of MLX's begins; on a CPU that is 8 bytes after a multiple of 16."""
+    """Return where a buffer of MLX's begins: on a CPU, 8 bytes after a multiple of 16."""
     array = mx.zeros(64)
     mx.eval(array)
     return _address(np.asarray(memoryview(cast("Any", array)))) % ALIGNMENT
@@ -196,7 +196,7 @@ def _from_host(host: HostArray, dtype: Any) -> Any:
 
 
 def _without_gradient(run: Any) -> Any:
-    """Give ``run`` the derivatives of a custom kernel: none, said aloud."""
+    """Make the derivatives of ``run`` those of a custom kernel: they raise."""
     wrapped: Any = mx.custom_function(run)
 
     def vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:

@@ -35,7 +35,7 @@ HostArray = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Options:
-    """How launches run.
+    """The settings of launches.
 
     Attributes
     ----------
@@ -92,7 +92,7 @@ def options(
 
 @dataclass(frozen=True)
 class LaunchRecord:
-    """What one launch was and moved.
+    """One launch: its kernel, its sizes and the bytes that it moved.
 
     Attributes
     ----------
@@ -120,12 +120,12 @@ class LaunchRecord:
 
     @property
     def loaded(self) -> int:
-        """Bytes loaded from inputs and outputs."""
+        """Return the bytes loaded from inputs and outputs."""
         return sum(t.loaded for t in self.traffic.values() if t.role != "metadata")
 
     @property
     def stored(self) -> int:
-        """Bytes stored to outputs."""
+        """Return the bytes stored to outputs."""
         return sum(t.stored for t in self.traffic.values())
 
 
@@ -155,7 +155,7 @@ def record() -> Generator[list[LaunchRecord]]:
 
 @dataclass(frozen=True)
 class Output:
-    """An output to be made: its name, shape and dtype as NumPy's, and what it is filled with."""
+    """An output to be made: its name, shape and NumPy dtype, and its initial value."""
 
     name: str
     shape: tuple[int, ...]
@@ -196,7 +196,7 @@ def simulate(
     Raises
     ------
     CompileError, LaunchError, KernelFaultError
-        What a compiler, Metal or a detector has against it.
+        If a compiler, Metal or a detector refuses it.
     """
     _check_threads(name, threadgroup)
     library = _library(name, source)
@@ -271,7 +271,7 @@ def _argument(
 
 
 def _input_argument(name: str, array: HostArray, offset: int) -> Argument:
-    """Take the stretch of memory that a strided array spans, as it lies there."""
+    """Return the stretch of memory that a strided array spans, as an argument."""
     if array.size == 0:
         return Argument(name, np.zeros(0, np.uint8), array.itemsize)
     reach = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]

@@ -1,4 +1,4 @@
-"""Finds the source line of an address in a compiled kernel: ELF sections, DWARF 5 line table."""
+"""The source line of an address in a compiled kernel, from ELF sections and DWARF 5 line tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What C++ has and Metal refuses, found in a text's tokens before clang reads it.
+"""The C++ that Metal refuses, found in a text's tokens before clang reads it.
 
 Each rule cites where Apple's compiler refuses this: a public issue with its message, or a section
 of the Metal Shading Language specification (numbers as in version 3.1). Tests hold the rules
@@ -55,7 +55,7 @@ _TYPE_WORDS = {"struct", "class", "union", "enum"}
 
 
 def require(tokens: Sequence[Token], text: str, name: str) -> None:
-    """Raise the first error that Apple's compiler would and clang would not."""
+    """Raise the first error that Apple's compiler reports and clang does not."""
     for token, message in sorted(_errors(tokens), key=lambda found: found[0].start):
         line = text.count("\n", 0, token.start) + 1
         raise CompileError(f"{name}.metal:{line}: error: {message}")
@@ -137,7 +137,7 @@ def _past_angles(tokens: Sequence[Token], opening: int) -> int:
 
 
 def _threadgroup_variables(tokens: Sequence[Token]) -> Iterator[tuple[Token, str]]:
-    """Find those outside of kernels and those with a value; 4.4 threadgroup Address Space."""
+    """Find threadgroup variables outside kernels or with a value; 4.4 threadgroup Address Space."""
     frames: list[str] = []
     statement: list[str] = []
     parentheses = 0
@@ -173,7 +173,7 @@ def _frame(statement: list[str], frames: list[str]) -> str:
 
 
 def _is_variable(tokens: Sequence[Token], first: int) -> bool:
-    """Whether a declaration is of a variable there, not of a pointer or a function."""
+    """Return whether a declaration is of a variable, not of a pointer or a function."""
     depth = 0
     for token in tokens[first + 1 :]:
         depth += (token.text in "([<") - (token.text in ")]>")

@@ -1,4 +1,4 @@
-"""Makes the Metal text that MLX generates acceptable to clang as C++, line for line.
+"""The conversion of MLX's Metal text to C++ that clang accepts, line for line.
 
 The text itself stays as it is but for these edits, none of which moves a line:
 
@@ -98,7 +98,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Prepared:
-    """C++ text, the buffers that it takes in their order, and the original text."""
+    """The prepared C++ text, the buffers that it takes in their order, and the original text."""
 
     text: str
     buffers: tuple[Parameter, ...]
@@ -173,7 +173,7 @@ def prepare_opencl(original: str, name: str) -> str:
 
 
 def require_metal(text: str, name: str) -> None:
-    """Refuse what C++ has and Metal does not."""
+    """Raise if a text has C++ that Metal refuses."""
     tokens = _tokens(text)
     rules.require(tokens, text, name)
     _require_constant_space(tokens, text, name)

@@ -69,7 +69,7 @@ _Trace = Callable[[], str]
 
 
 class _Recorder:
-    """Takes launches in the place of MLX, and keeps how to trace each kind once."""
+    """A stand-in for MLX that takes launches and keeps how to trace each kind, once."""
 
     def __init__(self) -> None:
         self.known: set[Any] = set()
@@ -144,7 +144,7 @@ def _run(ops: Any, op: str, n: int, dtype: str, sizes: Sequence[_Size]) -> None:
 
 
 def _zeros(op: Op, sizes: Sizes, dtype: str) -> list[mx.array]:
-    """Return arrays without values: nothing here is ever evaluated."""
+    """Return arrays without values: none is ever evaluated."""
     leading, n, C, _ = sizes
     known = {"n": n, "C": C, "D": n * C, "m": n * n + 2 * n, "nC": n * C}
     arrays: list[mx.array] = []
@@ -162,12 +162,12 @@ def _zeros(op: Op, sizes: Sizes, dtype: str) -> list[mx.array]:
 
 
 def complete(text: Text) -> str:
-    """Return a whole file of Metal: MLX's utilities, and then the text."""
+    """Return a whole Metal file: MLX's utilities, then the text."""
     return f'{utilities()}\n#line 1 "{text.name}"\n{text.text}\n'
 
 
 def write(folder: Path) -> int:
-    """Write all texts into a folder, with a list of them, and return how many there are."""
+    """Write all texts and a list of them into a folder; return the number of texts."""
     folder.mkdir(parents=True, exist_ok=True)
     listed: list[dict[str, Any]] = []
     for text in texts():
@@ -178,7 +178,7 @@ def write(folder: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write them and say how many there are."""
+    """Write all texts and print how many there are."""
     parser = argparse.ArgumentParser(
         prog="python -m mhc_metal_simulator.texts", description=__doc__
     )

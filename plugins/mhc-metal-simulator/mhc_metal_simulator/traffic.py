@@ -46,7 +46,7 @@ DEFAULTS = Size()
 
 PHI = frozenset({"phi", "dphi"})
 SUMS = frozenset({"parts", "terms", "sums", "dweight"})
-"""What one launch sums in part and another adds up."""
+"""The partial sums that one launch writes and another adds up."""
 
 SMALL = re.compile(
     r"d?h_(pre|post|res)(_raw)?|[gd]_(pre|post|res)|given|d?w|g_w|d?u|r|pull"
@@ -59,9 +59,9 @@ other array, each access counts, whichever thread made it.
 """
 
 UNREAD = {("contract", "x"), ("expand", "h")}
-"""What no vjp has to read: of a linear op, the array that is differentiated."""
+"""The arrays that no vjp has to read: of a linear op, the one that is differentiated."""
 ONE_GRADIENT = {("residual_add_aggregate", "res")}
-"""Gradients that equal another one and are the same array."""
+"""The gradients that equal another one and are the same array."""
 
 
 def ideal(op: str, vjp: bool, primals: Sequence[Any], cotangents: Sequence[Any]) -> int:
@@ -84,7 +84,7 @@ def ideal(op: str, vjp: bool, primals: Sequence[Any], cotangents: Sequence[Any])
 
 @dataclass(frozen=True)
 class Launched:
-    """What one launch, or several, loaded and stored, in bytes.
+    """The bytes that one launch, or several, loaded and stored.
 
     Attributes
     ----------
@@ -107,12 +107,12 @@ class Launched:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Return all bytes together."""
         return self.read + self.written + self.phi + self.sums + self.small
 
     @classmethod
     def of(cls, launch: LaunchRecord) -> Launched:
-        """Sort a launch's arrays into these kinds."""
+        """Return a launch's bytes, sorted into these kinds."""
         counted = dict.fromkeys(("read", "written", "phi", "sums", "small"), 0)
         adding_up = kernel_of(launch) == "sum_rows"
         arrays = {k: one for k, one in launch.traffic.items() if one.role != "metadata"}
@@ -129,7 +129,7 @@ class Launched:
 
     @classmethod
     def together(cls, launches: Iterable[Launched], ideal: int) -> Launched:
-        """Add launches up, and hold them against the ideal of what they make together."""
+        """Add launches up, against the ideal of what they make together."""
         made = list(launches)
         names = ("read", "written", "phi", "sums", "small")
         return cls(*(sum(getattr(one, name) for one in made) for name in names), ideal=ideal)
@@ -146,7 +146,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The op, and whether this is its vjp."""
+        """Return the name of the op, marked if the row is its vjp's."""
         return f"{self.op} vjp" if self.vjp else self.op
 
 
@@ -159,7 +159,7 @@ def kernel_of(launch: LaunchRecord) -> str:
 
 
 def measure(size: Size = DEFAULTS, ops: Sequence[str] = ()) -> Iterator[Row]:
-    """Run ops, all of them if none is named, and give a row for each forward and each vjp."""
+    """Run ops, all of them if none is named; return a row for each forward and each vjp."""
     for op in ops or SPEC.ops:
         yield from _rows(op, size)
 
@@ -184,7 +184,7 @@ def _rows(op: str, size: Size) -> Iterator[Row]:
 
 
 def _case(op: str, size: Size) -> Case:
-    """Take the first of the kit's static choices, in these sizes."""
+    """Return the first of the kit's static choices, in these sizes."""
     static = (("n", size.n),) if op == "expand" else next(cases(op)).static
     sizes = Sizes((size.T,), size.n, size.C, "what is counted in the table")
     return replace(next(cases(op)), label="traffic", sizes=sizes, static=static)
@@ -196,7 +196,7 @@ _HEAD = "op | kernel | read | written | phi | sums | small | total | ideal | rat
 
 
 def table(rows: Iterable[Row], size: Size) -> str:
-    """Lay rows out in Markdown, in KiB: a line per op, and where it has several, one per launch."""
+    """Return rows as a Markdown table in KiB: a line per op, and per launch if it has several."""
     lines = [f"T={size.T}, n={size.n}, C={size.C}, {size.dtype} streams; in KiB.", ""]
     lines += [f"| {_HEAD} |", "|---|---|" + "--:|" * 8]
     for row in rows:
@@ -227,7 +227,7 @@ def _amount(size: int) -> str:
 
 
 def rewritten(text: str, new: str) -> str:
-    """Put a table in the place of the one between the two marks."""
+    """Return a text with a new table between the two marks."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):

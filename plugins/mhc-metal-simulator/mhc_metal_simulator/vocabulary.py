@@ -1,4 +1,4 @@
-"""Every word of Metal that the generated texts use, with where Apple's compiler has taken it.
+"""Every word of Metal that the generated texts use, with evidence that Apple's compiler takes it.
 
 ``WORDS`` has a row for each keyword, type, function, macro, attribute, member and directive that
 the texts have and do not declare; ``OVERLOADS`` one for each overload that they call, for each
@@ -285,7 +285,7 @@ OVERLOADS: Mapping[str, tuple[Evidence, ...]] = {
         }.items()
     },
 }
-"""As :func:`.front_ends.calls` and :func:`.front_ends.cxx14` name them."""
+"""The overloads, named as :func:`.front_ends.calls` and :func:`.front_ends.cxx14` name them."""
 
 # ---- the words of a text -------------------------------------------------------------------------
 
@@ -299,7 +299,7 @@ _COMPONENTS = re.compile(r"[xyzw]{1,4}")
 
 
 def tokens(line: str) -> Iterator[str]:
-    """Give the words of a line as ``WORDS`` names them; a member begins with a dot."""
+    """Yield the words of a line as ``WORDS`` names them; a member begins with a dot."""
     if line.startswith("#include"):
         yield line.strip()
         return

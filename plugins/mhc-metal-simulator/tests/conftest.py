@@ -1,4 +1,4 @@
-"""Shared by all tests: a cache of their own, and a short way to run a kernel."""
+"""Fixtures for all tests: a cache of their own, and a short way to run a kernel."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def run_kernel(
     ensure_row_contiguous: bool = True,
     atomic_outputs: bool = False,
 ) -> Any:
-    """Run a kernel with inputs a, b, c, ... and the output o, and return that as NumPy's."""
+    """Run a kernel with inputs a, b, c, ... and the output o; return the output as NumPy's."""
     arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
     kernel = simulator.metal_kernel(
         name,

@@ -1,7 +1,7 @@
-"""Launchers of the simulator with something wrong, for a process of its own that tries kernels.
+"""Faulty launchers of the simulator, for a process of its own that tries kernels.
 
-Each makes one kernel wrong, the one that ``MHC_TEST_KERNEL`` names, in one way. All of them append
-the name of each kernel that is launched to the file that ``MHC_TEST_LAUNCHES`` names.
+Each spoils, in one way, the kernel that ``MHC_TEST_KERNEL`` names. All of them append the name of
+each kernel that is launched to the file that ``MHC_TEST_LAUNCHES`` names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Launch = Any
 
 
 def _spoiled(name: str, launch: Launch, **texts: Any) -> Launch:
-    """Make a kernel whose launch is another one, where it is the one to spoil."""
+    """Return a kernel that is launched by another function, if it is the kernel to spoil."""
     kernel = simulated(name, **texts)
 
     def counted(**arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the tests of kernels share: small threadgroups, comparisons, and faults seeded in copies."""
+"""The shared part of the kernels' tests: small threadgroups, comparisons, and seeded faults."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BACKEND = "mlx-metal-simulator"
 
 @contextlib.contextmanager
 def cramped() -> Iterator[None]:
-    """Give few and small threadgroups, so that each has many tokens, accesses and shares."""
+    """Make threadgroups few and small, so that each has many tokens, accesses and shares."""
     small = {name: replace(shape, threads=32) for name, shape in launches.TABLE.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launches, "TABLE", small)
@@ -45,7 +45,7 @@ Unit = tuple[str, str, str]
 
 
 def keep_coverage(folder: Path, unit: Unit, ran: Sequence[LaunchRecord]) -> None:
-    """Keep what a check's launches covered, whole or not at all."""
+    """Store what a check's launches covered, whole or not at all."""
     op, dtype, kind = unit
     entry = _entry(folder, unit)
     entry.parent.mkdir(exist_ok=True)
@@ -55,7 +55,7 @@ def keep_coverage(folder: Path, unit: Unit, ran: Sequence[LaunchRecord]) -> None
 
 
 def kept_coverage(folder: Path, unit: Unit) -> Coverage | None:
-    """Return what a check covered if it ran in this run of pytest, on whatever worker."""
+    """Return what a check covered if it ran in this run of pytest, in whatever worker."""
     entry = _entry(folder, unit)
     return pickle.loads(entry.read_bytes()) if entry.exists() else None
 
@@ -65,7 +65,7 @@ def _entry(folder: Path, unit: Unit) -> Path:
 
 
 def agree(got: Sequence[mx.array], want: Sequence[mx.array]) -> None:
-    """Compare with what mlx-compiled gives, which the kit holds against the oracle."""
+    """Compare with mlx-compiled, which the kit compares with the oracle."""
     for one, other in zip(got, want, strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
         size = mx.max(mx.abs(other.astype(mx.float32))).item()
@@ -75,7 +75,7 @@ def agree(got: Sequence[mx.array], want: Sequence[mx.array]) -> None:
 
 
 def hold_by_the_kit(op: str) -> None:
-    """Run the kit in the dtype and the kinds that see most."""
+    """Run the kit in the dtype and the checks that see most."""
     for kind in ("forward", "gradient"):
         record = check(Subject(BACKEND), op, "float32", kind)
         assert record.passed, record.detail
@@ -103,7 +103,7 @@ SPACE = "CompileError|address space|cannot cast from type 'Aligned"
 
 @contextlib.contextmanager
 def seeded(fault: Fault) -> Iterator[None]:
-    """Let kernels have a fault."""
+    """Put a fault into the kernels."""
     texts = (
         [kernels.header("metal")]
         if fault.kernel == "common"
@@ -134,7 +134,7 @@ def seeded(fault: Fault) -> Iterator[None]:
 
 
 def assert_all_are_seeded(faults: Sequence[Fault], names: Sequence[str]) -> None:
-    """Each kernel needs a wrong tail, index and sum, and a missing barrier if it has any."""
+    """Check that each kernel has a wrong tail, index and sum, and, with barriers, a missing one."""
     for kernel in names:
         kinds = {fault.what.split()[-1] for fault in faults if fault.kernel == kernel}
         assert kinds >= {"tail", "index", "sum"}, kernel

@@ -1,7 +1,7 @@
-"""What Apple's compiler takes passes here: MLX's own headers, and its documentation's examples.
+"""The simulator accepts what Apple's compiler does: MLX's headers, its documentation's examples.
 
-They are read from the installed MLX when the tests run. Where a header has templates, kernels are
-made of them for the dtypes that MLX makes them for, so that their bodies are read with types.
+They are read from the installed MLX when the tests run. A header's templates are instantiated for
+the dtypes that MLX uses, so that their bodies are checked with types.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The backend ``mlx-metal-simulator``: the kernels of mlx-metal are right, frugal, and guarded.
+"""The backend ``mlx-metal-simulator``: mlx-metal's kernels are right, move few bytes, are guarded.
 
-Guarded: each kind of slip that kernels are prone to, made in a copy of each kernel, is caught.
+Guarded means: each usual kind of slip, made in a copy of each kernel, is caught.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class TestConformance(BackendConformance):
         self.folder = run_folder
 
     def _hold(self, op: str, dtype: str, kind: str) -> None:
-        """Hold a check, and keep what it covered for test_coverage.py, which need not run it."""
+        """Run a check, and keep its coverage for test_coverage.py, which need not run it again."""
         with simulator.record() as launches:
             super()._hold(op, dtype, kind)
         keep_coverage(self.folder, (op, dtype, kind), launches)
@@ -194,7 +194,7 @@ def test_a_token_does_not_depend_on_its_batch(op: str) -> None:
 @pytest.mark.parametrize("elements", [1, 2, 3, 4, 8, 16])
 @pytest.mark.parametrize("start", [0, 1, 2])
 def test_vectors_begin_anywhere(dtype: Any, elements: int, start: int) -> None:
-    """A view of an array need not begin where a vector may; the dialect then takes scalars."""
+    """Check views that begin where no vector may: the dialect then loads scalars."""
     kernel = simulator.metal_kernel(
         "copied",
         ["a"],
@@ -249,7 +249,7 @@ def _forward(op: str) -> Callable[[], Any]:
     ids=["aggregate", "aggregate vjp", "combine", "combine vjp"],
 )
 def test_traffic_is_ideal(call: Callable[[], Any], read: int, written: int) -> None:
-    """Streams and layers count with every access; mappings, which threads share, once per byte.
+    """Count every access of streams and layers; of mappings, which threads share, each byte once.
 
     A token's mappings are 80 bytes that all its threads read, from the cache but for the first.
     """
@@ -331,7 +331,7 @@ FAULTS = (
 
 
 def _try_everything(op: str) -> None:
-    """Hold an op by the kit, in the dtype and the kinds that see most, then in small groups."""
+    """Run the kit's checks of an op in the dtype that sees most, then in small groups."""
     hold_by_the_kit(op)
     with cramped():
         for sizes in SIZES:

@@ -1,4 +1,4 @@
-"""Which side of a kernel's choices ran is told right, and the text stays what it was."""
+"""Tests that the sides of a kernel's choices are reported right, and its text is unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Apple's compiler refuses is refused here, with the line of MLX's text."""
+"""The simulator refuses what Apple's compiler does, with the line of MLX's text."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_the_same_without_the_mistakes(run: Run) -> None:
 
 
 def test_a_lane_has_the_first_two_of_a_matrix_as_wide_as_its_places(run: Run) -> None:
-    """Both ways of MLX's own kernels (kernels/steel/gemm/mma.h), and PyTorch's with an address."""
+    """Check both ways of MLX's kernels (kernels/steel/gemm/mma.h), PyTorch's with an address."""
     source = """
         simdgroup_float8x8 m, n;
         for (ushort k = 0; k < 2; k++) m.thread_elements()[k] = b[k] + k;

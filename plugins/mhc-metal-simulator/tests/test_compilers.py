@@ -1,4 +1,4 @@
-"""Both ways to a compiler, and the cache of compiled kernels."""
+"""The two ways to find a compiler, and the cache of compiled kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mhc_metal_simulator.source import Prepared
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """An empty cache, no library in memory, and the compiler not yet chosen."""
+    """Start with an empty cache, no library in memory, and no compiler chosen."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("MHC_SIMULATOR_CACHE", str(folder))
     monkeypatch.setattr(launch, "_libraries", {})
@@ -146,7 +146,7 @@ def emptied(path: Path) -> None:
 def test_what_is_damaged_is_compiled_again(
     run: Run, fresh: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
 ) -> None:
-    """Loaded as it is, a library that was cut short ends the process with a bus error."""
+    """Check damaged entries: loading a truncated library would end the process with a bus error."""
     assert run("o[0] = 3;") == 3
     entries = sorted(fresh.iterdir())
     assert sorted(path.suffix for path in entries) == [".o", ".so"]

@@ -18,7 +18,7 @@ from mhc_metal_simulator.coverage import UNREACHED, Coverage, possible, reasons
 
 @pytest.fixture(scope="module")
 def found(run_folder: Path) -> Coverage:
-    """Return what the checks cover: as the suite of the backend ran them, else run here."""
+    """Return the checks' coverage, from the backend's suite if it ran, else run here."""
     return coverage.together(
         kept_coverage(run_folder, unit) or coverage.checked(*unit) for unit in coverage.units()
     )

@@ -1,7 +1,6 @@
 """A second front end: the texts are C++ for OpenCL, whose keywords and address spaces are clang's.
 
-That they are C++14 and nothing later, test_vocabulary.py asks together with the names that they
-declare.
+test_vocabulary.py checks that they are C++14 and nothing later, with the names that they declare.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ def test_the_command_writes_whole_files_and_a_list_of_them(
 
 
 def test_every_text_has_a_name_and_a_text_of_its_own() -> None:
-    """Also where inputs are in another memory, or other arrays are left out."""
+    """Check also inputs in another memory, and launches that leave out other arrays."""
     made = list(texts.texts(streams=(2,), dtypes=("float16",)))
     assert len({text.name for text in made}) == len({text.text for text in made}) == len(made)
     few = [text for text in all_texts() if (text.n, text.dtype) == (2, "float16")]

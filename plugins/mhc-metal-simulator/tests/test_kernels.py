@@ -1,4 +1,4 @@
-"""Kernels whose right answer is known, at sizes that leave every kind of tail."""
+"""Kernels whose right results are known, at sizes that leave every kind of tail."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_strided_inputs(run: Run, cut: Any) -> None:
 
 @pytest.mark.parametrize("start", [0, 1, 2, 4])
 def test_a_view_begins_where_it_does_in_its_buffer(run: Run, start: int) -> None:
-    """MLX hands contiguous views over as they are; a copy begins at the start of a buffer."""
+    """Check that MLX passes contiguous views as they are; copies begin at the start of a buffer."""
     whole = mx.arange(32.0)
     mx.eval(whole)
     source = "float2 v = *(const device float2*)a;\no[0] = v.x, o[1] = v.y;"
@@ -401,7 +401,7 @@ def test_atomics(run: Run) -> None:
 
 
 def odd_floats(rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Random bits, halves between 16-bit values, subnormals and specials."""
+    """Return random bits, halves between 16-bit values, subnormals and specials."""
     bits = rng.integers(0, 2**32, 60_000, np.uint64).astype(np.uint32)
     near = rng.integers(0, 2**16, 20_000).astype(np.uint16).view(np.float16).astype(np.float32)
     halfway = near.view(np.uint32) + rng.choice([0, 0xFFF, 0x1000, 0x1001], near.size)
@@ -496,7 +496,7 @@ def test_maths(run: Run, rng: np.random.Generator, expression: str, reference: A
 def test_functions_without_a_namespace_may_be_the_fast_ones(
     run: Run, rng: np.random.Generator
 ) -> None:
-    """They are as far off as the specification's table for fast math lets them be, not farther."""
+    """Check that they are as inexact as the specification's fast-math table allows, not more."""
     a = rng.uniform(0.1, 30, 200).astype(np.float32)
     exact = a.astype(np.float64)
     bounds = {  # in units in the last place

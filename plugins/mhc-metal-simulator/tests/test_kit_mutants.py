@@ -1,7 +1,7 @@
-"""Wrong kernels that no case of the kit once ran die in ``mhc conformance mlx-metal-simulator``.
+"""Wrong kernels, seen by no case of the kit before, fail ``mhc conformance mlx-metal-simulator``.
 
-Each is seeded in a kernel's text, and held by a check of the default kit on the one case that is
-there for it: the whole check fails where one of its cases does.
+Each is seeded in a kernel's text, and checked by the default kit on the one case that is there for
+it: a whole check fails if one of its cases does.
 """
 
 from __future__ import annotations

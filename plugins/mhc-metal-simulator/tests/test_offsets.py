@@ -1,8 +1,8 @@
-"""Every offset that a token's number is part of has 64 bits, in every kernel's text.
+"""Every offset computed from a token's number has 64 bits, in every kernel's text.
 
-The compiler says so: all begins with the number of tokens, which is an int64_t, and with the
-position of a threadgroup, which is one in the texts that are looked at here. What is made of these
-has 64 bits by C++'s own rules, until it is put into an int, and that is what the compiler tells.
+The compiler checks it: an offset comes from the number of tokens, which is an int64_t, and from the
+position of a threadgroup, which is one in the texts checked here. By C++'s own rules a value
+computed from these has 64 bits until it is converted to an int, and the compiler reports that.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def texts() -> dict[str, str]:
-    """Return a text of each kernel, as MLX would hand it over; nothing is run."""
+    """Return a text of each kernel, as MLX would pass it to the compiler; nothing runs."""
     found: dict[str, str] = {}
 
     def note(name: str, text: str, named: Any, outputs: Any, *how: Any) -> list[Any]:
@@ -66,7 +66,7 @@ def texts() -> dict[str, str]:
 
 
 def narrowed(name: str, text: str, folder: Path) -> list[str]:
-    """Return where a text puts a number of 64 bits into one of 32."""
+    """Return the places where a text converts a number of 64 bits to one of 32."""
     for number in NUMBERS:
         assert number in text
         text = text.replace(number, number.replace("uint", "int64_t"))

@@ -1,6 +1,6 @@
 """The kernels of the ops with a projection, for many tokens and for few: right, and guarded.
 
-What they move, and how many launches a token takes, is in test_traffic_table.py.
+test_traffic_table.py checks the bytes that they move, and the launches per token.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MANY, FEW = 0, 2**30  # as launch.BUSY: all sizes count as many tokens, or as fe
 
 @contextlib.contextmanager
 def small(busy: int, threads: int = 64) -> Iterator[None]:
-    """Give one threadgroup of few simdgroups all the work, in the kernels for many or for few."""
+    """Let one threadgroup of few simdgroups do all the work, in the kernels for many or for few."""
     with cramped(), pytest.MonkeyPatch.context() as patch:
         shapes = {name: replace(shape, threads=threads) for name, shape in launches.TABLE.items()}
         patch.setattr(launches, "TABLE", shapes)
@@ -55,7 +55,7 @@ _strips = launches._strips
 
 
 def _all_strips(*arguments: Any) -> launches.Launch:
-    """Give strips a threadgroup each at least, as their kernels need."""
+    """Launch at least one threadgroup for each strip, as the strips' kernels need."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launches, "MOST_GRID", 2**31 - 1)
         return _strips(*arguments)
@@ -91,7 +91,7 @@ def _public(name: str) -> str:
 
 
 def _draw(name: str, size: Size) -> list[mx.array]:
-    """Draw an op's arrays; x' is exact in every dtype, so that no rounding of it is arbitrary."""
+    """Draw an op's arrays; x' is exact in every dtype, so that its rounding cannot differ."""
     T, n, C, dtype = size
     rng, m = np.random.default_rng(n), n if name == "head" else n * n + 2 * n
 
@@ -140,7 +140,7 @@ def _wide(array: mx.array) -> Any:
 
 
 def _close(got: Sequence[mx.array], truth: Sequence[Any]) -> None:
-    """Compare with what NumPy gives in float64, rounded as the kernels round."""
+    """Compare with NumPy in float64, rounded as the kernels round."""
     rounded = [
         mx.array(np.asarray(wide).astype(np.float32)).astype(one.dtype)
         for one, wide in zip(got, truth, strict=True)
@@ -163,7 +163,7 @@ def _run(name: str, size: Size, variant: Any) -> None:
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "-".join(map(str, size)))
 def test_few_small_threadgroups(size: Size) -> None:
-    """The kernels for many tokens; those for few give the same bits."""
+    """Check the kernels for many tokens; those for few give the same bits."""
     variant = mhc.DEEPSEEK_V4 if size.n in (3, 4) else mhc.PAPER
     with small(MANY):
         for name in OPS if size.n == 4 else OPS_IN_SHORT:
@@ -172,7 +172,7 @@ def test_few_small_threadgroups(size: Size) -> None:
 
 @pytest.mark.parametrize("name", ["pre", "mappings", "head", "combine_pre"])
 def test_a_token_does_not_depend_on_its_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor on whether the kernels for few tokens or for many make it."""
+    """Check that a token depends neither on its batch nor on the kernels for few tokens or many."""
     T, variant = 600, mhc.PAPER
     monkeypatch.setattr(launches, "BUSY", 16)
     assert launches.few(1, 296)
@@ -223,7 +223,7 @@ SQUARES_UNIT = 2.0**-16  # squares_unit() of common.h, in which sums of squares 
 
 
 def _sums(parts: mx.array, x: mx.array, phi: mx.array) -> None:
-    """Hold parts against x . phi and x . x over their own channels."""
+    """Compare parts with x . phi and x . x over their own channels."""
     products: list[Any] = []
     squares: list[Any] = []
     wide, across = _wide(x), _wide(phi).reshape(phi.shape[0], *x.shape[1:])
@@ -271,7 +271,7 @@ def _combined(arrays: Sequence[mx.array], busy: int) -> None:
 
 @contextlib.contextmanager
 def on_their_way(leaves: int) -> Iterator[None]:
-    """Have leaves on their way in slots, with room for them, as only CUDA has by itself."""
+    """Prefetch leaves into slots, with room for them, as only CUDA does by itself."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(launches.AHEAD, "metal", leaves)
         patch.setattr(KERNELS, "memory", 32768)
@@ -298,7 +298,7 @@ def _weights_vjp(size: Size, busy: int) -> None:
 
 
 def _back(size: Size, busy: int) -> None:
-    """project_dx and project_dphi."""
+    """Check project_dx and project_dphi."""
     T, n, C, _ = size
     x, phi, *_ = _draw("pre", size)
     x, dh = _normal(x.shape, x.dtype), _normal((T, C), x.dtype, 4)
@@ -321,7 +321,7 @@ def _back(size: Size, busy: int) -> None:
 
 
 def _end(size: Size, busy: int) -> None:
-    """pre, of parts that others might have made: more of them than a thread adds at a time."""
+    """Check pre on parts that others might have made: more of them than a thread adds at a time."""
     T, n, C, _ = size
     x, phi, scale, bias = _draw("pre", size)
     x, given = _normal(x.shape, x.dtype), _normal((T, n), seed=4)
@@ -397,7 +397,7 @@ CHECKS: dict[str, tuple[Callable[[Size, int], None], int, Sequence[Size]]] = {
     "mappings": (_mappings, FEW, [Size(13, 3, 37)]),
     "head": (_head, FEW, [Size(13, 3, 37)]),
 }
-"""Of each, the sizes, those first that see most."""
+"""The sizes for each of them, those that see most first."""
 
 
 def _try(name: str, space: bool = False) -> None:
@@ -415,7 +415,7 @@ def test_each_kernel_by_itself(name: str) -> None:
 @pytest.mark.parametrize("leaves", [1, 2])
 @pytest.mark.parametrize("size", AHEAD_SIZES, ids=lambda size: "-".join(map(str, size)))
 def test_rows_on_their_way(size: Size, leaves: int) -> None:
-    """What goes through slots gives right sums, and the bits of what does not."""
+    """Check that what goes through slots gives right sums, and the bits of what does not."""
     drawn = _draw("combine_pre", size)[:5]
     arrays = [_normal(array.shape, array.dtype) for array in drawn]
 

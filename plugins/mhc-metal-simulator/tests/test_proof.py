@@ -1,4 +1,4 @@
-"""mlx-metal's proof, with the simulator in the place of a Mac: what holds, and what does not."""
+"""mlx-metal's proof with the simulator in place of a Mac: what passes, and what does not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KIND = ("sinkhorn", ("float32", "float32"), 2)
 
 @pytest.fixture(autouse=True)
 def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file with the kernels that a process launched."""
+    """Return the file that lists the kernels launched by a process."""
     file = tmp_path / "launches"
     file.touch()
     monkeypatch.setenv("MHC_TEST_LAUNCHES", str(file))
@@ -45,14 +45,14 @@ def proof(launcher: str, limit: float = 100) -> KernelProof:
 
 @contextmanager
 def backend(launcher: str, limit: float = 100) -> Iterator[KernelProof]:
-    """Know the simulator as a backend that answers by itself, once it is proven."""
+    """Register the simulator as a backend that is selected by itself, once it is proven."""
     made = proof(launcher, limit)
     with _registry.known(replace(SPEC, name=NAME, automatic=True, priority=99, proof=made)):
         yield made
 
 
 def _kernels(lines: Any) -> set[str]:
-    """Find the kernels' names in those that MLX gets."""
+    """Return the kernels' names, found in those that MLX gets."""
     names = [re.sub(r"^mhc_", "", line) for line in lines]
     return {max((k for k in KERNELS if name.startswith(f"{k}_")), key=len) for name in names}
 

@@ -1,4 +1,4 @@
-"""Snippets that Apple's compiler refuses are refused here, each for its own reason.
+"""Snippets that Apple's compiler refuses, each refused here for its own reason.
 
 Each cites a public issue or a log with the message, or a rule of the Metal Shading Language
 specification, whose sections have the numbers of version 3.1.
@@ -17,7 +17,7 @@ AIR = "air.simdgroup_matrix_8x8_multiply_accumulate.v64f32 in MLX's mlx.metallib
 
 
 class Refused(NamedTuple):
-    """Statements in a kernel, or a whole text, and what the message must say."""
+    """Statements in a kernel, or a whole text, and what the message must contain."""
 
     text: str
     says: str

@@ -1,4 +1,4 @@
-"""The kernels on small matrices, many to a simdgroup: right, frugal, and guarded."""
+"""The kernels on small matrices, many to a simdgroup: right, few bytes moved, and guarded."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_the_floor() -> None:
 
 
 def _floored(op: str) -> None:
-    """Outside of the log domain powers have a floor, and what is below it no gradient."""
+    """Check that, outside of the log domain, powers have a floor and no gradient below it."""
     if op == "sinkhorn_knopp":
         (matrix,) = _draw(op, 9, 4)
         matrix = mx.where(mx.arange(4)[:, None] == 1, -40.0, matrix)  # a row that is all floor
@@ -121,14 +121,14 @@ def _floored(op: str) -> None:
 
 
 def _mixed(op: str) -> list[mx.array]:
-    """Give matrices of which every other one is iterated in the log domain, where eps is 0."""
+    """Draw matrices of which every other one is iterated in the log domain, where eps is 0."""
     primals = _draw(op, 9, 4)
     wide = mx.where(mx.arange(9) % 2 == 1, 20.0, 1.0).reshape(9, 1, 1)
     return [a * wide if a.ndim == 3 else a for a in primals]
 
 
 def _alone(op: str) -> None:
-    """Hold matrices, run together, against each run by itself."""
+    """Compare matrices, run together, with each run by itself."""
     for options in OPS[op]:
         primals = _mixed(op)
         together = _outputs(op, primals, options, BACKEND)
@@ -150,7 +150,7 @@ def test_a_matrix_does_not_depend_on_its_neighbours(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_threads_change_nothing(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a tuning file asks for more simdgroups than have memory for divisors."""
+    """Check also a tuning file that asks for more simdgroups than have memory for divisors."""
     primals, options = _draw(op, 300, 4), OPS[op][0]
     given = _cotangents(_outputs(op, primals, options, BACKEND))
 
@@ -185,7 +185,7 @@ def test_each_byte_travels_once(op: str) -> None:
 
 
 def test_functions_that_may_be_fast_fail_the_kit() -> None:
-    """So they are called precise, which on macOS 15 a function without a namespace need not be."""
+    """Check that ``precise::`` is needed: without it, macOS 15 may take the fast functions."""
     with seeded(Fault("common", "fast functions", "precise::", "", WRONG, "sinkhorn")):
         record = check(Subject(BACKEND), "sinkhorn", "float32", "forward")
     assert not record.passed
@@ -216,7 +216,7 @@ def _near(got: mx.array, want: Any) -> None:
 
 
 def _mappings_vjp(T: int, n: int, variant: Any, dtype: Any = mx.float32) -> None:
-    """Compare with the maths, through a phi that passes u on and streams that show the pull."""
+    """Compare with the maths, through a phi that passes u on and streams that show the pullback."""
     rng, C, m = np.random.default_rng(n), n + 3, n * n + 2 * n
     arrays = {
         "u": _host(rng, T, m),
@@ -322,7 +322,7 @@ DIVERGENCE = "that thread .* does not reach"
 
 
 def _slips(kernel: str, op: str, result: str, index: tuple[str, str], *arrays: str) -> list[Fault]:
-    """Slips that any of these kernels might have; ``result`` and its statement are rounded."""
+    """Return slips that any of these kernels might have; ``result``'s statement is rounded."""
     name = result.removeprefix("const Floats<N> ").split()[0]
     rounded = f" for (int a = 0; a < N; a++) {name}.at[a] = float(half({name}.at[a]));"
     space = [

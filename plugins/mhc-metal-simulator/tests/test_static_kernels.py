@@ -1,4 +1,4 @@
-"""The kernels of the static forms and of the small ops: right, frugal, and guarded."""
+"""The kernels of the static forms and of the small ops: right, few bytes moved, and guarded."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _rounded(wide: Any, like: list[mx.array]) -> list[mx.array]:
 def _run(op: str, primals: list[mx.array], **static: Any) -> None:
     """Run an op and its vjp on the simulator, in two orders of the threads, and compare.
 
-    With NumPy in float64: in float32 others' sums over many channels are less exact than these.
+    The reference is NumPy in float64: in float32 other sums over many channels are less exact.
     """
     with simulator.options(schedules=["forward", "reversed"]):
         outputs = _outputs(op, primals, BACKEND, **static)
@@ -127,7 +127,7 @@ def test_what_registers_do_not_hold_is_read_again(
 
 @pytest.mark.parametrize("op", sorted(set(STATIC) - {"contract", "expand"}))
 def test_where_vectors_may_begin_anywhere(op: str) -> None:
-    """The words for arrays that do not begin where a vector may are right for those that do."""
+    """Check that the code for misaligned arrays is right for aligned ones."""
     for kernel in filter(kernels.function, (op, f"{op}_vjp")):
         slow = Fault(kernel, "no fault", "if (vectors<", "if (false && vectors<", "")
         with cramped(), seeded(slow):
@@ -201,9 +201,9 @@ def _records(op: str, vjp: bool) -> list[LaunchRecord]:
     ids=lambda value: {True: "vjp", False: "forward"}.get(value, value),
 )
 def test_traffic_is_ideal(op: str, vjp: bool, read: int, written: int) -> None:
-    """Streams and layers, of which each access counts, are read once and written once.
+    """Check that streams and layers, of which each access counts, are read once and written once.
 
-    What threads share, weights and mappings, counts once per byte.
+    Weights and mappings, which threads share, count once per byte.
     """
     made = f"mhc_{op}" if op not in ("contract", "expand") else "mhc_aggregate"
     (launched,) = (
@@ -226,7 +226,7 @@ def test_traffic_is_ideal(op: str, vjp: bool, read: int, written: int) -> None:
 
 @pytest.mark.parametrize(("op", "sums"), [("static_layer", "sums"), ("rms_norm", "dweight")])
 def test_sums_of_shares_are_written_once(op: str, sums: str) -> None:
-    """A row per share, of which there are few however many the tokens."""
+    """Check that each share's row of sums is stored once; even many tokens make few shares."""
     *_, launched = (r for r in _records(op, vjp=True) if r.kernel.startswith(f"mhc_{op}_vjp"))
     traffic = launched.traffic[sums]
     assert (traffic.loaded, traffic.stored) == (0, traffic.size)
@@ -240,7 +240,7 @@ def test_sums_of_shares_are_written_once(op: str, sums: str) -> None:
 
 
 def _halved(statement: str, value: str) -> str:
-    """Let a statement end with a sum rounded to half precision."""
+    """End a statement with a sum rounded to half precision."""
     return f"{{ {statement} {value} = float(half({value})); }}"
 
 
@@ -516,7 +516,7 @@ FAULTS = (
 
 
 def _try_everything(op: str) -> None:
-    """Run an op in small groups, in those first that see most, then in one of many threads."""
+    """Run an op in small groups, in those that see most first, then in one of many threads."""
     static = STATIC[op]
     with cramped():
         for sizes in reversed(SIZES):

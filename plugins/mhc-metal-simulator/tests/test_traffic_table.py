@@ -1,4 +1,4 @@
-"""The table of docs/kernels.md: what it counts, that it is up to date, and the limits that hold."""
+"""The table of docs/kernels.md: its counts, that it is up to date, and the limits that hold."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_each_input_is_read_once_and_each_output_written_once(
 
 
 class Limit(NamedTuple):
-    """What an op with a projection may move: with every access, streams and layers."""
+    """The bytes that an op with a projection may move: every access, of streams and layers."""
 
     read: int
     written: int
@@ -73,7 +73,7 @@ LIMITS = {
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_streams_are_read_at_most_once_more(rows: dict[str, Row], name: str) -> None:
-    """And phi once for every 16 tokens, though it is all threads' accesses that are counted."""
+    """Check also phi: read at most once for every 16 tokens, counting all threads' accesses."""
     together, limit = rows[name].together, LIMITS[name]
     assert 0 < together.read <= limit.read
     assert together.written == limit.written

@@ -1,4 +1,4 @@
-"""Under MLX's transformations a simulated kernel does what a real one does."""
+"""Under MLX's transformations a simulated kernel behaves as a real one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arrays begin anywhere in a buffer: MLX hands a contiguous view over as it is, at its offset."""
+"""Arrays may begin anywhere in a buffer: MLX passes a contiguous view as it is, at its offset."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ def _try(case: Case, dtype: str, starts: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_input_begins_anywhere(op: str) -> None:
-    """A misaligned vector is a fault in the simulator; the numbers do not depend on the address."""
+    """Check that addresses change no number; a misaligned vector is a fault in the simulator."""
     _try(Case(op, "views", ORDINARY, next(iter(cases(op, "float32"))).static), "float32", (1, 2))
 
 
 @pytest.mark.parametrize(("n", "shared"), [(2, False), (4, True)])
 @pytest.mark.parametrize("op", MAPPED)
 def test_mappings_begin_anywhere(op: str, n: int, shared: bool) -> None:
-    """Two streams have matrices of 16 bytes in rows of 8; bfloat16 streams have other vectors."""
+    """Check two streams, whose matrices are 16 bytes in rows of 8, and bfloat16's other vectors."""
     sizes = ORDINARY._replace(n=n)
     _try(Case(op, "views", sizes, shared=shared), "bfloat16", (1, 2))
 
 
 @pytest.mark.parametrize("busy", [launches.BUSY, 0])
 def test_what_the_products_read_begins_anywhere(busy: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of whole blocks of channels, which are known to be aligned once all that is read is."""
+    """Check whole blocks of channels: known to be aligned once everything that is read is."""
     monkeypatch.setattr(launches, "BUSY", busy)
     sizes, static = ORDINARY._replace(n=2, C=32), next(iter(cases("combine_pre", "float32"))).static
     _try(Case("combine_pre", "views", sizes, static), "bfloat16", (1, 2))

@@ -75,7 +75,7 @@ def test_what_is_cited_of_the_library_is_there() -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_word_has_a_row_and_no_name_is_metals(kernel: str) -> None:
-    """The text is C++14 too, with every later extension an error: a second front end."""
+    """Check also that the text is C++14, every later extension an error: a second front end."""
     own, conversions = front_ends.cxx14(chosen(kernel).text, kernel)
     assert conversions <= set(OVERLOADS)
     for name in own:

@@ -30,7 +30,7 @@ def all_texts() -> tuple[Text, ...]:
 
 
 def chosen(kernel: str, dtype: str | None = None) -> Text:
-    """Return one text of a kernel; dtypes and numbers of streams take turns among the kernels."""
+    """Return one text of a kernel; dtypes and numbers of streams alternate among the kernels."""
     names = sorted({text.kernel for text in all_texts()})
     turn = names.index(kernel)
     wanted = dtype or DTYPES[turn % len(DTYPES)]

@@ -24,5 +24,5 @@ SPEC = BackendSpec(
 
 @hookimpl
 def mhc_backend_specs() -> list[BackendSpec]:
-    """Bring the backend."""
+    """Return the spec of the backend."""
     return [SPEC]

@@ -21,7 +21,7 @@ _ALSO_OUTPUT: dict[str, tuple[int | None, ...]] = {}
 
 
 def apply(op: str, arrays: Tensors, static: dict[str, Any]) -> Any:
-    """Answer a call of an op."""
+    """Return an op's outputs, computed as one node of autograd's graph."""
     results = cast("Tensors", _Op.apply(op, tuple(static.items()), *arrays))
     count = len(math.load(op).OP.outputs)
     return results[0] if count == 1 else results[:count]
@@ -38,7 +38,7 @@ def pull_back(
 
 
 class _Op(torch.autograd.Function):
-    """Its outputs are the op's, and after them what the vjp saves beside its primals and those.
+    """An op's autograd function: the op's outputs, then what else the vjp saves beside its primals.
 
     Saved values are outputs because torch.func lets a function save nothing else.
     """
@@ -78,7 +78,7 @@ class _Op(torch.autograd.Function):
 
 
 def _run(op: str, static: dict[str, Any], primals: Tensors) -> tuple[Tensors, Tensors]:
-    """Give the outputs, and what the vjp would have to compute again."""
+    """Return the outputs, and what the vjp would otherwise compute again."""
     if op == "sinkhorn_knopp":
         return (_knopp.sinkhorn_knopp(*primals, **static),), ()
     module = math.load(op)
@@ -95,8 +95,8 @@ def _index(outputs: Tensors, value: torch.Tensor) -> int | None:
 
 
 def _owned(output: torch.Tensor) -> torch.Tensor:
-    """Copy what is a view: of an input, or of a matrix per token laid out token by token.
+    """Return copies of views: of an input, or of a matrix per token laid out token by token.
 
-    Nobody could write to such an output of a node of autograd's.
+    Autograd lets nobody write to a node's output that is a view.
     """
     return output.clone(memory_format=torch.contiguous_format) if output._is_view() else output

@@ -1,4 +1,4 @@
-"""sinkhorn_knopp as two operators of PyTorch's, since its loop ends when the values say so.
+"""sinkhorn_knopp as two custom operators of PyTorch, since its loop ends when the values say so.
 
 ``torch.compile`` and ``torch.vmap`` cannot look at values. An operator is a black box to both: it
 runs the very loop of the neutral maths, stops early under them too, and keeps the 100 possible
@@ -26,7 +26,7 @@ def _mapping_dtype(matrix: Tensor) -> torch.dtype:
 
 
 def _leading(tensor: Tensor, axis: int | None, size: int) -> Tensor:
-    """Make the mapped axis the first one."""
+    """Move the mapped axis to the front."""
     return tensor.expand(size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
 
 
@@ -71,7 +71,7 @@ def _(info: Any, axes: Any, matrix: Tensor, g: Tensor, **static: Any) -> tuple[T
 
 
 def pull_back(matrix: Tensor, g: Tensor, **static: Any) -> Tensor:
-    """Give the gradient of the matrix; its own derivatives are autograd's, step by step."""
+    """Return the gradient of the matrix; its own derivatives are autograd's, step by step."""
     return cast("Tensor", _PullBack.apply(matrix, g, tuple(static.items())))
 
 

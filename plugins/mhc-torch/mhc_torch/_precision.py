@@ -1,4 +1,4 @@
-"""Full float32, whatever the program has allowed PyTorch to do with its own matmuls.
+"""Full float32, whatever the program allows PyTorch to do with its own matmuls.
 
 Under ``torch.autocast``, ``torch.set_float32_matmul_precision("high")`` and the like, a matmul of
 float32 tensors is computed in TF32 or bfloat16. The mappings must not depend on that. The settings
@@ -19,7 +19,7 @@ __all__ = ["full_float32"]
 
 @contextlib.contextmanager
 def full_float32(tensor: torch.Tensor):
-    """Compute in full float32 on this tensor's device, for the length of a ``with`` block."""
+    """Compute in full float32 on this tensor's device within a ``with`` block."""
     kind = tensor.device.type
     with contextlib.ExitStack() as entered:
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -30,13 +30,13 @@ def full_float32(tensor: torch.Tensor):
 
 
 def reduced_precision(kind: str) -> bool:
-    """Whether float32 matmuls on such a device may round their operands to fewer bits."""
+    """Return whether float32 matmuls on such a device may round their operands to fewer bits."""
     library: Any = torch.backends.cuda if kind == "cuda" else torch.backends.mkldnn
     return library.matmul.fp32_precision not in ("none", "ieee")
 
 
 class _FullMatmuls(TorchFunctionMode):
-    """Replaces the matmuls of float32 tensors, in this thread alone."""
+    """A mode that replaces the matmuls of float32 tensors, in this thread alone."""
 
     def __torch_function__(
         self,
@@ -76,7 +76,7 @@ class _FullMatmul(torch.autograd.Function):
 
 
 def _leading(a: torch.Tensor, axis: int | None, rank: int) -> torch.Tensor:
-    """Make the mapped axis, if there is one, the first of rank + 1."""
+    """Move the mapped axis, if there is one, to the front; the result has rank + 1 axes."""
     if axis is None:
         return a
     a = a.movedim(axis, 0)
@@ -88,12 +88,12 @@ def _full_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def matmul_in_float64(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Give float32 products where CPUs may round to bfloat16."""
+    """Return float32 products where CPUs may round to bfloat16."""
     return torch.matmul(a.double(), b.double()).float()
 
 
 def matmul_by_halves(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Give float32 products where the hardware multiplies in TF32, of 11 significant bits.
+    """Return float32 products where the hardware multiplies in TF32, of 11 significant bits.
 
     a = a_1 + a_2 with a_1 exact in TF32; only a_2 @ b_2, below float32's rounding, is left out.
     """

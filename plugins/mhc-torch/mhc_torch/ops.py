@@ -3,9 +3,9 @@
 Forward-mode differentiation (torch.func.jvp) is not defined for functions with a hand-written vjp;
 ``mhc_core.math.<op>.forward`` under plain autograd has it.
 
-``torch.compile`` cannot follow dispatch, which reads context variables and the environment: calls
-of it stand in the graph as they are, and the compiler's later stages, which run them on fake
-tensors, see the tensor operations inside. So a backend is chosen when a function is traced.
+``torch.compile`` cannot follow dispatch, which reads context variables and the environment: the
+graph keeps calls of it unchanged, and the compiler's later stages, which run them on fake tensors,
+see the tensor operations inside. So a backend is chosen when a function is traced.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def from_host(array: numpy.ndarray[Any, Any]) -> torch.Tensor:
 
 
 def to_host(array: torch.Tensor) -> numpy.ndarray[Any, Any]:
-    """Give a NumPy array of the same dtype."""
+    """Return a NumPy array of the same dtype."""
     array = array.detach().cpu()
     if array.dtype == torch.bfloat16:
         return array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -83,9 +83,9 @@ def to_host(array: torch.Tensor) -> numpy.ndarray[Any, Any]:
 
 
 def grad(function: Callable[..., torch.Tensor], argnums: Sequence[int]) -> Callable[..., Any]:
-    """Plain autograd; inside torch.compile torch.func.grad, which its tracer follows.
+    """Return a function's gradients by plain autograd, or inside torch.compile by torch.func.grad.
 
-    Plain autograd otherwise, because torch.func.grad does not go through checkpoints. Inside
+    The compiler's tracer follows torch.func.grad, which does not go through checkpoints. Inside
     another gradient, where arrays require one, the gradients can be differentiated again.
     """
     wanted = tuple(argnums)
@@ -108,7 +108,7 @@ def grad(function: Callable[..., torch.Tensor], argnums: Sequence[int]) -> Calla
 
 
 def compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile, without graph breaks, once for each kind of argument."""
+    """Compile by torch.compile, without graph breaks, once for each kind of argument."""
 
     def call(*arrays: torch.Tensor) -> Any:
         return function(*arrays)
@@ -119,11 +119,11 @@ def compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def vmap(function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callable[..., Any]:
-    """torch.vmap."""
+    """Map by torch.vmap."""
     return torch.vmap(function, in_dims=tuple(in_axes))
 
 
 def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.utils.checkpoint, which computes the function again in the backward."""
+    """Checkpoint by torch.utils.checkpoint, which computes the function again in the backward."""
     again = cast("Callable[..., Any]", torch.utils.checkpoint.checkpoint)
     return lambda *arrays: again(function, *arrays, use_reentrant=False)

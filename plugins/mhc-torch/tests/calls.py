@@ -65,12 +65,12 @@ assert tuple(call.op for call in CALLS) == math.OPS
 
 
 def several(outputs: Any) -> tuple[torch.Tensor, ...]:
-    """Give one output or many as a tuple."""
+    """Return one output or many as a tuple."""
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def loss(function: Callable[..., Any]) -> Callable[..., torch.Tensor]:
-    """Give a scalar that depends on every entry of every output in its own way."""
+    """Return a scalar function that depends on every entry of every output in its own way."""
 
     def weighted(*arrays: torch.Tensor) -> torch.Tensor:
         parts = []

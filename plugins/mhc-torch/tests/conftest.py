@@ -26,7 +26,7 @@ def _quick_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(autouse=True)
 def _settings() -> Iterator[None]:
-    """Leave no compiled code and no setting behind; fail where one was changed for good."""
+    """Leave no compiled code and no setting behind; fail if a test changed a setting for good."""
     before = torch.get_float32_matmul_precision()
     torch.manual_seed(0)
     yield

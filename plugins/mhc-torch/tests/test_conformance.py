@@ -1,4 +1,4 @@
-"""The backend, held by mhc-core's own conformance kit."""
+"""The backend, checked by mhc-core's own conformance kit."""
 
 from mhc_conformance import BackendConformance, Subject
 

@@ -17,7 +17,7 @@ class TestTorchOnCuda(BackendConformance):
 
     @pytest.fixture(autouse=True, params=["highest", "high"])
     def _on_cuda(self, request: pytest.FixtureRequest) -> Iterator[None]:
-        """Take host arrays in on the GPU; "high" allows TF32, which must change nothing."""
+        """Put host arrays on the GPU; "high" allows TF32, which must change nothing."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(request.param)
         with torch.device("cuda"):

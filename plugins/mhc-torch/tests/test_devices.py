@@ -1,4 +1,4 @@
-"""Devices, and arrays that come from and go to NumPy."""
+"""Devices, and arrays to and from NumPy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What installing and uninstalling do."""
+"""The effects of installing and uninstalling."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_readme() -> None:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> tuple[Path, str]:
-    """Give the Python of a new environment, and a path to all that is installed but this plugin."""
+    """Return the Python of a new environment, and a path to everything installed but the plugin."""
     pytest.importorskip("hatchling")
     venv.create(tmp_path / "venv", with_pip=False)
     others = tmp_path / "others"
