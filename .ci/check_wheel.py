@@ -43,7 +43,16 @@ def source(archive: str) -> None:
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
     assert not {name for name in names if name.startswith("plugins/")}
-    for name in ("tests/conftest.py", ".ci/run", ".github/workflows/checks.yml", "pyproject.toml"):
+    for name in (
+        "tests/conftest.py",
+        ".ci/run",
+        ".github/workflows/checks.yml",
+        ".editorconfig",
+        ".pre-commit-config.yaml",
+        "CITATION.cff",
+        "SECURITY.md",
+        "pyproject.toml",
+    ):
         assert name in names, f"{name} is not there"
     print(f"{archive}: {len(names)} files")
 

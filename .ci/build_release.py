@@ -1,0 +1,61 @@
+"""Build a wheel and a source archive of the core and of every plugin, each in a folder of its own.
+
+    python .ci/build_release.py FOLDER [options of python -m build]
+
+For a tag, which CI names in the environment, the version must be the tag's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+VERSION = re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)
+
+
+def projects() -> dict[str, Path]:
+    """Return the folder of each project by the project's name, the core first."""
+    plugins = sorted(file.parent for file in ROOT.glob("plugins/*/pyproject.toml"))
+    return {"mhc-core": ROOT, **{folder.name: folder for folder in plugins}}
+
+
+def version() -> str:
+    """Return the version that all projects have."""
+    (found,) = VERSION.findall((ROOT / "mhc_core" / "__init__.py").read_text(encoding="utf-8"))
+    return found
+
+
+def refuse_another_tag(release: str) -> None:
+    """Stop where CI builds a tag that is not this release's."""
+    tag = os.environ.get("GITHUB_REF_NAME", "")
+    tagged = os.environ.get("GITHUB_REF_TYPE") == "tag" and tag.startswith("v")
+    if tagged and tag != f"v{release}":
+        raise SystemExit(f"the tag is {tag}, but mhc_core.__version__ is {release}: tag v{release}")
+
+
+def main(folder: Path, options: list[str]) -> None:
+    """Build all projects into a folder and fail unless each left its two files there."""
+    release = version()
+    refuse_another_tag(release)
+    for name, source in projects().items():
+        out = folder / name
+        subprocess.run(
+            [sys.executable, "-m", "build", "--outdir", out, *options, source], check=True
+        )
+        stem = f"{name.replace('-', '_')}-{release}"
+        wanted = {f"{stem}.tar.gz", f"{stem}-py3-none-any.whl"}
+        found = {file.name for file in out.iterdir()}
+        if found != wanted:
+            raise SystemExit(f"{out} has {sorted(found)}, not {sorted(wanted)}")
+    core = sorted((folder / "mhc-core").iterdir())
+    subprocess.run([sys.executable, ROOT / ".ci" / "check_wheel.py", *core], check=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit(__doc__)
+    main(Path(sys.argv[1]), sys.argv[2:])
