@@ -68,6 +68,7 @@ LITTLE = Variant(
     sinkhorn_first="rows",
     res_transposed=False,
 )
+NOTHING = replace(PAPER, norm_eps=0.0, post_scale=0.0)  # every number of it is 0
 
 
 def _triangle(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
@@ -135,14 +136,18 @@ CONSTANTS: Sequence[Case] = (
     *(
         Case(
             op,
-            "closed gates",
+            label,
             SMALL,
-            _static(variant=LITTLE),
+            _static(variant=variant),
             (("phi", _zero), ("bias", _biases(-16, _normal(1)))),
             dtypes=PLAIN,
             quiet=("x",),
         )
-        for op in ("pre", "combine_pre", "head")
+        for label, variant, ops in (
+            ("closed gates", LITTLE, ("pre", "combine_pre", "head")),
+            ("closed gates, no eps", NOTHING, MAPPED),
+        )
+        for op in ops
     ),
     # Sinkhorn by itself: more iterations than the usual 20, where they still change something
     *(
@@ -208,7 +213,6 @@ CONSTANTS: Sequence[Case] = (
 BOUND = 1e18
 """The largest size of streams that are compared with the oracle, forward and gradient."""
 
-NOTHING = replace(PAPER, norm_eps=0.0, post_scale=0.0)  # every number of it is 0
 NORMED = (
     *((op, _static(variant=DEEPSEEK_V4)) for op in MAPPED),
     ("rms_norm", _static(eps=1e-5)),
