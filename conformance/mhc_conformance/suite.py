@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import pytest
 
 from mhc_conformance.checks import CHECKS, applies, check, everything
 from mhc_conformance.subject import Subject
+from mhc_core.math import OPS
 
 __all__ = ["BackendConformance"]
 
@@ -30,17 +32,24 @@ class BackendConformance:
         The name of the backend.
     seed
         The seed of all inputs; a failure's message has the command that repeats it.
+    ops
+        The ops to check; all of them if empty.
     """
 
     backend: ClassVar[str]
     seed: ClassVar[int] = 0
+    ops: ClassVar[Collection[str]] = ()
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Make one test per op, dtype and check, those left out included: they are skipped."""
         if "dtype" not in metafunc.fixturenames:
             return
         kind = metafunc.function.__name__.removeprefix("test_")
-        found = [(op, dtype) for op, dtype, _, _ in everything(Subject(self.backend), kind)]
+        found = [
+            (op, dtype)
+            for op, dtype, _, _ in everything(Subject(self.backend), kind)
+            if op in (self.ops or OPS)
+        ]
         metafunc.parametrize(("op", "dtype"), found)
 
     def _hold(self, op: str, dtype: str, kind: str) -> None:
