@@ -478,7 +478,8 @@ SPECIAL: Sequence[Case] = (
     *(
         Case(op, f"{' and '.join(some)} shared", size, for_all=some)
         for op in ("combine", "gated_combine")
-        for some, size in zip(_shared_in_part(op), itertools.cycle((SMALL, SIZES[1])))
+        for some in _shared_in_part(op)
+        for size in (SMALL, SIZES[1])
     ),
     *(
         Case(
@@ -490,7 +491,7 @@ SPECIAL: Sequence[Case] = (
             optional=given,
         )
         for some, given, size in (
-            *((some, True, SMALL) for some in _shared_in_part("combine_pre") if "h_pre" in some),
+            *((some, True, SMALL) for some in _shared_in_part("combine_pre")),
             (("h_post", "h_res"), False, SIZES[1]),
             (("h_post",), False, MORE_BLOCKS),
             (("h_res",), False, MORE_BLOCKS),

@@ -53,7 +53,7 @@ MUTANTS = {
         f"phi is zeros where all is aligned, {op} {dtype}": _mutant(
             "common", PHI, NO_PHI, op, "forward", BLOCKS, dtype
         )
-        for op, dtype in (("pre", "float32"), ("pre", "bfloat16"), ("head", "float16"))
+        for op, dtype in (("pre", "float32"), ("pre", "bfloat16"), ("head", "bfloat16"))
     },
     **{
         f"phi is zeros where all is aligned, combine_pre, {case}": _mutant(
@@ -77,18 +77,17 @@ MUTANTS = {
     },
     # one mapping for all tokens beside one per token
     **{
-        f"{kernel} takes h_res as h_post, {case}": _mutant(kernel, right, wrong, op, kind, case)
-        for kernel, op, kind in (
-            ("combine", "combine", "forward"),
-            ("combine_vjp", "combine", "gradient"),
-            ("combine_project_few", "combine_pre", "forward"),
-            ("gated_combine", "gated_combine", "forward"),
-            ("gated_combine_vjp", "gated_combine", "gradient"),
+        f"{kernel} takes one for the other, {shared} shared": _mutant(
+            kernel, right, wrong, op, kind, f"{shared} shared{given} (leading (2, 3)"
         )
-        for right, wrong, case in (
-            (H_RES, H_POST, "h_post shared (leading (2, 3)"),
-            (H_POST, H_RES, "h_res shared (leading (2, 3)"),
+        for kernel, op, kind, given in (
+            ("combine", "combine", "forward", ""),
+            ("combine_vjp", "combine", "gradient", ""),
+            ("combine_project_few", "combine_pre", "forward", ", h_pre given"),
+            ("gated_combine", "gated_combine", "forward", ""),
+            ("gated_combine_vjp", "gated_combine", "gradient", ""),
         )
+        for right, wrong, shared in ((H_RES, H_POST, "h_post"), (H_POST, H_RES, "h_res"))
     },
     "gated_combine takes h_pre as h_post": _mutant(
         "gated_combine", "row(h_pre_shape[0], token)", H_POST, "gated_combine", "forward",
@@ -99,7 +98,7 @@ MUTANTS = {
     ),
     "combine_project takes h_res as h_post": _mutant(
         "combine_project", "row(h_res_shape[0], own)", "row(h_post_shape[0], own)", "combine_pre",
-        "forward", "h_post shared, more than 16 tokens",
+        "forward", "h_post shared (leading (20,)",
     ),
     # constants and roundings
     "head takes norm_eps for pre_eps": _mutant(
