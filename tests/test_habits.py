@@ -1,4 +1,4 @@
-"""What the repository's files say of versions, tools and releases is one thing, said everywhere."""
+"""Versions, tools and releases: all of the repository's files name the same ones."""
 
 from __future__ import annotations
 

@@ -19,14 +19,14 @@ from mhc_conformance import oracle
 from mhc_core import _api, _registry, math, variants
 
 HEAVY = ("numpy", "jax", "mlx", "array_api_compat", "torch", "ml_dtypes", "pluggy", "typer", "rich")
-LIMIT_MS = 50
+BESIDE = "asyncio, http.client, unittest.mock"  # 1.6 times what our import costs
 OPS = [name for name in _api.__all__ if name != "vjp"]
 
 IMPORT = """
 import sys, time
-start = time.process_time()  # what the import costs, whatever else the machine is doing
-import mhc_core
-print((time.process_time() - start) * 1e3, *sorted(sys.modules))
+start = time.process_time()
+import {modules}
+print(time.process_time() - start, *sorted(sys.modules))
 """
 
 
@@ -36,7 +36,7 @@ def _in_a_new_process(code: str, *options: str) -> str:
 
 
 def test_import_brings_no_array_library() -> None:
-    _, *modules = _in_a_new_process(IMPORT).split()
+    _, *modules = _in_a_new_process(IMPORT.format(modules="mhc_core")).split()
     assert not set(HEAVY) & set(modules)
     assert not [name for name in modules if name.startswith(("mhc_backends", "mhc_core.math"))]
 
@@ -45,11 +45,15 @@ def test_import_is_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     # with bytecode, which installers write; the first run makes it
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
-    _in_a_new_process(IMPORT)
-    times: list[float] = []
-    while len(times) < 10 and not (times and min(times) < LIMIT_MS):
-        times.append(float(_in_a_new_process(IMPORT).split()[0]))
-    assert min(times) < LIMIT_MS, f"import mhc_core takes {times} ms"
+
+    def seconds(modules: str) -> float:
+        return float(_in_a_new_process(IMPORT.format(modules=modules)).split()[0])
+
+    for modules in ("mhc_core", BESIDE):
+        seconds(modules)
+    # side by side: what a second of a machine is worth changes with what else it does
+    ratios = [seconds("mhc_core") / seconds(BESIDE) for _ in range(5)]
+    assert min(ratios) < 0.8, f"import mhc_core takes {ratios} times what {BESIDE} take"
 
 
 def test_discovery_imports_no_array_library() -> None:
