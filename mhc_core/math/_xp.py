@@ -418,7 +418,7 @@ def _mean_square(xp: Any, x: Array) -> Array:
     each = 1 / max(size, 1)
     if _is(xp, "mlx") and (_unrolled.get() or _on_gpu(xp)):
         if _folds(xp, size):
-            return _sum_last(xp, _folded(x * each, x, -1))
+            return _sum_last(xp, _folded(x, x, -1, each))
         return xp.sum(x * each * x, axis=-1)
     across = 16 if _folds(xp, size) else 1  # as _sum_last: MLX's CPU adds one number at a time
     along = math.gcd(size // across, 256 // across)
@@ -472,12 +472,17 @@ def _folds(xp: Any, size: int) -> bool:
 FOLDS = 4  # with twice as many blocks, what g++ makes of it runs out of registers
 
 
-def _folded(a: Array, b: Array, axis: int) -> Array:
-    """Multiply, and add the blocks of an axis onto each other: one pass if it fuses."""
+def _folded(a: Array, b: Array, axis: int, factor: float | None = None) -> Array:
+    """Multiply, and add the blocks of an axis onto each other: one pass if it fuses.
+
+    ``factor`` multiplies every block of ``a``: all of ``a`` at once would be kept in memory.
+    """
     size = a.shape[axis] // FOLDS
     ahead = () if axis == 0 else (...,)
     parts = [(*ahead, slice(k * size, (k + 1) * size)) for k in range(FOLDS)]
-    return _tree([a[part] * b[part] for part in parts])
+    if factor is None:
+        return _tree([a[part] * b[part] for part in parts])
+    return _tree([a[part] * factor * b[part] for part in parts])
 
 
 def _sum_last(mx: Any, a: Array) -> Array:
@@ -501,13 +506,11 @@ def project(xp: Any, x: Array, phi: Array) -> Array:
     return xp.reshape(_rows(xp, flat, columns), (*x.shape[:-2], phi.shape[0]))
 
 
-def unproject(xp: Any, du: Array, phi: Array, x: Array, plus: Array) -> Array:
-    """du[..., m] @ phi[m, n C] + plus -> [..., n, C], the shape of x and of plus."""
+def unproject(xp: Any, du: Array, phi: Array, x: Array) -> Array:
+    """du[..., m] @ phi[m, n C] -> [..., n, C], the shape of x."""
     if keeps_axes(xp):
-        return _dot_general(du, _by_stream(xp, phi, x), ((du.ndim - 1,), (0,))) + plus
-    du = tokens(xp, du, 1)
-    plus = xp.reshape(plus, (du.shape[0], phi.shape[1]))
-    return xp.reshape(_rows(xp, du, phi, plus), x.shape)
+        return _dot_general(du, _by_stream(xp, phi, x), ((du.ndim - 1,), (0,)))
+    return xp.reshape(_rows(xp, tokens(xp, du, 1), phi), x.shape)
 
 
 def gram(xp: Any, du: Array, x: Array, like: Array) -> Array:
@@ -552,20 +555,16 @@ def _split_last(sharding: Any) -> Any:
     return type(sharding)(sharding.mesh, type(sharding.spec)(*rows))
 
 
-def _rows(xp: Any, a: Array, b: Array, plus: Array | None = None) -> Array:
-    """a[T, K] @ b[K, m] (+ plus) -> [T, m], the tokens spread over the cores."""
-    given = (a,) if plus is None else (a, plus)
+def _rows(xp: Any, a: Array, b: Array) -> Array:
+    """a[T, K] @ b[K, m] -> [T, m], the tokens spread over the cores."""
     if _spreads(xp, a.shape[0]):
-        return xp.concat(_on_two_cores(xp, _matmul_by(b), *given), axis=0)
-    if _is(xp, "mlx") and not _on_gpu(xp):
-        return _matmul_by(b)(xp, *given)
-    product = matmul(xp, a, b)
-    return product if plus is None else product + plus
+        return xp.concat(_on_two_cores(xp, _matmul_by(b), a), axis=0)
+    return matmul(xp, a, b)
 
 
 def _matmul_by(b: Array) -> Callable[..., Array]:
-    def times(mx: Any, a: Array, plus: Array | None = None) -> Array:
-        return mx.matmul(a, b) if plus is None else mx.addmm(plus, a, b)
+    def times(mx: Any, a: Array) -> Array:
+        return mx.matmul(a, b)
 
     return times
 

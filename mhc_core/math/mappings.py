@@ -140,13 +140,13 @@ def back_projection(
     """Return dx and dphi from the cotangent of u * r, and from ``more``, those of u and r.
 
     du = d r, dr = d . u, and the root mean square brings dx += -dr r^3 x / (n C). For streams of
-    1e18, r^3 underflows in float32 and d . u overflows; d . (u r), r x and dx / r do neither.
+    1e18, r^3 underflows in float32 and d . u overflows; d . (u r), d r and r x do neither.
     """
     u, r = projected
     pull = xp.sum(d_product * (u * r), axis=-1, keepdims=True)
     du = d_product * r
     if more is not None:
-        d_product, du, pull = d_product + more.u / r, du + more.u, pull + more.r * r
+        du, pull = du + more.u, pull + more.r * r
     pull = (pull * r / -(x.shape[-2] * x.shape[-1]))[..., None]
-    dx = _xp.unproject(xp, d_product, phi, x, pull * x) * r[..., None]
+    dx = _xp.unproject(xp, du, phi, x) + pull * (x * r[..., None])
     return dx, _xp.gram(xp, du, x, like=phi)
