@@ -403,9 +403,14 @@ EITHER = ("float32", "bfloat16")  # numbers as wide as the computation's, and na
 
 SPECIAL: Sequence[Case] = (
     *(
-        Case(op, sizes.why, sizes, SOME_STATIC.get(op, ()), usual=EITHER[: 1 + blocks])
+        Case(
+            op,
+            sizes.why,
+            sizes,
+            SOME_STATIC.get(op, ()),
+            usual=EITHER if sizes in (BLOCKS, MORE_BLOCKS) else ("float32",),
+        )
         for sizes, ops in LARGE
-        for blocks in (sizes in (BLOCKS, MORE_BLOCKS),)
         for op in ops
     ),
     *(

@@ -557,16 +557,13 @@ def _split_last(sharding: Any) -> Any:
 
 def _rows(xp: Any, a: Array, b: Array) -> Array:
     """a[T, K] @ b[K, m] -> [T, m], the tokens spread over the cores."""
-    if _spreads(xp, a.shape[0]):
-        return xp.concat(_on_two_cores(xp, _matmul_by(b), a), axis=0)
-    return matmul(xp, a, b)
+    if not _spreads(xp, a.shape[0]):
+        return matmul(xp, a, b)
 
+    def times(mx: Any, half: Array) -> Array:
+        return mx.matmul(half, b)
 
-def _matmul_by(b: Array) -> Callable[..., Array]:
-    def times(mx: Any, a: Array) -> Array:
-        return mx.matmul(a, b)
-
-    return times
+    return xp.concat(_on_two_cores(xp, times, a), axis=0)
 
 
 def _gram_in_blocks(mx: Any, du: Array, x: Array, block: int = 32) -> Array:
