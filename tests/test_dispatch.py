@@ -272,9 +272,9 @@ def _reasons(name: str, hidden: tuple[str, ...] = (), path: Path | None = None) 
 @pytest.mark.parametrize(
     ("name", "hidden", "reason"),
     [
-        ("jax", ("jax",), "JAX is not installed: pip install 'mhc-core[jax]'"),
-        ("jax", ("jaxlib",), "JAX is not installed: pip install 'mhc-core[jax]'"),
-        ("mlx-compiled", ("mlx",), "MLX is not installed: pip install 'mhc-core[mlx]'"),
+        ("jax", ("jax",), "JAX is not installed: pip install jax"),
+        ("jax", ("jaxlib",), "JAX is not installed: pip install jax"),
+        ("mlx-compiled", ("mlx",), f"MLX is not installed: pip install {_mlx.WHEEL}"),
     ],
 )
 def test_a_machine_without_a_library(name: str, hidden: tuple[str, ...], reason: str) -> None:
@@ -286,7 +286,7 @@ def test_a_machine_without_a_library(name: str, hidden: tuple[str, ...], reason:
     [
         (
             "raise ImportError('libmlx.so: cannot open shared object file')",
-            "MLX has no backend installed: pip install 'mlx[cpu]' "
+            f"MLX has no backend installed: pip install {_mlx.WHEEL} "
             "(libmlx.so: cannot open shared object file)",
         ),
         ("__version__ = '0.32.2'", "MLX 0.32.2 is too old: pip install 'mlx>=0.32.3'"),

@@ -1,35 +1,68 @@
-"""The README says only what is true: its code runs, and its tables match the declarations."""
+"""The README and the pages of docs/ say only what is true.
+
+Their code runs, their tables match the declarations, the README's figures are the recorded ones.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import mhc_core
 from mhc_backends.kernels.launch import VARIABLE, launch
 from mhc_core.cli import app
+from mhc_core.cli.bench import Mode
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+OPS = (ROOT / "docs" / "ops.md").read_text(encoding="utf-8")
+SETTINGS = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+BENCH = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+PAGES = [
+    path.relative_to(ROOT).as_posix()
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("plugins/*/*.md"))
+]
+RECORDS = ROOT / "docs" / "records"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=["numpy", "jax", "mlx"])
+def run(code: str) -> str:
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(
+    "code",
+    [blocks("python")[0], *blocks("python", OPS)],
+    ids=["README", "numpy", "jax", "mlx"],
+)
 def test_examples_run(code: str) -> None:
     assert len(code.strip().splitlines()) <= 16
-    command = [sys.executable, "-W", "error", "-c", code]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     said = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
     assert said, "a reader sees nothing"
-    assert " ".join(printed.split()) == " ".join(said)
+    assert " ".join(run(code).split()) == " ".join(said)
+
+
+@pytest.mark.parametrize("library", ["mlx.core", "jax.numpy"])
+def test_the_example_of_the_readme_runs_on_the_libraries_that_it_names(library: str) -> None:
+    code = blocks("python")[0]
+    first = "import numpy as np  # or mlx.core, jax.numpy\n"
+    assert code.startswith(first)
+    assert library in first
+    lines = [line for line in code.splitlines() if line]
+    assert len(lines) == 8
+    assert "(2, 8) (2, 4, 8)" in run(code.replace("import numpy", f"import {library}", 1))
 
 
 def test_ci_runs_the_commands_of_the_readme() -> None:
@@ -40,9 +73,46 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
         assert command in script
 
 
+# ---- the figures of the README -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["mlx-cuda", "jax"])
+def test_the_checks_are_those_of_the_record(backend: str) -> None:
+    (link,) = re.findall(rf"\[{backend}\]\((docs/records/\S+\.json)\)", README)
+    record = json.loads((ROOT / link).read_text())
+    counts = record["summary"]
+    assert counts["failed"] == 0
+    shown = f"{counts['passed']} of {counts['passed']}( checks pass)? on `{backend}`"
+    assert re.search(shown, README)
+    library = {"mlx-cuda": "mlx", "jax": "jax"}[backend]
+    assert f"{library.upper()} {record['versions'][library]}" in README
+    assert record["devices"][backend] == "gpu, NVIDIA H200"
+
+
+def test_the_times_are_those_of_the_table() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    head = next(line for line in lines if line[0] == "work")
+    row = next(line for line in lines if line[0].startswith("sublayer forward and backward"))
+    times = dict(zip(head, row, strict=True))
+    assert f"takes {times['measured']} us" in README
+    ours = sum(map(float, times["measured"].split(" to "))) / 2
+    ratios = {name: float(times[name]) / ours for name in ("JAX", "TileKernels", "mlx-vlm")}
+    said = re.search(
+        r"and (\S+) times as long in jitted JAX, (\S+) in TileKernels, (\S+) in mlx-vlm", README
+    )
+    assert said
+    assert [float(one) for one in said.groups()] == [
+        float(f"{ratio:.2g}") for ratio in ratios.values()
+    ]
+
+
+# ---- pages ---------------------------------------------------------------------------------------
+
+
 def test_backend_table() -> None:
     rows = re.findall(
-        r"^\| `([\w-]+)` \| `([\w.]+)` \| ([^|]+) \| (yes|no) \|", README, re.MULTILINE
+        r"^\| `([\w-]+)` \| `([\w.]+)` \| ([^|]+) \| (yes|no) \|", SETTINGS, re.MULTILINE
     )
     declared = [
         (
@@ -55,6 +125,21 @@ def test_backend_table() -> None:
         if backend.spec is not None and backend.spec.module.startswith("mhc_backends.")
     ]
     assert sorted(rows) == sorted(declared)
+
+
+def test_every_mode_and_option_of_bench_is_in_its_table() -> None:
+    command: Any = typer.main.get_command(app)
+    parameters = {one.name: one for one in command.commands["bench"].params}
+    modes = re.findall(r"^\| `(\w+)` \|", BENCH, re.MULTILINE)
+    assert modes == [mode.value for mode in Mode]
+    listed = set(re.findall(r"`(--[\w-]+)`", BENCH))
+    assert listed <= {option for one in parameters.values() for option in one.opts}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_installs_from_an_index_what_is_not_there(page: str) -> None:
+    for command in re.findall(r"pip install ([^`\n]+)", (ROOT / page).read_text("utf-8")):
+        assert not re.search(r"(?<![/\w])mhc[-_]\w+", command), command
 
 
 @pytest.mark.parametrize("file", ["README.md", "docs/kernels.md"])
@@ -80,7 +165,7 @@ def test_every_environment_variable_is_in_the_table() -> None:
     packages = [ROOT / "mhc_core", ROOT / "backends", ROOT / "conformance"]
     code = "".join(path.read_text() for root in packages for path in root.rglob("*.py"))
     used = set(re.findall(r"\"((?:MHC|MLX)_[A-Z0-9_]+)\"", code))
-    listed = set(re.findall(r"^\| `((?:MHC|MLX)_[A-Z0-9_]+)` \|", README, re.MULTILINE))
+    listed = set(re.findall(r"^\| `((?:MHC|MLX)_[A-Z0-9_]+)` \|", SETTINGS, re.MULTILINE))
     assert used == listed
 
 
@@ -89,7 +174,9 @@ def test_every_op_is_named() -> None:
         assert f"`{name}`" in README
 
 
-@pytest.mark.parametrize("command", re.findall(r"`mhc (\w+)", README))
+@pytest.mark.parametrize(
+    "command", sorted(set(re.findall(r"`mhc (\w+)", README + SETTINGS + BENCH)))
+)
 def test_commands_exist(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0, result.output

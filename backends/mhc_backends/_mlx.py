@@ -6,12 +6,16 @@ Imports nothing heavy; the functions that need MLX import it.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, cast
 
 OLDEST = "0.32.3"  # the first that transposes right, and takes the max of no numbers
+
+WHEEL = "mlx" if sys.platform == "darwin" else "'mlx[cpu]'"
+# `pip install mlx` on Linux installs no backend at all.
 
 NO_FLOAT64 = ("float32", "float16", "bfloat16")
 # MLX's GPUs have no float64, and on its CPU float64 exp is only as good as float32's.
@@ -20,11 +24,11 @@ NO_FLOAT64 = ("float32", "float16", "bfloat16")
 def missing() -> str | None:
     """Return why MLX cannot run here, or None."""
     if find_spec("mlx") is None:
-        return "MLX is not installed: pip install 'mhc-core[mlx]'"
+        return f"MLX is not installed: pip install {WHEEL}"
     try:
         core: Any = import_module("mlx.core")
     except ImportError as error:
-        return f"MLX has no backend installed: pip install 'mlx[cpu]' ({error})"
+        return f"MLX has no backend installed: pip install {WHEEL} ({error})"
     version: str = core.__version__
     if _numbers(version) < _numbers(OLDEST):
         return f"MLX {version} is too old: pip install 'mlx>={OLDEST}'"

@@ -66,7 +66,7 @@ def _missing() -> str | None:
     try:
         import selenium  # noqa: F401  # pyright: ignore
     except ImportError:
-        return "selenium is not installed: pip install 'mhc-core[dev]'"
+        return "selenium is not installed: pip install selenium"
     there = any(map(shutil.which, BROWSERS)) and shutil.which("chromedriver")
     return None if there else "no Chromium is here: apt-get install chromium chromium-driver"
 

@@ -21,9 +21,12 @@ from mhc_core.cli.demo import _model, _report, _results
 from mhc_core.cli.demo._model import Kept
 from mhc_core.cli.demo._train import Trained
 
-ROOT = Path(__file__).parent.parent.parent
 STEPS, DEPTH = 12, 4
 EVIL = "<b>&.txt"
+LAYERS = {  # a variant's lists of one entry for each layer
+    *("layer_forward", "layer_backward", "gain_forward", "gain_backward"),
+    *("row_error", "column_error", "entropy", "similarity", "h_res", "products"),
+}
 
 Array = Any
 
@@ -48,6 +51,20 @@ def told(out: Path) -> dict[str, Any]:
     """Return the report's numbers."""
     text = (out / "out.json").read_text()
     return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+@pytest.fixture(scope="module")
+def deep(told: dict[str, Any], out: Path) -> Path:
+    """Write the report of a network of 64 layers, which are those of the small one, repeated."""
+    assert told["variants"]["HC"].keys() >= LAYERS
+    variants = {
+        name: {k: v * (64 // DEPTH) if k in LAYERS else v for k, v in one.items()}
+        for name, one in told["variants"].items()
+    }
+    settings = told["settings"] | {"depth": 64}
+    file = out / "deep.html"
+    file.write_text(_report.page(told | {"settings": settings, "variants": variants}), "utf-8")
+    return file
 
 
 # ---- numbers ------------------------------------------------------------------------------------
@@ -228,15 +245,11 @@ def check_plots(chromium: Browser, depth: int) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("width", [PHONE, DESK])
-@pytest.mark.parametrize("page", ["new", "docs"])
+@pytest.mark.parametrize("depth", [DEPTH, 64])
 def test_the_report_in_a_browser(
-    chromium: Browser, out: Path, page: str, width: int, scheme: str
+    chromium: Browser, out: Path, deep: Path, depth: int, width: int, scheme: str
 ) -> None:
-    file, depth = {
-        "new": (out / "report.html", DEPTH),
-        "docs": (ROOT / "docs" / "demo.html", 64),
-    }[page]
-    chromium.open(file, width, scheme)
+    chromium.open(deep if depth == 64 else out / "report.html", width, scheme)
     check_plots(chromium, depth)
     chromium.check(width, scheme)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -60,3 +61,17 @@ def test_accelerate_mlx_lm() -> None:
     assert "16 greedy tokens: the same" in printed
     first, last = numbers(r"loss (\S+) -> (\S+) in 3 steps", printed)
     assert last < first
+
+
+def test_accelerate_as_the_readme_calls_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mlx_lm.models.deepseek_v41", reason="needs pip install mlx-lm==0.32.2")
+    import mlx_lm
+
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", readme, re.S) if "accelerate" in c]
+    make = runpy.run_path(str(EXAMPLES / "accelerate_mlx_lm.py"))["random_model"]
+    monkeypatch.setattr(mlx_lm, "load", lambda path: (make(), None))
+    exec(code, {})
+    assert "HyperConnection" in capsys.readouterr().out

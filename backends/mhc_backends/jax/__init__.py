@@ -11,7 +11,7 @@ from mhc_core.hookspecs import hookimpl
 
 def _missing() -> str | None:
     if find_spec("jax") is None or find_spec("jaxlib") is None:
-        return "JAX is not installed: pip install 'mhc-core[jax]'"
+        return "JAX is not installed: pip install jax"
     return None
 
 

@@ -21,7 +21,8 @@ def missing() -> str | None:
     mx: Any = import_module("mlx.core")
     if not mx.cuda.is_available():
         return (
-            "MLX finds no NVIDIA GPU (mx.cuda.is_available()): pip install 'mhc-core[cuda]' on one"
+            "MLX finds no NVIDIA GPU (mx.cuda.is_available() is False): on a machine that has one, "
+            "pip install 'mlx[cuda13]'"
         )
     if reason := _mlx.not_the_default():
         return reason

@@ -20,7 +20,7 @@ Triple = tuple[mx.array, mx.array, mx.array]
 
 
 class MHCLayer(StaticModule):
-    r"""A whole layer on n streams with static mappings, F being an RMS norm.
+    """A whole layer on n streams with static mappings, F being an RMS norm.
 
     ::
 
@@ -41,12 +41,17 @@ class MHCLayer(StaticModule):
         False keeps the layer to the backend ``mlx-compiled``.
     identity_init
         True starts at ``x' = x``, to about 1e-5; False at H_pre 1/2, H_post 1, H_res 1/n.
-    threads_per_group, auto_dispatch, compile_reference, dispatch_policy, hybrid_latency, \
-hybrid_min_C, latency_avoid_fused_n32_max_C, latency_avoid_fused_B1_min_n, \
-throughput_allow_fused_n32_min_B, throughput_allow_fused_n32_min_C, \
-throughput_allow_fused_n32_small_C, fused_backward, mix_kernel
-        The settings by which mhc-mlx chooses among its kernels. They are checked and kept as
+    threads_per_group, auto_dispatch, compile_reference, fused_backward, mix_kernel
+        Settings by which mhc-mlx chooses among its kernels. They are checked and kept as
         attributes, but have no effect: here the table of launch shapes decides.
+    dispatch_policy, hybrid_latency, hybrid_min_C
+        The same.
+    latency_avoid_fused_n32_max_C, latency_avoid_fused_B1_min_n
+        The same.
+    throughput_allow_fused_n32_min_B, throughput_allow_fused_n32_min_C
+        The same.
+    throughput_allow_fused_n32_small_C
+        The same.
 
     Raises
     ------

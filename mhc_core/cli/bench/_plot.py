@@ -40,7 +40,7 @@ class Points:
 def missing() -> str | None:
     """Return what a plot lacks here, or None."""
     there = find_spec("matplotlib")
-    return None if there else "--plot needs matplotlib: pip install 'mhc-core[plot]'"
+    return None if there else "--plot needs matplotlib: pip install matplotlib"
 
 
 def plot(file: Path, points: Points) -> bytes:

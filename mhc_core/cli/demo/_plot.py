@@ -19,7 +19,7 @@ COLOURS = {"residual": "0.5", "HC": "C3", "mHC": "C0", "single-pass": "C2"}
 def missing() -> str | None:
     """Return what a picture lacks here, or None."""
     there = find_spec("matplotlib")
-    return None if there else "--plot needs matplotlib: pip install 'mhc-core[plot]'"
+    return None if there else "--plot needs matplotlib: pip install matplotlib"
 
 
 def plot(file: Path, told: Mapping[str, Any]) -> bytes:

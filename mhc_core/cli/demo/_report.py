@@ -28,7 +28,7 @@ def missing() -> str | None:
     try:
         distribution(PACKAGE)
     except PackageNotFoundError:
-        return "the report needs uPlot, which draws its lines: pip install 'mhc-core[demo]'"
+        return f"the report needs uPlot, which draws its lines: pip install {PACKAGE}"
     return None
 
 

@@ -16,9 +16,9 @@ def refuse() -> None:
         found = " and ".join(f"{name} {number}" for name, number in there.items())
         raise ImportError(
             f"mhc-drop-in stands in for mhc-mlx and mlx-mhc, but {found} is installed beside it, "
-            f"under the same import names. Remove it, and repair what it overwrote: pip uninstall "
-            f"{' '.join(there)}; pip install --force-reinstall --no-deps mhc-drop-in. To keep it, "
-            "pip uninstall mhc-drop-in, and reinstall it instead."
+            f"under the same import names. To use mhc-drop-in: pip uninstall {' '.join(there)}, "
+            "then install mhc-drop-in again, from its checkout, with --force-reinstall --no-deps. "
+            f"To use {found}: pip uninstall mhc-drop-in, then reinstall it."
         )
 
 

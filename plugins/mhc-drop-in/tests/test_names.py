@@ -96,9 +96,9 @@ def test_beside_an_original_it_says_which_to_remove(
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1] == (
         f"ImportError: mhc-drop-in stands in for mhc-mlx and mlx-mhc, but {original} 9.8.7 is "
-        "installed beside it, under the same import names. Remove it, and repair what it "
-        f"overwrote: pip uninstall {original}; pip install --force-reinstall --no-deps "
-        "mhc-drop-in. To keep it, pip uninstall mhc-drop-in, and reinstall it instead."
+        f"installed beside it, under the same import names. To use mhc-drop-in: pip uninstall "
+        f"{original}, then install mhc-drop-in again, from its checkout, with --force-reinstall "
+        f"--no-deps. To use {original} 9.8.7: pip uninstall mhc-drop-in, then reinstall it."
     )
 
 
