@@ -5,7 +5,9 @@ Their code runs, their tables match the declarations, the README's figures are t
 
 from __future__ import annotations
 
+import ast
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -140,6 +142,45 @@ def test_every_mode_and_option_of_bench_is_in_its_table() -> None:
 def test_no_page_installs_from_an_index_what_is_not_there(page: str) -> None:
     for command in re.findall(r"pip install ([^`\n]+)", (ROOT / page).read_text("utf-8")):
         assert not re.search(r"(?<![/\w])mhc[-_]\w+", command), command
+
+
+MAP = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+TABLE = MAP.split("| step | file | names |\n|---|---|---|\n")[1].split("\n\n")[0]
+LIFE = re.findall(r"^\| [^|]+ \| `([\w/.]+\.py)` \| ([^|]+) \|$", TABLE, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("file", "names"), LIFE)
+def test_the_life_of_a_call_goes_through_what_is_there(file: str, names: str) -> None:
+    found: set[str] = set()
+    for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                found.add(name)
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                found.add(name)
+            case _:
+                pass
+    named = re.findall(r"`(\w+)`", names)
+    assert named
+    assert set(named) <= found
+
+
+def test_the_life_of_a_call_is_a_table_that_these_tests_read() -> None:
+    assert len(LIFE) == len(TABLE.splitlines())
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`([\w-]+/[\w/.-]*)`", MAP))))
+def test_every_file_of_the_architecture_is_there(path: str) -> None:
+    folders = ROOT, ROOT / "backends" / "mhc_backends"  # a bare `kernels/` is a backend's
+    assert any((folder / path).exists() for folder in folders)
+
+
+def test_every_public_module_is_on_the_site() -> None:
+    pages = "".join(path.read_text("utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
+    shown = set(re.findall(r"^\.\. automodule:: (\S+)$", pages, re.MULTILINE))
+    modules = {f"mhc_core.{module.name}" for module in pkgutil.iter_modules(mhc_core.__path__)}
+    public = {name for name in modules if "._" not in name} - {"mhc_core.cli"}
+    assert shown >= public | {"mhc_core", "mhc_conformance", "mhc_torch"}
 
 
 @pytest.mark.parametrize("file", ["README.md", "docs/kernels.md"])
