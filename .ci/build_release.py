@@ -11,6 +11,8 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +39,20 @@ def refuse_another_tag(release: str) -> None:
         raise SystemExit(f"the tag is {tag}, but mhc_core.__version__ is {release}: tag v{release}")
 
 
+def refuse_without_license(folder: Path, stem: str) -> None:
+    """Stop unless a wheel and a source archive carry the license text."""
+    text = (ROOT / "LICENSE").read_bytes()
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl") as wheel:
+        name = f"{stem}.dist-info/licenses/LICENSE"
+        in_wheel = wheel.read(name) if name in wheel.namelist() else b""
+    with tarfile.open(folder / f"{stem}.tar.gz") as archive:
+        name = f"{stem}/LICENSE"
+        member = archive.extractfile(name) if name in archive.getnames() else None
+        in_archive = member.read() if member else b""
+    if (in_wheel, in_archive) != (text, text):
+        raise SystemExit(f"{stem}: the wheel or the source archive has no LICENSE of this project")
+
+
 def main(folder: Path, options: list[str]) -> None:
     """Build all projects into a folder and fail unless each left its two files there."""
     release = version()
@@ -51,6 +67,7 @@ def main(folder: Path, options: list[str]) -> None:
         found = {file.name for file in out.iterdir()}
         if found != wanted:
             raise SystemExit(f"{out} has {sorted(found)}, not {sorted(wanted)}")
+        refuse_without_license(out, stem)
     core = sorted((folder / "mhc-core").iterdir())
     subprocess.run([sys.executable, ROOT / ".ci" / "check_wheel.py", *core], check=True)
 

@@ -58,7 +58,14 @@ def test_every_project_is_built_with_the_version_of_the_core(folder: Path, tmp_p
     clean = {key: value for key, value in os.environ.items() if key != "PIP_BUILD_TRACKER"}
     subprocess.run([sys.executable, "-c", code, tmp_path], cwd=folder, env=clean, check=True)
     (metadata,) = tmp_path.glob("*.dist-info/METADATA")
-    assert f"\nVersion: {mhc_core.__version__}\n" in metadata.read_text(encoding="utf-8")
+    text = metadata.read_text(encoding="utf-8")
+    assert f"\nVersion: {mhc_core.__version__}\n" in text
+    assert "\nLicense-File: LICENSE\n" in text
+
+
+@pytest.mark.parametrize("folder", PROJECTS, ids=lambda folder: folder.name)
+def test_every_project_has_the_same_license_text(folder: Path) -> None:
+    assert (folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
 def test_the_citation_is_of_this_version_and_of_the_paper() -> None:
@@ -95,10 +102,11 @@ def test_a_release_builds_and_publishes_every_project_the_core_first() -> None:
 def test_a_release_is_a_tag_and_only_its_last_job_may_publish() -> None:
     assert RELEASE["on"] == {"push": {"tags": ["v*"]}}
     assert RELEASE["permissions"] == {"contents": "read"}
-    build, publish = RELEASE["jobs"].values()
-    assert "permissions" not in build
+    checks, build, publish = RELEASE["jobs"].values()
+    assert "permissions" not in checks | build
     assert publish["permissions"] == {"id-token": "write"}
-    assert publish["needs"] == "build"
+    assert publish["needs"] == ["checks", "build"]
+    assert checks["uses"] == "./.github/workflows/linux.yml"
     # of projects that PyPI does not have yet, no two may wait for the same publisher
     assert publish["environment"] == "pypi-${{ matrix.project }}"
     text = (ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8")
@@ -106,7 +114,7 @@ def test_a_release_is_a_tag_and_only_its_last_job_may_publish() -> None:
 
 
 def test_what_is_built_is_what_is_published() -> None:
-    build, publish = RELEASE["jobs"].values()
+    _, build, publish = RELEASE["jobs"].values()
     (run,) = [step["run"] for step in build["steps"] if step.get("run", "").startswith("python")]
     *_, upload = build["steps"]
     download, upload_to_pypi = publish["steps"]

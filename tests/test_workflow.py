@@ -41,7 +41,9 @@ def load(file: Path) -> dict[str, Any]:
 
 
 WORKFLOWS = {file.name: load(file) for file in FILES}
-JOBS = {f"{f}: {name}": job for f, flow in WORKFLOWS.items() for name, job in flow["jobs"].items()}
+ALL = {f"{f}: {name}": job for f, flow in WORKFLOWS.items() for name, job in flow["jobs"].items()}
+CALLS = {name: job for name, job in ALL.items() if "uses" in job}  # of another workflow
+JOBS = {name: job for name, job in ALL.items() if name not in CALLS}
 CHECKS = {name: job for name, job in JOBS.items() if not name.startswith("release.yml")}
 STEPS = [step for job in JOBS.values() for step in job["steps"]]
 METAL = WORKFLOWS["checks.yml"]["jobs"]["metal"]
@@ -50,13 +52,27 @@ METAL = WORKFLOWS["checks.yml"]["jobs"]["metal"]
 # ---- what GitHub needs ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", WORKFLOWS.keys() - {"release.yml"})
+@pytest.mark.parametrize("name", sorted(WORKFLOWS.keys() - {"release.yml"}))
 def test_it_runs_on_pushes_and_pull_requests_and_may_only_read(name: str) -> None:
     flow = WORKFLOWS[name]
     assert set(flow) == {"name", "on", "permissions", "jobs"}
-    assert set(flow["on"]) == {"push", "pull_request"}
+    called = {"linux.yml": {"workflow_call"}}
+    assert set(flow["on"]) == called.get(name, {"push", "pull_request"})
     assert flow["permissions"] == {"contents": "read"}
     assert "secrets" not in (ROOT / ".github" / "workflows" / name).read_text()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_workflow_that_is_called_is_there_and_can_be_called(name: str) -> None:
+    assert set(CALLS[name]) == {"name", "uses"}
+    file = ROOT / CALLS[name]["uses"]
+    assert "workflow_call" in WORKFLOWS[file.name]["on"]
+
+
+def test_every_check_on_linux_is_one_script_that_a_release_runs_too() -> None:
+    assert {name.partition(":")[0] for name in CALLS} == {"checks.yml", "release.yml"}
+    (job,) = WORKFLOWS["linux.yml"]["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["bash .ci/run"]
 
 
 @pytest.mark.parametrize("name", JOBS)
