@@ -46,7 +46,7 @@ Direction = Literal["forward", "backward"]
 
 _direction = _checks.one_of("forward", "backward")
 
-TINY = 1e-18  # what is zero stays zero with finite gradients: its square is no zero in float32
+TINY = 1e-18  # streams of zeros stay 0, with finite gradients: its square is not 0 in float32
 
 
 def gain(h_res: Array) -> tuple[Array, Array]:

@@ -119,7 +119,7 @@ def test_one_command_prints_the_table() -> None:
         assert bug.name in flat
     assert f"{len(BUGS)} caught, 0 missed, 0 skipped (seed 0" in flat
     proved = sum(bool(mutant.proof) for mutant in MUTANTS.values())
-    counts = f"{len(MUTANTS) - proved} caught, 0 missed, {proved} cannot be told"
+    counts = f"{len(MUTANTS) - proved} caught, 0 missed, {proved} equivalent"
     assert f"{len(MUTANTS)} made, {counts} (seed 0" in flat
     for mutant in MUTANTS.values():
         assert not mutant.proof or mutant.proof in flat
@@ -168,7 +168,7 @@ def test_a_mutant_that_the_kit_misses_is_reported(monkeypatch: pytest.MonkeyPatc
     found = CliRunner().invoke(app, ["conformance", "--mutations"])
     assert found.exit_code == 1
     assert f"MISSED {right_one.name}: passes the whole kit" in found.output
-    assert "1 made, 0 caught, 1 missed, 0 cannot be told" in found.output
+    assert "1 made, 0 caught, 1 missed, 0 equivalent" in found.output
 
 
 def test_every_declared_argument_has_mutants_of_both_halves() -> None:

@@ -173,7 +173,7 @@ def test_each_matrix_is_frozen_by_itself(like: Callable[..., Any]) -> None:
     for index, alone in enumerate((slow, quick)):
         result = np.asarray(sinkhorn_knopp.forward(like(alone), **options))
         np.testing.assert_allclose(both[index], result[0], rtol=1e-5)
-    # had it gone on with the slow one, the quick one would sum to 1 in both directions
+    # if it ran as long as the slow one, the quick one would sum to 1 in both directions
     assert np.abs(both[1].sum(axis=-1) - 1).max() > 1e-4
 
 

@@ -1,8 +1,9 @@
-"""The first words of docstrings: PEP 257's imperative in functions, a noun elsewhere."""
+"""The words of docstrings, messages and pages: PEP 257's first words, and no riddles."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = (".ci", "backends", "conformance", "examples", "mhc_core", "plugins", "tests")
+FOLDERS = (".ci", "backends", "docs", "conformance", "examples", "mhc_core", "plugins", "tests")
 REFUSED = frozenset({"give", "gives", "what", "say", "says", "whether"})
+PHRASES = {  # that had to be read twice, and what to write instead
+    r"answers? in kind": "return the same type",
+    r"such as it is": "unchanged",
+    r"(go|goes|going|gone|went) on with": "continue",
+    r"(start|starts|started) anew": "start over",
+    r"(only|is) taken by name": "run only when chosen by name",
+    r"which is all that": "(name the reason in a sentence of its own)",
+    r"cannot be told": "equivalent, unknown",
+    r"nobody's to \w+": "the same for everyone",
+    r"as good as nothing": "almost nothing",
+    r"(is|are) what (holds?|stands)": "(name the thing)",
+    r"what (stands|comes) on it": "(name the thing)",
+    r"nowhere else either": "no other place",
+    r"it knows nothing of": "it does not depend on",
+    r"was mended|been mended|that is mended": "fixed",
+}
+PAGES = ("*.md", "docs/**/*.md", "plugins/*/README.md")
 
 
 def docstrings(text: str) -> Iterator[tuple[int, str]]:
@@ -28,6 +46,14 @@ def refused(text: str) -> list[tuple[int, str]]:
     """Return the line and the first word of each docstring that begins with a refused word."""
     firsts = [(line, words.split()[0]) for line, words in docstrings(text) if words.split()]
     return sorted((line, word) for line, word in firsts if word.strip(",.:;").lower() in REFUSED)
+
+
+def riddles(text: str) -> list[str]:
+    """Return each refused phrase of a text with the better one, however its lines are broken."""
+    lines = re.sub(r"\s*\n\s*(#|//)?\s*", " ", text)
+    flat = re.sub(r"\s+", " ", re.sub(r"\" f?\"", "", lines))
+    found = [(re.search(rf"\b(?:{p})\b", flat, re.IGNORECASE), good) for p, good in PHRASES.items()]
+    return [f"{match[0]!r}: {good}" for match, good in found if match]
 
 
 def python_files() -> list[Path]:
@@ -50,6 +76,32 @@ def test_no_docstring_begins_with_a_refused_word() -> None:
         for line, word in refused(file.read_text(encoding="utf-8"))
     ]
     assert not found, "begin these with 'Return ...' or a noun (PEP 257):\n" + "\n".join(found)
+
+
+def test_no_phrase_has_to_be_read_twice() -> None:
+    pages = [path for pattern in PAGES for path in ROOT.glob(pattern)]
+    files = [file for file in (*python_files(), *pages) if file != Path(__file__)]
+    assert {file.name for file in files} >= {"README.md", "CHANGELOG.md", "kernels.md"}
+    found = [
+        f"{file.relative_to(ROOT)}: {riddle}"
+        for file in files
+        for riddle in riddles(file.read_text(encoding="utf-8"))
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It answers in kind.",
+        "the report goes\non with the rest",
+        "# the report goes\n    # on with the rest",
+        '"is only taken "\n    f"by name"',
+    ],
+)
+def test_a_phrase_is_seen_across_lines_and_strings(text: str) -> None:
+    assert len(riddles(text)) == 1
+    assert not riddles("It returns the same type, and names what it took.")
 
 
 BAD = '''"""What a module has."""

@@ -39,7 +39,7 @@ class Baseline:
         The distribution that must be installed for it. Its import name proves nothing: mhc-drop-in
         provides our own modules under two of these names.
     what
-        What is compared, in a sentence.
+        The code that is compared, in a sentence.
     load
         Returns its functions by name.
     uncompilable
@@ -202,7 +202,7 @@ def _jax() -> dict[str, Forward]:
 
 
 def _mhc_mlx() -> dict[str, Forward]:
-    """Return mhc-mlx's MHCLayer; without Metal it takes its own reference path."""
+    """Return mhc-mlx's MHCLayer; without Metal it runs its own reference path."""
     import mlx.core as mx
 
     MHCLayer: Any = import_module("mhc_mlx").MHCLayer

@@ -54,7 +54,10 @@ class Group(TyperGroup):
         """Run a command line, and end the process with its exit code."""
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **more)
-        for stream in (sys.stdout, sys.stderr):  # no name is a reason to end in an encoding's error
+        for stream in (
+            sys.stdout,
+            sys.stderr,
+        ):  # a name that stdout cannot encode must not end the command
             with contextlib.suppress(AttributeError, ValueError):
                 stream.reconfigure(errors="backslashreplace")  # pyright: ignore
         try:
@@ -76,7 +79,7 @@ class Group(TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
 
-class Stopped(BaseException):  # no error, as KeyboardInterrupt is none
+class Stopped(BaseException):  # not an Exception, like KeyboardInterrupt
     """Ctrl-C or SIGTERM came; ``code`` is the exit code of a command that they ended."""
 
     def __init__(self, code: int) -> None:
@@ -127,7 +130,7 @@ def _end(error: Any) -> NoReturn:
     path = ctx.command_path if ctx else "mhc"
     said = error.format_message()
     if isinstance(error, typer.BadParameter) and error.param is None and not error.param_hint:
-        said = error.message  # ours, which begins with the option
+        said = error.message  # our own message, which begins with the option
     if not isinstance(error, typer.BadParameter):
         said = f"{said.strip().rstrip('.')}; see {path} --help"
     _stop(f"{path}: {said}", error.exit_code)

@@ -43,7 +43,11 @@ def check(places: Mapping[str, Path | None]) -> None:
         try:
             real = file.resolve()
             _try(real)
-        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a zero byte
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # such as a loop of links, or a zero byte in the name
             raise typer.BadParameter(f"{option} {file} cannot be written: {_why(error)}") from None
         if real in taken and not _special(real):
             raise typer.BadParameter(
@@ -112,7 +116,7 @@ def write(file: Path, content: str | bytes) -> bool:
         if file == STDOUT:
             raise
         kept = _keep(file, data)
-        where = f"it is kept in {kept}" if kept else "and nowhere else either"
+        where = f"it is kept in {kept}" if kept else "no other place can be written either"
         said = f"{file} cannot be written: {_why(error)}; {where}"
         typer.echo(_screen.one_line(said), err=True)
         return False

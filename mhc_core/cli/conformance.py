@@ -51,7 +51,7 @@ def conformance(
         bool, typer.Option("--mutations", help="Show which check fails for each known bug.")
     ] = False,
 ) -> None:
-    """Hold every backend's forwards and gradients against the float64 oracle."""
+    """Compare every backend's forwards and gradients with the float64 oracle."""
     if mutations:
         files = [*(report or ()), *([json_file] if json_file else [])]
         others = (backends, op, dtype, kind, map(str, files))
@@ -282,11 +282,9 @@ def _made(console: Any, seed: int) -> int:
     started, others = time.perf_counter(), Console(stderr=True)
     every = track(list(MUTANTS.values()), "made mutants", console=others, transient=True)
     found = [hunt(mutant, seed) for mutant in every]
-    title = (
-        "made of the declarations: each argument taken for something else, forward and in the vjp"
-    )
+    title = "generated from the declarations: one argument replaced, in the forward or in the vjp"
     table = Table("op", "argument", title=title, title_justify="left")
-    for column in ("made", "caught", "missed", "cannot be told"):
+    for column in ("made", "caught", "missed", "equivalent"):
         table.add_column(column, justify="right")
     rows: dict[tuple[str, str], list[Any]] = {}
     for one in found:
@@ -296,16 +294,16 @@ def _made(console: Any, seed: int) -> int:
     console.print(table)
     for proof in dict.fromkeys(one.mutant.proof for one in found if one.mutant.proof):
         names = [one.mutant.name for one in found if one.mutant.proof == proof]
-        line = f"{len(names)} cannot be told, such as {names[0]}: {proof}"
+        line = f"{len(names)} are equivalent, such as {names[0]}: {proof}"
         console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     for one in found:
         if one.problem:
             line = f"MISSED {one.mutant.name}: {one.problem}"
             console.print(line, style="red", markup=False, soft_wrap=True)
-    made, caught, missed, cannot = _counts(found)
+    made, caught, missed, equivalent = _counts(found)
     seconds = time.perf_counter() - started
     console.print(
-        f"{made} made, {caught} caught, {missed} missed, {cannot} cannot be told "
+        f"{made} made, {caught} caught, {missed} missed, {equivalent} equivalent "
         f"(seed {seed}, {seconds:.0f} s)"
     )
     return missed
@@ -328,7 +326,7 @@ def _table_of_bugs(console: Any, title: str, outcomes: list[Any]) -> None:
     table.add_column("what the kit says", ratio=1, overflow="fold")
     for outcome in outcomes:
         bug = outcome.bug
-        note = f" (beside the kit: {bug.note})" if bug.note else ""
+        note = f" (outside the kit: {bug.note})" if bug.note else ""
         name = Text.assemble((bug.name, "bold"), f"\n{bug.what}{note}")
         fails = "\n".join(record.kind for record in outcome.failed)
         says = outcome.message or f"skipped: {outcome.reason}"

@@ -153,7 +153,7 @@ _data.batch = interrupted
     running = process(words(tmp_path, *OPTIONS, steps=STEPS), interrupts)
     output, _ = running.communicate(timeout=120)
     assert running.returncode == 130
-    assert f"Stopped and saved in {tmp_path}; go on with --resume." in output
+    assert f"Stopped and saved in {tmp_path}; --resume continues." in output
     assert "Traceback" not in output
     assert steps_of(tmp_path) == 13
     resumed(tmp_path)

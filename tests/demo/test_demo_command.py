@@ -84,10 +84,7 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_an_earlier_run_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "mHC.safetensors").write_bytes(b"")
     said = refused(*words(tmp_path))
-    assert (
-        bare("is there from an earlier run; --resume goes on with it, --overwrite starts anew")
-        in said
-    )
+    assert bare("is from an earlier run; --resume continues it, --overwrite starts over") in said
 
 
 def test_to_start_anew_takes_all_old_checkpoints_away_first(

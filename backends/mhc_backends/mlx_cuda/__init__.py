@@ -11,7 +11,7 @@ from mhc_backends.mlx_metal import NO_VMAP
 from mhc_core.backend import BackendSpec
 from mhc_core.hookspecs import hookimpl
 
-OLDEST = 8  # compute capability whose tensor cores take bfloat16 and parts of floats
+OLDEST = 8  # compute capability whose tensor cores multiply bfloat16
 
 
 def missing() -> str | None:

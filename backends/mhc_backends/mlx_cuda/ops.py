@@ -12,7 +12,7 @@ from mhc_backends.mlx_cuda.launcher import cuda_kernel
 
 __all__ = ["checkpoint", "compile", "from_host", "grad", "to_host", "vjp"]
 
-# What a threadgroup may have, by the machine: CUDA programming guide, technical specifications.
+# The threadgroup memory of each machine: CUDA programming guide, technical specifications.
 _MEMORY = {"sm_80": 163, "sm_87": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227}  # KiB
 _LEAST_MEMORY = 99
 

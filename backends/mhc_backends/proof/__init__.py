@@ -86,8 +86,8 @@ class KernelProof:
         )
         found = prove(kind, self._launcher, self._compiled, self._limit)
         if found.timed_out:
-            # what hangs once may hang always, and nobody waits so long for every op
+            # a kernel that hangs once may always hang: nobody should wait for every op
             self._hopeless = f"not tried, as {found.reason} for {kind[0]}"
-        if found.classes:  # else it never came to a kernel, which another process may
+        if found.classes:  # else no kernel ran, and another process may get further
             cache.write(kind, found.reason, found.classes, found.final)
         return found.reason

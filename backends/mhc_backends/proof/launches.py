@@ -32,9 +32,9 @@ from mhc_core.math import load
 
 __all__ = ["Call", "Launched", "Watched", "calls", "candidates", "launches", "run"]
 
-PERIOD = 61  # tokens that differ; more are their repetition, so that the oracle is asked of these
-FEW_CHANNELS = 264  # more than a part of a product has, and no whole block more
-# an access more than so many turns of a whole threadgroup; then blocks of a product, whole or not
+PERIOD = 61  # distinct tokens; any more repeat them, so the oracle computes these alone
+FEW_CHANNELS = 264  # a part of a product (256), and less than a block (32) more
+# one access more than so many turns of a threadgroup; then whole and partial blocks
 MOST_CHANNELS = 40_000
 CHANNELS = (
     *(W * (256 * turns + 1) for turns in (0, 1, 4, 16, 32, 64) for W in (1, 2, 4, 8)),

@@ -93,7 +93,7 @@ def _no_interpreter() -> str | None:
         return "this application has no Python interpreter of its own to try it in"
     name = Path(sys.executable).name
     if not name.lower().startswith(("python", "pypy")):  # it would start the application once more
-        return f"sys.executable is no Python interpreter to try it in, but {name!r}"
+        return f"sys.executable is {name!r}, not a Python interpreter to try it in"
     return None
 
 

@@ -29,7 +29,7 @@ __all__ = ["bench"]
 LARGEST = 2**31 - 1  # size of an axis in MLX
 MOST = 1_000_000  # turns, and calls in one
 
-# _rows has their formulas, which takes NumPy to import
+# their formulas are in _rows, which imports NumPy
 ROWS = (
     "pre",
     "combine",
@@ -126,7 +126,7 @@ def bench(
             "--iters",
             min=1,
             max=MOST,
-            help="Calls in a turn; as many as it needs if left out.",
+            help="Calls in a turn; enough for a steady time if left out.",
         ),
     ] = None,
     warmup: Annotated[int, typer.Option(min=1, max=MOST, help="Calls before each turn.")] = 1,
@@ -134,7 +134,7 @@ def bench(
         int, typer.Option(min=2, max=10_000, help="Sublayers of the mode decode.")
     ] = 86,
     check: Annotated[
-        bool, typer.Option("--check", help="First hold the ops to the float64 oracle.")
+        bool, typer.Option("--check", help="First compare the ops with the float64 oracle.")
     ] = False,
     json_file: Annotated[
         Path | None,

@@ -106,7 +106,7 @@ def _nanoseconds(function: Callable[[], Any], repeats: int, calls: int = 2000) -
             body()
         return (time.thread_time_ns() - start) / calls
 
-    empty = partial(int)  # called as the measured are, and as good as nothing
+    empty = partial(int)  # called like the measured functions, and almost free
 
     mean(function)
     pairs = [(mean(function), mean(empty)) for _ in range(repeats)]

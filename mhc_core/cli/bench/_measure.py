@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Measured", "Plan", "measure"]
 
-DRAWS = 2  # sets of inputs, taken in turn: whoever remembers a result must compute it again
-COMPARED = 32  # tokens at either end of which results are compared: at full size they may be GBs
+DRAWS = 2  # sets of inputs, used in turn: a side that caches results must compute them again
+COMPARED = 32  # tokens at each end whose results are compared: those of all tokens may be GBs
 
 TIMERS = {"latency": one_call, "throughput": stream_of_calls}
 
@@ -75,7 +75,7 @@ class Measured:
     apart: float = math.nan  # from the first entry, relative to the largest number of an array
     extra_bytes: int | None = None
     failed: str = ""
-    wrong: bool = False  # it ran, but gave something else
+    wrong: bool = False  # it ran, but its results differ
 
     def as_dict(self) -> dict[str, Any]:
         """Return a dict for JSON, in which anything that is not a number is null."""
@@ -151,7 +151,7 @@ def _compare(
             first = first or (entry, got)
             line.apart = _apart(got, first[1])
             if not line.apart <= allowed:
-                # A sum that happens to cancel proves nothing; what is wrong is so on other numbers.
+                # A sum may cancel by chance; a wrong result is wrong on other numbers too.
                 again = [_results(one, inputs, 1, sizes) for one in (entry, first[0])]
                 line.apart = min(line.apart, _apart(*again))
         except Exception as error:  # whatever a library may raise
@@ -276,7 +276,7 @@ def _ratios(good: Sequence[tuple[Entry, Measured]], times: Mapping[str, list[flo
 def _reference(entry: Entry, ours: Sequence[tuple[Entry, Measured]]) -> str | None:
     """Return the label of the entry to compare with: our first of its library, run the same way.
 
-    If ours is not run that way, its fastest; if no backend is of that library, the first.
+    If none of ours runs that way, our fastest; if none is of that library, the first of all.
     """
     same = [(e, m) for e, m in ours if e.side.library is entry.side.library] or list(ours)
     if not same:

@@ -40,9 +40,9 @@ class Run:
     notes: Sequence[str]
 
 
-@trusting()  # what is measured need not be right
+@trusting()  # a wrong backend may be measured too
 def measured(run: Run) -> tuple[dict[str, Any], bool, Points]:
-    """Measure; return the record, whether all of ours ran and was right, and the points to draw."""
+    """Measure; return the record, whether all of ours ran and were right, and what to draw."""
     libraries = list(dict.fromkeys(side.library.name for side in run.sides))
     made = _record.record(run.mode, libraries)
     _table.print_lines(_record.header(made))
@@ -118,7 +118,7 @@ def _checks(run: Run) -> list[Checked]:
         f"error {one.error:.1e}, allowed {one.tolerance:.1e}"
         for one in wrong
     ]
-    summary = f"check: {len(found)} arrays held to the float64 oracle, {len(wrong)} wrong"
+    summary = f"check: {len(found)} arrays compared with the float64 oracle, {len(wrong)} wrong"
     _table.print_lines([*lines, f"{summary} (seed {seed})"])
     return found
 
@@ -161,7 +161,7 @@ def _left_out(run: Run) -> Iterator[str]:
 # ---- dispatch -----------------------------------------------------------------------------------
 
 
-@trusting()  # what is measured need not be right
+@trusting()  # a wrong backend may be measured too
 def dispatched(names: Sequence[str], repeats: int) -> dict[str, Any]:
     """Measure the cost of a call without its array work; return the record."""
     made = _record.record("dispatch", [])

@@ -57,10 +57,10 @@ def demo(
     ),
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 20,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the checkpoints in --out.")
+        bool, typer.Option("--resume", help="Continue from the checkpoints in --out.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start anew where --out has checkpoints.")
+        bool, typer.Option("--overwrite", help="Start over where --out has checkpoints.")
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw a picture to this file too.")] = None,
     json_file: Annotated[
@@ -69,8 +69,8 @@ def demo(
 ) -> None:
     """Train one small transformer four ways on this machine, and write a report to look at.
 
-    Ctrl-C ends it after the step; the same command with --resume continues exactly as without a
-    stop.
+    Ctrl-C ends it after the current step; the same command with --resume continues, and its numbers
+    are those of an uninterrupted run.
     """
     from mhc_core.cli.demo import _data, _plot, _report, _results
     from mhc_core.cli.demo._checkpoint import CheckpointError
@@ -83,7 +83,9 @@ def demo(
         if reason:
             raise typer.BadParameter(reason)
     if resume and overwrite:
-        raise typer.BadParameter("--resume goes on and --overwrite starts anew; needs one of them")
+        raise typer.BadParameter(
+            "--resume continues and --overwrite starts over; needs one of them"
+        )
     names = _chosen(variants)
     _check_sizes(depth, width, heads, rate)
     _check_memory(depth, width, heads, context, batch)
@@ -236,8 +238,8 @@ def _checkpoints(
     there = [file for file in files.values() if file.exists()]
     if there and not (resume or overwrite):
         raise typer.BadParameter(
-            f"{there[0]} is there from an earlier run; --resume goes on with it, --overwrite "
-            "starts anew, and --out takes another folder"
+            f"{there[0]} is from an earlier run; --resume continues it, --overwrite starts over, "
+            "and --out names another folder"
         )
     if overwrite:
         for file in there:
@@ -298,7 +300,7 @@ def _train_all(
                 bars.stop_task(bar)
             except InterruptedRunError:
                 bars.stop()
-                typer.echo(f"Stopped and saved in {out}; go on with --resume.", err=True)
+                typer.echo(f"Stopped and saved in {out}; --resume continues.", err=True)
                 raise typer.Exit(STOPPED) from None
     return trained
 

@@ -17,7 +17,7 @@ BETAS = (0.9, 0.95)
 EPSILON = 1e-8
 DECAY = 0.1
 DECAYED = (".in", ".out", "logits")  # the transformer's matrices, nothing of the connections
-LARGEST_NORM = 1.0  # a longer gradient is shortened to it
+LARGEST_NORM = 1.0  # a longer gradient is clipped to it
 WARMUP = 0.1  # of the steps
 FINAL = 0.1  # of the largest rate
 
@@ -29,7 +29,7 @@ class Stepped(NamedTuple):
     first: Arrays  # Adam's moments
     second: Arrays
     loss: Array
-    norm: Array  # of the gradient, before it is shortened
+    norm: Array  # of the gradient, before clipping
 
 
 def rates(step: int, steps: int, largest: float) -> numpy.ndarray[Any, Any]:
@@ -49,7 +49,7 @@ def make_step(xp: Any, gradients_of: Callable[..., Any]) -> Callable[..., Steppe
 
     def step(parameters: Arrays, first: Arrays, second: Arrays, tokens: Array, at: Array):
         loss, gradients = gradients_of(parameters, tokens)
-        names = sorted(gradients)  # a checkpoint has them in an order of its own
+        names = sorted(gradients)  # a checkpoint has its own order
         norm = xp.sqrt(sum(xp.sum(xp.square(gradients[name])) for name in names))
         shorter = LARGEST_NORM / xp.maximum(norm, LARGEST_NORM)
         moved: tuple[Arrays, Arrays, Arrays] = ({}, {}, {})

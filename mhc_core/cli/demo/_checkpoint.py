@@ -144,7 +144,7 @@ def _compare(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) ->
     if differ:
         words = ", ".join(f"{n} {_short(found.get(n))} and not {_short(wanted[n])}" for n in differ)
         raise CheckpointError(
-            f"{file} is of other settings: {words}; give the same ones, or another --out"
+            f"{file} has other settings: {words}; use the same ones, or another --out"
         )
 
 

@@ -110,7 +110,7 @@ CHARTS = (
     Chart(
         name="norm",
         title="Norm of the gradient",
-        note="Of all parameters together, before it is shortened to 1. Spikes mean trouble.",
+        note="Of all parameters together, before it is clipped to 1. Spikes mean trouble.",
         across="step",
         lines={"norm": ""},
         log=True,
@@ -133,7 +133,7 @@ CHARTS = (
     ),
     Chart(
         name="looked",
-        title="How it came: the gain over the whole depth, while training",
+        title="The gain over the whole depth, while training",
         note="The largest absolute row sum of the product of all layers.",
         across="step",
         lines={"looked_forward": ""},

@@ -24,7 +24,7 @@ ITERATIONS = range(1, 31)  # of Sinkhorn, for the curve of its error
 LAST = 0.05  # of the steps: the loss that is shown is their mean
 
 Numbers = Any
-Column = list[float | None]  # None for what is no number, which JSON has none for
+Column = list[float | None]  # None for NaN and infinity, which JSON lacks
 
 
 def results(

@@ -27,7 +27,7 @@ __all__ = ["InterruptedRunError", "Task", "Trained", "train"]
 Arrays = dict[str, Any]
 History = dict[str, list[Any]]
 
-LOOKS = 20  # at the gain, over the whole training
+LOOKS = 20  # measurements of the gain, over the whole training
 
 
 class InterruptedRunError(Exception):
@@ -44,7 +44,7 @@ class Task:
     library: Library
     folder: Path
     save_every: int
-    before: Checkpoint | None  # where to go on from
+    before: Checkpoint | None  # where to continue from
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 Each row is a line of JSON with mhc-mlx's names, added to the file as soon as it is measured, so an
 interrupted run keeps what it has. ``*_ref`` rows are the formulas on ``mlx-compiled``, ``*_metal``
-rows the backend that the selection chooses. ``mhc bench`` measures more and compares with others.
+rows the selected backend. ``mhc bench`` measures more and compares with others.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DTYPES = {  # with the names that mhc-mlx knows
     "float32": mx.float32,
     "fp32": mx.float32,
 }
-# What chooses among mhc-mlx's kernels: taken, recorded, and used for nothing, as in MHCLayer.
+# Settings of mhc-mlx's own kernels: accepted and recorded, without effect, as in MHCLayer.
 NUMBERS = {
     "threads-per-group": None,
     "hybrid-min-C": 8192,
@@ -69,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the static layer and its parts, and add a line of JSON for each row."""
     asked = _parser().parse_args(arguments)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
-    with asked.out.open("a", encoding="utf-8"):  # whether it can be written is known before a run
+    with asked.out.open(
+        "a", encoding="utf-8"
+    ):  # find out before a run whether the file can be written
         pass
     for mode in [asked.mode] if asked.mode else asked.modes:
         cases = itertools.product(asked.B, asked.n, asked.C, asked.dtypes)
@@ -109,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--sinkhorn-iters", type=_count, default=20, help="Sinkhorn's iterations")
     option("--eps", type=float, default=1e-5, help="of the norm")
     option("--output-dtype", type=_output_dtype, default=None, help="of the outputs, or none")
-    option("--queue-guard", type=_natural, default=50, help="calls under way at most; 0: any")
+    option("--queue-guard", type=_natural, default=50, help="most calls in flight; 0: no limit")
     option("--modes", type=_modes, default=",".join(MODES), help=f"{' or '.join(MODES)}{several}")
     option("--mode", choices=MODES, help="one mode, instead of --modes")
     option("--compiled", action=argparse.BooleanOptionalAction, default=True, help="mx.compile")
@@ -129,13 +131,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _natural(word: str) -> int:
     if not (word.isascii() and word.isdigit()):
-        raise argparse.ArgumentTypeError(f"{word!r} is no number from 0 on")
+        raise argparse.ArgumentTypeError(f"{word!r} is not an integer of at least 0")
     return int(word)
 
 
 def _count(word: str) -> int:
     if _natural(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word!r} is no number from 1 on")
+        raise argparse.ArgumentTypeError(f"{word!r} is not an integer of at least 1")
     return int(word)
 
 

@@ -141,11 +141,11 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.M
         (["--dtypes", "fp8"], "argument --dtypes: 'fp8' is no dtype; needs some of float16"),
         (["--mode", "fast"], "invalid choice: 'fast'"),
         (["--modes", "fast"], "argument --modes: 'fast' is no mode"),
-        (["--C", "many"], "argument --C: 'many' is no number from 0 on"),
-        (["--B", "0"], "argument --B: '0' is no number from 1 on"),
+        (["--C", "many"], "argument --C: 'many' is not an integer of at least 0"),
+        (["--B", "0"], "argument --B: '0' is not an integer of at least 1"),
         (["--B", ","], "argument --B: ',' is empty"),
         (["--output-dtype", "fp16,fp32"], "is several dtypes"),
-        (["--repeats", "0"], "argument --repeats: '0' is no number from 1 on"),
+        (["--repeats", "0"], "argument --repeats: '0' is not an integer of at least 1"),
     ],
 )
 def test_bad_options_are_named(
