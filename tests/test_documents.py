@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import typer
@@ -173,6 +174,19 @@ def test_the_life_of_a_call_is_a_table_that_these_tests_read() -> None:
 def test_every_file_of_the_architecture_is_there(path: str) -> None:
     folders = ROOT, ROOT / "backends" / "mhc_backends"  # a bare `kernels/` is a backend's
     assert any((folder / path).exists() for folder in folders)
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "docs" / "images").glob("*.svg")), ids=lambda file: file.name
+)
+def test_a_picture_has_words_for_those_who_do_not_see_it_and_both_schemes(file: Path) -> None:
+    svg = "{http://www.w3.org/2000/svg}"
+    root = ElementTree.parse(file).getroot()
+    assert root.tag == f"{svg}svg"
+    assert root.get("viewBox")
+    for name in ("title", "desc"):
+        assert (root.findtext(f"{svg}{name}") or "").strip()
+    assert "prefers-color-scheme: dark" in (root.findtext(f"{svg}style") or "")
 
 
 def test_every_public_module_is_on_the_site() -> None:

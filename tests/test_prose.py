@@ -27,7 +27,7 @@ PHRASES = {  # that had to be read twice, and what to write instead
     r"what (stands|comes) on it": "(name the thing)",
     r"nowhere else either": "no other place",
     r"it knows nothing of": "it does not depend on",
-    r"was mended|been mended|that is mended": "fixed",
+    r"mended": "fixed",
 }
 PAGES = ("*.md", "docs/**/*.md", "plugins/*/README.md")
 
