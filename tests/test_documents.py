@@ -139,10 +139,22 @@ def test_every_mode_and_option_of_bench_is_in_its_table() -> None:
     assert listed <= {option for one in parameters.values() for option in one.opts}
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_no_page_installs_from_an_index_what_is_not_there(page: str) -> None:
-    for command in re.findall(r"pip install ([^`\n]+)", (ROOT / page).read_text("utf-8")):
-        assert not re.search(r"(?<![/\w])mhc[-_]\w+", command), command
+CODE = [
+    path.relative_to(ROOT).as_posix()
+    for folder in ("mhc_core", "backends", "conformance", "examples", "plugins")
+    for path in (ROOT / folder).rglob("*.py")
+    if "tests" not in path.parts
+]
+
+
+def test_nothing_says_that_an_index_has_what_it_has_not() -> None:
+    wrong = [
+        f"{file}: pip install {command}"
+        for file in [*PAGES, *CODE]
+        for command in re.findall(r"pip install ([^`\n]+)", (ROOT / file).read_text("utf-8"))
+        if re.search(r"(?<![/\w])mhc[-_]\w+", command)
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 MAP = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")

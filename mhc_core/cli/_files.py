@@ -21,7 +21,7 @@ __all__ = ["JSON_HELP", "STDOUT", "check", "no_picture", "only_json", "write"]
 STDOUT = Path("-")
 """The path that stands for the screen, for a JSON."""
 
-JSON_HELP = "the numbers as JSON to this file, or to the screen if it is - or left out"
+JSON_HELP = "the numbers as JSON to this file; without a file, or with -, to the screen"
 
 
 # ---- before -------------------------------------------------------------------------------------

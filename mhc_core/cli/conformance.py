@@ -29,7 +29,7 @@ def conformance(
     op: Annotated[list[str] | None, typer.Option(help="Only this op; may be repeated.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype.")] = None,
     kind: Annotated[list[str] | None, typer.Option(help="Only this check.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of all inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random inputs.")] = 0,
     full: Annotated[bool, typer.Option("--full", help="All cases in every dtype.")] = False,
     quick: Annotated[
         bool,
@@ -48,7 +48,8 @@ def conformance(
         Path | None, typer.Option("--json", help=f"Write {_files.JSON_HELP}.", metavar="[FILE]")
     ] = None,
     mutations: Annotated[
-        bool, typer.Option("--mutations", help="Show which check fails for each known bug.")
+        bool,
+        typer.Option("--mutations", help="Run the kit on wrong backends; show which check fails."),
     ] = False,
 ) -> None:
     """Compare every backend's forwards and gradients with the float64 oracle."""

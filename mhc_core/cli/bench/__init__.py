@@ -66,7 +66,7 @@ DTYPES = {  # with the short names that people use
     "bfloat16": ("bfloat16", "bf16"),
 }
 NOBODY = "none"
-SEVERAL = "; several, as 1,1024 or by repeating the option."
+SEVERAL = "; several with commas (1,1024), or repeat the option."
 
 
 def _dtypes(words: list[str] | None) -> list[str]:
@@ -106,7 +106,7 @@ def bench(
         list[str] | None,
         typer.Option(
             help=f"Only this row; may be repeated. {', '.join(ROWS)}; "
-            f"in the mode decode {', '.join(CHAINS)}."
+            f"with --mode decode: {', '.join(CHAINS)}."
         ),
     ] = None,
     backend: Annotated[
@@ -131,7 +131,7 @@ def bench(
     ] = None,
     warmup: Annotated[int, typer.Option(min=1, max=MOST, help="Calls before each turn.")] = 1,
     depth: Annotated[
-        int, typer.Option(min=2, max=10_000, help="Sublayers of the mode decode.")
+        int, typer.Option(min=2, max=10_000, help="Sublayers of the chain in --mode decode.")
     ] = 86,
     check: Annotated[
         bool, typer.Option("--check", help="First compare the ops with the float64 oracle.")
@@ -141,14 +141,14 @@ def bench(
         typer.Option("--json", "--out", help=f"Write {_files.JSON_HELP}.", metavar="[FILE]"),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw GB/s against the copy's to this picture.")
+        Path | None, typer.Option(help="Draw the GB/s of the rows and of the copy to this picture.")
     ] = None,
     report: Annotated[
         Path | None,
         typer.Option(help="Write a record to send to this project; includes --check."),
     ] = None,
 ) -> None:
-    """Measure the backends beside other people's code, on fresh random inputs."""
+    """Time the backends beside other people's code, on fresh random inputs."""
     from mhc_core.errors import BackendError
 
     # MLX needs memory beside JAX, which would otherwise take most of a GPU's at once

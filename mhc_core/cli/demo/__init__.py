@@ -36,8 +36,10 @@ def demo(
     backend: Annotated[
         str | None, typer.Option(help="The backend; the fastest that trains here if left out.")
     ] = None,
-    variants: Annotated[str, typer.Option(help="Which to train, separated by commas.")] = ALL,
-    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Steps of each.")] = 200,
+    variants: Annotated[
+        str, typer.Option(help="The variants to train, separated by commas.")
+    ] = ALL,
+    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Steps of each variant.")] = 200,
     depth: Annotated[
         int,
         typer.Option(min=2, max=MOST, help="Layers, attention and MLP in turn; an even number."),
@@ -67,7 +69,7 @@ def demo(
         Path | None, typer.Option("--json", help=f"Write {_files.JSON_HELP}.", metavar="[FILE]")
     ] = None,
 ) -> None:
-    """Train one small transformer four ways on this machine, and write a report to look at.
+    """Train one small transformer four ways on this machine, and write a report.
 
     Ctrl-C ends it after the current step; the same command with --resume continues, and its numbers
     are those of an uninterrupted run.
