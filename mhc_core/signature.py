@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from mhc_core._checks import Check
 from mhc_core.backend import DTYPES
+from mhc_core.checks import Check
 
 __all__ = ["Op", "Out", "Signature", "dtype_name", "signature"]
 
@@ -57,13 +57,9 @@ class Signature(NamedTuple):
     leading: Shape
     sizes: Mapping[str, int]
     names: tuple[str, ...]  # of the arrays, for messages
-    kind: tuple[tuple[str, ...], int | None]  # dtype names and n: what a backend may refuse
+    dtypes: tuple[str, ...]  # of the arrays, by name
+    n: int | None  # streams; None for an op that has none
     static: Mapping[str, Any]
-
-    @property
-    def dtypes(self) -> tuple[str, ...]:
-        """Return the dtype names of the arrays, in order."""
-        return self.kind[0]
 
     @property
     def stream_dtype(self) -> str:
@@ -146,8 +142,7 @@ def _check(
     problem = op.constraint(sizes) if op.constraint else None
     if problem:
         raise ValueError(f"{op.name}: {problem}")
-    kind = (tuple(dtypes), sizes.get("n"))
-    call = Signature(op, leading or (), sizes, names, kind, plain)
+    call = Signature(op, leading or (), sizes, names, tuple(dtypes), sizes.get("n"), plain)
     return call if cotangents is None else _with_cotangents(call, cotangents)
 
 
@@ -259,4 +254,4 @@ def _with_cotangents(call: Signature, cotangents: Sequence[Any]) -> Signature:
                 "needs float32 or less (nothing is narrowed silently)"
             )
     dtypes = (*call.dtypes, *(dtype_name(cotangent.dtype) for cotangent in cotangents))
-    return call._replace(names=call.names + names, kind=(dtypes, call.kind[1]))
+    return call._replace(names=call.names + names, dtypes=dtypes)
