@@ -20,8 +20,9 @@ import numpy as np
 
 import mhc_core
 from mhc_conformance import mutants
-from mhc_conformance.checks import Record, check, grid
+from mhc_conformance.checks import check, grid
 from mhc_conformance.mutants import on_other_variant, with_changed_gradients
+from mhc_conformance.records import Record
 from mhc_conformance.subject import Subject
 from mhc_core.discovery import backend_module
 from mhc_core.selection import registered

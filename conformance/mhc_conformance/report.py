@@ -19,7 +19,8 @@ from xml.etree import ElementTree
 
 import mhc_core
 from mhc_conformance.cases import numpy_dtype
-from mhc_conformance.checks import CHECKS, Record, Skip
+from mhc_conformance.checks import CHECKS
+from mhc_conformance.records import Record, Skip
 from mhc_conformance.subject import Subject
 from mhc_core import machine
 from mhc_core.backend import DTYPES
@@ -286,9 +287,9 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _failure(record: Record) -> str:
-    what, _, again = safe(record.detail).partition(" Again: ")
-    command = f"<pre>{_escaped(again)}</pre>" if again else ""
-    return f'<div class="failure"><p>{_escaped(what)}</p>{command}</div>'
+    what, _, command = safe(record.detail).partition(" Reproduce: ")
+    below = f"<pre>{_escaped(command)}</pre>" if command else ""
+    return f'<div class="failure"><p>{_escaped(what)}</p>{below}</div>'
 
 
 def _matrix(name: str, records: Sequence[Record]) -> str:
