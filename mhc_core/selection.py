@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 from mhc_core._arrays import HOST_TYPE, converting_host_arrays, full_name, is_a
@@ -37,9 +38,10 @@ _SELECTED: dict[Any, Callable[..., Any]] = {}
 _environ: Any = getattr(os.environ, "_data", os.environ)
 _encode: Callable[[str], Any] = getattr(os.environ, "encodekey", str)
 _getenv: Callable[[Any], Any] = _environ.get
+_MHC_BACKEND = _encode("MHC_BACKEND")
 
-_variables: tuple[Any, ...] = (_encode("MHC_BACKEND"),)
-"""The variables that decide a selection: those of the specs too, once they are discovered."""
+_switches: Callable[[], Any] = tuple
+"""Reads the variables by which specs say that they are disabled, once these are discovered."""
 
 
 @contextlib.contextmanager
@@ -133,31 +135,36 @@ def select(
     """Return the backend's function ``what`` (an op's name, or "vjp") for this kind of call."""
     key = (
         what,
-        call.op.name,
-        call.dtypes,
-        call.n,
+        call.key,
         backend,
         _chosen.get(),
-        *map(_getenv, _variables),
+        _getenv(_MHC_BACKEND),
+        _switches(),
         *map(type, arrays),
     )
     try:
         return _SELECTED[key]
     except (KeyError, TypeError):  # TypeError: backend is no name at all
-        if _other_variables():
+        if _watch_switches():
             return select(what, call, backend, arrays)
         function = _find(what, call, backend, arrays)
     _SELECTED[key] = function
     return function
 
 
-def _other_variables() -> bool:
-    """Read which variables decide a selection; return whether they are others than before."""
-    global _variables
-    before = _variables
-    named = (spec.disabled_by for spec in discover().specs.values() if spec.disabled_by)
-    _variables = tuple(map(_encode, dict.fromkeys(("MHC_BACKEND", *named))))
-    return _variables != before
+def _watch_switches() -> bool:
+    """Watch the variables by which backends are disabled; return whether they are new ones."""
+    global _switches
+    names = [spec.disabled_by for spec in discover().specs.values() if spec.disabled_by]
+    watched = tuple(map(_encode, dict.fromkeys(names)))
+    if getattr(_switches, "args", None) == watched:
+        return False
+    _switches = partial(_getenv if len(watched) == 1 else _values, *watched)
+    return True
+
+
+def _values(*variables: Any) -> tuple[Any, ...]:
+    return tuple(map(_getenv, variables))
 
 
 def _find(

@@ -59,6 +59,7 @@ class Signature(NamedTuple):
     names: tuple[str, ...]  # of the arrays, for messages
     dtypes: tuple[str, ...]  # of the arrays, by name
     n: int | None  # streams; None for an op that has none
+    key: tuple[str, tuple[str, ...], int | None]  # op, dtypes and n: all that a selection sees
     static: Mapping[str, Any]
 
     @property
@@ -142,7 +143,8 @@ def _check(
     problem = op.constraint(sizes) if op.constraint else None
     if problem:
         raise ValueError(f"{op.name}: {problem}")
-    call = Signature(op, leading or (), sizes, names, tuple(dtypes), sizes.get("n"), plain)
+    key = (op.name, tuple(dtypes), sizes.get("n"))
+    call = Signature(op, leading or (), sizes, names, *key[1:], key, plain)
     return call if cotangents is None else _with_cotangents(call, cotangents)
 
 
@@ -254,4 +256,5 @@ def _with_cotangents(call: Signature, cotangents: Sequence[Any]) -> Signature:
                 "needs float32 or less (nothing is narrowed silently)"
             )
     dtypes = (*call.dtypes, *(dtype_name(cotangent.dtype) for cotangent in cotangents))
-    return call._replace(names=call.names + names, dtypes=dtypes)
+    key = (call.op.name, dtypes, call.n)
+    return call._replace(names=call.names + names, dtypes=dtypes, key=key)
