@@ -29,14 +29,15 @@ from mhc_core._api import (
     static_mappings,
     vjp,
 )
-from mhc_core._gradients import no_grad
-from mhc_core._registry import Backend, backends, use_backend
+from mhc_core.discovery import Backend, backends
 from mhc_core.errors import (
     BackendError,
     BackendUnavailableError,
     UnknownBackendError,
     UnsupportedError,
 )
+from mhc_core.gradients import no_grad
+from mhc_core.selection import use_backend
 from mhc_core.variants import DEEPSEEK_V4, DEEPSEEK_V41, LIGER, PAPER, Variant
 
 __version__ = "0.1.0"

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from mhc_core._registry import call, call_vjp
+from mhc_core.dispatch import FUNCTIONS, call, call_vjp
 from mhc_core.variants import First, Variant
 
 __all__ = [
@@ -639,3 +639,6 @@ def vjp(
     [3.0, 3.0]
     """
     return call_vjp(op, primals, cotangents, static, backend)
+
+
+FUNCTIONS.update((name, globals()[name]) for name in __all__ if name != "vjp")

@@ -18,6 +18,10 @@ and, for each transform in :data:`TRANSFORMS` that is not listed in ``BackendSpe
 
 ``"second"`` in ``without`` says that gradients cannot be differentiated again. Such a backend must
 then raise an error that names the op and the remedy; the conformance kit checks this.
+
+A library whose compiler traces Python code cannot trace the selection of a backend. The backend's
+module tells the compiler, when it is imported, to keep each function of
+:data:`mhc_core.dispatch.OPAQUE` as one step.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ __all__ = [
     "API_VERSION",
     "CAPABILITIES",
     "DTYPES",
+    "TRACE_TIME_MARKS",
     "TRANSFORMS",
     "BackendSpec",
     "Proof",
@@ -43,6 +48,14 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 TRANSFORMS = ("grad", "compile", "vmap", "checkpoint")
 CAPABILITIES = (*TRANSFORMS, "second")
 """The names that a spec may list in ``without``: each transform, and second derivatives."""
+
+TRACE_TIME_MARKS = ("_dynamo_marked_constant",)
+"""The attributes by which tracing compilers know a function that they run instead of tracing it.
+
+One per compiler. The function that imports a backend's module has them all, since the first call of
+a process may be traced, before any backend could say so (:mod:`mhc_core.dispatch`). This one is
+what PyTorch's ``torch._dynamo.assume_constant_result`` sets.
+"""
 
 
 def _always_there() -> str | None:
@@ -76,7 +89,7 @@ class Proof(Protocol):
         """
         ...
 
-    def known(self) -> Sequence[Verdict]:
+    def verdicts(self) -> Sequence[Verdict]:
         """Return the verdicts cached on this machine; this must start nothing."""
         ...
 
@@ -116,6 +129,12 @@ class BackendSpec:
         backend that needs no proof. If it fails, calls go to the next backend with a warning, and a
         backend that was chosen by name raises; ``mhc conformance``, ``mhc bench`` and
         ``MHC_TRUST=<name>`` run it nevertheless.
+    device
+        Called for reports: returns the device that the library computes on, in words, and may
+        import the library. None where the arrays themselves say it (``array.device``).
+    disabled_by
+        The name of an environment variable that disables the backend while it is ``1``; it is read
+        at every call. None for none.
     api_version
         The :data:`API_VERSION` that it was written for. A third-party plugin should pass the number
         itself: the default is that of the installed mhc-core.
@@ -138,6 +157,8 @@ class BackendSpec:
     missing: Callable[[], str | None] = _always_there
     protocol: str | None = None
     proof: Proof | None = None
+    device: Callable[[], str] | None = None
+    disabled_by: str | None = None
     api_version: int = API_VERSION
 
     def __post_init__(self) -> None:
@@ -157,7 +178,11 @@ class BackendSpec:
         good = self.protocol is None or _is_word(self.protocol)
         self._require("protocol", good, "the name of a method, or None")
         good = self.proof is None or isinstance(self.proof, Proof)  # pyright: ignore[reportUnnecessaryIsInstance]
-        self._require("proof", good, "None, or methods verdict(op, dtypes, n) and known()")
+        self._require("proof", good, "None, or methods verdict(op, dtypes, n) and verdicts()")
+        good = self.device is None or callable(self.device)
+        self._require("device", good, "None, or a function of no arguments")
+        good = self.disabled_by is None or _is_word(self.disabled_by)
+        self._require("disabled_by", good, "the name of an environment variable, or None")
         good = (
             isinstance(self.without, Mapping)  # pyright: ignore[reportUnnecessaryIsInstance]
             and set(self.without) <= set(CAPABILITIES)

@@ -28,8 +28,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
-from mhc_core import _checks
-from mhc_core._signature import Op, Out, signature
+from mhc_core import checks
+from mhc_core.signature import Op, Out, signature
 
 __all__ = [
     "composite",
@@ -44,7 +44,7 @@ __all__ = [
 Array = Any
 Direction = Literal["forward", "backward"]
 
-_direction = _checks.one_of("forward", "backward")
+_direction = checks.one_of("forward", "backward")
 
 TINY = 1e-18  # streams of zeros stay 0, with finite gradients: its square is not 0 in float32
 

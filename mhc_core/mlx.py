@@ -4,7 +4,7 @@ Everything here uses the uniform ops, so it runs on whichever MLX backend is sel
 imports this module: ``import mhc_core`` needs no MLX.
 """
 
-from mhc_backends._mlx import missing as _missing
+from mhc_backends.mlx_common import missing as _missing
 
 if _reason := _missing():
     raise ImportError(f"mhc_core.mlx needs MLX. {_reason}")

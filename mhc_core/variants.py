@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from mhc_core import _checks
+from mhc_core import checks
 
 __all__ = ["DEEPSEEK_V4", "DEEPSEEK_V41", "LIGER", "PAPER", "First", "Variant", "check_first"]
 
 First = Literal["columns", "rows"]
-check_first = _checks.one_of(*get_args(First))
+check_first = checks.one_of(*get_args(First))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +58,17 @@ class Variant:
     res_transposed: bool = False
 
     def __post_init__(self) -> None:
-        checks: dict[str, _checks.Check] = {
-            "norm_eps": _checks.non_negative,
-            "pre_eps": _checks.non_negative,
-            "post_scale": _checks.non_negative,
-            "sinkhorn_iterations": _checks.iterations,
-            "sinkhorn_eps": _checks.non_negative,
+        rules: dict[str, checks.Check] = {
+            "norm_eps": checks.non_negative,
+            "pre_eps": checks.non_negative,
+            "post_scale": checks.non_negative,
+            "sinkhorn_iterations": checks.iterations,
+            "sinkhorn_eps": checks.non_negative,
             "sinkhorn_first": check_first,
-            "res_transposed": _checks.boolean,
+            "res_transposed": checks.boolean,
         }
-        plain = [check("Variant", name, getattr(self, name)) for name, check in checks.items()]
-        for name, value in zip(checks, plain, strict=True):
+        plain = [check("Variant", name, getattr(self, name)) for name, check in rules.items()]
+        for name, value in zip(rules, plain, strict=True):
             object.__setattr__(self, name, value)
         # Every dispatched call hashes its variant, so it is done once. The word is left out: its
         # hash differs between processes and this attribute travels in pickles.

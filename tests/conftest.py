@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import mhc_backends
-from mhc_core import _registry, math
+from mhc_core import discovery, math, selection
 from mhc_core.backend import BackendSpec
 from mhc_core.hookspecs import hookimpl
 
@@ -40,7 +40,7 @@ class Plugins:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
-        self._points = list(importlib.metadata.entry_points(group=_registry.ENTRY_POINTS))
+        self._points = list(importlib.metadata.entry_points(group=discovery.ENTRY_POINTS))
         monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: self._points)
         monkeypatch.setattr(mhc_backends, "BUILTINS", mhc_backends.BUILTINS)
         self.module(LIBRARY, Array=FakeArray)
@@ -48,8 +48,8 @@ class Plugins:
 
     def forget(self) -> None:
         """Clear all caches: the next call discovers and chooses anew, as a new process would."""
-        self._monkeypatch.setattr(_registry, "_discovered", None)
-        self._monkeypatch.setattr(_registry, "_SELECTED", {})
+        self._monkeypatch.setattr(discovery, "_discovered", None)
+        self._monkeypatch.setattr(selection, "_SELECTED", {})
 
     def only(self, *names: str) -> None:
         """Keep only these of the installed plugins."""
@@ -65,7 +65,7 @@ class Plugins:
 
     def point(self, name: str, value: str) -> None:
         """Add an entry point to any module, existing or not."""
-        self._points.append(EntryPoint(name, value, _registry.ENTRY_POINTS))
+        self._points.append(EntryPoint(name, value, discovery.ENTRY_POINTS))
         self.forget()
 
     def plugin(

@@ -195,7 +195,7 @@ def _to_host(array: mx.array) -> Any:
         view = np.asarray(memoryview(bits))
         return view.ctypes.data if view.flags.c_contiguous else fresh
 
-    from mhc_backends._mlx import to_host
+    from mhc_backends.mlx_common import to_host
 
     fresh = 0
     fresh = address(mx.zeros(64))
@@ -210,7 +210,7 @@ def _to_host(array: mx.array) -> Any:
 
 
 def _to_mlx(raw: Any, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
-    from mhc_backends._mlx import from_host
     from mhc_backends.kernels.mlx import dtype_name
+    from mhc_backends.mlx_common import from_host
 
     return from_host(raw.reshape(-1).view(np.dtype(dtype_name(dtype))).reshape(shape))

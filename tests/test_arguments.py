@@ -15,7 +15,7 @@ import pytest
 import mhc_core as mhc
 from mhc_conformance.cases import cases, data
 from mhc_core import PAPER, Variant, math
-from mhc_core._signature import Op
+from mhc_core.signature import Op
 
 if TYPE_CHECKING:
     from conftest import Plugins
@@ -634,10 +634,10 @@ def test_a_right_forward_does_not_excuse_a_wrong_vjp() -> None:
 
 
 def test_the_cache_of_checks_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mhc_core import _signature
+    from mhc_core import signature
 
-    monkeypatch.setattr(_signature, "_CACHE", {})
-    monkeypatch.setattr(_signature, "_CACHE_LIMIT", 4)
+    monkeypatch.setattr(signature, "_CACHE", {})
+    monkeypatch.setattr(signature, "_CACHE_LIMIT", 4)
     for tokens in range(20):
         mhc.contract(np.zeros((tokens, 2, 2), np.float32))
-        assert 1 <= len(_signature._CACHE) <= 4
+        assert 1 <= len(signature._CACHE) <= 4

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from mhc_core import _registry
 from mhc_core import math as ops
+from mhc_core import selection
 from mhc_core.cli import app, bench
 from mhc_core.cli._baselines import BASELINES, Baseline
 from mhc_core.cli.bench import _arrays, _library, _measure, _plot, _rows, _sides, _timing
@@ -356,7 +356,7 @@ def test_a_backend_that_fails_sets_the_exit_code(
         raise MemoryError("no room")
 
     monkeypatch.setattr(ops.load("aggregate"), "forward", fail)
-    monkeypatch.setattr(_registry, "_SELECTED", {})
+    monkeypatch.setattr(selection, "_SELECTED", {})
     only = ("--backend", "numpy", "--row", "aggregate")
     report = measured(tmp_path, *SMALL, *only, fails=True)
     assert report["rows"][0]["failed"] == "MemoryError: no room"

@@ -77,7 +77,7 @@ def test_a_failure_sets_the_exit_code_and_says_how_to_repeat_it(
     file = tmp_path / "out.json"
     result = run("numpy", "--op", "combine", "--dtype", "float32", "--json", str(file))
     assert result.exit_code == 1
-    assert "Again: mhc conformance numpy --op combine --dtype float32 --kind forward" in (
+    assert "Reproduce: mhc conformance numpy --op combine --dtype float32 --kind forward" in (
         result.output.replace("\n", " ")
     )
     assert not all(record["passed"] for record in json.loads(file.read_text())["records"])
@@ -246,7 +246,7 @@ def test_a_process_that_ends_fails_its_task_alone() -> None:
 def test_what_a_dead_process_leaves_is_recorded() -> None:
     unit = run_module.Unit("mine", "pre", "float32", ("forward", "gradient"))
     records = [run_module._lost(unit, kind, 3, "forward", -11) for kind in unit.kinds]
-    again = "Again: mhc conformance mine --op pre --dtype float32 --kind {} --seed 3 --jobs 1"
+    again = "Reproduce: mhc conformance mine --op pre --dtype float32 --kind {} --seed 3 --jobs 1"
     assert [record.detail for record in records] == [
         f"pre forward float32 on mine ended its process (exit code -11). {again.format('forward')}",
         "pre gradient float32 on mine was not tried: the process ended in forward. "
@@ -361,7 +361,7 @@ def test_the_junit_report_is_the_same(reports: Any) -> None:
     failures = suites.findall(".//failure")
     assert len(failures) == whole["summary"]["failed"]
     assert "<script>alert(1)</script> & " in (failures[0].text or "")
-    assert " Again: mhc conformance evil --op combine" in (failures[0].text or "")
+    assert " Reproduce: mhc conformance evil --op combine" in (failures[0].text or "")
     skipped = [one.get("message") for one in suites.findall(".//skipped")]
     assert len(skipped) == whole["summary"]["skipped"]
     assert "NumPy has no compiler" in skipped

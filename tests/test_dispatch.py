@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 
 import mhc_core as mhc
-from mhc_backends import _mlx
+from mhc_backends import mlx_common
 from mhc_backends.jax.ops import dtype_context
-from mhc_core import _registry
+from mhc_backends.mlx_metal import SPEC as METAL
+from mhc_core import selection
+from mhc_core.discovery import backend_module
 
 if TYPE_CHECKING:
     from conftest import FakeArray, Plugins
@@ -303,7 +305,7 @@ def test_an_mlx_that_cannot_run(tmp_path: Path, core: str, reason: str) -> None:
 @pytest.mark.parametrize("version", ["0.32.3", "0.32.10", "0.33.0.dev20261101+abc", "1.0"])
 def test_an_mlx_that_is_new_enough(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr("mlx.core.__version__", version)
-    assert _mlx.missing() is None
+    assert mlx_common.missing() is None
 
 
 # --- MHC_MLX_DISABLE_METAL --------------------------------------------------------------------
@@ -314,7 +316,8 @@ def metal(plugins: Plugins, monkeypatch: pytest.MonkeyPatch) -> Plugins:
     """Add a backend named mlx-metal that runs anywhere, in place of the one that needs a Mac."""
     monkeypatch.setenv("MHC_DISABLE_PLUGINS", "mlx-metal")
     plugins.backend("other")
-    plugins.plugin("fake-metal", [plugins.spec("mlx-metal", priority=9)])
+    declared = {"priority": 9, "disabled_by": METAL.disabled_by}
+    plugins.plugin("fake-metal", [plugins.spec("mlx-metal", **declared)])
     return plugins
 
 
@@ -381,7 +384,7 @@ def test_host_arrays_are_taken_in_by_a_chosen_backend(name: str, dtype: Any) -> 
     for array in (h, *gradients):
         assert isinstance(array, OWN[name])
         assert str(array.dtype).endswith(np.dtype(dtype).name)
-    to_host = _registry.module(_spec(name)).to_host
+    to_host = backend_module(_spec(name)).to_host
     np.testing.assert_array_equal(to_host(h).astype(float), [3, 3, 3])
     np.testing.assert_array_equal(to_host(gradients[1]).astype(float), [3, 3])
 
@@ -498,7 +501,7 @@ def test_a_kind_of_call_is_decided_once(
 ) -> None:
     plugins.backend("mine")
     mhc.sinkhorn(fake(2, 2))
-    monkeypatch.setattr(_registry, "_find", None)  # a second decision would call it
+    monkeypatch.setattr(selection, "_find", None)  # a second decision would call it
     assert mhc.sinkhorn(fake(2, 2)) == "mine"
     assert mhc.sinkhorn(fake(5, 2, 2), iterations=3) == "mine"
     with pytest.raises(TypeError, match="NoneType"):

@@ -16,7 +16,7 @@ import pytest
 
 import mhc_core
 from mhc_conformance import oracle
-from mhc_core import _api, _registry, math, variants
+from mhc_core import _api, discovery, math, selection, variants
 
 HEAVY = ("numpy", "jax", "mlx", "array_api_compat", "torch", "ml_dtypes", "pluggy", "typer", "rich")
 BESIDE = "asyncio, http.client, unittest.mock"  # 1.6 times what our import costs
@@ -57,7 +57,7 @@ def test_import_is_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_discovery_imports_no_array_library() -> None:
-    code = "import sys, mhc_core._registry as r; r._discover(); print(*sorted(sys.modules))"
+    code = "import sys, mhc_core.discovery as d; d.discover(); print(*sorted(sys.modules))"
     assert not {"numpy", "jax", "mlx", "torch"} & set(_in_a_new_process(code).split())
 
 
@@ -145,7 +145,7 @@ def test_every_op_has_its_declared_arguments() -> None:
         assert arrays == list(declared.arrays), "vjp's primals would come in another order"
 
 
-@pytest.mark.parametrize("module", [_api, _registry, variants], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [_api, discovery, selection, variants], ids=lambda m: m.__name__)
 def test_examples_run(module: ModuleType) -> None:
     assert numpy.float32(1).shape == ()  # the examples write NumPy's numbers as plain lists
     result = doctest.testmod(module, raise_on_error=False)

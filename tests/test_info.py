@@ -12,7 +12,8 @@ from typer.testing import CliRunner, Result
 
 import mhc_core
 from mhc_backends.kernels.launch import TABLE, launch
-from mhc_core.cli import _machine, app
+from mhc_core.cli import app
+from mhc_core.text import safe
 
 if TYPE_CHECKING:
     from conftest import Plugins
@@ -138,6 +139,6 @@ def test_nothing_tells_who_asks(plugins: Plugins, monkeypatch: pytest.MonkeyPatc
 def test_paths_of_homes_are_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/data/people/j")
     monkeypatch.delenv("USER", raising=False)
-    assert _machine.safe("at '/data/people/j/x.py'") == "at '~/x.py'"
-    assert _machine.safe("at /home/k/x.py, /opt/home.txt") == "at ~/x.py, /opt/home.txt"
-    assert _machine.safe(r"at C:\Users\k\x.py") == r"at ~\x.py"
+    assert safe("at '/data/people/j/x.py'") == "at '~/x.py'"
+    assert safe("at /home/k/x.py, /opt/home.txt") == "at ~/x.py, /opt/home.txt"
+    assert safe(r"at C:\Users\k\x.py") == r"at ~\x.py"

@@ -257,8 +257,8 @@ def _launched(monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
 
     The products with phi have other kernels for many tokens, which run as well.
     """
-    from mhc_backends._mlx import as_tuple, from_host
     from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_backends.mlx_common import as_tuple, from_host
     from mhc_conformance.cases import cases, data
 
     recorder = Recorder()
@@ -627,7 +627,7 @@ def test_kernels_are_for_those_who_compute_on_the_gpu(monkeypatch: pytest.Monkey
     finally:
         mx.set_default_device(before)
 
-    monkeypatch.setattr("mhc_backends._mlx.not_the_default", lambda: None)
+    monkeypatch.setattr("mhc_backends.mlx_common.not_the_default", lambda: None)
     for major, architecture in ((7, "sm_75"), (8, "sm_80"), (12, "sm_120")):
         told = {"compute_capability_major": major, "architecture": architecture}
         monkeypatch.setattr(mx, "device_info", lambda _device, told=told: told)

@@ -89,7 +89,7 @@ def test_its_message_says_what_where_how_much_and_how_to_see_it_again(name: str)
         rf"{bug.op} {bug.fails[0]} {bug.dtype} on bug:{name}: (.+) \(leading .+, n=\d+, C=\d+\)"
         r"(?:, (?:second values|every second number|(?:all|number \d+) from an odd number on))?"
         r" (?:is off by (\S+), allowed (\S+)|is .*; needs .*|has .*; needs .*"
-        rf"|raised \w+: .*|differs .*|changed .*)\. Again: {again}"
+        rf"|raised \w+: .*|differs .*|changed .*)\. Reproduce: {again}"
     )
     match = re.fullmatch(says, record.detail)
     assert match, record.detail
@@ -223,7 +223,7 @@ def test_a_bugs_backend_is_there_while_it_is_wanted() -> None:
 
 def test_a_message_is_followed_to_the_same_failure() -> None:
     detail = outcome("carry-over").message
-    command = shlex.split(detail.partition(" Again: ")[2])
+    command = shlex.split(detail.partition(" Reproduce: ")[2])
     result = CliRunner().invoke(app, [*command[1:], "--jobs", "1"])
     assert result.exit_code == 1
     assert f"FAILED {detail}" in result.output
@@ -426,7 +426,7 @@ def test_a_wrong_sign_in_a_plugin_fails_and_is_seen_again(elsewhere: Callable[..
     assert "test_forward[combine-float32] PASSED" in result.text
     assert "test_gradient[combine-float32] FAILED" in result.text
     match = re.search(
-        r"combine gradient float32 on mine: d x of .* Again: (mhc .*)$", result.text, re.M
+        r"combine gradient float32 on mine: d x of .* Reproduce: (mhc .*)$", result.text, re.M
     )
     assert match, result.text
     command, *options = shlex.split(match[1])

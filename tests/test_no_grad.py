@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mhc_core as mhc
-from mhc_core._gradients import wanted
+from mhc_core.gradients import wanted
 
 
 def test_it_nests_and_ends_with_an_exception() -> None:

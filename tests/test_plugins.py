@@ -15,7 +15,7 @@ import numpy
 import pytest
 
 import mhc_core as mhc
-from mhc_core import _registry
+from mhc_core import discovery, dispatch, selection
 from mhc_core.backend import API_VERSION, BackendSpec
 from mhc_core.hookspecs import hookimpl
 
@@ -193,7 +193,7 @@ def test_an_older_distribution_that_names_built_ins_changes_nothing(plugins: Plu
     ):
         plugins.point(name, value)
     assert list(mhc.backends()) == before
-    assert all(problem is None for _, problem in _registry.plugins())
+    assert all(problem is None for _, problem in discovery.plugins())
 
 
 def test_one_module_counts_once_whoever_names_it(plugins: Plugins) -> None:
@@ -237,7 +237,7 @@ def test_ctrl_c_is_nobodys_fault(plugins: Plugins) -> None:
     plugins.plugin("mine", specs)
     with pytest.raises(KeyboardInterrupt):
         mhc.backends()
-    assert _registry._discovered is None  # nothing half found is kept
+    assert discovery._discovered is None  # nothing half found is kept
 
 
 def test_missing_is_asked_once(plugins: Plugins, fake: type[FakeArray]) -> None:
@@ -283,10 +283,10 @@ def test_plugins_can_be_disabled(
 
 # --- where nothing is installed ---------------------------------------------------------------
 
-ROOT = Path(_registry.__file__).parent.parent
+ROOT = Path(discovery.__file__).parent.parent
 SHOW = """
 import numpy, mhc_core as mhc
-from mhc_core import _registry
+from mhc_core import discovery
 print(mhc.sinkhorn(numpy.zeros((2, 2))).tolist(), *mhc.backends())
 print([name for name, one in mhc.backends().items() if one.spec is None])
 """
@@ -366,32 +366,32 @@ def test_the_module_of_an_array_types_backend_is_imported_ahead_of_dispatch(
     plugins: Plugins, fake: type[FakeArray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check that it can tell a compiler to leave dispatch alone; other modules stay unimported."""
-    monkeypatch.setattr(_registry, "_PREPARED", set())
+    monkeypatch.setattr(dispatch, "_PREPARED", set())
     imported: list[str] = []
 
     def importing(spec: BackendSpec) -> Any:
         imported.append(spec.name)
         return importlib.import_module(spec.module)
 
-    monkeypatch.setattr(_registry, "module", importing)
+    monkeypatch.setattr(dispatch, "backend_module", importing)
     plugins.backend("absent", priority=4, missing=lambda: "no driver")
     plugins.backend("shy", priority=3, automatic=False)
     plugins.backend("best", priority=2)
     plugins.backend("second", priority=1)
     for _ in range(2):
-        _registry.prepare(fake)
-        _registry.prepare(int)
+        dispatch.prepare(fake)
+        dispatch.prepare(int)
     assert imported == ["best"]
 
 
 def test_one_backend_more_is_known_for_a_while(plugins: Plugins, fake: type[FakeArray]) -> None:
     plugins.backend("mine")
     spec = plugins.spec("guest", priority=9)
-    with _registry.known(spec):
+    with selection.registered(spec):
         assert mhc.sinkhorn(fake(2, 2)) == "guest"
         with (
             pytest.raises(ValueError, match="'mine' is already there"),
-            _registry.known(plugins.spec("mine")),
+            selection.registered(plugins.spec("mine")),
         ):
             pass
     assert "guest" not in mhc.backends()
@@ -466,7 +466,7 @@ def test_a_raising_mhc_select_is_named_and_asked_no_more(
     assert asked == ["sinkhorn"]
     says = f"plugin 'chooser' is broken: its mhc_select raised {type(error).__name__}: no"
     assert [record.message for record in caplog.records] == [says]
-    assert {p.name: problem for p, problem in _registry.plugins()}["chooser"] == says
+    assert {p.name: problem for p, problem in discovery.plugins()}["chooser"] == says
 
 
 @pytest.mark.parametrize("answer", ["secnd", "numpy", 3])

@@ -29,9 +29,9 @@ from mhc_backends.mlx_metal import SPEC as METAL
 from mhc_backends.proof import KernelProof, cache, child, process
 from mhc_backends.proof.launches import Call, calls, launches
 from mhc_backends.proof.process import Found
-from mhc_core import _registry
+from mhc_core import _proofs, dispatch, machine, selection
 from mhc_core.backend import BackendSpec, Proof, Verdict
-from mhc_core.cli import _machine, app
+from mhc_core.cli import app
 
 if TYPE_CHECKING:
     from conftest import FakeArray, Plugins
@@ -51,15 +51,15 @@ class Fixed:
         self.asked.append((op, dtypes, n))
         return self.reason
 
-    def known(self) -> Sequence[Verdict]:
+    def verdicts(self) -> Sequence[Verdict]:
         return [Verdict(*kind, self.reason) for kind in self.asked]
 
 
 @pytest.fixture(autouse=True)
 def _nobody_was_warned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_registry, "_warned", set())
+    monkeypatch.setattr(_proofs, "_warned", set())
     monkeypatch.delenv("MHC_TRUST", raising=False)
-    monkeypatch.setattr(_machine, "devices", lambda *_: {})  # which would import every library
+    monkeypatch.setattr(machine, "devices", lambda *_: {})  # which would import every library
 
 
 @pytest.fixture
@@ -142,15 +142,15 @@ def test_trusted_it_answers_without_being_asked(
     proof: Fixed, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proof.reason = WHY
-    with _registry.trusting():
+    with selection.without_proofs():
         assert mhc.sinkhorn(fake(4, 4)) == "best"
         assert mhc.sinkhorn(fake(4, 4), backend="best") == "best"
     assert not proof.asked
     assert mhc.sinkhorn(fake(4, 4)) == "next"  # nothing of it stays
-    with _registry.trusting():
+    with selection.without_proofs():
         assert mhc.sinkhorn(fake(4, 4)) == "best"
     proof.asked.clear()
-    monkeypatch.setattr(_registry, "_SELECTED", {})
+    monkeypatch.setattr(selection, "_SELECTED", {})
     monkeypatch.setenv("MHC_TRUST", "another, best")
     assert mhc.sinkhorn(fake(4, 4)) == "best"
     assert not proof.asked
@@ -194,7 +194,7 @@ def test_a_proof_that_raises_is_no_proof(plugins: Plugins, fake: Fake) -> None:
         def verdict(self, *_: Any) -> str | None:
             raise OSError("no disk")
 
-        def known(self) -> Sequence[Verdict]:
+        def verdicts(self) -> Sequence[Verdict]:
             raise OSError("no disk at /home/somebody")
 
     plugins.plugin("two", [plugins.spec("mine", proof=Broken(), priority=1), plugins.spec("next")])
@@ -349,7 +349,7 @@ def test_what_is_kept_says_of_what_it_holds(tries: Tries, tmp_path: Path) -> Non
     assert kept["identity"]["mlx"] == mx.__version__
     assert kept["identity"]["mhc-core"].startswith(mhc.__version__)
     assert kept["classes"] == {"sinkhorn": "failed"}
-    assert new().known() == [Verdict(*KIND, WHY)]
+    assert new().verdicts() == [Verdict(*KIND, WHY)]
 
 
 @pytest.mark.parametrize("what", ["mhc-core", "mlx", "system", "chip"])
@@ -359,7 +359,7 @@ def test_another_version_proves_itself_anew(
     new().verdict(*KIND)
     other = {**cache.identity(), what: "another"}
     monkeypatch.setattr(cache, "identity", lambda: other)
-    assert new().known() == []
+    assert new().verdicts() == []
     new().verdict(*KIND)
     assert tries.count == 2
     monkeypatch.undo()
@@ -400,7 +400,7 @@ def test_a_broken_file_is_not_there(tries: Tries, tmp_path: Path, how: str) -> N
     content = BROKEN[how](json.loads(file.read_text()))
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     tries.found = HELD
-    assert KIND not in [verdict[:3] for verdict in new().known()]
+    assert KIND not in [verdict[:3] for verdict in new().verdicts()]
     assert new().verdict(*KIND) is None
     assert tries.count == 2
     assert new().verdict(*KIND) is None  # it was written anew
@@ -416,7 +416,7 @@ def test_what_timed_out_is_tried_again_after_a_day(
     monkeypatch.setattr(cache.time, "time", lambda: now + cache.A_DAY - 60)
     assert new().verdict(*KIND) == LATE.reason
     monkeypatch.setattr(cache.time, "time", lambda: now + cache.A_DAY + 60)
-    assert new().known() == []
+    assert new().verdicts() == []
     assert new().verdict(*KIND) == LATE.reason
     assert tries.count == 2
 
@@ -468,8 +468,8 @@ def test_where_nothing_can_be_kept_it_holds_for_the_process(
     assert proof.verdict(*KIND) is None
     assert proof.verdict(*KIND) is None
     assert tries.count == 1
-    assert proof.known() == [Verdict(*KIND, None)]
-    assert new().known() == []
+    assert proof.verdicts() == [Verdict(*KIND, None)]
+    assert new().verdicts() == []
     assert new().verdict(*KIND) is None
     assert tries.count == 2
     assert not list(tmp_path.rglob("*.part"))
@@ -584,7 +584,7 @@ def test_a_launcher_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def _dtypes(op: str, streams: str) -> tuple[str, ...]:
-    declared = _registry.get_op(op)
+    declared = dispatch.get_op(op)
     own = ("x", "y", "h", "res", "logits", "matrix")
     arrays = [name for name in declared.arrays if name != declared.optional]
     return (

@@ -1,6 +1,8 @@
 """The backends that come with mhc-core, each a plugin like any third-party one."""
 
-__all__ = ["BUILTINS"]
+from mhc_core import __version__ as _version
+
+__all__ = ["BUILTINS", "DISTRIBUTION"]
 
 BUILTINS = (
     "mhc_backends.numpy",
@@ -10,3 +12,6 @@ BUILTINS = (
     "mhc_backends.mlx_metal",
 )
 """The modules of the built-in plugins; ``mlx_metal`` is the plugin ``mlx-metal``."""
+
+DISTRIBUTION = f"mhc-core {_version}"
+"""The distribution that they come in, with its version."""

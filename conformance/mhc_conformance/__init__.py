@@ -15,7 +15,8 @@ and ``mhc conformance --mutations`` shows which check fails for it.
 
 from typing import TYPE_CHECKING, Any
 
-from mhc_conformance.checks import CHECKS, Record, Skip, applies, check, grid, skips
+from mhc_conformance.checks import CHECKS, applies, check, grid, skips
+from mhc_conformance.records import Record, Skip
 from mhc_conformance.subject import Subject
 
 if TYPE_CHECKING:

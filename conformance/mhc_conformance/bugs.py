@@ -20,10 +20,12 @@ import numpy as np
 
 import mhc_core
 from mhc_conformance import mutants
-from mhc_conformance.checks import Record, check, grid
+from mhc_conformance.checks import check, grid
 from mhc_conformance.mutants import on_other_variant, with_changed_gradients
+from mhc_conformance.records import Record
 from mhc_conformance.subject import Subject
-from mhc_core import _registry
+from mhc_core.discovery import backend_module
+from mhc_core.selection import registered
 
 __all__ = ["BUGS", "Bug", "Outcome", "hunt", "present"]
 
@@ -590,7 +592,7 @@ def _one_present(bug: Bug) -> Generator[None]:
     base = mhc_core.backends()[bug.library]
     if base.spec is None or base.reason is not None:
         raise mhc_core.BackendUnavailableError(f"{bug.backend} is in {bug.library}: {base.reason}")
-    wrong = _Wrong(f"mhc_conformance.bugs.{bug.name}", bug, _registry.module(base.spec))
+    wrong = _Wrong(f"mhc_conformance.bugs.{bug.name}", bug, backend_module(base.spec))
     spec = replace(
         base.spec,
         name=bug.backend,
@@ -601,7 +603,7 @@ def _one_present(bug: Bug) -> Generator[None]:
     sys.modules[wrong.__name__] = wrong
     try:
         # what overflows or divides by zero here does so on purpose
-        with _registry.known(spec), np.errstate(all="ignore"):
+        with registered(spec), np.errstate(all="ignore"):
             yield
     finally:
         del sys.modules[wrong.__name__]

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from mhc_conformance import oracle
 from mhc_core import DEEPSEEK_V4, DEEPSEEK_V41, LIGER, PAPER, math
-from mhc_core._signature import Op, signature
 from mhc_core.backend import DTYPES
+from mhc_core.signature import Op, signature
 
 __all__ = ["SMALL", "Case", "Data", "Draw", "Sizes", "Static", "cases", "numpy_dtype"]
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mhc_conformance import oracle
 from mhc_conformance.cases import SMALL, STATICS, Case, Sizes, cases, data
-from mhc_conformance.checks import Comparison
+from mhc_conformance.records import Comparison
 from mhc_conformance.subject import Subject
 from mhc_conformance.tolerances import DIFFERENCES, eps, tolerance
 from mhc_core import PAPER
@@ -377,8 +377,8 @@ def _gradients_are_slopes(d: Draws) -> Iterator[Comparison]:
 
 def _slope_at_0(value: Callable[[float], float], step: float = 2e-3) -> float:
     """Extrapolate central differences at two steps, which leaves an error of step**4."""
-    wide, narrow = ((value(h) - value(-h)) / (2 * h) for h in (step, step / 2))
-    return (4 * narrow - wide) / 3
+    coarse, fine = ((value(h) - value(-h)) / (2 * h) for h in (step, step / 2))
+    return (4 * fine - coarse) / 3
 
 
 def _smooth_case(op: str) -> Case:

@@ -19,12 +19,14 @@ from xml.etree import ElementTree
 
 import mhc_core
 from mhc_conformance.cases import numpy_dtype
-from mhc_conformance.checks import CHECKS, Record, Skip
+from mhc_conformance.checks import CHECKS
+from mhc_conformance.records import Record, Skip
 from mhc_conformance.subject import Subject
-from mhc_core._registry import plugins
+from mhc_core import machine
 from mhc_core.backend import DTYPES
-from mhc_core.cli import _machine
+from mhc_core.discovery import plugins
 from mhc_core.math import OPS
+from mhc_core.text import safe
 
 __all__ = ["NUMERIC", "SUFFIXES", "LeftOut", "Report", "in_order", "left_out", "worst"]
 
@@ -75,7 +77,7 @@ class Report:
             "date": self.date,
             "seconds": round(self.seconds, 1),
             "seed": self.seed,
-            "machine": _machine.machine(),
+            "machine": machine.machine(),
             "devices": devices(self.backends),
             "versions": versions(),
             "settings": _settings(),
@@ -91,7 +93,7 @@ class Report:
 
 
 def _safe(record: dict[str, Any]) -> dict[str, Any]:
-    return {**record, "detail": _machine.safe(record["detail"])}
+    return {**record, "detail": safe(record["detail"])}
 
 
 def worst(records: Iterable[Record]) -> Record | None:
@@ -153,10 +155,10 @@ def _device(backend: str) -> str:
     try:
         subject = Subject(backend)
         library = subject.spec.array_types[0].partition(".")[0]
-        found = _machine.devices((library,))
+        found = machine.devices((library,))
         return found.get(library) or _device_of_array(subject)
     except Exception as error:  # a report is not lost for want of a name
-        return _machine.safe(f"unknown ({type(error).__name__}: {error})")
+        return safe(f"unknown ({type(error).__name__}: {error})")
 
 
 def _device_of_array(subject: Subject) -> str:
@@ -169,7 +171,7 @@ def _device_of_array(subject: Subject) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, of the libraries that matter here, and of every plugin."""
-    found = {"python": platform.python_version(), **_machine.versions()}
+    found = {"python": platform.python_version(), **machine.versions()}
     for plugin, _ in plugins():
         name, _, version = plugin.distribution.partition(" ")
         if name:
@@ -178,13 +180,13 @@ def versions() -> dict[str, str]:
 
 
 def _settings() -> dict[str, str]:
-    return {name: _machine.safe(os.environ[name]) for name in SETTINGS if name in os.environ}
+    return {name: safe(os.environ[name]) for name in SETTINGS if name in os.environ}
 
 
 def _not_here() -> dict[str, str]:
     """Return the known backends that cannot run here, with the reasons."""
     known = mhc_core.backends().items()
-    return {name: _machine.safe(one.reason) for name, one in known if one.reason is not None}
+    return {name: safe(one.reason) for name, one in known if one.reason is not None}
 
 
 # --- formats ----------------------------------------------------------------------------------
@@ -223,7 +225,7 @@ def _suite(root: Any, name: str, report: Report, whole: Mapping[str, Any]) -> No
         if not record.passed:
             what = f"off by {record.error:.3g}, allowed {record.tolerance:.3g}"
             failure = ElementTree.SubElement(case, "failure", message=what)
-            failure.text = _plain(_machine.safe(record.detail))
+            failure.text = _plain(safe(record.detail))
     for skip in skips:
         ElementTree.SubElement(_case(suite, skip), "skipped", message=_plain(skip.reason))
 
@@ -285,9 +287,9 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _failure(record: Record) -> str:
-    what, _, again = _machine.safe(record.detail).partition(" Again: ")
-    command = f"<pre>{_escaped(again)}</pre>" if again else ""
-    return f'<div class="failure"><p>{_escaped(what)}</p>{command}</div>'
+    what, _, command = safe(record.detail).partition(" Reproduce: ")
+    below = f"<pre>{_escaped(command)}</pre>" if command else ""
+    return f'<div class="failure"><p>{_escaped(what)}</p>{below}</div>'
 
 
 def _matrix(name: str, records: Sequence[Record]) -> str:

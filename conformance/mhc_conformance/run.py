@@ -12,9 +12,10 @@ from mhc_conformance import pool
 from mhc_conformance.bugs import present
 from mhc_conformance.cases import cases
 from mhc_conformance.chain import OPS, TOLERANCE, Chain, compare, run_chain
-from mhc_conformance.checks import Record, Skip, check, grid, skips
+from mhc_conformance.checks import check, grid, skips
+from mhc_conformance.records import Record, Skip
 from mhc_conformance.subject import Subject
-from mhc_core._registry import trusting
+from mhc_core.selection import without_proofs
 
 __all__ = ["Plan", "Unit", "run"]
 
@@ -148,7 +149,8 @@ def _lost(unit: Unit, kind: str, seed: int, died: str, exit_code: int | None) ->
     words = ["mhc conformance", unit.backend]
     if unit.op != "chain":
         words += [f"--op {unit.op} --dtype {unit.dtype} --kind {kind}"]
-    again = f"{' '.join(words)} --seed {seed} --jobs 1"
+    name = f"{unit.op} {kind} {unit.dtype}"
+    command = f"{' '.join(words)} --seed {seed} --jobs 1"
     return Record(
         backend=unit.backend,
         op=unit.op,
@@ -159,7 +161,7 @@ def _lost(unit: Unit, kind: str, seed: int, died: str, exit_code: int | None) ->
         passed=False,
         cases=0,
         seed=seed,
-        detail=f"{unit.op} {kind} {unit.dtype} on {unit.backend} {what}{after}. Again: {again}",
+        detail=f"{name} on {unit.backend} {what}{after}. Reproduce: {command}",
     )
 
 
@@ -168,7 +170,7 @@ def _chain_records(backend: str, seed: int) -> list[Record]:
     chain = Chain.make(seed)
     reference = run_chain("numpy", chain, "float64")
     try:
-        with trusting():
+        with without_proofs():
             errors = compare(run_chain(backend, chain), reference)
         problem = ""
     except (Exception, SystemExit) as error:  # whatever a backend does, the report goes on

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import mhc_core
-from mhc_core._registry import module
 from mhc_core.backend import BackendSpec
+from mhc_core.discovery import backend_module
 
 __all__ = ["Subject", "several"]
 
@@ -40,7 +40,7 @@ class Subject:
         self.wants: Callable[[Any], bool] = lambda _: True  # of a case: whether to try it
         self.trying = ""  # the case that a check is at, for what the backend may raise there
         self.spec: BackendSpec = backend.spec
-        self.module: Any = module(backend.spec)
+        self.module: Any = backend_module(backend.spec)
 
     def dtype_context(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
         """Enter the context that the library needs for arrays of that dtype (JAX's x64 mode)."""

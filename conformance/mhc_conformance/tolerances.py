@@ -2,7 +2,7 @@
 
 The error of an array is ``max |got - want| / max |want|``. What is allowed is::
 
-    K[op, kind] * eps(computation) * condition + eps(array) / 2
+    K[op, quantity] * eps(computation) * condition + eps(array) / 2
 
 The computation is in float32 (float64 for float64 streams). The second term is there only for an
 array that is narrower than the computation, which is rounded once, at the end: H_res of bfloat16
@@ -27,10 +27,10 @@ from typing import Literal, cast, get_args
 import ml_dtypes
 import numpy as np
 
-__all__ = ["DIFFERENCES", "Kind", "eps", "rounds", "tolerance"]
+__all__ = ["DIFFERENCES", "Quantity", "eps", "rounds", "tolerance"]
 
-Kind = Literal["forward", "gradient", "second"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Quantity = Literal["forward", "gradient", "second"]
+QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 
 K: Mapping[str, tuple[float, float, float]] = {
     # op: (forward, gradient, second derivatives)
@@ -70,8 +70,8 @@ def eps(dtype: str) -> float:
     return float(info.eps)
 
 
-def tolerance(op: str, kind: Kind, dtype: str, condition: float = 1.0) -> float:
+def tolerance(op: str, quantity: Quantity, dtype: str, condition: float = 1.0) -> float:
     """Return the largest relative error allowed for an array of that dtype."""
     computed = "float64" if dtype == "float64" else "float32"
     last = eps(dtype) / 2 if dtype != computed else 0.0
-    return K[op][KINDS.index(kind)] * eps(computed) * condition + last
+    return K[op][QUANTITIES.index(quantity)] * eps(computed) * condition + last

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from mhc_core.cli import _screen
+from mhc_core.text import one_line
 
 __all__ = ["INTERRUPTED", "JSON", "Command", "Group", "Stopped", "stoppable", "with_places"]
 
@@ -137,7 +137,7 @@ def _end(error: Any) -> NoReturn:
 
 
 def _stop(said: str, code: int) -> NoReturn:
-    typer.echo(_screen.one_line(said), err=True)
+    typer.echo(one_line(said), err=True)
     sys.exit(code)
 
 

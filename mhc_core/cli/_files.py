@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from mhc_core.cli import _screen
+from mhc_core.text import one_line
 
 __all__ = ["JSON_HELP", "STDOUT", "check", "no_picture", "only_json", "write"]
 
@@ -118,7 +118,7 @@ def write(file: Path, content: str | bytes) -> bool:
         kept = _keep(file, data)
         where = f"it is kept in {kept}" if kept else "no other place can be written either"
         said = f"{file} cannot be written: {_why(error)}; {where}"
-        typer.echo(_screen.one_line(said), err=True)
+        typer.echo(one_line(said), err=True)
         return False
     return True
 

@@ -6,34 +6,20 @@ markup, moves the cursor or breaks a table.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from mhc_core.text import plain
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-__all__ = ["console", "one_line", "plain", "progress", "say", "text"]
+__all__ = ["console", "progress", "say", "text"]
 
-WIDE = 100  # columns where the output is no terminal
-
-# C0 and C1 but for tab and newline, what turns the direction of writing, and lone surrogates
-CONTROLS = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-
-
-def plain(value: Any) -> str:
-    """Return text without characters that a terminal would act on."""
-    return CONTROLS.sub("\ufffd", str(value))
-
-
-def one_line(value: Any) -> str:
-    """Return text in one line."""
-    return " ".join(plain(value).split())
+WIDTH = 100  # columns where the output is no terminal
 
 
 def text(value: Any, style: str = "") -> Text:
@@ -43,7 +29,7 @@ def text(value: Any, style: str = "") -> Text:
     return Text(plain(value), style=style)
 
 
-def console(width: int = WIDE) -> Console:
+def console(width: int = WIDTH) -> Console:
     """Return a console for the screen, or one of fixed width if the output goes elsewhere."""
     from rich.console import Console
 

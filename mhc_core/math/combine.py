@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mhc_core._signature import Op, Out
 from mhc_core.math import _xp
+from mhc_core.signature import Op, Out
 
 OP = Op(
     name="combine",

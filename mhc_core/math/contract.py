@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from mhc_core import _checks
-from mhc_core._signature import Op, Out
+from mhc_core import checks
 from mhc_core.math import _xp
+from mhc_core.signature import Op, Out
 
 OP = Op(
     name="contract",
     arrays={"x": "... n C"},
     outputs={"h": Out("... C", "stream")},
-    static={"how": _checks.one_of("sum", "mean")},
+    static={"how": checks.one_of("sum", "mean")},
 )
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from mhc_core import _checks
-from mhc_core._signature import Op, Out
+from mhc_core import checks
 from mhc_core.math import _xp
+from mhc_core.signature import Op, Out
 
 OP = Op(
     name="expand",
     arrays={"h": "... C"},
     outputs={"x": Out("... n C", "stream")},
-    static={"n": _checks.positive_int},
+    static={"n": checks.positive_int},
 )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mhc_core._signature import Op, Out
 from mhc_core.math import _xp
 from mhc_core.math.pre_scale import slices, whole_slices
+from mhc_core.signature import Op, Out
 
 OP = Op(
     name="gated_combine",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from mhc_core._signature import Op, Out
 from mhc_core.math import _xp, sinkhorn
+from mhc_core.signature import Op, Out
 from mhc_core.variants import Variant, check_variant
 
 PROJECTION = {"phi": "m nC", "scale": "3", "bias": "m"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mhc_core._signature import Op, Out
 from mhc_core.math import _xp, aggregate, mappings
 from mhc_core.math.mappings import PROJECTION, Projected
+from mhc_core.signature import Op, Out
 from mhc_core.variants import Variant, check_variant
 
 OP = Op(

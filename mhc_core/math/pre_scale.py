@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mhc_core._signature import Op, Out
 from mhc_core.math import _xp
+from mhc_core.signature import Op, Out
 
 
 def whole_slices(sizes: Mapping[str, int]) -> str | None:

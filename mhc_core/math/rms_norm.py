@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from mhc_core import _checks
-from mhc_core._signature import Op, Out
+from mhc_core import checks
 from mhc_core.math import _xp
+from mhc_core.signature import Op, Out
 
 OP = Op(
     name="rms_norm",
     arrays={"x": "... C", "weight": "C"},
     outputs={"y": Out("... C", "stream")},
-    static={"eps": _checks.non_negative},
+    static={"eps": checks.non_negative},
 )
 
 

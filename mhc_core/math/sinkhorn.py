@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mhc_core import _checks
-from mhc_core._signature import Op, Out
+from mhc_core import checks
 from mhc_core.math import _xp
+from mhc_core.signature import Op, Out
 from mhc_core.variants import check_first
 
 OP = Op(
@@ -14,8 +14,8 @@ OP = Op(
     arrays={"logits": "... n n"},
     outputs={"h_res": Out("... n n", "mapping")},
     static={
-        "iterations": _checks.iterations,
-        "eps": _checks.non_negative,
+        "iterations": checks.iterations,
+        "eps": checks.non_negative,
         "first": check_first,
     },
 )

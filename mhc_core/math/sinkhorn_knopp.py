@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from mhc_core import _checks
-from mhc_core._signature import Op, Out
+from mhc_core import checks
 from mhc_core.math import _xp
 from mhc_core.math.sinkhorn import enter, half_normalised, leave
+from mhc_core.signature import Op, Out
 
 OP = Op(
     name="sinkhorn_knopp",
     arrays={"matrix": "... n n"},
     outputs={"h_res": Out("... n n", "mapping")},
     static={
-        "max_iterations": _checks.iterations,
-        "epsilon": _checks.non_negative,
-        "log_space": _checks.boolean,
+        "max_iterations": checks.iterations,
+        "epsilon": checks.non_negative,
+        "log_space": checks.boolean,
     },
 )
 

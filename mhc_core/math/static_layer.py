@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mhc_core import _checks
-from mhc_core._signature import Op, Out
+from mhc_core import checks
 from mhc_core.math import _xp, aggregate, combine, rms_norm, static_mappings
+from mhc_core.signature import Op, Out
 
 OP = Op(
     name="static_layer",
@@ -18,7 +18,7 @@ OP = Op(
         "rms_weight": "C",
     },
     outputs={"x": Out("... n C", "stream")},
-    static={"eps": _checks.non_negative, "iterations": _checks.iterations},
+    static={"eps": checks.non_negative, "iterations": checks.iterations},
 )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mhc_core import _checks
-from mhc_core._signature import Op, Out
+from mhc_core import checks
 from mhc_core.math import _xp, sinkhorn
+from mhc_core.signature import Op, Out
 
 OP = Op(
     name="static_mappings",
@@ -16,7 +16,7 @@ OP = Op(
         "h_post": Out("... n", "mapping"),
         "h_res": Out("... n n", "mapping"),
     },
-    static={"iterations": _checks.iterations},
+    static={"iterations": checks.iterations},
 )
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from demo_runs import run, words
 
-from mhc_core.cli import _machine, demo
+from mhc_core import machine
+from mhc_core.cli import demo
 from mhc_core.cli.demo import _plot, _report, _train
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def test_without_a_backend_that_trains_it_says_so(
 
 def test_the_fastest_backend_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     def on(device: str) -> tuple[str, str]:
-        monkeypatch.setattr(_machine, "devices", lambda names: dict.fromkeys(names, device))
+        monkeypatch.setattr(machine, "devices", lambda names: dict.fromkeys(names, device))
         return demo._backend(None)
 
     assert on("cpu, something") == ("jax", "jax")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from mhc_core import math
 from mhc_core.backend import DTYPES, BackendSpec
@@ -15,6 +17,12 @@ def _missing() -> str | None:
     return None
 
 
+def _device() -> str:
+    library: Any = import_module("jax")
+    first = library.devices()[0]
+    return f"{first.platform}, {first.device_kind}"
+
+
 SPEC = BackendSpec(
     name="jax",
     module="mhc_backends.jax.ops",
@@ -23,6 +31,7 @@ SPEC = BackendSpec(
     dtypes=DTYPES,
     protocol="__jax_array__",
     missing=_missing,
+    device=_device,
 )
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy
 from jax.core import Tracer
 
-from mhc_core import _gradients, math
+from mhc_core import gradients, math
 
 Static = tuple[tuple[str, Any], ...]
 
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Callable[..., Any]:
         raise AttributeError(name)
 
     def op(*arrays: jax.Array, **static: Any) -> Any:
-        made = _forward if _gradients.wanted() else _plain
+        made = _forward if gradients.wanted() else _plain
         try:
             return made(name, tuple(static.items()))(*_varying_alike(arrays))
         except TypeError as error:

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mhc_backends._mlx import as_tuple, distinct, placed
 from mhc_backends.kernels import bounds, declarations, function, header, ops, source
 from mhc_backends.kernels.launch import ACCESS_BYTES, launch, occupancy, shares
 from mhc_backends.kernels.shorten import shorten
-from mhc_core import _gradients
+from mhc_backends.mlx_common import as_tuple, distinct, placed
+from mhc_core import gradients
 from mhc_core import math as neutral_math
 
 __all__ = ["Kernels", "Ops", "Out", "Sizes", "Stage", "dtype_name", "tokens"]
@@ -245,7 +245,7 @@ class Ops:
             raise AttributeError(name)
 
         def op(*arrays: mx.array, **static: Any) -> Any:
-            function = self._forward if _gradients.wanted() else self._inference
+            function = self._forward if gradients.wanted() else self._inference
             outputs = function(name, tuple(static.items()))(*arrays)
             count = ops.outputs(name)
             return outputs[0] if count == 1 else tuple(outputs[:count])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mhc_backends import _mlx
+from mhc_backends import mlx_common
 from mhc_core import math
 from mhc_core.backend import BackendSpec
 from mhc_core.hookspecs import hookimpl
@@ -12,8 +12,9 @@ SPEC = BackendSpec(
     module="mhc_backends.mlx_compiled.ops",
     array_types=("mlx.core.array",),
     ops=math.OPS,
-    dtypes=_mlx.NO_FLOAT64,
-    missing=_mlx.missing,
+    dtypes=mlx_common.NO_FLOAT64,
+    missing=mlx_common.missing,
+    device=mlx_common.device,
 )
 
 

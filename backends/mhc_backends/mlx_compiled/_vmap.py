@@ -12,8 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mhc_backends._mlx import as_tuple
-from mhc_core._signature import Op
+from mhc_backends.mlx_common import as_tuple
+from mhc_core.signature import Op
 
 __all__ = ["differentiable"]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mhc_backends._mlx import (
+from mhc_backends.mlx_common import (
     as_tuple,
     checkpoint,
     compile,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from mhc_backends import _mlx
+from mhc_backends import mlx_common
 from mhc_backends.kernels.ops import OPS
 from mhc_backends.mlx_metal import NO_VMAP
 from mhc_core.backend import BackendSpec
@@ -16,7 +16,7 @@ OLDEST = 8  # compute capability whose tensor cores multiply bfloat16
 
 def missing() -> str | None:
     """Return why CUDA kernels cannot run here, or None."""
-    if reason := _mlx.missing():
+    if reason := mlx_common.missing():
         return reason
     mx: Any = import_module("mlx.core")
     if not mx.cuda.is_available():
@@ -24,7 +24,7 @@ def missing() -> str | None:
             "MLX finds no NVIDIA GPU (mx.cuda.is_available() is False): on a machine that has one, "
             "pip install 'mlx[cuda13]'"
         )
-    if reason := _mlx.not_the_default():
+    if reason := mlx_common.not_the_default():
         return reason
     device = mx.device_info(mx.Device(mx.gpu))
     if device.get("compute_capability_major", OLDEST) < OLDEST:
@@ -40,11 +40,12 @@ SPEC = BackendSpec(
     module="mhc_backends.mlx_cuda.ops",
     array_types=("mlx.core.array",),
     ops=OPS,
-    dtypes=_mlx.NO_FLOAT64,
+    dtypes=mlx_common.NO_FLOAT64,
     sizes=(1, 32),
     priority=10,
     without={"vmap": NO_VMAP},
     missing=missing,
+    device=mlx_common.device,
 )
 
 

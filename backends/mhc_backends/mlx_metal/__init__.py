@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from mhc_backends import _mlx
+from mhc_backends import mlx_common
 from mhc_backends.kernels.ops import OPS
 from mhc_backends.proof import KernelProof
 from mhc_core.backend import BackendSpec
@@ -25,11 +25,11 @@ def missing() -> str | None:
             f"Metal kernels need macOS on Apple silicon, and this is {sys.platform}: "
             "'mlx-compiled' computes the same here"
         )
-    if reason := _mlx.missing():
+    if reason := mlx_common.missing():
         return reason
     mx: Any = import_module("mlx.core")
     if mx.metal.is_available():
-        return _mlx.not_the_default()
+        return mlx_common.not_the_default()
     return "MLX finds no Metal GPU (mx.metal.is_available())"
 
 
@@ -38,12 +38,14 @@ SPEC = BackendSpec(
     module="mhc_backends.mlx_metal.ops",
     array_types=("mlx.core.array",),
     ops=OPS,
-    dtypes=_mlx.NO_FLOAT64,
+    dtypes=mlx_common.NO_FLOAT64,
     sizes=(1, 32),
     priority=10,
     without={"vmap": NO_VMAP},
     missing=missing,
+    device=mlx_common.device,
     proof=KernelProof("mlx-metal", "mlx.core:fast.metal_kernel"),
+    disabled_by="MHC_MLX_DISABLE_METAL",  # which users of mhc-mlx have in their scripts
 )
 
 

@@ -18,7 +18,7 @@ from mlx import nn, utils
 from numpy import ndarray
 from safetensors import safe_open
 
-from mhc_backends._mlx import from_host
+from mhc_backends.mlx_common import from_host
 from mhc_backends.mlx_nn._names import (
     MOST_LAYERS,
     PARAMETERS,
@@ -31,7 +31,7 @@ from mhc_backends.mlx_nn._names import (
 )
 from mhc_backends.mlx_nn.hyper import HyperConnection, HyperHead
 from mhc_backends.mlx_nn.stack import HyperConnectedStack
-from mhc_core import _checks
+from mhc_core import checks
 from mhc_core.variants import DEEPSEEK_V4, Variant, check_variant
 
 __all__ = ["ConnectedLayer", "HyperConnections", "load_hyper_connections"]
@@ -162,7 +162,7 @@ def load_hyper_connections(
     (8, None)
     """
     for name, value in (("allow_unused", allow_unused), ("allow_missing", allow_missing)):
-        _checks.boolean(OWNER, name, value)
+        checks.boolean(OWNER, name, value)
     path = None if isinstance(weights, Mapping) else _path(weights)
     config = _config(path)
     variant = _variant(config) if variant is None else check_variant(OWNER, "variant", variant)
@@ -545,7 +545,7 @@ def _config(path: Path | None) -> Config:
     fields = cast("dict[str, Any]", fields)
 
     def count(name: str) -> int | None:
-        return _field(file, fields, name, _checks.positive_int) if name in fields else None
+        return _field(file, fields, name, checks.positive_int) if name in fields else None
 
     layers = count("num_hidden_layers")
     if layers is not None and layers > MOST_LAYERS:
@@ -554,22 +554,22 @@ def _config(path: Path | None) -> Config:
     return Config(file, fields, layers, count("hc_mult"), has_head)
 
 
-def _field(file: Path | None, fields: Mapping[str, Any], name: str, check: _checks.Check) -> Any:
+def _field(file: Path | None, fields: Mapping[str, Any], name: str, check: checks.Check) -> Any:
     return check(f"{OWNER}: {file}", name, fields[name])
 
 
 def _variant(config: Config) -> Variant:
-    def field(name: str, check: _checks.Check, default: Any) -> Any:
+    def field(name: str, check: checks.Check, default: Any) -> Any:
         present = name in config.fields
         return _field(config.file, config.fields, name, check) if present else default
 
-    eps = field("hc_eps", _checks.non_negative, DEEPSEEK_V4.pre_eps)
+    eps = field("hc_eps", checks.non_negative, DEEPSEEK_V4.pre_eps)
     return replace(
         DEEPSEEK_V4,
-        norm_eps=field("rms_norm_eps", _checks.non_negative, DEEPSEEK_V4.norm_eps),
+        norm_eps=field("rms_norm_eps", checks.non_negative, DEEPSEEK_V4.norm_eps),
         pre_eps=eps,
         sinkhorn_eps=eps,
         sinkhorn_iterations=field(
-            "hc_sinkhorn_iters", _checks.iterations, DEEPSEEK_V4.sinkhorn_iterations
+            "hc_sinkhorn_iters", checks.iterations, DEEPSEEK_V4.sinkhorn_iterations
         ),
     )

@@ -12,6 +12,7 @@ def diagnostics() -> None:
     -----
     ``diagnostics`` of mhc-mlx 0.6.3.
     """
-    from mhc_core.cli.info import info
+    from mhc_backends.overview import overview, sections
 
-    info()
+    for title, lines in sections(overview()).items():
+        print("\n  ".join([title, *lines]))

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx import nn
 
 import mhc_core as mhc
-from mhc_core import _checks
+from mhc_core import checks
 from mhc_core.variants import PAPER, Variant, check_variant
 
 __all__ = ["HyperConnection", "HyperHead"]
@@ -255,8 +255,8 @@ class HyperHead(Projection):
 
 def _checked(owner: str, dims: Any, n: Any, variant: Any) -> tuple[int, int, Variant]:
     return (
-        _checks.positive_int(owner, "dims", dims),
-        _checks.positive_int(owner, "n", n),
+        checks.positive_int(owner, "dims", dims),
+        checks.positive_int(owner, "n", n),
         check_variant(owner, "variant", variant),
     )
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 import mhc_core as mhc
 from mhc_backends.mlx_nn._static import StaticModule
-from mhc_core import _checks
+from mhc_core import checks
 
 __all__ = ["MHCLayer", "residual_add_agg"]
 
@@ -96,10 +96,10 @@ class MHCLayer(StaticModule):
         mix_kernel: str = "auto",
     ) -> None:
         super().__init__()
-        self.n = _checks.positive_int("MHCLayer", "n", n)
-        self.C = _checks.positive_int("MHCLayer", "C", C)
-        self.sinkhorn_iters = _checks.iterations("MHCLayer", "sinkhorn_iters", sinkhorn_iters)
-        self.eps = _checks.non_negative("MHCLayer", "eps", eps)
+        self.n = checks.positive_int("MHCLayer", "n", n)
+        self.C = checks.positive_int("MHCLayer", "C", C)
+        self.sinkhorn_iters = checks.iterations("MHCLayer", "sinkhorn_iters", sinkhorn_iters)
+        self.eps = checks.non_negative("MHCLayer", "eps", eps)
         self.use_metal = bool(use_metal)
         self.identity_init = bool(identity_init)
         self._keep_hints(
@@ -126,14 +126,14 @@ class MHCLayer(StaticModule):
     def _keep_hints(self, **hints: Any) -> None:
         """Check the hints for mhc-mlx's kernels, as it does, and store them as attributes."""
         words = {
-            "dispatch_policy": _checks.one_of("auto", "throughput", "latency"),
-            "mix_kernel": _checks.one_of("auto", "1d", "2d"),
+            "dispatch_policy": checks.one_of("auto", "throughput", "latency"),
+            "mix_kernel": checks.one_of("auto", "1d", "2d"),
         }
         for name, value in hints.items():
             if name in words:
                 words[name]("MHCLayer", name, value)
             elif type(value) is int and name != "throughput_allow_fused_n32_small_C":
-                _checks.positive_int("MHCLayer", name, value)
+                checks.positive_int("MHCLayer", name, value)
             setattr(self, name, value)
 
     @property

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 import mhc_core as mhc
 from mhc_backends.mlx_nn._static import StaticModule, residual_start
-from mhc_core import _checks
+from mhc_core import checks
 
 __all__ = ["ManifoldHyperConnection"]
 
@@ -71,12 +71,12 @@ class ManifoldHyperConnection(StaticModule):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        self.dims = _checks.positive_int(owner, "dims", dims)
-        self.expansion = n = _checks.positive_int(owner, "expansion", expansion)
-        self.sinkhorn_iterations = _checks.iterations(
+        self.dims = checks.positive_int(owner, "dims", dims)
+        self.expansion = n = checks.positive_int(owner, "expansion", expansion)
+        self.sinkhorn_iterations = checks.iterations(
             owner, "sinkhorn_iterations", sinkhorn_iterations
         )
-        _checks.one_of("mlx-mhc", "residual")(owner, "init", init)
+        checks.one_of("mlx-mhc", "residual")(owner, "init", init)
         if dims % n:
             raise ValueError(f"{owner}: dims is {dims}; needs a multiple of expansion={n}")
         self.h_res_raw = mx.random.normal((n, n)) / math.sqrt(n)

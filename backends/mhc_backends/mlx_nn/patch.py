@@ -10,7 +10,7 @@ from typing import Any, cast
 from mlx import nn
 
 from mhc_backends.mlx_nn.rewire import MHCRewire
-from mhc_core import _checks
+from mhc_core import checks
 
 __all__ = ["OUTPUT_HEADS", "AutoPatcher", "PatchReport", "Patched"]
 
@@ -134,7 +134,7 @@ class AutoPatcher:
         """
         if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"AutoPatcher: model is a {type(model).__name__}; needs an nn.Module")
-        _checks.positive_int("AutoPatcher", "n_streams", n_streams)
+        checks.positive_int("AutoPatcher", "n_streams", n_streams)
         MHCRewire(nn.Identity(), n_streams, n_streams, init=init, **mhc_kwargs)  # raises if wrong
         patching = _Patching(n_streams, verbose, skip, {"init": init, **mhc_kwargs})
         return patching.run(model)

@@ -16,7 +16,7 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx import nn, utils
 
-from mhc_backends._mlx import as_tuple
+from mhc_backends.mlx_common import as_tuple
 
 __all__ = ["is_repeatable", "recomputed"]
 

@@ -10,7 +10,7 @@ from mlx import nn
 import mhc_core as mhc
 from mhc_backends.mlx_nn._static import residual_start
 from mhc_backends.mlx_nn.layer import MHCLayer
-from mhc_core import _checks
+from mhc_core import checks
 
 __all__ = ["MHCRewire"]
 
@@ -68,9 +68,9 @@ class MHCRewire(nn.Module):
         self, inner: nn.Module, dims: int, n: int = 32, *, init: str = "residual", **mhc_kwargs: Any
     ) -> None:
         super().__init__()
-        _checks.one_of("residual", "mhc-mlx")("MHCRewire", "init", init)
-        self.dims = _checks.positive_int("MHCRewire", "dims", dims)
-        self.n = _checks.positive_int("MHCRewire", "n", n)
+        checks.one_of("residual", "mhc-mlx")("MHCRewire", "init", init)
+        self.dims = checks.positive_int("MHCRewire", "dims", dims)
+        self.n = checks.positive_int("MHCRewire", "n", n)
         if dims % n:
             raise ValueError(f"MHCRewire: dims is {dims}; needs a multiple of n={n}")
         self.inner: Any = inner

@@ -13,7 +13,7 @@ import mhc_core as mhc
 from mhc_backends.mlx_nn.block import HyperConnectedBlock
 from mhc_backends.mlx_nn.hyper import HyperConnection, HyperHead
 from mhc_backends.mlx_nn.recompute import is_repeatable, recomputed
-from mhc_core import _checks, _gradients
+from mhc_core import checks, gradients
 
 __all__ = ["HyperConnectedStack"]
 
@@ -91,8 +91,8 @@ class HyperConnectedStack(nn.Module):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        self.n = _checks.positive_int(owner, "n", n)
-        self.single_pass = _checks.boolean(owner, "single_pass", single_pass)
+        self.n = checks.positive_int(owner, "n", n)
+        self.single_pass = checks.boolean(owner, "single_pass", single_pass)
         self.recompute = _checked_recompute(owner, recompute)
         self.blocks = _checked_blocks(owner, blocks, self.n)
         if head is not None:
@@ -120,7 +120,7 @@ class HyperConnectedStack(nn.Module):
         """
         calls = self._calls(args, each, kwargs)
         count, part = len(self.blocks), self.part
-        again = self.training and _gradients.wanted() and part < count and is_repeatable(calls)
+        again = self.training and gradients.wanted() and part < count and is_repeatable(calls)
         state: tuple[mx.array, ...] = (h,)
         for start in range(0, count, part):
             stop = min(start + part, count)
@@ -193,7 +193,7 @@ def _checked_recompute(owner: str, value: Any) -> Recompute:
         raise ValueError(
             f"{owner}: recompute is {value!r}; needs 'auto', False or an integer of at least 1"
         )
-    return _checks.positive_int(owner, "recompute", value)
+    return checks.positive_int(owner, "recompute", value)
 
 
 def _checked_blocks(owner: str, blocks: Any, n: int) -> list[HyperConnectedBlock]:

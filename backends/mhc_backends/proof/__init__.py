@@ -57,7 +57,7 @@ class KernelProof:
                 self._verdicts[kind] = self._kept_or_new(kind)
             return self._verdicts[kind]
 
-    def known(self) -> Sequence[Verdict]:
+    def verdicts(self) -> Sequence[Verdict]:
         """Return the verdicts in the cache, and those of this process that are not in it."""
         from mhc_backends.proof.cache import Cache
 

@@ -27,8 +27,8 @@ from mhc_backends.kernels import launch as table
 from mhc_backends.kernels import ops
 from mhc_backends.kernels.mlx import Kernels, dtype_name
 from mhc_core import DEEPSEEK_V4, LIGER, PAPER
-from mhc_core._signature import signature
 from mhc_core.math import load
+from mhc_core.signature import signature
 
 __all__ = ["Call", "Launched", "Watched", "calls", "candidates", "launches", "run"]
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mhc_backends.proof.launches import Call
+from mhc_conformance.answers import answers, condition, size
 from mhc_conformance.cases import Case, Sizes, data, numpy_dtype
-from mhc_conformance.checks import answers, condition, size
-from mhc_conformance.tolerances import Kind, tolerance
+from mhc_conformance.tolerances import Quantity, tolerance
 from mhc_core.math import load
 
 __all__ = ["Inputs", "Want", "fault", "inputs", "wanted"]
@@ -82,7 +82,9 @@ class Want(NamedTuple):
     allowed: float
 
 
-def wanted(call: Call, kind: Kind, given: Inputs, stored: Array | None = None) -> list[Want]:
+def wanted(
+    call: Call, quantity: Quantity, given: Inputs, stored: Array | None = None
+) -> list[Want]:
     """Return the oracle's outputs or gradients for a call.
 
     ``stored`` is x' as the backend rounded it, for an op that reads it back.
@@ -91,21 +93,21 @@ def wanted(call: Call, kind: Kind, given: Inputs, stored: Array | None = None) -
     if stored is not None:
         options["x_rounded"] = stored[: call.distinct]
     streams, times = call.dtypes[0], call.T // call.distinct
-    asked = answers(call.op, kind, given.primals, given.cotangents, options, streams)
+    asked = answers(call.op, quantity, given.primals, given.cotangents, options, streams)
     found: list[Want] = []
     for index, (value, moved) in enumerate(zip(*asked, strict=True)):
-        every = kind == "forward" or _per_token(call, index)
+        every = quantity == "forward" or _per_token(call, index)
         value, moved = (value, moved) if every else (value * times, moved * times)
-        name, dtype = _result(call, kind, index)
-        allowed = tolerance(call.op, kind, dtype, condition(value, moved, streams))
+        name, dtype = _result(call, quantity, index)
+        allowed = tolerance(call.op, quantity, dtype, condition(value, moved, streams))
         found.append(Want(name, value, every, np.dtype(numpy_dtype(dtype)), allowed))
     return found
 
 
-def _result(call: Call, kind: Kind, index: int) -> tuple[str, str]:
+def _result(call: Call, quantity: Quantity, index: int) -> tuple[str, str]:
     """Return the name of a result and the name of its dtype: a gradient has that of its array."""
     declared = load(call.op).OP
-    if kind == "gradient":
+    if quantity == "gradient":
         return f"d {list(declared.arrays)[index]}", call.dtypes[index]
     name, out = list(declared.outputs.items())[index]
     return name, call.dtypes[0] if out.dtype == "stream" else "float32"

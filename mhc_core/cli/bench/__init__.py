@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mhc_core.cli import _files, _screen
+from mhc_core.cli import _files
 from mhc_core.cli._baselines import BASELINES
+from mhc_core.text import one_line
 
 if TYPE_CHECKING:
     from mhc_core.cli.bench._arrays import Sizes
@@ -183,7 +184,7 @@ def bench(
             with _files.only_json(json_file):
                 made, good, points = _run.measured(run)
     except BackendError as error:
-        typer.echo(f"mhc bench: {_screen.one_line(error)}", err=True)
+        typer.echo(f"mhc bench: {one_line(error)}", err=True)
         raise typer.Exit(1) from error
     texts = [(file, _record.spelled(made)) for file in (json_file, report) if file]
     written = [_files.write(file, content) for file, content in texts]
@@ -211,7 +212,7 @@ def _numbers(option: str, words: Sequence[str] | None, default: int) -> list[int
 
 def _check_memory(rows: Sequence[Row], sizes: Sequence[Sizes], sides: Sequence[Side]) -> None:
     """Refuse sizes that cannot fit: the inputs are held on the host, and once in every library."""
-    from mhc_core.cli._machine import machine
+    from mhc_core.machine import machine
 
     there = machine()["memory_gib"]
     libraries = {side.library.name for side in sides if not side.library.accelerator}
@@ -258,8 +259,8 @@ def _theirs(chosen: Sequence[str] | None, libraries: set[str]) -> tuple[list[Sid
 
     By default only those of the libraries that are measured.
     """
-    from mhc_core.cli._machine import safe
     from mhc_core.cli.bench._sides import baseline_side
+    from mhc_core.text import safe
 
     known = (*BASELINES, NOBODY)
     for name in chosen or ():

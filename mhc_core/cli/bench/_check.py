@@ -38,13 +38,14 @@ def check(side: Side, rows: Sequence[Row], sizes: Sizes, seed: int) -> Iterator[
 
 def _check_op(backend: str, op: str, sizes: Sizes, seed: int) -> Iterator[Checked]:
     import mhc_core
-    from mhc_conformance import cases, checks, subject
+    from mhc_conformance import cases, subject
+    from mhc_conformance.trials import Trial
 
     own = subject.Subject(backend)
     tokens = min(sizes.B * sizes.T, TOKENS)
     here = cases.Sizes((tokens,), sizes.n, sizes.C, "as it is timed")
     case = cases.Case(op, f"of seed {seed}", here, _static(op, mhc_core.DEEPSEEK_V4))
-    trial = checks._Trial(own, case, sizes.dtype, seed)  # pyright: ignore[reportPrivateUsage]
+    trial = Trial(own, case, sizes.dtype, seed)
     primals, cotangents = own.take(trial.primals), own.take(trial.cotangents)
     found = [("forward", c) for c in trial.forward(trial.function(*primals))]
     pulled = own.vjp(op, primals, cotangents, case.options)

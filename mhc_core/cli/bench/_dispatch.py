@@ -42,22 +42,23 @@ OPS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # label: op, static argume
 def dispatch(backend: str, repeats: int) -> Iterator[Dispatched]:
     """Measure selection, validation and the total overhead of each small call."""
     import mhc_core
-    from mhc_core import _registry
-    from mhc_core._signature import signature
+    from mhc_core import selection
+    from mhc_core.dispatch import get_op
+    from mhc_core.signature import signature
 
     for label, (op, options) in OPS.items():
         arrays = _arrays(backend, op, optional="with" in label)
         has_variant = op == "combine_pre"
         static = {"variant": mhc_core.DEEPSEEK_V4} if has_variant else options
         positional = (*arrays[:7], mhc_core.DEEPSEEK_V4, *arrays[7:]) if has_variant else arrays
-        checked = signature(_registry.get_op, op, arrays, static)
+        checked = signature(get_op, op, arrays, static)
         measured = {
-            "select": partial(_registry.select, op, checked, None, arrays),
-            "validate": partial(signature, _registry.get_op, op, arrays, static),
+            "select": partial(selection.select, op, checked, None, arrays),
+            "validate": partial(signature, get_op, op, arrays, static),
             "call": partial(getattr(mhc_core, op), *positional),
         }
         measured["call"]()  # discovers, selects, imports
-        with _without_array_work(_registry):
+        with _without_array_work(selection):
             times = [_nanoseconds(function, repeats) for function in measured.values()]
         yield Dispatched(backend, label, len(arrays), *times)
 
@@ -65,12 +66,13 @@ def dispatch(backend: str, repeats: int) -> Iterator[Dispatched]:
 def _arrays(backend: str, op: str, optional: bool) -> tuple[Any, ...]:
     import numpy
 
-    from mhc_core import _registry
+    from mhc_core.discovery import backend_module, backends
+    from mhc_core.dispatch import get_op
 
-    spec = _registry.backends()[backend].spec
+    spec = backends()[backend].spec
     assert spec is not None, backend
-    own, rng = _registry.module(spec), numpy.random.default_rng()
-    declared = _registry.get_op(op)
+    own, rng = backend_module(spec), numpy.random.default_rng()
+    declared = get_op(op)
     return tuple(
         own.from_host(draw(name, shape_of(pattern, SMALL), dtype_of(name, SMALL), rng))
         for name, pattern in declared.arrays.items()
@@ -79,18 +81,18 @@ def _arrays(backend: str, op: str, optional: bool) -> tuple[Any, ...]:
 
 
 @contextmanager
-def _without_array_work(registry: Any) -> Generator[None]:
+def _without_array_work(selection: Any) -> Generator[None]:
     """Replace every selected function by one that does nothing."""
-    selected = registry._SELECTED  # its lookup table, which has no public name
+    selected = selection._SELECTED  # its lookup table, which has no public name
 
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
-    registry._SELECTED = dict.fromkeys(selected, nothing)
+    selection._SELECTED = dict.fromkeys(selected, nothing)
     try:
         yield
     finally:
-        registry._SELECTED = selected
+        selection._SELECTED = selected
 
 
 def _nanoseconds(function: Callable[[], Any], repeats: int, calls: int = 2000) -> float:

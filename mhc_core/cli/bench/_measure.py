@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mhc_core.cli._machine import safe
 from mhc_core.cli.bench._arrays import Sizes
 from mhc_core.cli.bench._library import leaves
 from mhc_core.cli.bench._rows import Row
 from mhc_core.cli.bench._sides import Entry, Side, entries
 from mhc_core.cli.bench._timing import one_call, stream_of_calls
+from mhc_core.text import safe
 
 if TYPE_CHECKING:
     import numpy

@@ -10,8 +10,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from mhc_core.cli import _screen
 from mhc_core.cli.bench._measure import Measured
+from mhc_core.text import one_line
 
 __all__ = ["Points", "missing", "plot"]
 
@@ -78,7 +78,7 @@ def _tick(value: float, _: int | None) -> str:
 
 def _words(value: str) -> str:
     """Return text that Matplotlib does not read as a formula."""
-    return _screen.one_line(value).replace("$", r"\$")
+    return one_line(value).replace("$", r"\$")
 
 
 def _speed(gb_per_s: float) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from mhc_core.cli import _machine
+from mhc_core import machine
 from mhc_core.cli._command import with_places
 
 __all__ = ["header", "record", "spelled"]
@@ -25,9 +25,9 @@ def record(mode: str, libraries: Sequence[str]) -> dict[str, Any]:
         "command": shlex.join(["mhc", "bench", *_arguments(sys.argv)]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "mode": mode,
-        "machine": _machine.machine(),
-        "devices": _machine.devices(tuple(libraries)),
-        "versions": _machine.versions(),
+        "machine": machine.machine(),
+        "devices": machine.devices(tuple(libraries)),
+        "versions": machine.versions(),
     }
 
 

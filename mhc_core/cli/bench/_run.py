@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy
 
-from mhc_core._registry import trusting
 from mhc_core.cli.bench import _check, _dispatch, _measure, _record, _table
 from mhc_core.cli.bench._arrays import Sizes, draw
 from mhc_core.cli.bench._check import Checked
@@ -19,6 +18,7 @@ from mhc_core.cli.bench._plot import Points
 from mhc_core.cli.bench._rows import Row
 from mhc_core.cli.bench._sides import Side
 from mhc_core.cli.bench._timing import copy_speed
+from mhc_core.selection import without_proofs
 
 __all__ = ["Run", "dispatched", "measured"]
 
@@ -40,7 +40,7 @@ class Run:
     notes: Sequence[str]
 
 
-@trusting()  # a wrong backend may be measured too
+@without_proofs()  # a wrong backend may be measured too
 def measured(run: Run) -> tuple[dict[str, Any], bool, Points]:
     """Measure; return the record, whether all of ours ran and were right, and what to draw."""
     libraries = list(dict.fromkeys(side.library.name for side in run.sides))
@@ -161,7 +161,7 @@ def _left_out(run: Run) -> Iterator[str]:
 # ---- dispatch -----------------------------------------------------------------------------------
 
 
-@trusting()  # a wrong backend may be measured too
+@without_proofs()  # a wrong backend may be measured too
 def dispatched(names: Sequence[str], repeats: int) -> dict[str, Any]:
     """Measure the cost of a call without its array work; return the record."""
     made = _record.record("dispatch", [])

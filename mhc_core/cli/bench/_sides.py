@@ -53,7 +53,7 @@ class Side:
 
     def chosen(self) -> contextlib.AbstractContextManager[None]:
         """Select this side for the public ops."""
-        from mhc_core._registry import use_backend
+        from mhc_core import use_backend
 
         return use_backend(self.name) if self.ours else contextlib.nullcontext()
 
@@ -77,7 +77,7 @@ class Entry:
 
 def runnable(chosen: Sequence[str] | None) -> list[str]:
     """Return the chosen backends, each of which must be able to run here, or all that can."""
-    from mhc_core._registry import backends, use_backend
+    from mhc_core import backends, use_backend
 
     for name in chosen or ():
         with use_backend(name):  # raises with the reason
@@ -89,11 +89,11 @@ def runnable(chosen: Sequence[str] | None) -> list[str]:
 
 def our_side(name: str) -> Side:
     """Return a backend that can run here as a side."""
-    from mhc_core._registry import backends, module
+    from mhc_core.discovery import backend_module, backends
 
     spec = backends()[name].spec
     assert spec is not None, name  # a broken plugin is no backend that can run
-    own = module(spec)
+    own = backend_module(spec)
 
     def refuses(row: Row, sizes: Sizes) -> str | None:
         reasons = (spec.refuses(op, (sizes.dtype,), sizes.n) for op in row.ops)
@@ -168,13 +168,13 @@ def baseline_side(baseline: Baseline) -> Side:
 
 def _host_functions(name: str) -> Any:
     """Return the host functions of one of our backends for the library."""
-    from mhc_core._registry import backends, module
+    from mhc_core.discovery import backend_module, backends
 
     for backend in backends().values():
         if backend.available and backend.spec is not None:
             own = backend.spec.array_types[0].partition(".")[0] == name
             if own and backend.spec.automatic:
-                return module(backend.spec)
+                return backend_module(backend.spec)
     raise LookupError(f"no backend here is built on {name}")
 
 

@@ -14,7 +14,7 @@ __all__ = ["print_dispatched", "print_lines", "print_measured", "track"]
 
 Step = TypeVar("Step")
 
-WIDE = 132  # columns where the output is no terminal
+WIDTH = 132  # columns where the output is no terminal
 BAR = 10  # cells of a bar of 100 %
 
 
@@ -53,7 +53,7 @@ def print_measured(title: str, rows: Sequence[Measured]) -> None:
             table.add_section()
         table.add_row(*_cells(row, row.row != before, memory))
         before = row.row
-    _screen.console(WIDE).print(table)
+    _screen.console(WIDTH).print(table)
 
 
 def _cells(row: Measured, first: bool, memory: bool) -> list[Any]:
@@ -96,4 +96,4 @@ def print_dispatched(rows: Sequence[Dispatched]) -> None:
         table.add_row(
             row.op, _screen.text(row.backend), str(row.arrays), *(f"{t:.0f}" for t in times)
         )
-    _screen.console(WIDE).print(table)
+    _screen.console(WIDTH).print(table)

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mhc_core.cli import _files, _machine, _screen
+from mhc_core import machine
+from mhc_core.cli import _files, _screen
 from mhc_core.cli.demo._settings import STREAMS, VARIANTS, Settings
+from mhc_core.text import one_line, safe
 
 if TYPE_CHECKING:
     from mhc_core import Backend
@@ -114,7 +116,7 @@ def demo(
         trained = _train_all(settings, content, library, out, save_every, before)
     except OSError as error:
         said = f"mhc demo: stopped, {out} cannot be written: {error.strerror or error}"
-        typer.echo(_screen.one_line(said), err=True)
+        typer.echo(one_line(said), err=True)
         raise typer.Exit(1) from None
     told = _results.results(settings, text.name if text else STANDARD_LIBRARY, _command(), trained)
     with _files.only_json(json_file):
@@ -161,7 +163,7 @@ def _check_memory(depth: int, width: int, heads: int, context: int, batch: int) 
     """
     parameters = 4 * (depth // 2) * 12 * width * width
     kept = depth * batch * context * (STREAMS * width + heads * context // 2)
-    needed, there = 4 * (parameters + kept) / 2**30, _machine.machine()["memory_gib"]
+    needed, there = 4 * (parameters + kept) / 2**30, machine.machine()["memory_gib"]
     if there and needed > there:
         raise typer.BadParameter(
             f"a model of these sizes needs {needed:.3g} GiB at least; here are {there} GiB: "
@@ -227,7 +229,7 @@ def _trains(backend: Backend) -> str | None:
 def _rank(library: str) -> int:
     if library == "jax":
         return 1
-    return 0 if _machine.devices((library,)).get(library, "").startswith("gpu") else 2
+    return 0 if machine.devices((library,)).get(library, "").startswith("gpu") else 2
 
 
 def _checkpoints(
@@ -311,7 +313,7 @@ def _command() -> str:
     """Return the command that trains the same again."""
     words = sys.argv[1:]
     kept = (word for word in words if word not in ("--resume", "--overwrite"))
-    return _machine.safe(shlex.join(["mhc", *kept]))
+    return safe(shlex.join(["mhc", *kept]))
 
 
 def _show(told: Mapping[str, Any]) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 import numpy
 
 import mhc_core as mhc
-from mhc_core import diagnostics
-from mhc_core.cli import _machine
+from mhc_core import diagnostics, machine
 from mhc_core.cli.demo._connections import CONNECTIONS, Manifold
 from mhc_core.cli.demo._model import LAYERS
 from mhc_core.cli.demo._settings import VARIANTS, Settings
@@ -41,9 +40,9 @@ def results(
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "settings": asdict(settings),
         "text": text_name,
-        "machine": _machine.machine(),
-        "devices": _machine.devices(names),
-        "versions": _machine.versions(),
+        "machine": machine.machine(),
+        "devices": machine.devices(names),
+        "versions": machine.versions(),
         "variants": {name: _variant(name, one) for name, one in trained.items()},
     }
 

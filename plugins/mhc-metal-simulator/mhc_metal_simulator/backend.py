@@ -9,7 +9,7 @@ import functools
 import sys
 from typing import Any
 
-from mhc_backends import _mlx
+from mhc_backends import mlx_common
 from mhc_backends.mlx_metal import SPEC as METAL
 from mhc_core.backend import BackendSpec
 from mhc_core.hookspecs import hookimpl
@@ -26,7 +26,7 @@ def missing() -> str | None:
     """Return what the simulator lacks here, or None."""
     if sys.platform != "linux":  # its fibers, and the loading of what it compiles
         return f"the simulator runs on Linux, and this is {sys.platform}"
-    if reason := _mlx.missing():
+    if reason := mlx_common.missing():
         return reason
     from mhc_metal_simulator.compiler import find_compiler
     from mhc_metal_simulator.errors import SimulatorError
@@ -69,7 +69,7 @@ def _ops() -> Any:
 
 def __getattr__(name: str) -> Any:
     if name in ("checkpoint", "from_host", "grad", "to_host"):
-        return getattr(_mlx, name)
+        return getattr(mlx_common, name)
     if name == "vjp" or name in METAL.ops:
         return getattr(_ops(), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,7 +26,7 @@ from mhc_backends.kernels.ops import OPS
 from mhc_conformance.cases import STATICS, Sizes
 from mhc_conformance.subject import several
 from mhc_core import math
-from mhc_core._signature import Op, signature
+from mhc_core.signature import Op, signature
 
 from mhc_metal_simulator.capture import capture_source
 from mhc_metal_simulator.headers import utilities

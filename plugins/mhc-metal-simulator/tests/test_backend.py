@@ -35,7 +35,7 @@ from kernel_checks import (  # noqa: E402
     seeded,
 )
 from mhc_backends import kernels  # noqa: E402
-from mhc_backends._mlx import as_tuple  # noqa: E402
+from mhc_backends.mlx_common import as_tuple  # noqa: E402
 from mhc_conformance import BackendConformance, Subject  # noqa: E402
 from mhc_conformance.cases import cases, data  # noqa: E402
 

@@ -18,10 +18,10 @@ import pytest
 pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels these are")
 
 from mhc_backends import kernels
-from mhc_backends._mlx import as_tuple, from_host
 from mhc_backends.kernels import launch as launches
 from mhc_backends.kernels import mlx as machinery
 from mhc_backends.kernels.ops import OPS
+from mhc_backends.mlx_common import as_tuple, from_host
 from mhc_conformance.cases import Case, Sizes, cases, data
 
 import mhc_metal_simulator as simulator

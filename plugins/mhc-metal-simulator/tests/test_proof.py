@@ -19,7 +19,7 @@ mhc = pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose k
 
 from mhc_backends.kernels import KERNELS  # noqa: E402
 from mhc_backends.proof import KernelProof  # noqa: E402
-from mhc_core import _registry  # noqa: E402
+from mhc_core import selection  # noqa: E402
 
 from mhc_metal_simulator.backend import SPEC  # noqa: E402
 
@@ -35,7 +35,7 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MHC_TEST_LAUNCHES", str(file))
     monkeypatch.setenv("MHC_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MHC_BACKEND", raising=False)
-    monkeypatch.setattr(_registry, "_warned", set())
+    monkeypatch.setattr("mhc_core._proofs._warned", set())
     return file
 
 
@@ -47,7 +47,7 @@ def proof(launcher: str, limit: float = 100) -> KernelProof:
 def backend(launcher: str, limit: float = 100) -> Iterator[KernelProof]:
     """Register the simulator as a backend that is selected by itself, once it is proven."""
     made = proof(launcher, limit)
-    with _registry.known(replace(SPEC, name=NAME, automatic=True, priority=99, proof=made)):
+    with selection.registered(replace(SPEC, name=NAME, automatic=True, priority=99, proof=made)):
         yield made
 
 
@@ -136,14 +136,14 @@ def test_a_fault_is_harmless_and_told(
         assert f"`mhc conformance {NAME} --op sinkhorn --report report.html`" in said
         with pytest.raises(mhc.BackendUnavailableError, match=FAULTS[fault]):
             mhc.sinkhorn(logits, backend=NAME)
-        (verdict,) = made.known()
+        (verdict,) = made.verdicts()
         assert verdict[:3] == KIND
         assert re.search(FAULTS[fault], verdict.reason or "")
         tried = launched.read_text()
-        (again,) = proof(fault).known()
+        (again,) = proof(fault).verdicts()
         assert again == verdict
         assert launched.read_text() == tried
-        with _registry.trusting():  # the simulator itself is sound
+        with selection.without_proofs():  # the simulator itself is sound
             assert mx.allclose(mhc.sinkhorn(logits, backend=NAME), want, atol=1e-6)
 
 

@@ -11,9 +11,9 @@ import pytest
 mhc = pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels these are")
 
 from kernel_checks import BACKEND  # noqa: E402
-from mhc_backends._mlx import as_tuple, from_host  # noqa: E402
 from mhc_backends.kernels import launch as launches  # noqa: E402
 from mhc_backends.kernels.ops import OPS  # noqa: E402
+from mhc_backends.mlx_common import as_tuple, from_host  # noqa: E402
 from mhc_conformance.cases import Case, Sizes, cases, data  # noqa: E402
 
 ORDINARY = Sizes((2, 3), 4, 8, "the kit's ordinary batch, whose kernels it compiles")

@@ -1,6 +1,8 @@
 """torch: the neutral maths on PyTorch tensors, with the hand-written vjps behind autograd."""
 
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from mhc_core import math
 from mhc_core.backend import DTYPES, BackendSpec
@@ -11,6 +13,13 @@ def _missing() -> str | None:
     return None if find_spec("torch") else "PyTorch is not installed: pip install torch"
 
 
+def _device() -> str:
+    torch: Any = import_module("torch")
+    if torch.cuda.is_available():
+        return f"cuda, {torch.cuda.get_device_name()}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 SPEC = BackendSpec(
     name="torch",
     module="mhc_torch.ops",
@@ -18,6 +27,7 @@ SPEC = BackendSpec(
     ops=math.OPS,
     dtypes=DTYPES,
     missing=_missing,
+    device=_device,
     api_version=1,
 )
 

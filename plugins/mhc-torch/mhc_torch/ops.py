@@ -18,11 +18,12 @@ import numpy
 import torch
 import torch.utils.checkpoint
 
-from mhc_core import _registry, math
+from mhc_core import math
+from mhc_core.dispatch import OPAQUE
 from mhc_torch import _function
 
-for _dispatch in (_registry.answer, _registry.answer_vjp):
-    torch.compiler.allow_in_graph(_dispatch)
+for _function_of_core in OPAQUE:
+    torch.compiler.allow_in_graph(_function_of_core)
 
 
 def __getattr__(name: str) -> Callable[..., Any]:

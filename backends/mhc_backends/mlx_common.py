@@ -1,4 +1,4 @@
-"""The common parts of all MLX backends: whether MLX can run here, host arrays, and the transforms.
+"""The common parts of all MLX backends: whether and where MLX runs, host arrays, the transforms.
 
 Imports nothing heavy; the functions that need MLX import it.
 """
@@ -37,6 +37,14 @@ def missing() -> str | None:
 
 def _numbers(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version)[:3]]
+
+
+def device() -> str:
+    """Return the device that MLX computes on, in words."""
+    core: Any = import_module("mlx.core")
+    processor = "gpu" if core.default_device().type == core.DeviceType.gpu else "cpu"
+    words: dict[str, Any] = core.device_info()
+    return f"{processor}, {words.get('device_name', 'unknown')}"
 
 
 def not_the_default() -> str | None:

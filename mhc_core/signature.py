@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from mhc_core._checks import Check
 from mhc_core.backend import DTYPES
+from mhc_core.checks import Check
 
 __all__ = ["Op", "Out", "Signature", "dtype_name", "signature"]
 
@@ -57,13 +57,10 @@ class Signature(NamedTuple):
     leading: Shape
     sizes: Mapping[str, int]
     names: tuple[str, ...]  # of the arrays, for messages
-    kind: tuple[tuple[str, ...], int | None]  # dtype names and n: what a backend may refuse
+    dtypes: tuple[str, ...]  # of the arrays, by name
+    n: int | None  # streams; None for an op that has none
+    key: tuple[str, tuple[str, ...], int | None]  # op, dtypes and n: all that a selection sees
     static: Mapping[str, Any]
-
-    @property
-    def dtypes(self) -> tuple[str, ...]:
-        """Return the dtype names of the arrays, in order."""
-        return self.kind[0]
 
     @property
     def stream_dtype(self) -> str:
@@ -146,8 +143,8 @@ def _check(
     problem = op.constraint(sizes) if op.constraint else None
     if problem:
         raise ValueError(f"{op.name}: {problem}")
-    kind = (tuple(dtypes), sizes.get("n"))
-    call = Signature(op, leading or (), sizes, names, kind, plain)
+    key = (op.name, tuple(dtypes), sizes.get("n"))
+    call = Signature(op, leading or (), sizes, names, *key[1:], key, plain)
     return call if cotangents is None else _with_cotangents(call, cotangents)
 
 
@@ -259,4 +256,5 @@ def _with_cotangents(call: Signature, cotangents: Sequence[Any]) -> Signature:
                 "needs float32 or less (nothing is narrowed silently)"
             )
     dtypes = (*call.dtypes, *(dtype_name(cotangent.dtype) for cotangent in cotangents))
-    return call._replace(names=call.names + names, kind=(dtypes, call.kind[1]))
+    key = (call.op.name, dtypes, call.n)
+    return call._replace(names=call.names + names, dtypes=dtypes, key=key)

@@ -1,19 +1,20 @@
-"""The machine in a report: hardware and versions, and nothing about its user."""
+"""The machine in a report: hardware, devices and versions, and nothing about its user."""
 
 from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from importlib import import_module
+from collections.abc import Collection, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["devices", "machine", "safe", "versions"]
+from mhc_core.discovery import by_priority
+from mhc_core.text import safe
+
+__all__ = ["devices", "machine", "versions"]
 
 PACKAGES = (
     "mhc-core",
@@ -31,20 +32,6 @@ PACKAGES = (
     "mlx-lm",
     "mlx-vlm",
 )
-
-
-HOMES = re.compile(r"(/home|/Users|[A-Za-z]:[/\\]+Users)[/\\]+[^/\\\s'\":,)]+")
-
-
-def safe(text: str) -> str:
-    """Remove what identifies the user from a message: home folders and the user's name."""
-    for folder in (str(Path.home()), os.environ.get("HOME", "")):
-        if len(folder) > 1:
-            text = text.replace(folder, "~")
-    text = HOMES.sub("~", text)
-    user = os.environ.get("USER") or os.environ.get("USERNAME") or ""
-    # a short name, or root, is in many an innocent word
-    return re.sub(rf"\b{re.escape(user)}\b", "someone", text) if len(user) > 4 else text
 
 
 def machine() -> dict[str, Any]:
@@ -95,37 +82,25 @@ def _installed() -> Iterator[tuple[str, str]]:
             continue
 
 
-def devices(libraries: tuple[str, ...] = ("mlx", "jax", "torch")) -> dict[str, str]:
-    """Return the device that each installed array library computes on; imports the libraries."""
-    asked = {"mlx": _mlx_device, "jax": _jax_device, "torch": _torch_device}
+def devices(libraries: Collection[str] | None = None) -> dict[str, str]:
+    """Return the device that each array library computes on, as its backends say; imports them.
+
+    Parameters
+    ----------
+    libraries
+        The names of the libraries, such as ``"jax"``; all that have a backend if left out.
+    """
     found: dict[str, str] = {}
-    for name in libraries:
-        if name not in asked:
+    for spec in by_priority():
+        library = spec.array_types[0].partition(".")[0]
+        if spec.device is None or library in found:
+            continue
+        if libraries is not None and library not in libraries:
             continue
         try:
-            found[name] = asked[name]()
+            found[library] = spec.device()
         except ImportError:
             continue
         except Exception as error:  # a driver that is not there, say: that is worth knowing
-            found[name] = safe(f"{type(error).__name__}: {error}".splitlines()[0])
+            found[library] = safe(f"{type(error).__name__}: {error}".splitlines()[0])
     return found
-
-
-def _mlx_device() -> str:
-    mx: Any = import_module("mlx.core")
-    kind = "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
-    words: dict[str, Any] = mx.device_info()
-    return f"{kind}, {words.get('device_name', 'unknown')}"
-
-
-def _jax_device() -> str:
-    jax: Any = import_module("jax")
-    device = jax.devices()[0]
-    return f"{device.platform}, {device.device_kind}"
-
-
-def _torch_device() -> str:
-    torch: Any = import_module("torch")
-    if torch.cuda.is_available():
-        return f"cuda, {torch.cuda.get_device_name()}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

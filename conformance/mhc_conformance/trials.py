@@ -1,0 +1,200 @@
+"""Trials: one case on one backend, and its results held against the oracle's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+import mhc_core
+from mhc_conformance.answers import Kept, condition, directions, distance, of_case, size
+from mhc_conformance.cases import Case, cases, data, declaration, numpy_dtype
+from mhc_conformance.records import Comparison
+from mhc_conformance.subject import Subject, several
+from mhc_conformance.telling import quick
+from mhc_conformance.tolerances import Quantity, rounds, tolerance
+
+__all__ = ["Trial", "ordinary", "trials"]
+
+Array = NDArray[Any]
+
+
+class _Expected(NamedTuple):
+    """One array as the oracle computes it, and how well the input determines it."""
+
+    name: str
+    value: Array
+    dtype: str
+    condition: float
+
+    @property
+    def size(self) -> float:
+        """Return the size of the array, which errors are relative to."""
+        return size(self.value)
+
+
+def _compare(op: str, quantity: Quantity, where: str, got: Array, want: _Expected) -> Comparison:
+    """Compare one array; its dtype and shape count too."""
+    limit = tolerance(op, quantity, want.dtype, want.condition)
+    where = f"{want.name} of {where}"
+    if got.dtype != numpy_dtype(want.dtype) or got.shape != want.value.shape:
+        have = f"{got.dtype} {got.shape}"
+        return Comparison(
+            where, math.nan, limit, f"is {have}; needs {want.dtype} {want.value.shape}"
+        )
+    return Comparison(where, distance(got.astype(np.float64), want.value) / want.size, limit)
+
+
+def _compare_all(
+    case: Case, quantity: Quantity, got: Sequence[Array], expected: Sequence[_Expected]
+) -> Iterator[Comparison]:
+    if len(got) != len(expected):
+        problem = f"has {len(got)} arrays; needs {len(expected)}"
+        yield Comparison(case.name, math.nan, 0.0, problem)
+        return
+    for one, want in zip(got, expected, strict=True):
+        yield _compare(case.op, quantity, case.name, one, want)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One case on one backend, with the oracle's answers to it."""
+
+    subject: Subject
+    case: Case
+    dtype: str
+    seed: int
+
+    @property
+    def primals(self) -> tuple[Array, ...]:
+        return data(self.case, self.dtype, self.seed).primals
+
+    @property
+    def cotangents(self) -> tuple[Array, ...]:
+        return data(self.case, self.dtype, self.seed).cotangents
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return self.subject.function(self.case.op, self.case.options)
+
+    def _seam(self) -> Kept | None:
+        """Return the streams as the backend rounded them, for an op that reads them so, or None."""
+        if self.case.op != "combine_pre":
+            return None
+        outputs = self.subject.give(self.function(*self.subject.take(self.primals)))
+        return Kept(outputs[0])
+
+    def _expected(self, quantity: Quantity) -> list[_Expected]:
+        """Return the oracle's answers; the oracle answers each question once."""
+        seam = None if quantity == "second" else self._seam()
+        values, others = of_case(self.case, self.dtype, self.seed, quantity, seam)
+        often = rounds(self.case.iterations)
+        outputs = quantity == "forward"
+        declared = declaration(self.case.op)
+        names = list(declared.outputs) if outputs else [f"d {name}" for name in declared.arrays]
+        like = self.cotangents if outputs else self.primals
+        expected = [
+            _Expected(name, value, str(array.dtype), 1.0)
+            for name, value, array in zip(names, values, like, strict=False)
+        ]
+        return [
+            want._replace(condition=often * condition(want.value, other, self.dtype))
+            for want, other in zip(expected, others, strict=True)
+        ]
+
+    def forward(self, got: Any) -> Iterator[Comparison]:
+        """Compare outputs with the oracle's."""
+        got = self.subject.give(got)
+        yield from _compare_all(self.case, "forward", got, self._expected("forward"))
+
+    def gradients(self, got: Any) -> Iterator[Comparison]:
+        """Compare gradients with the oracle's."""
+        got = self.subject.give(got)
+        yield from _compare_all(self.case, "gradient", got, self._expected("gradient"))
+
+    def called(
+        self, how: str, primals: tuple[Any, ...], cotangents: tuple[Any, ...]
+    ) -> Iterator[Comparison]:
+        """Compare outputs and gradients on the backend's own arrays; ``how`` is in messages."""
+        outputs = self.function(*primals)
+        gradients = self.subject.vjp(self.case.op, primals, cotangents, self.case.options)
+        for comparison in (*self.forward(outputs), *self.gradients(gradients)):
+            yield replace(comparison, where=f"{comparison.where}, {how}")
+
+    def loss(self, function: Callable[..., Any], curved: bool = False) -> Callable[..., Any]:
+        """Return sum(cotangent * output) as a function of the primals.
+
+        A curved one has sum(cotangent * output^2 / 2) beside it, whose gradient depends on the
+        outputs: what a vjp makes of cotangents that are being differentiated counts too.
+        """
+        own = self.subject.take(self.cotangents)  # outside, where no compiler traces it
+
+        def loss(*arrays: Any) -> Any:
+            outputs = several(function(*arrays))
+            parts = [
+                (c * (o + o * o / 2) if curved else c * o).sum()
+                for c, o in zip(own, outputs, strict=True)
+            ]
+            return sum(parts[1:], parts[0])
+
+        return loss
+
+    def native_gradients(self, wrap: Callable[[Any], Any] | None = None) -> Any:
+        """Return the gradients by the library's own grad."""
+        argnums = range(len(self.primals))
+        loss = self.loss(wrap(self.function) if wrap else self.function)
+        return self.subject.transform("grad")(loss, argnums)(*self.subject.take(self.primals))
+
+    def second(self) -> Iterator[Comparison]:
+        """Check the gradients' derivative along a direction, or the refusal to compute it."""
+        refusal = self.subject.lacks("second")
+        try:
+            got = self.subject.give(self._hessian_vector())
+        except Exception as error:
+            if refusal is None:
+                raise
+            yield Comparison(self.case.name, 0.0, 0.0, self._unclear(error))
+            return
+        for one in _compare_all(self.case, "second", got, self._expected("second")):
+            declared = f"gave numbers, where {self.subject.name} has no second derivatives, and"
+            problem = f"{declared} {one.problem or 'wrong ones'}"
+            yield one if one.passed or refusal is None else replace(one, problem=problem)
+
+    def _hessian_vector(self) -> Any:
+        grad, count = self.subject.transform("grad"), range(len(self.primals))
+        along = self.subject.take(directions(self.primals, self.seed))
+        gradients = grad(self.loss(self.function, curved=True), count)
+
+        def slope(*arrays: Any) -> Any:
+            parts = [(u * g).sum() for u, g in zip(along, gradients(*arrays), strict=True)]
+            return sum(parts[1:], parts[0])
+
+        return grad(slope, count)(*self.subject.take(self.primals))
+
+    def _unclear(self, error: Exception) -> str:
+        """Return why a refusal of second derivatives is unclear, or ""."""
+        reason, says = self.subject.lacks("second") or "", str(error)
+        others = [name for name in mhc_core.backends() if name != self.subject.name]
+        remedies = (reason, *(repr(name) for name in others))
+        if self.case.op in says and any(remedy in says for remedy in remedies):
+            return ""
+        raised = f"raised {type(error).__name__}: {error}"
+        return f"{raised}; needs the op's name and the declared reason or another backend's name"
+
+
+def trials(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Trial]:
+    """Yield an op's cases that the backend accepts."""
+    smallest, largest = subject.spec.sizes
+    for case in [quick(op)] if subject.quick else cases(op, dtype, subject.full):
+        if smallest <= case.sizes.n <= (largest or case.sizes.n) and subject.wants(case):
+            subject.trying = case.name
+            yield Trial(subject, case, dtype, seed)
+
+
+def ordinary(subject: Subject, op: str, dtype: str, seed: int) -> Trial:
+    """Return one ordinary case, for checks that depend on neither sizes nor values."""
+    return next(trials(subject, op, dtype, seed))
