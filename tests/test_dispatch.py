@@ -276,7 +276,7 @@ def _reasons(name: str, hidden: tuple[str, ...] = (), path: Path | None = None) 
     [
         ("jax", ("jax",), "JAX is not installed: pip install jax"),
         ("jax", ("jaxlib",), "JAX is not installed: pip install jax"),
-        ("mlx-compiled", ("mlx",), f"MLX is not installed: pip install {_mlx.WHEEL}"),
+        ("mlx-compiled", ("mlx",), f"MLX is not installed: pip install {mlx_common.WHEEL}"),
     ],
 )
 def test_a_machine_without_a_library(name: str, hidden: tuple[str, ...], reason: str) -> None:
@@ -288,7 +288,7 @@ def test_a_machine_without_a_library(name: str, hidden: tuple[str, ...], reason:
     [
         (
             "raise ImportError('libmlx.so: cannot open shared object file')",
-            f"MLX has no backend installed: pip install {_mlx.WHEEL} "
+            f"MLX has no backend installed: pip install {mlx_common.WHEEL} "
             "(libmlx.so: cannot open shared object file)",
         ),
         ("__version__ = '0.32.2'", "MLX 0.32.2 is too old: pip install 'mlx>=0.32.3'"),
