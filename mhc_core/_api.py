@@ -641,4 +641,4 @@ def vjp(
     return call_vjp(op, primals, cotangents, static, backend)
 
 
-FUNCTIONS.update((name, globals()[name]) for name in __all__ if name != "vjp")
+FUNCTIONS.update(globals())  # a vjp's defaults are those of its op's function

@@ -13,7 +13,7 @@ from mhc_core.signature import Signature
 __all__ = ["advice", "not_asked", "unproven", "unproven_text", "warn_once"]
 
 not_asked: ContextVar[bool] = ContextVar("mhc_proofs_not_asked", default=False)
-"""Whether backends run without a proof, in this thread or task."""
+"""True where backends run without a proof, in this thread or task."""
 
 _warned: set[tuple[Any, ...]] = set()
 

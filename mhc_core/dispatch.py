@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
-"""The public function of every op, whose defaults are those of its vjp; the API enters them."""
+"""The API's functions by name, which it enters itself: the defaults of an op's vjp are there."""
 
 _OPS: dict[str, Op] = {}
 _PREPARED: set[type] = set()

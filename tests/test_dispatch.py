@@ -358,6 +358,24 @@ def test_metal_not_disabled(fake: Fake, monkeypatch: pytest.MonkeyPatch, value: 
     assert mhc.sinkhorn(fake(2, 2)) == "mlx-metal"
 
 
+def test_every_backend_may_have_a_variable_that_disables_it(
+    plugins: Plugins, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for priority, name in enumerate(("last", "second", "first")):
+        plugins.backend(name, priority=priority, disabled_by=f"NO_{name.upper()}")
+    answers: list[Any] = []
+    for value in ("0", "1"):
+        for name in ("NO_FIRST", "NO_SECOND"):
+            answers.append(mhc.sinkhorn(fake(2, 2)))
+            monkeypatch.setenv(name, value)
+    answers.append(mhc.sinkhorn(fake(2, 2)))
+    assert answers == ["first", "first", "first", "second", "last"]
+    with selection.registered(plugins.spec("new", priority=9, disabled_by="NO_NEW")):
+        assert mhc.sinkhorn(fake(2, 2)) == "new"
+        monkeypatch.setenv("NO_NEW", "1")
+        assert mhc.sinkhorn(fake(2, 2)) == "last"
+
+
 # --- arrays -----------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 import mhc_core
 from mhc_backends.kernels.launch import TABLE, launch
 from mhc_core.cli import app
+from mhc_core.machine import devices
 from mhc_core.text import safe
 
 if TYPE_CHECKING:
@@ -51,6 +52,23 @@ def test_versions_and_devices() -> None:
     assert told["devices"]["jax"]
     assert told["machine"]["cores"] >= 1
     assert told["machine"]["processor"]
+
+
+def test_a_device_is_told_by_the_library_s_best_backend(plugins: Plugins) -> None:
+    def no_driver() -> str:
+        raise RuntimeError("no driver\nin /home/jane")
+
+    def not_there() -> str:
+        raise ImportError("not installed")
+
+    plugins.only("numpy")
+    plugins.backend("slow", array_types=("one.Array",), device=lambda: "cpu")
+    plugins.backend("fast", array_types=("one.Array",), device=lambda: "gpu", priority=1)
+    plugins.backend("broken", array_types=("two.Array",), device=no_driver)
+    plugins.backend("absent", array_types=("three.Array",), device=not_there)
+    plugins.backend("silent", array_types=("four.Array",))
+    assert devices() == {"one": "gpu", "two": "RuntimeError: no driver"}
+    assert devices(["one", "four"]) == {"one": "gpu"}
 
 
 def test_every_kernel_has_one_row_and_it_is_the_launch() -> None:

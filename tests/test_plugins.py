@@ -511,6 +511,9 @@ FINE: dict[str, Any] = {"name": "a", "module": "a.ops", "array_types": ("a.B",),
         ("without", {"grad": ""}),
         ("without", ("grad",)),
         ("missing", "no driver"),
+        ("device", "gpu"),
+        ("disabled_by", ""),
+        ("disabled_by", True),
     ],
 )
 def test_a_wrong_spec_is_refused_when_it_is_made(field: str, value: Any) -> None:

@@ -109,17 +109,17 @@ class _Worker(Generic[Task]):
         task = self.task
         assert task is not None
         try:
-            kind, news = self.pipe.recv()
+            event, news = self.pipe.recv()
         except (EOFError, OSError):
             self.dead, self.task = True, None
             self._process.join(1)
             yield Died(task, self._process.exitcode)
             return
-        if kind == "raised":
+        if event == "raised":
             raise news
-        if kind == "ready":
+        if event == "ready":
             self.ready = True
-        elif kind == "done":
+        elif event == "done":
             self.task = None
         else:
             yield Told(task, news)

@@ -93,10 +93,10 @@ def _mlx_vlm() -> dict[str, Forward]:
         return h_pre, h_post, comb
 
     def collapse(x: Array, phi: Array, scale: Array, bias: Array) -> tuple[Array, ...]:
-        wide = x.astype(mx.float32)
-        mixes = project(mx.fast.rms_norm(wide.flatten(-2), None, NORM_EPS), phi)
+        upcast = x.astype(mx.float32)
+        mixes = project(mx.fast.rms_norm(upcast.flatten(-2), None, NORM_EPS), phi)
         h_pre, h_post, comb = split(mixes, scale, bias, x.shape[-2])
-        h = (h_pre[..., None] * wide).sum(axis=-2).astype(x.dtype)
+        h = (h_pre[..., None] * upcast).sum(axis=-2).astype(x.dtype)
         return h, h_pre, h_post, comb
 
     def pre(x: Array, *projection: Array) -> tuple[Array, Array, Array]:
@@ -164,8 +164,8 @@ def _jax() -> dict[str, Forward]:
     import jax.numpy as jnp
 
     def collapse(x: Array, phi: Array, scale: Array, bias: Array) -> tuple[Array, ...]:
-        n, wide = x.shape[-2], x.astype(jnp.float32)
-        flat = wide.reshape(*x.shape[:-2], -1)
+        n, upcast = x.shape[-2], x.astype(jnp.float32)
+        flat = upcast.reshape(*x.shape[:-2], -1)
         r = jax.lax.rsqrt(jnp.mean(flat * flat, axis=-1, keepdims=True) + NORM_EPS)
         mixes = (flat @ phi.T) * r
         h_pre = jax.nn.sigmoid(mixes[..., :n] * scale[0] + bias[:n]) + EPS

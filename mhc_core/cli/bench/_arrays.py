@@ -38,7 +38,7 @@ class Sizes:
     dtype: str
 
     @property
-    def known(self) -> dict[str, int]:
+    def by_word(self) -> dict[str, int]:
         """Return the size that each word of the ops' declarations stands for."""
         n, C = self.n, self.C
         return {"n": n, "C": C, "D": n * C, "m": n * n + 2 * n, "nC": n * C}
@@ -52,7 +52,7 @@ def shape_of(pattern: str, sizes: Sizes, shared: bool = False) -> tuple[int, ...
     """Return the sizes of a declared shape, such as ``"... n | n"``: per token, or shared."""
     words = pattern.split("|")[-1 if shared else 0].split()
     ahead = (sizes.B, sizes.T) if words[0] == "..." else ()
-    known = sizes.known
+    known = sizes.by_word
     return (*ahead, *(known[w] if w in known else int(w) for w in words if w != "..."))
 
 

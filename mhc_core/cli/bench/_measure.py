@@ -152,8 +152,8 @@ def _compare(
             line.apart = _apart(got, first[1])
             if not line.apart <= allowed:
                 # A sum may cancel by chance; a wrong result is wrong on other numbers too.
-                again = [_results(one, inputs, 1, sizes) for one in (entry, first[0])]
-                line.apart = min(line.apart, _apart(*again))
+                others = [_results(one, inputs, 1, sizes) for one in (entry, first[0])]
+                line.apart = min(line.apart, _apart(*others))
         except Exception as error:  # whatever a library may raise
             line.failed = _sentence(error)
             continue

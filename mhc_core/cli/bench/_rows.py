@@ -30,7 +30,7 @@ class Row:
     ----------
     name
         The name to write after ``--row``, and shown in the table.
-    kind
+    passes
         ``"forward"``; ``"step"``, a forward with the gradients of all inputs; or ``"vjp"``, the
         gradients of an op from its primals and the cotangents of its outputs.
     formula
@@ -42,7 +42,7 @@ class Row:
     parts
         The ops that it consists of, ``"vjp op"`` for a vjp. Its ideal traffic is theirs: each of an
         op's inputs read once, each output written once. The work of F in between is not counted.
-    again
+    reread
         Inputs that are read a second time: a sum of two gradients reads one of them.
     besides
         Further ops, which run on parameters alone: their traffic is negligible.
@@ -55,12 +55,12 @@ class Row:
     """
 
     name: str
-    kind: Literal["forward", "step", "vjp"]
+    passes: Literal["forward", "step", "vjp"]
     formula: Callable[..., Any]
     inputs: tuple[str, ...]
     parts: tuple[str, ...]
     outputs: tuple[str, ...] = ()
-    again: tuple[str, ...] = ()
+    reread: tuple[str, ...] = ()
     besides: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     shared: bool = False
@@ -87,7 +87,7 @@ class Row:
     def traffic(self, sizes: Sizes) -> int:
         """Return the bytes that must be moved: every GB/s is computed from this."""
         moved = sum(_op_bytes(part, sizes, self.shared) for part in self.parts)
-        return moved * self.layers + sum(nbytes(*_input(word, sizes)) for word in self.again)
+        return moved * self.layers + sum(nbytes(*_input(word, sizes)) for word in self.reread)
 
 
 # ---- declared shapes and bytes ------------------------------------------------------------------
@@ -167,10 +167,10 @@ def _vjp(op: str) -> Row:
     return Row(f"{op} vjp", "vjp", _call(op), arrays_of(op), (f"vjp {op}",), outputs_of(op))
 
 
-def _step(row: Row, output: str, *again: str) -> Row:
+def _step(row: Row, output: str, *reread: str) -> Row:
     parts = (*row.parts, *(f"vjp {part}" for part in reversed(row.parts)))
     name = f"{row.name} fwd+bwd"
-    return replace(row, name=name, kind="step", parts=parts, outputs=(output,), again=again)
+    return replace(row, name=name, passes="step", parts=parts, outputs=(output,), reread=reread)
 
 
 @cache

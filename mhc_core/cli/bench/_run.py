@@ -150,7 +150,7 @@ def _left_out(run: Run) -> Iterator[str]:
         reasons: dict[str, dict[str, None]] = {}
         for row, sizes in itertools.product(run.rows, run.sizes):
             reason = side.refuses(row, sizes)
-            if reason is None and row.kind == "step" and side.library.pull is None:
+            if reason is None and row.passes == "step" and side.library.pull is None:
                 reason = f"{side.library.name} has no autodiff"
             if reason:
                 reasons.setdefault(reason, {})[row.name] = None

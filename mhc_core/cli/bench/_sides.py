@@ -188,10 +188,10 @@ def entries(row: Row, side: Side) -> Iterator[Entry]:
     if row.layers > 1:
         way, transform = side.library.whole
         yield _entry(side, way, transform, forward)
-    elif row.kind == "forward":
+    elif row.passes == "forward":
         for way, transform in side.library.forward.items():
             yield Entry(side, way, transform(forward))
-    elif row.kind == "vjp":
+    elif row.passes == "vjp":
         yield from _vjp_entries(row, side, forward, count)
     elif side.library.pull is not None:
         step = _pulled(side.library.pull, forward, count)
