@@ -228,7 +228,7 @@ def _automatic(what: str, call: Signature, arrays: Sequence[Any]) -> _Choice:
         if library in spec.array_types:
             reason = missing_reason(spec) or spec.refuses(call.op.name, call.dtypes, call.n)
             if not spec.automatic:
-                refusals[spec.name] = "is only taken by name"
+                refusals[spec.name] = "runs only when chosen by name"
             elif reason:
                 refusals[spec.name] = reason
             else:

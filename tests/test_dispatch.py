@@ -175,7 +175,7 @@ def test_where_nobody_can_every_candidate_says_why(plugins: Plugins, fake: Fake)
     assert text.startswith("sinkhorn: no backend takes this call on fake_library.Array (")
     for name, (_, reason) in REFUSALS.items():
         assert f"{name}: {reason}" in text
-    assert "shy: is only taken by name" in text
+    assert "shy: runs only when chosen by name" in text
     assert "plugin 'broken' is broken: ModuleNotFoundError" in text
     assert "jax" not in text.replace("fake_library", "")
 

@@ -216,7 +216,7 @@ def test_looking_starts_nothing(proof: Fixed, plugins: Plugins, fake: Fake) -> N
     assert CliRunner().invoke(app, ["backends"]).exit_code == 0
     text = CliRunner().invoke(app, ["info"]).stdout
     assert not proof.asked
-    assert "nothing tried here yet: an op proves itself at its first call" in text
+    assert "no proof has run here yet: an op is proven at its first call" in text
     mhc.sinkhorn(fake(4, 4))
     mhc.rms_norm(fake(2, 3), fake(3), 1e-5)
     asked = len(proof.asked)

@@ -175,7 +175,7 @@ def _backend_lines(backend: Mapping[str, Any]) -> Iterator[str]:
 def _proof_lines(proofs: Sequence[Mapping[str, Any]] | None) -> Iterator[str]:
     """Yield lines that name what is proven on this machine, and what is not, with the reason."""
     if proofs is not None and not proofs:
-        yield "  nothing tried here yet: an op proves itself at its first call"
+        yield "  no proof has run here yet: an op is proven at its first call"
     proofs = proofs or ()
     held = [proof for proof in proofs if proof["reason"] is None]
     for dtype in sorted({proof["dtypes"][0] for proof in held}):

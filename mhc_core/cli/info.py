@@ -28,9 +28,9 @@ def info(
     tokens: Annotated[
         int, typer.Option("--T", min=1, max=LARGEST, help="Tokens of a launch.")
     ] = 4096,
-    n: Annotated[int, typer.Option("--n", min=1, max=LARGEST, help="Its streams.")] = 4,
-    channels: Annotated[int, typer.Option("--C", min=1, max=LARGEST, help="Its channels.")] = 4096,
-    dtype: Annotated[Dtype, typer.Option(help="Its streams' dtype.")] = Dtype.bfloat16,
+    n: Annotated[int, typer.Option("--n", min=1, max=LARGEST, help="Streams.")] = 4,
+    channels: Annotated[int, typer.Option("--C", min=1, max=LARGEST, help="Channels.")] = 4096,
+    dtype: Annotated[Dtype, typer.Option(help="The streams' dtype.")] = Dtype.bfloat16,
     json_file: Annotated[
         Path | None, typer.Option("--json", help=f"Write {_files.JSON_HELP}.", metavar="[FILE]")
     ] = None,

@@ -40,7 +40,7 @@ class Run:
     notes: Sequence[str]
 
 
-@without_proofs()  # what is measured need not be right
+@without_proofs()  # a wrong backend may be measured too
 def measured(run: Run) -> tuple[dict[str, Any], bool, Points]:
     """Measure; return the record, whether all of ours ran and was right, and the points to draw."""
     libraries = list(dict.fromkeys(side.library.name for side in run.sides))
@@ -161,7 +161,7 @@ def _left_out(run: Run) -> Iterator[str]:
 # ---- dispatch -----------------------------------------------------------------------------------
 
 
-@without_proofs()  # what is measured need not be right
+@without_proofs()  # a wrong backend may be measured too
 def dispatched(names: Sequence[str], repeats: int) -> dict[str, Any]:
     """Measure the cost of a call without its array work; return the record."""
     made = _record.record("dispatch", [])
