@@ -3,35 +3,11 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
-from collections.abc import Iterator
-from importlib.metadata import version
 
-import mlx.core as mx
-
-import mhc_core
+from mhc_core.mlx import diagnostics
 
 __all__ = ["diagnostics", "main"]
-
-
-def diagnostics() -> None:
-    """Print versions, the device and the backends of MLX arrays; ``mhc info`` says more."""
-    for line in _lines():
-        print(line)
-
-
-def _lines() -> Iterator[str]:
-    yield f"mhc-core version: {version('mhc-core')} (as mhc-mlx 0.6.3)"
-    yield f"MLX version:      {version('mlx')}"
-    yield f"Python version:   {sys.version.split()[0]}"
-    yield f"Platform:         {platform.platform()}"
-    yield f"Machine:          {platform.machine()}"
-    yield f"Device:           {mx.default_device()}"
-    for name, backend in mhc_core.backends().items():
-        if backend.spec is not None and "mlx.core.array" in backend.spec.array_types:
-            yield f"{name + ':':17} {backend.reason or 'available'}"
-    yield "More: mhc info"
 
 
 def main() -> None:
