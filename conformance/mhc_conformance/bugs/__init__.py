@@ -1,0 +1,13 @@
+"""Every bug that shipped in this field, and others, each with the check and the case that see it.
+
+``@bug(...)`` stands on the wrong code. Each bug is put into a backend that is right otherwise, and
+the kit must fail that backend in the checks that the bug names and in no other. ``mhc conformance
+--mutations`` prints the table, and ``mhc conformance bug:NAME`` runs the kit on one of these
+backends, like on any other.
+"""
+
+from mhc_conformance.bugs import kernels, mappings, memory, sinkhorn, streams, transforms  # noqa: F401
+from mhc_conformance.bugs.declaration import BUGS, Bug, bug, right, right_vjp
+from mhc_conformance.bugs.run import Outcome, present, run_bug
+
+__all__ = ["BUGS", "Bug", "Outcome", "bug", "present", "right", "right_vjp", "run_bug"]
