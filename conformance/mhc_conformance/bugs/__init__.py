@@ -6,8 +6,11 @@ the kit must fail that backend in the checks that the bug names and in no other.
 backends, like on any other.
 """
 
-from mhc_conformance.bugs import kernels, mappings, memory, sinkhorn, streams, transforms  # noqa: F401
+from mhc_conformance.bugs import kernels, mappings, memory, sinkhorn, streams, transforms
 from mhc_conformance.bugs.declaration import BUGS, Bug, bug, right, right_vjp
 from mhc_conformance.bugs.run import Outcome, present, run_bug
 
-__all__ = ["BUGS", "Bug", "Outcome", "bug", "present", "right", "right_vjp", "run_bug"]
+__all__ = ["BUGS", "SUBJECTS", "Bug", "Outcome", "bug", "present", "right", "right_vjp", "run_bug"]
+
+SUBJECTS = (mappings, sinkhorn, kernels, streams, memory, transforms)
+"""The modules that declare the bugs; importing them fills ``BUGS``."""

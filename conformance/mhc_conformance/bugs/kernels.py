@@ -36,7 +36,7 @@ def _rows(tokens: int, step: int, width: int) -> Array:
     says="x of",
 )
 def for_eight_channels(x: Array, y: Array, h_post: Array, h_res: Array) -> Array:
-    """Step from token to token of y by 8, the C that the kernel was compiled for."""
+    """Read the tokens of y 8 channels apart, the C that the kernel was compiled for."""
     flat = y.ravel()
     index = _rows(math.prod(y.shape[:-1]), step=8, width=y.shape[-1])
     misread = flat[index % max(1, flat.size)].reshape(y.shape)
@@ -50,7 +50,7 @@ def for_eight_channels(x: Array, y: Array, h_post: Array, h_res: Array) -> Array
     says="x of",
 )
 def without_tail(x: Array, *rest: Array) -> Array:
-    """Write vectors of 4 channels and never enter the loop over those that are left."""
+    """Write vectors of 4 channels, and never run the loop over the remaining channels."""
     out = right("combine")(x, *rest).copy()
     out[..., out.shape[-1] // 4 * 4 :] = 0
     return out
@@ -105,7 +105,7 @@ def one_token_off(dx: Array, *rest: Array) -> Any:
     says="raised RuntimeError: invalid grid",
 )
 def without_empty_launch(x: Array, *rest: Array) -> Array:
-    """Launch as many threadgroups as there are tokens, which may not be 0."""
+    """Launch one threadgroup per token; a launch of none is an error."""
     if x.size == 0:
         raise RuntimeError("invalid grid: 0 threadgroups")
     return right("combine")(x, *rest)
@@ -150,7 +150,7 @@ def past_the_last_stream(x: Array, h_pre: Array) -> Array:
     says="C=257",
 )
 def in_whole_tiles(x: Array, h_pre: Array) -> Array:
-    """Launch C // 256 threadgroups of 256 channels each, where C is above 256."""
+    """Launch C // 256 threadgroups of 256 channels each, if C is above 256."""
     h = right("aggregate")(x, h_pre).copy()
     if h.shape[-1] > 256:
         h[..., h.shape[-1] // 256 * 256 :] = 0
@@ -164,7 +164,7 @@ def in_whole_tiles(x: Array, h_pre: Array) -> Array:
     says="y of",
 )
 def adding_the_middle_twice(x: Array, weight: Array, *, eps: float) -> Array:
-    """Halve a threadgroup of C threads in steps; if C is odd, both halves have the middle one."""
+    """Reduce C threads by halves; if their number is odd, both halves count the middle one."""
     squares = x.astype(np.float32) ** 2
     while squares.shape[-1] > 1:
         half = (squares.shape[-1] + 1) // 2
@@ -181,7 +181,7 @@ def adding_the_middle_twice(x: Array, weight: Array, *, eps: float) -> Array:
     dtype="float16",
 )
 def float4_through_half(x: Array, h_pre: Array) -> Array:
-    """Load 4 floats through a pointer to half: 16 bytes, of which each pair is read as a number."""
+    """Load a float4 through a pointer to half: two neighbours are read as one float."""
     if x.dtype != np.float16:
         return right("aggregate")(x, h_pre)
     pairs = np.append(x.ravel(), np.zeros(x.size, x.dtype)).view(np.float32)
@@ -223,7 +223,7 @@ class Racing:
     says="n=64",
 )
 def needing_too_much_memory(x: Array, y: Array, h_post: Array, h_res: Array) -> Array:
-    """Hold H_res and its cotangent in more threadgroup memory than Metal launches with."""
+    """Need more threadgroup memory for H_res and its cotangent than Metal allows."""
     n = x.shape[-2]
     if (needed := 4 * (2 * n * n + n)) > THREADGROUP_MEMORY:
         raise RuntimeError(

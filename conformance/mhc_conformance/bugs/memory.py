@@ -62,7 +62,7 @@ def one_for_two(dx: Array, dres: Array, dh_pre: Array) -> Any:
     shipped=False,
 )
 def strideless(x: Array, h_pre: Array) -> Array:
-    """Read the numbers at the addresses that they would have in a contiguous array."""
+    """Ignore strides: read the array as if it were contiguous."""
     base = x if x.base is None or x.flags.c_contiguous else x.base
     flat = np.ravel(base)[: x.size].reshape(x.shape)
     return right("aggregate")(flat, h_pre)

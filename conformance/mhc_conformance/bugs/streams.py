@@ -30,7 +30,7 @@ def transposed_h_res(x: Array, y: Array, h_post: Array, h_res: Array) -> Array:
     shipped=False,
 )
 def first_token_for_all(x: Array, y: Array, h_post: Array, h_res: Array) -> Array:
-    """Read mappings of each token as if all shared the first one's."""
+    """Use the first token's mappings for every token."""
     if not x.size:
         return right("combine")(x, y, h_post, h_res)
     one = [h.reshape(-1, *h.shape[-rank:])[0] for h, rank in ((h_post, 1), (h_res, 2))]
@@ -76,7 +76,7 @@ def one_sign_wrong(dx: Array, dy: Array, dh_post: Array, dh_res: Array) -> Any:
 )
 @with_changed_gradients
 def only_the_first(first: Array, *_: Array) -> Any:
-    """Return the first gradient alone."""
+    """Return only the first gradient."""
     return (first,)
 
 

@@ -19,7 +19,7 @@ from mhc_core.math import load
     library="mlx-compiled",
 )
 def weightless_unless_traced(x: Any, weight: Any, *, eps: float) -> Any:
-    """Take a fast path without the weight wherever MLX differentiates nothing."""
+    """Run a fast path without the weight, unless MLX is tracing."""
     import mlx.core as mx
 
     try:
@@ -38,7 +38,7 @@ def weightless_unless_traced(x: Any, weight: Any, *, eps: float) -> Any:
     library="mlx-compiled",
 )
 def looking_at_values(matrix: Any, *, max_iterations: int, epsilon: float, log_space: bool) -> Any:
-    """Ask by float() whether there is anything to do, which MLX's compiler cannot trace."""
+    """Look at values with float(), which MLX's compiler cannot trace."""
     import mlx.core as mx
 
     options: dict[str, Any] = {"epsilon": epsilon, "log_space": log_space}
@@ -56,7 +56,7 @@ def looking_at_values(matrix: Any, *, max_iterations: int, epsilon: float, log_s
     library="mlx-compiled",
 )
 def capturing(x: Any, weight: Any, *, eps: float) -> Any:
-    """Let an MLX custom function capture the weight: its gradient is then zero, silently."""
+    """Capture the weight in an MLX custom function, so that its gradient is silently zero."""
     import mlx.core as mx
 
     def norm(x: Any) -> Any:
@@ -79,7 +79,7 @@ def capturing(x: Any, weight: Any, *, eps: float) -> Any:
     library="mlx-compiled",
 )
 def through_where(op: str, primals: Any, cotangents: Any, **static: Any) -> Any:
-    """Differentiate MLX's where, whose other branch is 0 times inf at s = 0."""
+    """Differentiate MLX's where; its other branch is 0 times inf at s = 0."""
     import mlx.core as mx
 
     def guarded(*arrays: Any) -> list[Any]:

@@ -84,7 +84,7 @@ def from_mapping(weights: Mapping[Any, Any]) -> Checkpoint:
 
 
 def _of_array(name: str, array: Any) -> Tensor:
-    label, source = printable(name), cast("Any", array)
+    label, source = printable(name), array
     if _is_torch(array):
         dtype = str(source.dtype).removeprefix("torch.")
         return Tensor(label, tuple(source.shape), dtype, lambda: _from_torch(name, source))

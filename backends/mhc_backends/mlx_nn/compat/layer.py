@@ -51,7 +51,7 @@ throughput_allow_fused_n32_small_C, fused_backward, mix_kernel
     Raises
     ------
     TypeError, ValueError
-        For an argument of the wrong kind or size, naming it.
+        For an argument of the wrong type or size; the error names it.
 
     Notes
     -----

@@ -41,7 +41,7 @@ class ManifoldHyperConnection(StaticModule):
     Raises
     ------
     TypeError, ValueError
-        For an argument of the wrong kind or size, naming it.
+        For an argument of the wrong type or size; the error names it.
 
     Notes
     -----

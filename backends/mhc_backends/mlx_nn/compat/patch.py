@@ -116,7 +116,7 @@ class AutoPatcher:
         Raises
         ------
         TypeError, ValueError
-            For arguments of the wrong kind or size, before anything is wrapped.
+            For arguments of the wrong type or size, before anything is wrapped.
 
         Notes
         -----

@@ -48,7 +48,7 @@ class MHCRewire(nn.Module):
     Raises
     ------
     TypeError, ValueError
-        For an argument of the wrong kind or size, naming it.
+        For an argument of the wrong type or size; the error names it.
 
     Notes
     -----
