@@ -59,7 +59,7 @@ _LAYER = re.compile(r"(?:^|\.)layers\.([0-9]+)\.")
 
 
 class Key(NamedTuple):
-    """What a tensor is, whatever its name: the layer (-1 for the head), sublayer and parameter."""
+    """A tensor whatever its name: the layer (-1 for the head), the sublayer and the parameter."""
 
     layer: int
     sublayer: str
