@@ -20,8 +20,10 @@ from typer.testing import CliRunner
 import mhc_core
 from mhc_backends.numpy import SPEC
 from mhc_backends.numpy import ops as right
-from mhc_conformance import CHECKS, Subject, applies, check, grid, mutants, skips
-from mhc_conformance.bugs import BUGS, Bug, Outcome, hunt, present
+from mhc_conformance import CHECKS, Subject, applies, check, grid, skips
+from mhc_conformance.bugs import BUGS, Bug, Outcome, present, run_bug
+from mhc_conformance.bugs import right as right_forward_of
+from mhc_conformance.bugs.transforms import dropping_saved
 from mhc_conformance.cases import cases
 from mhc_conformance.generated import MUTANTS, get, paths, published
 from mhc_core import math
@@ -60,7 +62,7 @@ division gradients overflowing on unshifted exp
 
 @functools.cache
 def outcome(name: str) -> Outcome:
-    return hunt(BUGS[name])
+    return run_bug(BUGS[name])
 
 
 def test_every_bug_that_shipped_is_there() -> None:
@@ -160,7 +162,7 @@ def test_a_mutant_that_the_kit_misses_is_reported(monkeypatch: pytest.MonkeyPatc
     one = next(mutant for mutant in MUTANTS.values() if mutant.half == "forward")
 
     def right_forward(op: str, *arrays: Any, **static: Any) -> Any:
-        return mutants.right(op)(*arrays, **static)
+        return right_forward_of(op)(*arrays, **static)
 
     right_one = dataclasses.replace(one, wrong=right_forward)
     monkeypatch.setattr(mhc_conformance.bugs, "BUGS", {})
@@ -300,7 +302,7 @@ def test_second_derivatives_left_out_are_refused(
 
     depth: list[int] = []
     functions = {name: getattr(ops, name) for name in ("vjp", "from_host", "to_host")}
-    functions |= {"pre": mutants.dropping_saved, "grad": refusing}
+    functions |= {"pre": dropping_saved, "grad": refusing}
     plugins.backend(
         "mine",
         functions,

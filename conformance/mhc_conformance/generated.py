@@ -1,12 +1,12 @@
-"""Wrong backends made from the ops' declarations: each takes one argument for something else.
+"""Mutants: wrong backends made from the ops' declarations, each wrong in one argument.
 
-For every static argument of every op, the fields of a Variant included, and for its forward and its
-vjp apart: the argument ignored, another's value in its place, capped, floored, or right for
-published values alone. For every array: one with an entry per token, read as if all tokens shared
-the first one's, and one that all tokens share, read as if each had its own.
+For every static argument of every op, fields of a Variant included, and separately for forward and
+vjp: the argument is replaced by a constant, swapped with another one, capped, floored, or right for
+published values only. For every array: one with an entry per token is read as if all tokens shared
+the first entry, and one that all tokens share is read as if each token had its own.
 
-The kit must fail each of them. Those that no input can tell from a right backend are in
-``CANNOT``, with the proof; the kit must pass them.
+The kit must fail every mutant. A mutant that computes the same as the right backend for every input
+is equivalent: it is in ``EQUIVALENT``, with the proof, and the kit must pass it.
 """
 
 from __future__ import annotations
@@ -22,24 +22,23 @@ from typing import Any
 import numpy as np
 
 import mhc_core
-from mhc_conformance.bugs import Bug, present
+from mhc_conformance.bugs import Bug, present, right, right_vjp
 from mhc_conformance.cases import Case, cases, declaration
 from mhc_conformance.checks import comparisons
-from mhc_conformance.mutants import right, right_vjp
 from mhc_conformance.subject import Subject, several
 from mhc_core import Variant
 from mhc_core.backend import DTYPES
 from mhc_core.math import OPS
 from mhc_core.variants import check_variant
 
-__all__ = ["CANNOT", "MUTANTS", "Found", "Mutant", "hunt", "named"]
+__all__ = ["EQUIVALENT", "MUTANTS", "Found", "Mutant", "named", "run_mutant"]
 
 Path = tuple[str, ...]  # ("eps",), or ("variant", "norm_eps")
 Static = dict[str, Any]
 Change = Callable[[Any, Static], Any]  # of a value, among all static arguments of a call
 
 FORWARD, VJP = "forward", "vjp"
-KINDS = {FORWARD: "forward", VJP: "gradient"}  # the check that is there for each half of an op
+CHECK_OF_HALF = {FORWARD: "forward", VJP: "gradient"}
 
 
 # --- static arguments -------------------------------------------------------------------------
@@ -110,24 +109,24 @@ def _small_is(given: float) -> Change:
     return lambda value, _: given if 0 < value < 1e-3 else value
 
 
-def _nearest(known: Sequence[Any]) -> Change:
+def _nearest(values: Sequence[Any]) -> Change:
     """Return the published value nearest to a value that is not published."""
-    return lambda value, _: min(known, key=lambda one: _apart(one, value))
+    return lambda value, _: min(values, key=lambda one: _distance(one, value))
 
 
-def _apart(one: Any, other: Any) -> float:
+def _distance(one: Any, other: Any) -> float:
     if isinstance(one, Variant):
         pairs = [(getattr(one, f.name), getattr(other, f.name)) for f in fields(Variant)]
         return sum(a != b for a, b in pairs)
     return abs(one - other) if isinstance(one, (int, float)) else float(one != other)
 
 
-CONSTANTS = (0.0, 1e-5, 1e-3, 0.1)  # that code of the field has written into it
+CONSTANTS = (0.0, 1e-5, 1e-3, 0.1)  # hard-coded in implementations of the field
 COUNTS = (1, 3, 32, 100)
 
 
-def _of_a_number(op: str, path: Path, known: Sequence[float]) -> Iterator[tuple[str, Change]]:
-    for value in dict.fromkeys((*known, *CONSTANTS)):
+def _of_a_number(op: str, path: Path, values: Sequence[float]) -> Iterator[tuple[str, Change]]:
+    for value in dict.fromkeys((*values, *CONSTANTS)):
         yield f"always {value:g}", _always(value)
         if value > 0:  # which no value is below
             yield f"at least {value:g}", _floored(value)
@@ -136,12 +135,12 @@ def _of_a_number(op: str, path: Path, known: Sequence[float]) -> Iterator[tuple[
         if 0 < value < 1e-3:
             yield f"{value:g} for any below 1e-3", _small_is(value)
     for other in paths(op):
-        if other != path and _kind(op, other) == "number":
+        if other != path and _category(op, other) == "number":
             yield f"{other[-1]}'s value", _from(other)
 
 
-def _of_a_count(op: str, path: Path, known: Sequence[int]) -> Iterator[tuple[str, Change]]:
-    for value in dict.fromkeys((*known, *COUNTS)):
+def _of_a_count(op: str, path: Path, values: Sequence[int]) -> Iterator[tuple[str, Change]]:
+    for value in dict.fromkeys((*values, *COUNTS)):
         yield f"always {value}", _always(value)
         if value > 1:  # which no value is below
             yield f"at least {value}", _floored(value)
@@ -149,7 +148,7 @@ def _of_a_count(op: str, path: Path, known: Sequence[int]) -> Iterator[tuple[str
     yield "one more", lambda value, _: value + 1
     yield "one less, if above 1", lambda value, _: max(1, value - 1)
     for other in paths(op):
-        if other != path and _kind(op, other) == "count":
+        if other != path and _category(op, other) == "count":
             yield f"{other[-1]}'s value", _from(other)
 
 
@@ -169,12 +168,12 @@ CHANGES: Mapping[str, Callable[..., Iterator[tuple[str, Change]]]] = {
     "number": _of_a_number,
     "count": _of_a_count,
     "choice": _of_a_choice,
-    "variant": _of_a_variant,  # of whose fields the rest are
+    "variant": _of_a_variant,  # its fields have mutants of their own
 }
 
 
-def _kind(op: str, path: Path) -> str:
-    """Return the kind of an argument, by its published values."""
+def _category(op: str, path: Path) -> str:
+    """Return a static argument's key in ``CHANGES``, by the type of its published values."""
     one = published(op, path)[0]
     if isinstance(one, Variant):
         return "variant"
@@ -185,20 +184,20 @@ def _kind(op: str, path: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Mutant:
-    """One half of an op, forward or vjp, that takes one argument for something else.
+    """One half of an op, forward or vjp, with one argument replaced.
 
     Attributes
     ----------
     op
         The op that is wrong.
     argument
-        The argument that it takes for something else.
+        The argument that is replaced.
     what
-        What it takes in its place.
+        What replaces it.
     half
         ``"forward"`` or ``"vjp"``.
     tells
-        Whether a case can show it: where it cannot, the mutant calls the op as it should.
+        Whether a case can reveal it; on other cases the mutant calls the op unchanged.
     wrong
         The wrong forward, or the wrong vjp, with the op's name ahead of its arguments.
     """
@@ -218,17 +217,17 @@ class Mutant:
 
     @property
     def proof(self) -> str:
-        """Return why no input can tell the mutant from a right backend, or ""."""
+        """Return the proof that the mutant is equivalent to the right backend, or ""."""
         one = (self.op, self.argument, self.half)
-        return CANNOT.get(one) or CANNOT.get((*one, self.what), "")
+        return EQUIVALENT.get(one) or EQUIVALENT.get((*one, self.what), "")
 
 
 def _of_static_arguments(op: str) -> Iterator[Mutant]:
-    for path, half in itertools.product(paths(op), KINDS):
-        known = published(op, path)
-        changes = list(CHANGES[_kind(op, path)](op, path, known))
-        if _kind(op, path) != "choice":
-            changes.append(("right for published values alone", _nearest(known)))
+    for path, half in itertools.product(paths(op), CHECK_OF_HALF):
+        values = published(op, path)
+        changes = list(CHANGES[_category(op, path)](op, path, values))
+        if _category(op, path) != "choice":
+            changes.append(("right for published values alone", _nearest(values)))
         for what, change in changes:
             yield Mutant(
                 op=op,
@@ -278,8 +277,8 @@ def _of_arrays(op: str) -> Iterator[Mutant]:
             yield _of_array(op, name, what, VJP, _each(index, axes, _summed))
         if patterns[-1][0] != "...":
             what = "shared, read as one for each token"
-            yield _of_array(op, name, what, FORWARD, _shared(index, axes, _zeros_behind), True)
-            yield _of_array(op, name, what, VJP, _shared(index, axes, _zeros_behind), True)
+            yield _of_array(op, name, what, FORWARD, _shared(index, axes, _zeros_after_first), True)
+            yield _of_array(op, name, what, VJP, _shared(index, axes, _zeros_after_first), True)
             what = "shared, with the gradient of one token"
             yield _of_array(op, name, what, VJP, _shared(index, axes, _of_one_token), True)
 
@@ -298,23 +297,25 @@ def _of_array(
 
 
 def _each(index: int, axes: int, spoil: Callable[..., Any]) -> Callable[..., Any]:
-    """Spoil calls in which an array has one entry for each token."""
+    """Return an op that is wrong where an array has one entry per token."""
 
     def wrong(op: str, *arguments: Any, **static: Any) -> Any:
         array = _arrays(arguments)[index : index + 1]
-        taken = bool(array) and array[0].ndim > axes and array[0].size > 0
-        return spoil(op, index, axes, arguments, static) if taken else _call(op, arguments, static)
+        per_token = bool(array) and array[0].ndim > axes and array[0].size > 0
+        called = spoil if per_token else _unspoiled
+        return called(op, index, axes, arguments, static)
 
     return wrong
 
 
 def _shared(index: int, axes: int, spoil: Callable[..., Any]) -> Callable[..., Any]:
-    """Spoil calls in which the tokens share an array."""
+    """Return an op that is wrong where the tokens share an array."""
 
     def wrong(op: str, *arguments: Any, **static: Any) -> Any:
         arrays = _arrays(arguments)
-        taken = len(arrays) > index and arrays[index].ndim == axes and arrays[0].size > 0
-        return spoil(op, index, axes, arguments, static) if taken else _call(op, arguments, static)
+        shared = len(arrays) > index and arrays[index].ndim == axes and arrays[0].size > 0
+        called = spoil if shared else _unspoiled
+        return called(op, index, axes, arguments, static)
 
     return wrong
 
@@ -338,6 +339,10 @@ def _call(op: str, arguments: tuple[Any, ...], static: Static) -> Any:
     return (right_vjp if _is_vjp(arguments) else _forward)(op, *arguments, **static)
 
 
+def _unspoiled(op: str, index: int, axes: int, arguments: Any, static: Static) -> Any:
+    return _call(op, arguments, static)
+
+
 def _flat(array: Any, axes: int) -> Any:
     """Return a view with the tokens along one axis, of size 1 for an array without tokens."""
     return array.reshape(-1, *array.shape[array.ndim - axes :])
@@ -354,13 +359,13 @@ def _first_for_all(op: str, index: int, axes: int, arguments: Any, static: Stati
 def _summed(op: str, index: int, axes: int, arguments: Any, static: Static) -> Any:
     """Call a vjp and return, for each token, the gradient summed over all tokens."""
     gradients = list(_call(op, arguments, static))
-    wide = _flat(gradients[index], axes).astype(np.float64).sum(axis=0)
-    summed = np.broadcast_to(wide, gradients[index].shape)
+    total = _flat(gradients[index], axes).astype(np.float64).sum(axis=0)
+    summed = np.broadcast_to(total, gradients[index].shape)
     gradients[index] = summed.astype(gradients[index].dtype)
     return tuple(gradients)
 
 
-def _zeros_behind(op: str, index: int, axes: int, arguments: Any, static: Static) -> Any:
+def _zeros_after_first(op: str, index: int, axes: int, arguments: Any, static: Static) -> Any:
     """Call an op as if a shared array had zeros at all tokens but the first."""
     array = _arrays(arguments)[index]
     right_one = _call(op, arguments, static)
@@ -418,15 +423,15 @@ MUTANTS: Mapping[str, Mutant] = {
 }
 
 _UNUSED = ("post_scale", "sinkhorn_iterations", "sinkhorn_eps", "sinkhorn_first", "res_transposed")
-CANNOT: Mapping[tuple[str, ...], str] = {
-    # (op, argument, half), or with what it takes in its place: proof
+EQUIVALENT: Mapping[tuple[str, ...], str] = {
+    # (op, argument, half), or with what replaces it too: proof
     **{
         ("head", f"variant.{field}", half): (
             "head is sum_i w_i x_i with w = sigmoid(z) + pre_eps and z from phi, scale, bias and "
             "norm_eps: there is no H_post and no H_res in it"
         )
         for field in _UNUSED
-        for half in KINDS
+        for half in CHECK_OF_HALF
     },
     ("mappings", "variant.pre_eps", VJP): (
         "H_pre = sigmoid(z) + pre_eps, and its derivative by z is sigmoid's own"
@@ -437,7 +442,7 @@ CANNOT: Mapping[tuple[str, ...], str] = {
         for op, name in (("expand", "h"), ("contract", "x"))
     },
 }
-"""The mutants that no input can tell from a right backend, each with the reason."""
+"""The proofs of mutants that compute the same as the right backend for every input."""
 
 
 @dataclass(frozen=True)
@@ -446,7 +451,7 @@ class Found:
 
     mutant: Mutant
     message: str = ""
-    tried: int = 0  # comparisons of cases that could tell
+    tried: int = 0  # comparisons of cases that can reveal it
 
     @property
     def problem(self) -> str:
@@ -458,15 +463,15 @@ class Found:
         return "passes the whole kit" if self.tried else "no case of the kit could tell"
 
 
-def hunt(mutant: Mutant, seed: int = 0) -> Found:
-    """Run the check that is there for a mutant, on the cases that could tell, until one fails."""
+def run_mutant(mutant: Mutant, seed: int = 0) -> Found:
+    """Run a mutant's check on the cases that can reveal it, until one fails."""
     tried = 0
-    for dtype in ("float32", "float64"):  # in which other numbers can be told apart
+    for dtype in ("float32", "float64"):  # float64 separates numbers that float32 does not
         bug = _bug(mutant, dtype)
         with present(bug):
             subject = Subject(bug.backend)
             subject.wants = mutant.tells
-            for one in comparisons(subject, mutant.op, dtype, KINDS[mutant.half], seed):
+            for one in comparisons(subject, mutant.op, dtype, CHECK_OF_HALF[mutant.half], seed):
                 tried += 1
                 if not one.passed:
                     return Found(mutant, one.says, tried)
@@ -488,7 +493,7 @@ def _bug(mutant: Mutant, dtype: str) -> Bug:
         name=mutant.name,
         what=f"{mutant.argument} of {mutant.op}'s {mutant.half}: {mutant.what}",
         op=mutant.op,
-        fails=(KINDS[mutant.half],),
+        fails=(CHECK_OF_HALF[mutant.half],),
         says="",
         dtype=dtype,
         shipped=False,

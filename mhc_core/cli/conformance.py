@@ -246,7 +246,7 @@ def _chain(console: Any, records: list[Record]) -> None:
 
 def _mutations(seed: int, unwanted: list[str]) -> None:
     """Run the kit on a backend for each bug; print which check fails, and its message."""
-    from mhc_conformance.bugs import BUGS, hunt
+    from mhc_conformance.bugs import BUGS, run_bug
 
     if unwanted:
         raise typer.BadParameter(
@@ -254,7 +254,7 @@ def _mutations(seed: int, unwanted: list[str]) -> None:
             "mhc conformance bug:NAME runs the kit on one of its backends"
         )
     console, started = _screen.console(), time.perf_counter()
-    found = [hunt(bug, seed) for bug in BUGS.values()]
+    found = [run_bug(bug, seed) for bug in BUGS.values()]
     titles = ("bugs that shipped in this field", "other bugs")
     for title, shipped in zip(titles, (True, False), strict=True):
         _table_of_bugs(console, title, [o for o in found if o.bug.shipped == shipped])
@@ -278,11 +278,11 @@ def _made(console: Any, seed: int) -> int:
     from rich.progress import track
     from rich.table import Table
 
-    from mhc_conformance.generated import MUTANTS, hunt
+    from mhc_conformance.generated import MUTANTS, run_mutant
 
     started, others = time.perf_counter(), Console(stderr=True)
     every = track(list(MUTANTS.values()), "made mutants", console=others, transient=True)
-    found = [hunt(mutant, seed) for mutant in every]
+    found = [run_mutant(mutant, seed) for mutant in every]
     title = "generated from the declarations: one argument replaced, in the forward or in the vjp"
     table = Table("op", "argument", title=title, title_justify="left")
     for column in ("made", "caught", "missed", "equivalent"):

@@ -133,7 +133,7 @@ def test_the_report_names_what_was_replaced_and_what_was_not(family: small.Famil
     changed = {path for path in after if after[path] is not before[path]}
     assert {note.path for note in report.replaced} == changed
     assert {f"{family.layers}.{i}" for i in range(5)} <= changed
-    assert all(before[note.path].__name__ == note.kind for note in report.replaced)
+    assert all(before[note.path].__name__ == note.class_name for note in report.replaced)
     assert all(issubclass(after[path], before[path]) for path in changed)
     assert {note.path for note in report.left}.isdisjoint(changed)
     assert "trainable=True" in str(report)
@@ -263,7 +263,7 @@ def test_every_gradient_flows_but_those_that_the_report_names(family: small.Fami
     silent = {path for path in silent if f"{family.layers}.3.attn.compressor" not in path}
     assert silent, "the model chooses nothing"
     assert all(any(path.startswith(f"{name}.") for name in named) for path in silent), silent
-    indexers = {note.path for note in report.left if note.kind == "Indexer"}
+    indexers = {note.path for note in report.left if note.class_name == "Indexer"}
     assert all(any(path.startswith(f"{name}.") for path in zero) for name in indexers)
     biases = ("e_score_correction_bias", "gate.bias", "gate.bias_vl")
     assert all(".indexer." in path or path.endswith(biases) for path in silent)
@@ -369,7 +369,7 @@ def test_a_version_that_was_not_tested_is_refused(
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(models, "version", missing)
-    refused(model, RuntimeError, f"{family.package} of no known version is installed; .*{known}")
+    refused(model, RuntimeError, f"{family.package} of unknown version is installed; .*{known}")
 
 
 def test_a_model_of_another_class_is_refused() -> None:
@@ -389,8 +389,8 @@ def test_a_class_that_cannot_be_changed_changes_nothing(
 ) -> None:
     model = family.make()
     known = models._family(model)
-    indexer = next(kind for kind in known.trainable if kind.__name__ == "Indexer")
-    wrong = known.trainable[indexer]._replace(by=int)
+    indexer = next(cls for cls in known.trainable if cls.__name__ == "Indexer")
+    wrong = known.trainable[indexer]._replace(cls=int)
     monkeypatch.setitem(known.trainable, indexer, wrong)  # the first is in layer 1
     refused(model, TypeError, "__class__")
 

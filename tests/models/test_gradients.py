@@ -8,11 +8,11 @@ pytest.importorskip("mlx.core", reason="MLX is not installed")
 
 import mlx.core as mx
 
-import mhc_core.mlx  # noqa: F401 - what MLX lacks is said there
+import mhc_core.mlx  # noqa: F401 - it raises if MLX is missing
 from mhc_backends.mlx_nn.models.gradients import (
-    choosing,
-    rebound,
+    constant_choices,
     straight_through,
+    with_globals,
     with_gradient,
 )
 
@@ -36,22 +36,22 @@ def test_rounding_keeps_its_bits_and_passes_gradients() -> None:
 
 
 def test_a_gradient_is_what_was_given_for_it() -> None:
-    turned = with_gradient(lambda x: mx.round(x), lambda back: -5 * back)
+    turned = with_gradient(lambda x: mx.round(x), lambda cotangent: -5 * cotangent)
     assert mx.grad(lambda x: turned(x).sum())(mx.array([1.2, 3.0])).tolist() == [-5.0, -5.0]
 
 
 def test_choices_are_constants() -> None:
     x = mx.array([3.0, 1.0, 2.0])
-    for choose in (choosing.argsort, lambda x: choosing.argpartition(x, 1)):
+    for choose in (constant_choices.argsort, lambda x: constant_choices.argpartition(x, 1)):
         gradient = mx.grad(lambda x, choose=choose: x[choose(x)][0] * 7)(x)
         assert gradient.tolist() == [0.0, 7.0, 0.0]
         with pytest.raises(ValueError, match="VJP with respect to indices"):
             mx.grad(lambda x: x[mx.argsort(x)][0])(x)
-    assert choosing.matmul is mx.matmul
+    assert constant_choices.matmul is mx.matmul
 
 
 def test_a_function_gets_other_globals_and_the_original_keeps_its_own() -> None:
-    other = rebound(scaled, FACTOR=10.0)
+    other = with_globals(scaled, FACTOR=10.0)
     x = mx.array(1.0)
     assert other(x).item() == 30.0
     assert other(x, by=1.0).item() == 10.0
@@ -68,12 +68,12 @@ def test_super_works_in_a_method_with_other_globals() -> None:
             return super().value() + FACTOR
 
     class Ours(Library):
-        value = rebound(Library.value, FACTOR=5.0)
+        value = with_globals(Library.value, FACTOR=5.0)
 
     assert Ours().value() == 6.0
     assert Library().value() == 3.0
 
 
 def test_a_name_that_a_function_does_not_use_is_an_error() -> None:
-    with pytest.raises(AttributeError, match=r"test_gradients.scaled uses no FACTORS"):
-        rebound(scaled, FACTORS=1.0)
+    with pytest.raises(AttributeError, match=r"test_gradients.scaled does not use FACTORS"):
+        with_globals(scaled, FACTORS=1.0)

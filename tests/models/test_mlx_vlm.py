@@ -256,7 +256,7 @@ def test_engrams_get_streams_that_are_written() -> None:
 def test_engrams_train() -> None:
     model = small.mlx_vlm_v41(**ENGRAMS)
     report = accelerate(model, trainable=True)
-    assert [n.path for n in report.replaced if n.kind == "Engram"] == [
+    assert [n.path for n in report.replaced if n.class_name == "Engram"] == [
         "language_model.layers.0.engram",
         "language_model.layers.2.engram",
     ]

@@ -6,14 +6,21 @@ from mhc_backends.mlx_nn.checkpoints import (
     HyperConnections,
     load_hyper_connections,
 )
-from mhc_backends.mlx_nn.compare import GradientTracker, compare_models
-from mhc_backends.mlx_nn.diagnostics import diagnostics
+from mhc_backends.mlx_nn.compat import (
+    OUTPUT_HEADS,
+    AutoPatcher,
+    GradientTracker,
+    ManifoldHyperConnection,
+    MHCLayer,
+    MHCRewire,
+    Patched,
+    PatchReport,
+    compare_models,
+    diagnostics,
+    residual_add_agg,
+)
 from mhc_backends.mlx_nn.hyper import HyperConnection, HyperHead
-from mhc_backends.mlx_nn.layer import MHCLayer, residual_add_agg
-from mhc_backends.mlx_nn.manifold import ManifoldHyperConnection
 from mhc_backends.mlx_nn.models import AccelerationReport, accelerate, restore
-from mhc_backends.mlx_nn.patch import OUTPUT_HEADS, AutoPatcher, Patched, PatchReport
-from mhc_backends.mlx_nn.rewire import MHCRewire
 from mhc_backends.mlx_nn.stack import HyperConnectedStack
 from mhc_core import sinkhorn_knopp
 

@@ -19,29 +19,29 @@ class HyperConnectedBlock(nn.Module):
     Parameters
     ----------
     layer
-        F: a module that takes ``[..., dims]`` and whatever else it is called with, and returns an
-        array of ``[..., dims]``.
+        F: a module that maps ``[..., dims]``, and any further arguments of the call, to
+        ``[..., dims]``.
     dims, n, variant
         As for :class:`HyperConnection`.
     norm
-        A module on ``[..., dims]`` that stands before the layer, such as ``nn.RMSNorm(dims)``.
+        A module on ``[..., dims]`` that runs before the layer, such as ``nn.RMSNorm(dims)``.
 
     Attributes
     ----------
     connection
         The :class:`HyperConnection`.
     layer, norm
-        As given; without a norm it is the identity.
+        The arguments; by default the norm is the identity.
 
     Raises
     ------
     TypeError, ValueError
-        For arguments of the wrong kind or size, naming them.
+        For arguments of the wrong type or size; the error names them.
 
     Notes
     -----
-    Eq. (3) of arXiv:2512.24880. ``layer`` and ``norm`` must be modules, not functions: arrays that
-    a function captures would get no gradient when :class:`HyperConnectedStack` runs it again.
+    Eq. (3) of arXiv:2512.24880. ``layer`` and ``norm`` must be modules, not functions, because
+    arrays that a function captures get no gradient when :class:`HyperConnectedStack` recomputes it.
 
     Examples
     --------
@@ -68,7 +68,7 @@ class HyperConnectedBlock(nn.Module):
         _check_module("norm", self.norm)
 
     def transform(self, h: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        """Return ``layer(norm(h), *args, **kwargs)``, the layer without its connection."""
+        """Return ``layer(norm(h), *args, **kwargs)``: the layer without its connection."""
         return cast("mx.array", self.layer(self.norm(h), *args, **kwargs))
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
@@ -79,5 +79,5 @@ class HyperConnectedBlock(nn.Module):
 def _check_module(name: str, value: Any) -> None:
     if not isinstance(value, nn.Module):
         raise TypeError(
-            f"HyperConnectedBlock: {name} is a {type(value).__name__}; needs a mlx.nn.Module"
+            f"HyperConnectedBlock: {name} is a {type(value).__name__}; needs an mlx.nn.Module"
         )

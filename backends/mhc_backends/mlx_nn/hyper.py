@@ -16,26 +16,27 @@ from mhc_core.variants import PAPER, Variant, check_variant
 
 __all__ = ["HyperConnection", "HyperHead"]
 
-Names = tuple[str, str, str]  # of phi, scale and bias, in the order of the ops
+Names = tuple[str, str, str]  # of phi, scale and bias
 Arrays = tuple[mx.array, mx.array, mx.array]
 
-ALPHA = 0.01  # the scales at the start: how much of a mapping depends on the token
-SPREAD = 0.1  # the standard deviation at the start of what alpha multiplies
-LEANING = 0.5  # how far H_pre and H_post differ between the streams at the start, of their mean
-MIXING = 0.01  # how much of a stream H_res takes from the others at the start
+# The start:
+ALPHA = 0.01  # the scales: how much of a mapping depends on the token
+DEVIATION = 0.1  # the standard deviation of the projection that alpha scales
+LEAN = 0.5  # how much H_pre and H_post differ between the streams, relative to their mean
+MIXING = 0.01  # the share of the other streams in each stream after H_res
 
 
 class Projection(nn.Module):
     """The common part of both modules: three float32 parameters that read the streams.
 
-    The names go with the layout of the numbers: ``fn``, ``base``, ``scale`` where the variant's
-    H_res is stored transposed, as DeepSeek-V4's checkpoints name and store them; otherwise
-    ``phi``, ``bias``, ``alpha``, the paper's. So weights of one layout never load as the other.
+    Their names tell the layout: ``fn``, ``base``, ``scale`` if the variant stores H_res transposed,
+    as in DeepSeek-V4's checkpoints; otherwise the paper's ``phi``, ``bias``, ``alpha``. So weights
+    of one layout never load as the other.
     """
 
     def __init__(self, dims: int, n: int, variant: Variant, groups: int, bias: mx.array) -> None:
         super().__init__()
-        deviation = SPREAD / math.sqrt(n * dims)
+        deviation = DEVIATION / math.sqrt(n * dims)
         self.dims, self.n, self.variant = dims, n, variant
         phi, scale, base = self.names
         self[phi] = deviation * mx.random.normal((bias.size, n * dims))
@@ -55,10 +56,10 @@ class Projection(nn.Module):
         return own[phi], own[scale], own[bias]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Keep every parameter in float32, whatever the rest of a model is cast to.
+        """Set a parameter, in float32 whatever dtype the rest of the model has.
 
-        A value that is passed, loaded or assigned replaces the present one. Only when the module
-        itself is cast is the new value just the present one rounded; then the present one stays.
+        A value that is loaded or assigned is upcast. A cast of the whole model (``set_dtype``)
+        changes nothing, because its new value is the present one, rounded.
         """
         if isinstance(value, mx.array) and value.dtype != mx.float32:
             if not mx.issubdtype(value.dtype, mx.floating):
@@ -76,12 +77,12 @@ class Projection(nn.Module):
 def _is_applied() -> bool:
     """Return whether the assignment comes from ``nn.Module.apply``, which ``set_dtype`` calls.
 
-    An array does not show where it comes from, and a module inside a model only ever receives
-    arrays: ``apply`` and ``load_weights`` both end in ``update``. So the call stack is inspected.
+    The value does not tell: ``apply`` and ``load_weights`` both call ``update`` with arrays. So the
+    call stack is inspected.
     """
     code = nn.Module.apply.__code__
     frame = inspect.currentframe()
-    for _ in range(2):  # to who called __setitem__
+    for _ in range(2):  # to the caller of __setitem__
         frame = frame and frame.f_back
     while frame is not None and frame.f_code.co_filename == code.co_filename:
         if frame.f_code is code:
@@ -91,26 +92,26 @@ def _is_applied() -> bool:
 
 
 def _unrounded(value: mx.array, present: mx.array | None) -> mx.array:
-    """Widen ``value``; if it is only the present one rounded, return the present one.
+    """Return ``value`` in float32, or the present value if ``value`` is its rounding.
 
-    The gradient is that of the widening, so that casting the parameters inside a loss works.
+    The gradient is that of the upcast, so that casting the parameters inside a loss works.
     """
-    wide = value.astype(mx.float32)
+    upcast = value.astype(mx.float32)
     if present is None or present.shape != value.shape:
-        return wide
+        return upcast
     try:
         rounded = mx.array_equal(present.astype(value.dtype), value).item()
-    except (RuntimeError, ValueError):  # mx.compile traces: there are no values to look at
-        return wide
+    except (RuntimeError, ValueError):  # mx.compile traces: there are no values
+        return upcast
     if not rounded:
-        return wide
-    finite = mx.isfinite(wide)  # float16 ends at 65504
-    kept = wide + mx.stop_gradient(mx.where(finite, present - wide, 0))
-    return mx.where(finite, kept, mx.stop_gradient(present))
+        return upcast
+    finite = mx.isfinite(upcast)  # float16 ends at 65504
+    exact = upcast + mx.stop_gradient(mx.where(finite, present - upcast, 0))
+    return mx.where(finite, exact, mx.stop_gradient(present))
 
 
 class HyperConnection(Projection):
-    """Connect a layer F to n streams by mappings that come from the streams themselves.
+    """Connect a layer F to n streams by mappings that are computed from the streams.
 
     ::
 
@@ -122,7 +123,7 @@ class HyperConnection(Projection):
     dims
         C, the channels of a stream.
     n
-        The streams.
+        The number of streams.
     variant
         The constants and the layout of the parameters: :data:`mhc_core.PAPER`, or
         :data:`mhc_core.DEEPSEEK_V4` or ``DEEPSEEK_V41`` for released checkpoints.
@@ -131,37 +132,38 @@ class HyperConnection(Projection):
     ----------
     phi, alpha, bias
         ``[n * n + 2 n, n * dims]``, ``[3]`` and ``[n * n + 2 n]``. With the DeepSeek variants they
-        are named ``fn``, ``scale`` and ``base``, as in released checkpoints. They are and stay
-        float32: values loaded or assigned in another float dtype are widened. ``set_dtype``,
-        ``apply`` with a cast, and ``nn.quantize`` leave them unchanged.
+        are named ``fn``, ``scale`` and ``base``, as in released checkpoints. They are always
+        float32: values that are loaded or assigned in another float dtype are upcast.
+        ``set_dtype``, ``apply`` with a cast, and ``nn.quantize`` leave them unchanged.
 
     Raises
     ------
     TypeError, ValueError
-        For arguments of the wrong kind or size, naming them.
+        For arguments of the wrong type or size; the error names them.
 
     Notes
     -----
     **Start.** A network of these connections between :func:`mhc_core.expand` and
     ``contract(x, "mean")`` or :class:`HyperHead` starts as the plain residual ``x + F(x)``, to
-    some 1e-3 of F: with c_k = cos(pi k (i + 1/2) / n), alpha is 0.01 and the bias gives
+    about 1e-3 of F. alpha is 0.01, and with c_k = cos(pi k (i + 1/2) / n) the bias gives
 
     - H_pre_i = (1 + c_1 / 2) / n, whose sum is 1;
-    - H_post_i = 1 + c_2 / 2, whose mean is 1, and also its mean weighted by H_pre;
-    - H_res = 0.99 on the diagonal, the rest alike.
+    - H_post_i = 1 + c_2 / 2, whose mean is 1, with equal weights and with those of H_pre;
+    - H_res = 0.99 on the diagonal, equal elsewhere.
 
-    From such streams H_pre reads what a plain network has, however this H_res mixes them. pre_eps
-    and post_scale are accounted for; ``sinkhorn_eps`` makes the lines of H_res sum to 1 within
-    about ``n * sinkhorn_eps``. phi is normal with variance ``0.01 / (n * dims)``, so that it moves
-    the logits by 1e-3. With n = 1 H_pre is 0.999, since no sigmoid reaches 1.
+    So H_pre reads the plain network's hidden state, however often this H_res has mixed the streams.
+    The bias corrects for pre_eps and post_scale; ``sinkhorn_eps`` lets the rows and columns of
+    H_res sum to 1 within about ``n * sinkhorn_eps``. phi is normal with variance
+    ``0.01 / (n * dims)``, which changes the logits by about 1e-3. With n = 1, H_pre is 0.999, since
+    no sigmoid reaches 1.
 
-    **Gradients.** If all streams were equal at the start, H_res would have no gradient, since
-    mixing equal streams changes nothing. H_post makes the streams differ, and H_pre, whose weights
-    vary in another pattern, makes the difference matter. For n = 2 the two patterns cannot both
-    exist; there only phi makes a difference, and the first gradients of H_res are a hundred times
-    smaller. The first connection after ``expand`` always sees equal streams: if columns are
-    normalised first (PAPER, DeepSeek), its H_res has no effect and no gradient. With rows first
-    (LIGER) the same holds for the last connection before the mean.
+    **Gradients.** Mixing equal streams changes nothing, so H_res would have no gradient if all
+    streams were equal. H_post makes the streams differ, and H_pre, whose weights have another
+    pattern, makes the output depend on the difference. With n = 2 there are not two such patterns:
+    only phi makes a difference, and the first gradients of H_res are a hundred times smaller. The
+    first connection after ``expand`` always sees equal streams. If columns are normalised first
+    (PAPER, DeepSeek), its H_res has no effect and no gradient; with rows first (LIGER), that is so
+    for the last connection before the mean.
 
     Eqs. (3), (7-9) and (14-19) of arXiv:2512.24880.
 
@@ -200,13 +202,14 @@ class HyperConnection(Projection):
     ) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
         """End the previous sublayer and begin this one in one pass: :func:`mhc_core.combine_pre`.
 
-        x, H_post and H_res are those of the previous connection, y is its layer's output; the new
-        mappings are this connection's.
+        x, H_post and H_res come from the previous connection and y from its layer. The mappings
+        that are returned are this connection's.
 
         Returns
         -------
         x, h, h_pre, h_post, h_res
-            The streams, this layer's input (by the given h_pre, if any) and the mappings.
+            The streams, this layer's input (computed with the h_pre argument, if given) and the
+            mappings.
         """
         return mhc.combine_pre(x, y, h_post, h_res, *self.projection, self.variant, h_pre)
 
@@ -219,7 +222,7 @@ class HyperConnection(Projection):
 
 
 class HyperHead(Projection):
-    """Collapse the streams before the output, by weights that come from the streams themselves.
+    """Collapse the streams before the output, by weights that are computed from the streams.
 
     ``h = sum_i w_i x_i`` with ``w = sigmoid((vec(x) @ phi.T) r scale + bias) + pre_eps``.
 
@@ -231,13 +234,13 @@ class HyperHead(Projection):
     Attributes
     ----------
     phi, alpha, bias
-        ``[n, n * dims]``, ``[1]`` and ``[n]``, named and kept as those of
-        :class:`HyperConnection`. The weights start as its H_pre.
+        ``[n, n * dims]``, ``[1]`` and ``[n]``, named and kept in float32 as in
+        :class:`HyperConnection`. The weights w start as its H_pre.
 
     Raises
     ------
     TypeError, ValueError
-        For arguments of the wrong kind or size, naming them.
+        For arguments of the wrong type or size; the error names them.
 
     Notes
     -----
@@ -265,7 +268,7 @@ def _checked(owner: str, dims: Any, n: Any, variant: Any) -> tuple[int, int, Var
 
 
 def _residual_bias(n: int, variant: Variant) -> mx.array:
-    """Return the bias of a plain residual; HyperConnection's notes explain it."""
+    """Return the bias that starts as a plain residual; see the notes of HyperConnection."""
     post = [_logit(h / variant.post_scale) if variant.post_scale else 0.0 for h in _leaning(n, 2)]
     diagonal = _logit(1 - MIXING) + math.log(max(n - 1, 1))  # of a softmax over n, the rest 0
     res = [diagonal if i == j else 0.0 for i in range(n) for j in range(n)]
@@ -276,10 +279,10 @@ def _pre_bias(n: int, variant: Variant) -> list[float]:
     return [_logit(h / n - variant.pre_eps) for h in _leaning(n, 1)]
 
 
-def _leaning(n: int, waves: int) -> list[float]:
-    """Return n numbers of mean 1; those of 1 and of 2 waves vary in orthogonal patterns."""
-    lean = LEANING if waves < n else 0.0
-    return [1 + lean * math.cos(math.pi * waves * (i + 0.5) / n) for i in range(n)]
+def _leaning(n: int, half_waves: int) -> list[float]:
+    """Return n numbers of mean 1 along a cosine; those of 1 and 2 half waves are orthogonal."""
+    lean = LEAN if half_waves < n else 0.0
+    return [1 + lean * math.cos(math.pi * half_waves * (i + 0.5) / n) for i in range(n)]
 
 
 def _logit(p: float) -> float:

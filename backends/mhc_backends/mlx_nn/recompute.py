@@ -1,9 +1,9 @@
-"""Recomputation: a part of a network drops its activations and runs again for the gradients.
+"""Recomputation: a segment of a network drops its activations and runs again for the gradients.
 
-``mx.checkpoint`` does that too, but frees little if there are parameters: MLX evaluates lazily, a
-parameter's gradient is only needed at the very end, and until then the arrays that it comes from
-stay in memory, for all parts. Here a part is recomputed as soon as its cotangents are evaluated,
-and all its gradients are evaluated before the previous part begins.
+``mx.checkpoint`` does that too, but saves little memory if a segment has parameters. MLX evaluates
+lazily: the gradients of parameters are needed only at the end, and until then the arrays that they
+are computed from stay in memory, for all segments. Here a segment is recomputed as soon as its
+cotangents are evaluated, and all its gradients are evaluated before the previous segment begins.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ random_state = cast("Sequence[mx.array]", mx.random.state)
 
 
 def is_repeatable(value: Any) -> bool:
-    """Return whether an argument can be passed again unchanged: an array, or plain data.
+    """Return whether a layer can be called twice with an argument: an array, or plain data.
 
-    A cache cannot: a layer that is run again would append to it again.
+    A cache is not repeatable, because the layer would append to it twice.
     """
     if isinstance(value, (list, tuple)):
         return all(map(is_repeatable, cast("Sequence[Any]", value)))
@@ -41,34 +41,34 @@ def recomputed(
     function: Callable[..., Any],
     blocks: Sequence[nn.Module],
     modules: Sequence[nn.Module],
-    *given: Any,
+    *arguments: Any,
 ) -> Any:
-    """Return the tuple of arrays ``function(blocks, *given)``, recomputed for its gradients.
+    """Return the tuple of arrays ``function(blocks, *arguments)``, recomputed for its gradients.
 
-    Gradients are taken for the arrays in ``given`` and for the trainable parameters of ``modules``,
-    parts of ``blocks``; ``function`` must use no other arrays. It runs on copies of the blocks that
-    hold the traced arrays, so that no other code ever sees them. It is called without recomputation
-    if it draws from MLX's random state, which cannot be reset, or if an object that cannot be
-    copied, such as a closure, refers to a part of a block.
+    It has gradients by the arrays in ``arguments`` and by the trainable parameters of ``modules``,
+    which are submodules of ``blocks``; ``function`` must use no other arrays. It runs on copies of
+    the blocks that hold the traced arrays, so that no other code sees those. It is called without
+    recomputation in two cases: if it draws from MLX's random state, which cannot be reset, and if
+    an object that cannot be copied, such as a closure, refers to a submodule of a block.
     """
-    tree: Any = ([module.trainable_parameters() for module in modules], given)
+    tree: Any = ([module.trainable_parameters() for module in modules], arguments)
     start = random_state[0]
     drawn = False
 
     def run(*arrays: mx.array) -> Any:
         nonlocal drawn
-        parameters, arguments = _filled(tree, arrays)
+        parameters, traced_arguments = _filled(tree, arrays)
         traced = zip(_arrays(tree[0]), _arrays(parameters), strict=True)
         copies = Copies({id(own): other for own, other in traced})
-        outputs = function(copies.of(list(blocks)), *arguments)
+        outputs = function(copies.of(list(blocks)), *traced_arguments)
         drawn = random_state[0] is not start
         return outputs
 
     try:
         outputs = as_tuple(_in_order(run)(*_arrays(tree)))
     except CapturedError:
-        return function(blocks, *given)
-    return function(blocks, *given) if drawn else outputs
+        return function(blocks, *arguments)
+    return function(blocks, *arguments) if drawn else outputs
 
 
 def _arrays(tree: Any) -> list[mx.array]:
@@ -86,14 +86,14 @@ def _filled(tree: Any, arrays: Iterable[mx.array]) -> Any:
 
 
 class CapturedError(Exception):
-    """A module is referred to by something that cannot be copied with it."""
+    """An object that cannot be copied refers to a module that must be copied."""
 
 
 class Copies:
     """Copies of modules in which some arrays, identified by id, are replaced.
 
-    A module shares its plain attributes with its copy, so that a layer may count its runs. A bound
-    method of a module is bound to the copy.
+    A module shares its plain attributes with its copy, so that a layer may count its runs. In a
+    copy, bound methods of a module are bound to that module's copy.
     """
 
     def __init__(self, arrays: Mapping[int, mx.array]) -> None:
@@ -110,8 +110,8 @@ class Copies:
         if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
             return MethodType(value.__func__, self.of(value.__self__))
         if type(value) in (list, tuple):
-            several = cast("list[Any]", value)  # or a tuple
-            return type(several)(map(self.of, several))
+            items = cast("list[Any]", value)  # or a tuple
+            return type(items)(map(self.of, items))
         if type(value) is dict:
             return {key: self.of(item) for key, item in cast("dict[Any, Any]", value).items()}
         if _holds_a_module(value):
@@ -119,10 +119,10 @@ class Copies:
         return value
 
     def _copied(self, module: nn.Module) -> nn.Module:
-        kind = type(module)
-        copy = self._made[id(module)] = kind.__new__(kind)
-        parts = cast("dict[str, Any]", module)
-        dict.update(copy, {name: self.of(value) for name, value in parts.items()})
+        cls = type(module)
+        copy = self._made[id(module)] = cls.__new__(cls)
+        content = cast("dict[str, Any]", module)
+        dict.update(copy, {name: self.of(value) for name, value in content.items()})
         own = vars(module)
         others = {name: self.of(value) for name, value in own.items()}
         shared = all(others[name] is value for name, value in own.items())
@@ -131,48 +131,48 @@ class Copies:
 
 
 def _holds_a_module(value: Any) -> bool:
-    """Return whether an object refers to a module, directly or indirectly, such as a closure."""
+    """Return whether an object, such as a closure, refers to a module, directly or indirectly."""
     seen: set[int] = set()
     waiting = [value]
     while waiting:
         one = waiting.pop()
-        if id(one) in seen or isinstance(one, (type, ModuleType, *_LEAVES)):
+        if id(one) in seen or isinstance(one, (type, ModuleType, *_WITHOUT_REFERENCES)):
             continue
         seen.add(id(one))
         if isinstance(one, nn.Module):
             return True
-        if isinstance(one, FunctionType):  # its globals would lead everywhere
+        if isinstance(one, FunctionType):  # not its globals, which refer to the whole program
             waiting += [one.__closure__, one.__defaults__, one.__kwdefaults__]
         else:
             waiting += gc.get_referents(one)
     return False
 
 
-_LEAVES = (type(None), bool, int, float, complex, str, bytes, mx.array, mx.Dtype)
+_WITHOUT_REFERENCES = (type(None), bool, int, float, complex, str, bytes, mx.array, mx.Dtype)
 
 
 def _in_order(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Join a function of arrays with a vjp that runs it again, in a fixed order of evaluation."""
+    """Return a function of arrays with a vjp that runs it again, in a fixed order of evaluation."""
     custom = mx.custom_function(function)
 
-    def back(primals: Any, cotangents: Any, _: Any) -> Any:
-        given = list(as_tuple(cotangents))
-        again = _after(as_tuple(primals), given)
-        real = [k for k, array in enumerate(again) if mx.issubdtype(array.dtype, mx.floating)]
+    def vjp(primals: Any, cotangents: Any, _: Any) -> Any:
+        dy = list(as_tuple(cotangents))
+        inputs = _after(as_tuple(primals), dy)  # so nothing is recomputed before they are evaluated
+        floating = [k for k, x in enumerate(inputs) if mx.issubdtype(x.dtype, mx.floating)]
 
-        def of_real(*arrays: mx.array) -> Any:
-            every = dict(enumerate(again)) | dict(zip(real, arrays, strict=True))
-            return function(*every.values())
+        def of_floating(*arrays: mx.array) -> Any:
+            all_inputs = dict(enumerate(inputs)) | dict(zip(floating, arrays, strict=True))
+            return function(*all_inputs.values())
 
-        _, gradients = mx.vjp(of_real, [again[k] for k in real], given)
-        every = {k: mx.zeros_like(array) for k, array in enumerate(again)}
-        every.update(zip(real, gradients, strict=True))
-        return tuple(_after(every.values(), every.values()))
+        _, computed = mx.vjp(of_floating, [inputs[k] for k in floating], dy)
+        gradients = {k: mx.zeros_like(x) for k, x in enumerate(inputs)}
+        gradients.update(zip(floating, computed, strict=True))
+        return tuple(_after(gradients.values(), gradients.values()))
 
-    custom.vjp(back)
+    custom.vjp(vjp)
     return custom
 
 
 def _after(arrays: Iterable[mx.array], others: Iterable[mx.array]) -> list[mx.array]:
-    """Return arrays that MLX evaluates after others."""
+    """Return the arrays; MLX evaluates them after the others."""
     return cast("list[mx.array]", mx.depends(list(arrays), list(others)))

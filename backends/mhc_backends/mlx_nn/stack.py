@@ -18,13 +18,13 @@ from mhc_core import checks, gradients
 __all__ = ["HyperConnectedStack"]
 
 Recompute = Literal["auto", False] | int
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # what one layer is called with beside h
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of one layer after h
 
 
 class HyperConnectedStack(nn.Module):
-    """Take a hidden state through many connected layers: expand it, run them, collapse.
+    """Run connected layers from one hidden state to the next: expand, run the layers, collapse.
 
-    Between two layers stands one :func:`mhc_core.combine_pre`, which reads the streams once.
+    One :func:`mhc_core.combine_pre` between two layers reads the streams once.
 
     Parameters
     ----------
@@ -33,42 +33,48 @@ class HyperConnectedStack(nn.Module):
     n
         The streams; every block must have as many.
     single_pass
-        False is the order of the paper and of DeepSeek-V4: each layer reads the streams by its own
-        H_pre. True is that of DeepSeek-V4.1: it reads them by the H_pre of the connection before,
-        the first one reads stream 0, and the H_pre of the last one collapses the output.
+        False is the order of the paper and of DeepSeek-V4: each layer's input is computed with the
+        H_pre of its own connection. True is that of DeepSeek-V4.1: the input is computed with the
+        H_pre of the previous connection, the first layer reads stream 0, and the last H_pre
+        collapses the output.
     recompute
-        How many sublayers in a row drop their activations in training and run again, with their
-        layers, for the gradients. ``"auto"`` takes ``sqrt(n L / (n + 2))`` of L sublayers, False
-        none.
+        The size of a segment: in training, that many consecutive sublayers drop their activations
+        and run again, layers included, for the gradients. ``"auto"`` is ``sqrt(n L / (n + 2))`` for
+        L sublayers; False recomputes nothing.
     head
-        A :class:`HyperHead` to collapse the streams; without one it is their mean. The single-pass
-        order has none.
+        A :class:`HyperHead` that collapses the streams; by default their mean does. The single-pass
+        order has no head.
 
     Raises
     ------
     TypeError, ValueError
-        For arguments of the wrong kind or size, naming them.
+        For arguments of the wrong type or size; the error names them.
 
     Notes
     -----
     **Recomputation** (section 4.3.2 of arXiv:2512.24880). A sublayer keeps (n + 2) C numbers per
-    token for its gradients: its streams, h and y; that makes 6 L C for n = 4. With parts of R
-    sublayers, each part keeps its first streams and h, (n + 1) C, and one part at a time keeps all
-    of its own: about ``(n + 1) L / R + (n + 2) R`` times C. Each layer runs twice in training,
-    which costs one more forward pass; activations inside a layer are dropped with the rest.
+    token for its gradients: its streams, h and y. That is 6 L C for L sublayers and n = 4. With
+    segments of R sublayers, each segment keeps its first streams and h, (n + 1) C, and one segment
+    at a time keeps everything: about ``(n + 1) L / R + (n + 2) R`` times C. Activations inside a
+    layer are dropped too. Each layer runs twice in training: one more forward pass.
 
-    Gradients of the trainable parameters, and of every array that the stack is called with, are bit
-    for bit those without recomputation; under ``mx.compile``, which may fuse the two differently,
-    they agree to rounding. Other arrays that a layer captures get no gradient, and a layer must not
-    change any state when it runs, such as running means. So a call is not recomputed if it is
-    passed anything but arrays and plain data, such as a cache; nor in eval mode or under
-    :func:`mhc_core.no_grad`; nor if an object that cannot be copied, such as a closure, refers to a
-    part of the layer, since a copy is run again. Layers that draw random numbers (dropout) keep
-    their activations, since MLX cannot repeat the numbers. ``mx.vmap`` of a gradient needs
-    ``recompute=False``.
+    The gradients of the trainable parameters and of every array in the call are bit for bit those
+    without recomputation. Under ``mx.compile``, which may fuse the two differently, they agree to
+    rounding. Other arrays that a layer captures get no gradient, and a layer must not change state
+    when it runs, such as running means.
 
-    **Threads** may take gradients through one stack at once: nothing that is traced is ever put
-    into its modules, and no lock is held while a layer runs.
+    These calls are not recomputed:
+
+    - in eval mode, or under :func:`mhc_core.no_grad`;
+    - with arguments that are not arrays or plain data, such as a cache;
+    - if an object that cannot be copied, such as a closure, refers to a submodule of the layer,
+      because recomputation runs a copy of the layer;
+    - of layers that draw random numbers (dropout), because MLX cannot draw the same numbers again.
+
+    ``mx.vmap`` of a gradient needs ``recompute=False``.
+
+    **Threads** may take gradients through one stack at the same time: traced arrays never enter its
+    modules, and no lock is held while a layer runs.
 
     Sections 3 and 4.3 of arXiv:2512.24880.
 
@@ -99,8 +105,8 @@ class HyperConnectedStack(nn.Module):
             self.head = _checked_head(owner, head, self.blocks[0].connection, single_pass)
 
     @property
-    def part(self) -> int:
-        """Return how many sublayers drop their activations together; with all of them none do."""
+    def segment(self) -> int:
+        """Return the number of sublayers in a segment; a single segment is not recomputed."""
         count = len(self.blocks)
         if isinstance(self.recompute, str):
             return max(1, round(math.sqrt(self.n * count / (self.n + 2))))
@@ -115,21 +121,22 @@ class HyperConnectedStack(nn.Module):
     ) -> mx.array:
         """Run ``[..., dims]`` through all blocks, to ``[..., dims]``.
 
-        Every layer is called with ``args`` and ``kwargs`` beside its input, and the layer of block
-        k with the keyword arguments ``each[k]`` too.
+        Every layer gets ``args`` and ``kwargs`` after its input, and the layer of block k also gets
+        the keyword arguments ``each[k]``.
         """
         calls = self._calls(args, each, kwargs)
-        count, part = len(self.blocks), self.part
-        again = self.training and gradients.wanted() and part < count and is_repeatable(calls)
+        count, segment = len(self.blocks), self.segment
+        recompute = self.training and gradients.wanted() and segment < count
+        recompute = recompute and is_repeatable(calls)
         state: tuple[mx.array, ...] = (h,)
-        for start in range(0, count, part):
-            stop = min(start + part, count)
-            given = (start, calls[start:stop], *state)
+        for start in range(0, count, segment):
+            stop = min(start + segment, count)
+            arguments = (start, calls[start:stop], *state)
             blocks = self.blocks[start : stop + 1]
-            if again:
-                state = recomputed(self._run, blocks, self._used(start, stop), *given)
+            if recompute:
+                state = recomputed(self._run, blocks, self._used(start, stop), *arguments)
             else:
-                state = self._run(blocks, *given)
+                state = self._run(blocks, *arguments)
         return self._collapsed(*state)
 
     def _calls(self, args: tuple[Any, ...], each: Any, kwargs: Mapping[str, Any]) -> list[Call]:
@@ -149,23 +156,23 @@ class HyperConnectedStack(nn.Module):
         calls: Sequence[Call],
         *state: mx.array,
     ) -> tuple[mx.array, ...]:
-        """Run the sublayers from ``start`` on, as many as there are calls.
+        """Run ``len(calls)`` sublayers, from number ``start`` on.
 
-        ``blocks`` are those of the sublayers and the next one, or copies of them.
+        ``blocks`` are the blocks of these sublayers and of the next one, or copies of them.
         """
         if start == 0:
-            state = self._begun(blocks[0].connection, *state)
+            state = self._first_state(blocks[0].connection, *state)
         for k, (args, kwargs) in enumerate(calls):
             x, h, h_pre, h_post, h_res = state
             y = blocks[k].transform(h, *args, **kwargs)
             if k + 1 == len(blocks):
                 return mhc.combine(x, y, h_post, h_res), h_pre
             following = blocks[k + 1].connection
-            given = h_pre if self.single_pass else None
-            state = following.combine_pre(x, y, h_post, h_res, given)
+            previous_h_pre = h_pre if self.single_pass else None
+            state = following.combine_pre(x, y, h_post, h_res, previous_h_pre)
         return state
 
-    def _begun(self, first: HyperConnection, h: mx.array) -> tuple[mx.array, ...]:
+    def _first_state(self, first: HyperConnection, h: mx.array) -> tuple[mx.array, ...]:
         """Return the streams, the first layer's input and its mappings."""
         x = mhc.expand(h, self.n)
         h_pre, h_post, h_res = first.mappings(x)
@@ -179,7 +186,7 @@ class HyperConnectedStack(nn.Module):
         return self.head(x) if "head" in self else mhc.contract(x, "mean")
 
     def _used(self, start: int, stop: int) -> list[nn.Module]:
-        """Return the modules that :meth:`_run` uses: a part maps for the next one's first layer."""
+        """Return the modules that :meth:`_run` uses: its end maps for the next segment's start."""
         layers = [block.layer for block in self.blocks[start:stop]]
         norms = [block.norm for block in self.blocks[start:stop]]
         mapping = self.blocks[start + (start > 0) : stop + 1]
@@ -213,7 +220,7 @@ def _checked_head(owner: str, head: Any, first: HyperConnection, single_pass: bo
     if not isinstance(head, HyperHead):
         raise TypeError(f"{owner}: head is a {type(head).__name__}; needs a HyperHead")
     if single_pass:
-        raise ValueError(f"{owner}: head is given; the single-pass order has none")
+        raise ValueError(f"{owner}: head is given; the single-pass order has no head")
     _check_sizes(owner, "head", head, first.n, first.dims)
     return head
 

@@ -1,6 +1,6 @@
 """The comparison of models."""
 
-from mhc_backends.mlx_nn.compare import (
+from mhc_backends.mlx_nn.compat import (
     BaselineBlock,
     BaselineModel,
     GradientTracker,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 
 from mhc_core import mlx as modules
@@ -15,26 +13,22 @@ class ManifoldHyperConnection(modules.ManifoldHyperConnection):
     """:class:`mhc_core.mlx.ManifoldHyperConnection`; use that one in new code."""
 
     def _project_h_pre(self) -> mx.array:
-        return self._pre()
+        return self.h_pre()
 
     def _project_h_post(self) -> mx.array:
-        return self._post()
+        return self.h_post()
 
     def _project_h_res(self) -> mx.array:
-        return self._res()
+        return self.h_res()
 
     @property
     def _cached_h_pre(self) -> mx.array | None:
-        return self._cached("h_pre")
+        return self.cached("h_pre")
 
     @property
     def _cached_h_post(self) -> mx.array | None:
-        return self._cached("h_post")
+        return self.cached("h_post")
 
     @property
     def _cached_h_res(self) -> mx.array | None:
-        return self._cached("h_res")
-
-    def _cached(self, name: str) -> mx.array | None:
-        kept: dict[str, Any] = {} if self.training else vars(self).get("_kept", {})
-        return kept[name][1] if name in kept else None
+        return self.cached("h_res")

@@ -1,9 +1,8 @@
 """The acceleration of other libraries' models: their hyper-connections run on the uniform ops.
 
-A model keeps its modules, its parameters and their names. What changes is the class of some of
-its modules: each becomes an instance of a subclass of its own class, which is defined in this
-package and calls the uniform ops. No class, function or module of the library is touched, and no
-other model.
+A model keeps its modules, its parameters and their names. Only the class of some of its modules
+changes, to a subclass that is defined in this package and calls the uniform ops. The library's
+classes, functions and modules stay as they are, and so do other models.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ __all__ = ["AccelerationReport", "Note", "accelerate", "restore"]
 
 
 class _Library(NamedTuple):
-    """The family of a model class, and the releases of its library in which it was tested."""
+    """The family of a model class, and the releases of its library that were tested."""
 
     family: str
     distribution: str
@@ -37,23 +36,24 @@ _MODELS = {
     ),
 }
 
-_FROZEN = "_frozen_by_mhc_core"  # an attribute of modules: what accelerate froze
+_FROZEN = "_frozen_by_mhc_core"  # an attribute of modules: the parameters that accelerate froze
 
 _UNTRAINED = (
-    "gradients do not always pass in this version; accelerate(model, trainable=True) lets them"
+    "not always differentiable in this version of the library; accelerate(model, trainable=True) "
+    "makes it so"
 )
 
 
 class Note(NamedTuple):
-    """A module's path and class, with a sentence on what was done with it, or why nothing was."""
+    """A module's path, the name of its class, and what was done with it, or why nothing was."""
 
     path: str
-    kind: str
+    class_name: str
     text: str
 
 
 class AccelerationReport(NamedTuple):
-    """The modules that :func:`accelerate` replaced and those it left; printed, a line per kind."""
+    """The modules that :func:`accelerate` replaced and left; its text has a line per class."""
 
     replaced: tuple[Note, ...]
     left: tuple[Note, ...]
@@ -65,58 +65,57 @@ class AccelerationReport(NamedTuple):
 def _lines(title: str, notes: tuple[Note, ...]) -> Iterator[str]:
     yield f"{title}: {len(notes)}"
     first = {note[1:]: note.path for note in reversed(notes)}
-    for (kind, text), count in Counter(note[1:] for note in notes).items():
-        yield f"  {count} {kind}, {first[kind, text]}{' ...' * (count > 1)}: {text}"
+    for (name, text), count in Counter(note[1:] for note in notes).items():
+        yield f"  {count} {name}, {first[name, text]}{' ...' * (count > 1)}: {text}"
 
 
 def accelerate(model: Any, *, trainable: bool = False) -> AccelerationReport:
-    """Run a model's hyper-connections on mhc-core, in place; optionally make the model train.
+    """Run a model's hyper-connections on mhc-core, in place; optionally make it differentiable.
 
     For the DeepSeek-V4.1 model of mlx-lm (``mlx_lm.models.deepseek_v41``) and the DeepSeek-V4 and
     V4.1 models of mlx-vlm (``mlx_vlm.models.deepseek_v4``, ``mlx_vlm.models.deepseek_v41``).
-    Between two sublayers, also of different layers, the streams are written and read again in one
-    pass, :func:`mhc_core.combine_pre`.
+    One pass, :func:`mhc_core.combine_pre`, writes the streams after a sublayer and reads them for
+    the next one, also across layers.
 
-    Some of the model's modules become instances of subclasses of their own classes; no class,
-    function or module of the library changes, and no other model. Parameters, their names, caches,
-    ``load_weights``, ``quantize``, LoRA, ``train``, ``eval`` and ``shard`` work as before, earlier
-    or later. A layer leaves its streams to the next, so call this again after layers were removed,
-    replaced or pipelined.
+    Some of the model's modules become instances of subclasses of their own classes. The library's
+    own classes, functions and modules stay as they are, and so do other models. Parameters, their
+    names, caches, ``load_weights``, ``quantize``, LoRA, ``train``, ``eval`` and ``shard`` work as
+    before, whether they are used before or after this. A layer leaves its streams for the next
+    layer to write, so call this again after layers are removed, replaced or pipelined.
 
-    The ops run on the backend that is selected when the model is called. Logits are the model's up
-    to rounding; where a model rounds to fp8 or fp4, a difference in the last bit may change that
-    rounding. On ``mlx-metal`` a token's hyper-connections have the same bits alone and in any block
-    or batch, so mlx-vlm's speculative decoding is exact without its loop over tokens.
-    ``mlx-compiled`` does not promise that, though on CPUs it held for blocks of tokens in every
-    size that was tried. Where no gradients are needed, generate inside
-    ``with mhc_core.no_grad():``.
+    The ops run on the backend that is selected when the model is called. Logits equal the model's
+    up to rounding; in a model that rounds to fp8 or fp4, a difference in the last bit may change
+    that rounding. On ``mlx-metal`` a token's hyper-connections have the same bits alone and in any
+    block or batch, so mlx-vlm's speculative decoding is exact without its loop over tokens.
+    ``mlx-compiled`` does not promise that, but on CPUs it held for every block size that was tried.
+    Unless gradients are needed, generate text inside ``with mhc_core.no_grad():``.
 
     Parameters
     ----------
     model
         The model as the library made or loaded it.
     trainable
-        Also replace what has no gradient in these versions, with the same forward, bit by bit:
-        choices of indices become constants of the gradient, rounding to fp8 and fp4 passes it
-        straight through. Call ``model.train()`` before training, as always: in ``eval`` mlx-vlm
-        runs short blocks by kernels without gradients. mlx-lm's ``grad_checkpoint`` does not suit
-        these layers, with or without this: they write to caches, and it would run those writes
-        twice.
+        True also replaces the operations that have no gradient in these versions; the forward keeps
+        its bits. Choices of indices become constants of the gradient, and rounding to fp8 and fp4
+        gets a straight-through gradient. Call ``model.train()`` before training, as always: in
+        ``eval`` mlx-vlm runs short blocks on kernels without gradients. mlx-lm's
+        ``grad_checkpoint`` does not work with these layers, accelerated or not: they write to
+        caches, and it would run those writes twice.
 
     Returns
     -------
     AccelerationReport
-        Each module that was replaced, with what replaces it; each that was left as it is, or that
-        gets no gradient, with the reason. A second call replaces nothing more.
+        The modules that were replaced, with what is different; and those that were left unchanged
+        or have no gradient, with the reason. A second call replaces nothing more.
 
     Raises
     ------
     TypeError
         For a model of another class.
     RuntimeError
-        For a version of its library in which this was not tested.
+        For a version of its library that was not tested.
     ValueError
-        For hyper-connections whose parameters have wrong shapes. After any of these errors, the
+        For hyper-connections whose parameters have wrong shapes. After any of these errors the
         model is unchanged.
 
     Notes
@@ -128,15 +127,14 @@ def accelerate(model: Any, *, trainable: bool = False) -> AccelerationReport:
     plan = list(_plan(family, model, modules, trainable))
     left = tuple(_left(family, modules, trainable))
     _swap(plan)
-    return AccelerationReport(tuple(Note(p.path, p.kind.__name__, p.swap.why) for p in plan), left)
+    return AccelerationReport(tuple(planned.note for planned in plan), left)
 
 
 def restore(model: Any) -> AccelerationReport:
-    """Undo :func:`accelerate` in place: every module gets its own class again.
+    """Undo :func:`accelerate` in place: every module gets its original class back.
 
-    Parameters keep their present values, even if trained or loaded since; those that
-    :func:`accelerate` froze can be trained again, as before. A model that was not accelerated is
-    not changed.
+    Parameters keep their present values. Those that :func:`accelerate` froze are unfrozen. A model
+    that was not accelerated does not change.
 
     Parameters
     ----------
@@ -146,8 +144,7 @@ def restore(model: Any) -> AccelerationReport:
     Returns
     -------
     AccelerationReport
-        Each module that was restored, with the class that it has again; the list of modules left is
-        empty.
+        The modules that were restored, each with its class; the list of modules left is empty.
 
     Raises
     ------
@@ -156,28 +153,30 @@ def restore(model: Any) -> AccelerationReport:
     """
     family = _family(model)
     modules = sorted(model.named_modules(), key=lambda item: _natural(item[0]))
-    plan = list(_given_back(family, modules))
+    plan = list(_restorations(family, modules))
     _swap(plan)
     for planned in plan:
         for name in cast("Sequence[str]", vars(planned.module).pop(_FROZEN, ())):
             planned.module.unfreeze(recurse=False, keys=name)
-    return AccelerationReport(tuple(Note(p.path, p.kind.__name__, p.swap.why) for p in plan), ())
+    return AccelerationReport(tuple(planned.note for planned in plan), ())
 
 
-def _given_back(family: Family, modules: Sequence[tuple[str, Any]]) -> Iterator[_Planned]:
-    """Yield the modules that get the library's class again."""
+def _restorations(family: Family, modules: Sequence[tuple[str, Any]]) -> Iterator[_Planned]:
+    """Yield the modules that get the library's class back."""
     layers = family.layers
-    own = {swap.by: kind for kind, swap in (*family.trainable.items(), *family.connections.items())}
-    own |= {layers.passing: layers.kind, layers.writing: layers.kind}
+    swaps = {**family.trainable, **family.connections}
+    originals = {swap.cls: original for original, swap in swaps.items()}
+    originals |= {layers.passing: layers.original, layers.writing: layers.original}
     for path, module in modules:
-        kind = cast("type[Any]", type(module))
-        if kind in own:
-            yield _Planned(path, module, kind, Swap(own[kind], f"{own[kind].__name__} again"))
+        cls = cast("type[Any]", type(module))
+        if cls in originals:
+            original = originals[cls]
+            yield _Planned(path, module, cls, Swap(original, f"restored to {original.__name__}"))
 
 
 def _family(model: Any) -> Family:
     """Return the family of a model's class; raise if the class or the version is unknown."""
-    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__]
+    names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__]
     name = next((name for name in names if name in _MODELS), None)
     if name is None:
         raise TypeError(f"accelerate: model is a {names[0]}; needs {' or '.join(_MODELS)}")
@@ -186,9 +185,9 @@ def _family(model: Any) -> Family:
     if found not in library.tested:
         tested = " or ".join(library.tested)
         raise RuntimeError(
-            f"accelerate: {library.distribution} {found} is installed; known is {tested}, and "
-            f"another may compute something else: pip install '{library.distribution}=={tested}', "
-            "or look for a newer mhc-core"
+            f"accelerate: {library.distribution} {found} is installed; only {tested} is tested, "
+            "other versions may compute something else. Run pip install "
+            f"'{library.distribution}=={tested}', or look for a newer mhc-core"
         )
     return import_module(f"{__name__}.{library.family}").FAMILY
 
@@ -197,7 +196,7 @@ def _version(distribution: str) -> str:
     try:
         return version(distribution)
     except PackageNotFoundError:
-        return "of no known version"
+        return "of unknown version"
 
 
 def _natural(path: str) -> list[str]:
@@ -207,58 +206,62 @@ def _natural(path: str) -> list[str]:
 class _Planned(NamedTuple):
     path: str
     module: Any
-    kind: type[Any]
+    before: type[Any]
     swap: Swap
+
+    @property
+    def note(self) -> Note:
+        return Note(self.path, self.before.__name__, self.swap.why)
 
 
 def _plan(
     family: Family, model: Any, modules: Sequence[tuple[str, Any]], trainable: bool
 ) -> Iterator[_Planned]:
-    """Yield the modules to change and their new classes, without those that have them already."""
+    """Yield the modules whose class changes, with their new classes."""
     swaps = {**family.connections, **(family.trainable if trainable else {})}
     layers = family.layers
-    order = model.layers  # in which they run
+    order = model.layers  # in the order in which they run
     following = dict(zip(map(id, order), [*order, None][1:], strict=True))
     for path, module in modules:
-        kind = cast("type[Any]", type(module))
-        if id(module) in following and kind in (layers.kind, layers.passing, layers.writing):
-            passes = _takes_pending(family, following[id(module)])
+        cls = cast("type[Any]", type(module))
+        if id(module) in following and cls in (layers.original, layers.passing, layers.writing):
+            passes = _accepts_pending(family, following[id(module)])
             swap = Swap(layers.passing if passes else layers.writing, layers.why, layers.check)
-        elif kind in swaps:
-            swap = swaps[kind]
+        elif cls in swaps:
+            swap = swaps[cls]
         else:
             continue
-        if swap.by is not kind:
+        if swap.cls is not cls:
             if swap.check:
                 swap.check(path, module)
-            yield _Planned(path, module, kind, swap)
+            yield _Planned(path, module, cls, swap)
 
 
-def _takes_pending(family: Family, layer: Any) -> bool:
+def _accepts_pending(family: Family, layer: Any) -> bool:
     layers = family.layers
-    ours = type(layer) in (layers.kind, layers.passing, layers.writing)
-    return ours and (layers.takes_pending is None or layers.takes_pending(layer))
+    ours = type(layer) in (layers.original, layers.passing, layers.writing)
+    return ours and (layers.accepts_pending is None or layers.accepts_pending(layer))
 
 
 def _left(family: Family, modules: Sequence[tuple[str, Any]], trainable: bool) -> Iterator[Note]:
-    """Yield a note for each module that is left unchanged, or has no gradients."""
-    ours = {swap.by for swap in family.trainable.values()}
+    """Yield a note for each module that is left unchanged or has no gradients."""
+    ours = {swap.cls for swap in family.trainable.values()}
     trains = trainable or any(type(module) in ours for _, module in modules)
     untrained = family.untrained if trains else dict.fromkeys(family.trainable, _UNTRAINED)
     for path, module in modules:
-        for kind, reason in (*family.left.items(), *untrained.items()):
-            if isinstance(module, kind):
-                yield Note(path, kind.__name__, reason)
+        for cls, reason in (*family.left.items(), *untrained.items()):
+            if isinstance(module, cls):
+                yield Note(path, cls.__name__, reason)
 
 
 def _swap(plan: Sequence[_Planned]) -> None:
     """Change all classes, or none if one fails."""
     try:
         for planned in plan:
-            planned.module.__class__ = planned.swap.by
+            planned.module.__class__ = planned.swap.cls
     except TypeError:
         for planned in plan:
-            planned.module.__class__ = planned.kind
+            planned.module.__class__ = planned.before
         raise
     for _, module, _, swap in plan:
         names = [name for name in swap.freeze if name in module.trainable_parameters()]

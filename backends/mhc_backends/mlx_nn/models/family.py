@@ -1,4 +1,4 @@
-"""The declaration of a model family: which class replaces which, and why."""
+"""The declaration of a model family: which classes replace the library's, and why."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["Family", "Layers", "Swap"]
 
 
 class Swap(NamedTuple):
-    """A subclass for the instances of a library's class, and a sentence about it."""
+    """The subclass that replaces a library's class, and a sentence about it for the report."""
 
-    by: type[Any]
+    cls: type[Any]
     why: str
-    check: Callable[[str, Any], None] | None = None  # raises for an instance that will not do
+    check: Callable[[str, Any], None] | None = None  # raises for an instance that it cannot replace
     freeze: tuple[str, ...] = ()  # parameters that cannot be trained
 
 
@@ -24,43 +24,44 @@ class Layers:
 
     Attributes
     ----------
-    kind
+    original
         The library's class.
-    passing, writing
-        Our class for a layer whose successor accepts pending streams, and for one that writes the
-        streams because its successor does not.
-    takes_pending
-        Whether a layer may be such a successor; all may, unless it is given.
+    passing
+        Our class for a layer whose successor accepts pending streams.
+    writing
+        Our class for a layer whose successor does not: it writes the streams.
+    accepts_pending
+        Whether a layer accepts pending streams; by default all do.
     why
-        A sentence about ours.
+        A sentence about our classes for the report.
     check
         As in :class:`Swap`.
     """
 
-    kind: type[Any]
+    original: type[Any]
     passing: type[Any]
     writing: type[Any]
     why: str
-    takes_pending: Callable[[Any], bool] | None = None
+    accepts_pending: Callable[[Any], bool] | None = None
     check: Callable[[str, Any], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How to accelerate the models of one module of one library, by the library's classes.
+    """The replacements of a library's classes, for the models of one of its modules.
 
     Attributes
     ----------
     layers
         The layers.
     connections
-        Modules that are swapped always.
+        Replacements that :func:`accelerate` always makes.
     trainable
-        Modules that are swapped for training.
+        Replacements that it makes with ``trainable=True``.
     untrained
-        Modules that training leaves without gradients, and why.
+        Modules that have no gradients even then, and why.
     left
-        Modules with streams that stay as they are, and why.
+        Modules that use streams and stay unchanged, and why.
     """
 
     layers: Layers

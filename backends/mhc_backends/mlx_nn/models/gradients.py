@@ -1,7 +1,7 @@
 """Gradients for operations without any: choices of indices, rounding, rotations made of views.
 
-No method of a library is copied for this. :func:`rebound` runs the code of the installed method
-with other values for some of the global names that it uses; the library's own module is unchanged.
+No code of a library is copied for this. :func:`with_globals` makes a function from the code of the
+installed one that looks up some global names elsewhere; the library's own module is unchanged.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ from typing import Any
 
 import mlx.core as mx
 
-__all__ = ["choosing", "rebound", "straight_through", "with_gradient"]
+__all__ = ["constant_choices", "straight_through", "with_globals", "with_gradient"]
 
 
-def rebound(function: Any, **names: Any) -> Any:
-    """Return the same function with other values for some of its global names.
+def with_globals(function: Any, **names: Any) -> Any:
+    """Return a copy of a function in which some global names have other values.
 
     Raises
     ------
     AttributeError
-        If the function's code does not use such a name: the library has changed.
+        If the function's code does not use one of the names, because the library has changed.
     """
     for name in names:
         if name not in function.__code__.co_names:
-            raise AttributeError(f"{function.__module__}.{function.__qualname__} uses no {name}")
+            raise AttributeError(
+                f"{function.__module__}.{function.__qualname__} does not use {name}"
+            )
     scope = {**function.__globals__, **names}
     code, closure = function.__code__, function.__closure__  # the closure is what super() needs
     made = FunctionType(code, scope, function.__name__, function.__defaults__, closure)
@@ -34,20 +36,20 @@ def rebound(function: Any, **names: Any) -> Any:
 
 
 def with_gradient(
-    function: Callable[[mx.array], mx.array], back: Callable[[mx.array], mx.array]
+    function: Callable[[mx.array], mx.array], pullback: Callable[[mx.array], mx.array]
 ) -> Callable[[mx.array], mx.array]:
-    """Return a function of one array with a gradient: ``back`` maps its output's cotangent."""
+    """Return a function of one array whose gradient is ``pullback`` of its output's cotangent."""
     joined: Any = mx.custom_function(function)
 
     def vjp(_: Any, cotangent: mx.array, __: Any) -> mx.array:
-        return back(cotangent)
+        return pullback(cotangent)
 
     joined.vjp(vjp)
     return joined
 
 
 def straight_through(rounding: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """Return ``rounding``, bit for bit the same, with the gradient of the identity.
+    """Return ``rounding`` with the same bits and the gradient of the identity.
 
     The straight-through estimator of arXiv:1308.3432.
     """
@@ -69,7 +71,7 @@ def _constant(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
     return constant
 
 
-choosing = SimpleNamespace(
+constant_choices = SimpleNamespace(
     **{**vars(mx), "argpartition": _constant(mx.argpartition), "argsort": _constant(mx.argsort)}
 )
-"""``mlx.core`` in which choices of indices are constants, as gradients through them require."""
+"""``mlx.core`` in which choices of indices are constants, because MLX cannot differentiate them."""

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mhc_backends.mlx_nn.models.family import Family, Layers, Swap
-from mhc_backends.mlx_nn.models.gradients import choosing, rebound, straight_through
+from mhc_backends.mlx_nn.models.gradients import constant_choices, straight_through, with_globals
 from mhc_backends.mlx_nn.models.sublayers import Projection, check, deepseek, enter
 from mhc_core import mappings
 
@@ -25,7 +25,7 @@ class Connection(v41.HyperConnection):
 
     @property
     def projection(self) -> Projection:
-        """Return the projection as the ops take it."""
+        """Return the projection's parameters for the ops."""
         variant = deepseek(self.norm_eps, self.hc_eps, self.iters)
         return Projection(self.fn, self.scale, self.base, variant)
 
@@ -36,17 +36,17 @@ class Connection(v41.HyperConnection):
 
 
 class Layer(v41.DecoderLayer):
-    """A layer in the single-pass order: each sublayer reads by the previous one's H_pre."""
+    """A layer in the single-pass order: each sublayer's input uses the previous H_pre."""
 
     passes_on = True
 
     def __call__(self, streams: Any, pre_mix: mx.array, **state: Any) -> tuple[Any, mx.array]:
-        """Return the streams, or the pending ones, and the H_pre by which they are read."""
+        """Return the streams, or the pending ones, and the H_pre for the next sublayer's input."""
         attention = enter(streams, self.attn_hc.projection, pre_mix)
         y = self.self_attn(self.input_layernorm(attention.h), **state)
-        experts = enter(attention.left(y), self.ffn_hc.projection, attention.h_pre)
-        left = experts.left(self.mlp(self.post_attention_layernorm(experts.h)))
-        return left if self.passes_on else left.written(), experts.h_pre
+        experts = enter(attention.finish(y), self.ffn_hc.projection, attention.h_pre)
+        pending = experts.finish(self.mlp(self.post_attention_layernorm(experts.h)))
+        return pending if self.passes_on else pending.written(), experts.h_pre
 
 
 class LastLayer(Layer):
@@ -58,24 +58,24 @@ class LastLayer(Layer):
 class Attention(v41.Attention):
     """Attention with gradients through the rounding of keys and values."""
 
-    __call__ = rebound(
+    __call__ = with_globals(
         v41.Attention.__call__, _fake_quant_fp8=straight_through(v41._fake_quant_fp8)
     )
-    _compress = rebound(
+    _compress = with_globals(
         v41.Attention._compress, _fake_quant_fp4=straight_through(v41._fake_quant_fp4)
     )
 
 
 class Indexer(v41.Indexer):
-    """An indexer whose choice is a constant."""
+    """An indexer whose choice is a constant of the gradient."""
 
-    __call__ = rebound(v41.Indexer.__call__, mx=choosing)
+    __call__ = with_globals(v41.Indexer.__call__, mx=constant_choices)
 
 
 class Router(v41.Router):
     """A router whose choice of experts is a constant; their weights are not."""
 
-    __call__ = rebound(v41.Router.__call__, mx=choosing)
+    __call__ = with_globals(v41.Router.__call__, mx=constant_choices)
 
 
 def _check(path: str, connection: Any) -> None:
@@ -84,22 +84,22 @@ def _check(path: str, connection: Any) -> None:
 
 FAMILY = Family(
     layers=Layers(
-        kind=v41.DecoderLayer,
+        original=v41.DecoderLayer,
         passing=Layer,
         writing=LastLayer,
-        why="its streams are written and read again in one pass, by combine_pre",
+        why="combine_pre writes its streams and reads them in one pass",
     ),
     connections={
-        v41.HyperConnection: Swap(Connection, "on mhc-core's ops", _check),
+        v41.HyperConnection: Swap(Connection, "runs on mhc-core's ops", _check),
     },
     trainable={
         v41.Attention: Swap(
-            Attention, "gradients pass straight through the rounding of its keys and values"
+            Attention, "the rounding of its keys and values has straight-through gradients"
         ),
-        v41.Indexer: Swap(Indexer, "the entries that it chooses are constants of the gradient"),
+        v41.Indexer: Swap(Indexer, "the entries it chooses are constants of the gradient"),
         v41.Router: Swap(
             Router,
-            "the experts that it chooses are constants of the gradient; their weights are not",
+            "the experts it chooses are constants of the gradient; their weights are not",
         ),
     },
     untrained={
@@ -107,6 +107,6 @@ FAMILY = Family(
         v41.Router: "e_score_correction_bias only chooses, so its gradient is zero",
     },
     left={
-        v41.TextModel: "it reads the streams after the last layer by its own formula, once",
+        v41.TextModel: "it reads the streams once, after the last layer, by its own formula",
     },
 )

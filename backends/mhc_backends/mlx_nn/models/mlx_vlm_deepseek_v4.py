@@ -12,7 +12,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mhc_backends.mlx_nn.models.family import Family, Layers, Swap
-from mhc_backends.mlx_nn.models.gradients import rebound
+from mhc_backends.mlx_nn.models.gradients import with_globals
 from mhc_backends.mlx_nn.models.sublayers import Projection, check, deepseek, enter
 from mhc_core import head
 
@@ -26,7 +26,7 @@ class Connection(v4.HyperConnection):
 
     @property
     def projection(self) -> Projection:
-        """Return the projection as the ops take it."""
+        """Return the projection's parameters for the ops."""
         variant = deepseek(self.norm_eps, self.hc_eps, self.sinkhorn_iters)
         return Projection(self.fn, self.scale, self.base, variant)
 
@@ -62,9 +62,9 @@ class Block(v4.DeepseekV4Block):
         """Return the streams, or the pending ones."""
         attention = enter(h, self.attn_hc.projection)
         y = self.attn(self.attn_norm(attention.h), mask, cache, *args, **state)
-        experts = enter(attention.left(y), self.ffn_hc.projection)
-        left = experts.left(self.ffn(self.ffn_norm(experts.h), input_ids))
-        return left if self.passes_on else left.written()
+        experts = enter(attention.finish(y), self.ffn_hc.projection)
+        pending = experts.finish(self.ffn(self.ffn_norm(experts.h), input_ids))
+        return pending if self.passes_on else pending.written()
 
 
 class LastBlock(Block):
@@ -74,7 +74,7 @@ class LastBlock(Block):
 
 
 class Indexer(v4.Indexer):
-    """An indexer whose choice is a constant."""
+    """An indexer whose choice is a constant of the gradient."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array | None:
         """Return the chosen entries, as the library does."""
@@ -108,7 +108,7 @@ class Gate(v4.MoEGate):
         """Return the table of experts by token, as a constant."""
         return mx.stop_gradient(cast("mx.array", self["tid2eid"]))
 
-    __call__ = rebound(
+    __call__ = with_globals(
         v4.MoEGate.__call__,
         _vision_expert_select=_constant_choice(v4._vision_expert_select, 0),
         _vision_hash_expert_select=_constant_choice(v4._vision_hash_expert_select, 1),
@@ -121,26 +121,26 @@ def _check(path: str, connection: Any) -> None:
 
 FAMILY = Family(
     layers=Layers(
-        kind=v4.DeepseekV4Block,
+        original=v4.DeepseekV4Block,
         passing=Block,
         writing=LastBlock,
-        why="its streams are written and read again in one pass, by combine_pre",
+        why="combine_pre writes its streams and reads them in one pass",
     ),
     connections={
         v4.HyperConnection: Swap(
             Connection,
-            "on mhc-core's ops, without a loop over the tokens of a short block",
+            "runs on mhc-core's ops, without a loop over the tokens of a short block",
             _check,
         ),
         v4.HyperHead: Swap(
-            Head, "on mhc-core's head, without a loop over the tokens of a short block"
+            Head, "runs on mhc-core's head, without a loop over the tokens of a short block"
         ),
     },
     trainable={
-        v4.Indexer: Swap(Indexer, "the entries that it chooses are constants of the gradient"),
+        v4.Indexer: Swap(Indexer, "the entries it chooses are constants of the gradient"),
         v4.MoEGate: Swap(
             Gate,
-            "the experts that it chooses are constants of the gradient, their weights are not; "
+            "the experts it chooses are constants of the gradient, their weights are not; "
             "tid2eid, a table of integers, is frozen",
             freeze=("tid2eid",),
         ),

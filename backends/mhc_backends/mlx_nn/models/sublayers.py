@@ -14,11 +14,10 @@ __all__ = ["Entered", "Pending", "Projection", "check", "deepseek", "enter"]
 
 
 class Pending(NamedTuple):
-    """Streams to which the last sublayer's output is not written yet: the arguments of combine.
+    """Streams before the last sublayer's output is written to them: the arguments of combine.
 
-    A layer hands this to the next instead of the streams, so that writing them and reading them
-    again is one pass. It is a tuple of arrays, so it goes through ``mx.compile`` and
-    ``mx.checkpoint``.
+    A layer passes this to the next instead of the streams, so that one pass writes and reads them.
+    It is a tuple of arrays, which ``mx.compile`` and ``mx.checkpoint`` accept.
     """
 
     x: mx.array
@@ -31,7 +30,7 @@ class Pending(NamedTuple):
         return mhc.combine(*self)
 
     def mean(self, axis: int) -> mx.array:
-        """Return the streams' mean, which mlx-vlm's drafters take after any layer."""
+        """Return the streams' mean, which mlx-vlm's drafters compute after any layer."""
         return self.written().mean(axis=axis)
 
     def __getattr__(self, name: str) -> Any:
@@ -39,13 +38,14 @@ class Pending(NamedTuple):
         if name.startswith("__"):
             raise AttributeError(name)
         raise RuntimeError(
-            "a layer left its streams to the next one to write, and none of ours followed: call "
-            "accelerate(model) again after layers are removed, replaced or pipelined"
+            "an accelerated layer left its streams for the next layer to write, but the next layer "
+            "is not accelerated. After layers are removed, replaced or pipelined, "
+            "call accelerate(model) again"
         )
 
 
 class Projection(NamedTuple):
-    """The projection that reads the streams: the ops' parameters for it, and the variant."""
+    """The parameters of the projection that reads the streams, and the variant."""
 
     phi: mx.array
     scale: mx.array
@@ -54,15 +54,15 @@ class Projection(NamedTuple):
 
 
 class Entered(NamedTuple):
-    """A sublayer's input h, and everything that its end and its successor need."""
+    """A sublayer's input h, and what its end and its successor need."""
 
     x: mx.array
     h: mx.array
-    h_pre: Any  # an array, or None where no sublayer after it reads by it
+    h_pre: Any  # an array, or None if the next sublayer does not use it
     h_post: mx.array
     h_res: mx.array
 
-    def left(self, y: mx.array) -> Pending:
+    def finish(self, y: mx.array) -> Pending:
         """Return the pending streams after the sublayer, whose output is y."""
         return Pending(self.x, y, self.h_post, self.h_res)
 
@@ -70,7 +70,7 @@ class Entered(NamedTuple):
 def enter(streams: Any, projection: Projection, h_pre: mx.array | None = None) -> Entered:
     """Begin a sublayer, from streams or from pending ones.
 
-    With ``h_pre``, the previous sublayer's, in the single-pass order of V4.1.
+    ``h_pre`` is the previous sublayer's in the single-pass order of V4.1, and None in V4's.
     """
     if isinstance(streams, Pending):
         return Entered(*mhc.combine_pre(*streams, *projection, h_pre))
@@ -83,7 +83,7 @@ def enter(streams: Any, projection: Projection, h_pre: mx.array | None = None) -
 
 @functools.cache
 def deepseek(norm_eps: float, hc_eps: float, iterations: int = 20) -> mhc.Variant:
-    """Return the variant of a DeepSeek model with these constants in its configuration."""
+    """Return the variant of a DeepSeek model with these constants from its configuration."""
     return replace(
         mhc.DEEPSEEK_V4,
         norm_eps=norm_eps,
@@ -94,7 +94,7 @@ def deepseek(norm_eps: float, hc_eps: float, iterations: int = 20) -> mhc.Varian
 
 
 def check(path: str, module: Any, n: int, fn: str, scale: str, base: str) -> None:
-    """Raise unless a module's parameters of these names fit n streams."""
+    """Raise ValueError unless the parameters of these names have shapes for n streams."""
     rows, columns = n * n + 2 * n, module[fn].shape[-1]
     for name, shape in ((fn, (rows, columns - columns % n)), (scale, (3,)), (base, (rows,))):
         if module[name].shape != shape:

@@ -8,8 +8,8 @@ import mlx.core as mx
 from mlx import nn
 
 import mhc_core as mhc
-from mhc_backends.mlx_nn._static import residual_start
-from mhc_backends.mlx_nn.layer import MHCLayer
+from mhc_backends.mlx_nn.compat._static import residual_start
+from mhc_backends.mlx_nn.compat.layer import MHCLayer
 from mhc_core import checks
 
 __all__ = ["MHCRewire"]
@@ -27,33 +27,33 @@ class MHCRewire(nn.Module):
     Parameters
     ----------
     inner
-        F, which keeps the last axis: a Linear, a QuantizedLinear, a convolution, a block.
+        F, a module that returns x's shape: a Linear, a QuantizedLinear, a convolution, a block.
     dims
         The size of the last axis, a multiple of n.
     n
-        The slices.
+        The number of slices.
     init
         ``"residual"`` starts at ``x' = F(x) + x``, to 1e-3. ``"mhc-mlx"`` starts as mhc-mlx does:
-        there H_pre and H_post are 6e-6 and 1.2e-5, so that 1e-10 of the signal is left.
+        H_pre is 6e-6 and H_post 1.2e-5, so that 1e-10 of the signal is left.
     **mhc_kwargs
-        For the :class:`MHCLayer`. ``identity_init=False`` starts at zeros, whatever ``init`` says.
+        Passed to the :class:`MHCLayer`. ``identity_init=False`` starts at zeros with either init.
 
     Attributes
     ----------
     inner
         The module.
     mhc
-        The :class:`MHCLayer`. Its ``rms_weight`` is not used; it exists since mhc-mlx saves it.
+        The :class:`MHCLayer`. Its ``rms_weight`` is not used; mhc-mlx saves one, so it exists.
 
     Raises
     ------
     TypeError, ValueError
-        For an argument of the wrong kind or size, naming it.
+        For an argument of the wrong type or size; the error names it.
 
     Notes
     -----
-    ``MHCRewire`` of mhc-mlx 0.6.3. Unlike there, the result has x's dtype, so that a model of
-    half precision stays one, and in evaluation mode the mappings are computed once.
+    ``MHCRewire`` of mhc-mlx 0.6.3. Unlike mhc-mlx's, it returns x's dtype, so that a model in half
+    precision stays in half precision, and evaluation mode computes the mappings once.
 
     Examples
     --------
@@ -97,7 +97,7 @@ class MHCRewire(nn.Module):
         Raises
         ------
         TypeError, ValueError
-            Where F does not return one array of x's shape.
+            If F does not return one array of x's shape.
         """
         if x.shape[-1] != self.dims:
             raise ValueError(f"MHCRewire: x has shape {x.shape}; needs [..., dims={self.dims}]")
@@ -110,11 +110,12 @@ class MHCRewire(nn.Module):
     def _check(self, x: mx.array, y: Any) -> None:
         name = type(self.inner).__name__
         if not isinstance(y, mx.array):
-            kind = type(y).__name__
-            raise TypeError(f"MHCRewire: the inner {name} returned a {kind}; needs one array")
+            raise TypeError(
+                f"MHCRewire: the inner {name} returned a {type(y).__name__}; needs one array"
+            )
         if y.shape != x.shape:
             raise ValueError(
-                f"MHCRewire: the inner {name} returned shape {y.shape}; needs {x.shape}, x's"
+                f"MHCRewire: the inner {name} returned shape {y.shape}; needs x's shape {x.shape}"
             )
 
     def _extra_repr(self) -> str:

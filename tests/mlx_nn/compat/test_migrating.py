@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import mhc_core.mlx
 from mhc_core.cli import app
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "migrating.md").read_text()
 SMALL = [
     "--B",

@@ -7,7 +7,7 @@ import math
 import mlx.core as mx
 
 import mhc_core as mhc
-from mhc_backends.mlx_nn._static import StaticModule, residual_start
+from mhc_backends.mlx_nn.compat._static import StaticModule, residual_start
 from mhc_core import checks
 
 __all__ = ["ManifoldHyperConnection"]
@@ -24,7 +24,7 @@ class ManifoldHyperConnection(StaticModule):
     or in one, ``connection(x, F(x))``, where F does not see H_pre. With
     ``H_pre = sigmoid(h_pre_raw + h_pre_bias)``, ``H_post = 2 sigmoid(h_post_raw + h_post_bias)``
     and ``H_res = sinkhorn_knopp(h_res_raw, sinkhorn_iterations)``. In evaluation mode all three are
-    computed once for the parameters that the module holds.
+    computed once, and again when a parameter changes.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class ManifoldHyperConnection(StaticModule):
     expansion
         n, the slices.
     sinkhorn_iterations
-        Iterations of Sinkhorn at most, from 1 to 1000.
+        The maximum number of Sinkhorn iterations, from 1 to 1000.
     init
         ``"mlx-mhc"``: H_pre 1/2, H_post 1, H_res random, as mlx-mhc starts. ``"residual"``:
         ``x' = F(x) + x`` to 1e-3, for a network that was trained with plain residuals.
@@ -41,13 +41,13 @@ class ManifoldHyperConnection(StaticModule):
     Raises
     ------
     TypeError, ValueError
-        For an argument of the wrong kind or size, naming it.
+        For an argument of the wrong type or size; the error names it.
 
     Notes
     -----
     ``ManifoldHyperConnection`` of mlx-mhc 0.4.1, with its parameters: ``h_res_raw [n, n]``,
-    ``h_pre_raw``, ``h_pre_bias``, ``h_post_raw`` and ``h_post_bias``, all ``[n]``. Unlike there,
-    any leading shape will do, and the result has x's dtype.
+    ``h_pre_raw``, ``h_pre_bias``, ``h_post_raw`` and ``h_post_bias``, all ``[n]``. Unlike
+    mlx-mhc's, it accepts any leading shape and returns x's dtype.
 
     Examples
     --------
@@ -103,10 +103,10 @@ class ManifoldHyperConnection(StaticModule):
         Raises
         ------
         ValueError
-            For another last axis.
+            If x's last axis is not ``dims``.
         """
         self._check(x)
-        return mhc.pre_scale(x, self._pre())
+        return mhc.pre_scale(x, self.h_pre())
 
     def post_combine(self, x: mx.array, layer_output: mx.array) -> mx.array:
         """Combine the residual and a layer's output, ``H_post * (y + H_res (H_pre * x))``.
@@ -126,30 +126,35 @@ class ManifoldHyperConnection(StaticModule):
         Raises
         ------
         ValueError
-            For another last axis, or two shapes.
+            If x's last axis is not ``dims``, or the two shapes differ.
         """
         self._check(x)
-        return mhc.gated_combine(x, layer_output, self._pre(), self._post(), self._res())
+        return mhc.gated_combine(x, layer_output, self.h_pre(), self.h_post(), self.h_res())
 
     def __call__(self, x: mx.array, layer_output: mx.array) -> mx.array:
         """Call :meth:`post_combine`: a connection in one stage."""
         return self.post_combine(x, layer_output)
 
+    def h_pre(self) -> mx.array:
+        """Return H_pre ``[n]``, float32."""
+        sources = self._parameters("h_pre_raw", "h_pre_bias")
+        return self._memoized("h_pre", _gate, *sources)
+
+    def h_post(self) -> mx.array:
+        """Return H_post ``[n]``, float32."""
+        sources = self._parameters("h_post_raw", "h_post_bias")
+        return self._memoized("h_post", _double_gate, *sources)
+
+    def h_res(self) -> mx.array:
+        """Return H_res ``[n, n]``, float32."""
+        # Not mhc_core.sinkhorn: like mlx-mhc, this stops once both errors are below 1e-6.
+        sources = (*self._parameters("h_res_raw"), self.sinkhorn_iterations)
+        return self._memoized("h_res", mhc.sinkhorn_knopp, *sources)
+
     def _check(self, x: mx.array) -> None:
         if x.shape[-1] != self.dims:
             owner = type(self).__name__
             raise ValueError(f"{owner}: x has shape {x.shape}; needs [..., dims={self.dims}]")
-
-    def _pre(self) -> mx.array:
-        return self._once("h_pre", _gate, *self._held("h_pre_raw", "h_pre_bias"))
-
-    def _post(self) -> mx.array:
-        return self._once("h_post", _double_gate, *self._held("h_post_raw", "h_post_bias"))
-
-    def _res(self) -> mx.array:
-        # Not sinkhorn: mlx-mhc stops once both errors are under 1e-6, and so must its double.
-        sources = (*self._held("h_res_raw"), self.sinkhorn_iterations)
-        return self._once("h_res", mhc.sinkhorn_knopp, *sources)
 
     def _extra_repr(self) -> str:
         return f"dims={self.dims}, expansion={self.expansion}"

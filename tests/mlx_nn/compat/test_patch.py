@@ -73,18 +73,20 @@ def test_what_is_wrapped_and_why_the_rest_is_not() -> None:
     report = patch(Model())
     wanted = [f"layers.{i}.{name}" for i in range(2) for name in "qkvo"]
     assert sorted(names(report)) == sorted(wanted)
-    assert {(one.kind, one.dims, one.reason) for one in report.wrapped} == {("Linear", DIMS, "")}
-    kinds = "only Linear and QuantizedLinear are wrapped"
+    assert {(one.class_name, one.dims, one.reason) for one in report.wrapped} == {
+        ("Linear", DIMS, "")
+    }
+    other = "only Linear and QuantizedLinear are wrapped"
     assert reasons(report) == {
-        "embed": kinds,
-        "mlp.layers.0": "it takes 32 dims and gives 64; a residual needs as many",
-        "mlp.layers.1": kinds,
-        "mlp.layers.2": "it takes 64 dims and gives 32; a residual needs as many",
-        "lm_head": "its name is in skip, by default those of output heads",
+        "embed": other,
+        "mlp.layers.0": "it maps 32 dims to 64; a residual connection needs the same size",
+        "mlp.layers.1": other,
+        "mlp.layers.2": "it maps 64 dims to 32; a residual connection needs the same size",
+        "lm_head": "its name is in skip, which by default has the names of output heads",
     }
     lines = str(report).splitlines()
     assert "layers.0.q (Linear): wrapped" in lines
-    assert f"embed (Embedding): {kinds}" in lines
+    assert f"embed (Embedding): {other}" in lines
     assert len(lines) == 13
 
 
@@ -111,7 +113,7 @@ def test_patching_twice_wraps_once() -> None:
     parameters = list(leaves(model.parameters()))
     report = patch(model, n=2)
     assert report.wrapped == []
-    assert reasons(report)["layers.1.v"] == "it is wrapped already, with n=4"
+    assert reasons(report)["layers.1.v"] == "it is already wrapped, with n=4"
     assert list(leaves(model.parameters())) == parameters
 
 
@@ -180,9 +182,9 @@ def test_quantized_layers(bits: int, group_size: int) -> None:
     nn.quantize(model, group_size=group_size, bits=bits)
     report = patch(model)
     assert names(report) == ["layers.0"]
-    assert report.wrapped[0].kind == "QuantizedLinear"
+    assert report.wrapped[0].class_name == "QuantizedLinear"
     assert report.wrapped[0].dims == 64
-    assert reasons(report)["layers.2"].startswith("it takes 128 dims and gives 64")
+    assert reasons(report)["layers.2"].startswith("it maps 128 dims to 64")
     layer, x = model.layers[0], mx.random.normal((3, 64))
     assert off(layer(x), layer.inner(x) + x) < 1e-3
 
@@ -196,7 +198,7 @@ def test_quantized_in_floating_point() -> None:
 def test_a_size_that_n_does_not_divide() -> None:
     report = patch(nn.Sequential(square(), square(30)))
     assert names(report) == ["layers.0"]
-    assert reasons(report) == {"layers.1": "its 30 dims are no multiple of n=4"}
+    assert reasons(report) == {"layers.1": "its 30 dims are not a multiple of n=4"}
 
 
 @pytest.mark.parametrize("name", ["lm_head", "output", "embed_out", "head", "classifier"])

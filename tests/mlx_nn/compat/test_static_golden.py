@@ -16,7 +16,7 @@ from golden import Arrays, Attrs, Golden, MlxOps, Ops, problems, read_index, rea
 from mhc_core.mlx import ManifoldHyperConnection, MHCLayer, MHCRewire, residual_add_agg
 
 ELSEWHERE = os.environ.get("MHC_GOLDEN")
-SUBSET = Path(__file__).parents[1] / "data" / "golden"
+SUBSET = Path(__file__).parents[2] / "data" / "golden"
 PARAMETERS = ("H_pre_raw", "H_post_raw", "H_res_raw", "rms_weight")
 
 Outputs = dict[str, Any]

@@ -8,12 +8,12 @@ from typing import Any
 import mlx.core as mx
 
 import mhc_core as mhc
-from mhc_backends.mlx_nn._static import StaticModule
+from mhc_backends.mlx_nn.compat._static import StaticModule
 from mhc_core import checks
 
 __all__ = ["MHCLayer", "residual_add_agg"]
 
-OFF = -12.0  # sigmoid(-12) = 6e-6
+CLOSED = -12.0  # the logit of a gate at the start: sigmoid(-12) = 6e-6
 HALVES = (mx.float16, mx.bfloat16)
 
 Triple = tuple[mx.array, mx.array, mx.array]
@@ -34,11 +34,11 @@ class MHCLayer(StaticModule):
     n, C
         The streams, and the channels of each.
     sinkhorn_iters
-        Iterations of Sinkhorn, from 1 to 1000.
+        The number of Sinkhorn iterations, from 1 to 1000.
     eps
-        Of the norm, at least 0.
+        The norm's eps, at least 0.
     use_metal
-        False keeps the layer to the backend ``mlx-compiled``.
+        False runs the layer on the backend ``mlx-compiled`` only.
     identity_init
         True starts at ``x' = x``, to about 1e-5; False at H_pre 1/2, H_post 1, H_res 1/n.
     threads_per_group, auto_dispatch, compile_reference, fused_backward, mix_kernel
@@ -56,7 +56,7 @@ class MHCLayer(StaticModule):
     Raises
     ------
     TypeError, ValueError
-        For an argument of the wrong kind or size, naming it.
+        For an argument of the wrong type or size; the error names it.
 
     Notes
     -----
@@ -117,21 +117,21 @@ class MHCLayer(StaticModule):
             fused_backward=fused_backward,
             mix_kernel=mix_kernel,
         )
-        off = OFF if self.identity_init else 0.0
-        self.H_pre_raw = mx.full((self.n,), off)
-        self.H_post_raw = mx.full((self.n,), off)
-        self.H_res_raw = off * (1 - mx.eye(self.n))
+        start = CLOSED if self.identity_init else 0.0
+        self.H_pre_raw = mx.full((self.n,), start)
+        self.H_post_raw = mx.full((self.n,), start)
+        self.H_res_raw = start * (1 - mx.eye(self.n))
         self.rms_weight = mx.ones((self.C,))
 
     def _keep_hints(self, **hints: Any) -> None:
-        """Check the hints for mhc-mlx's kernels, as it does, and store them as attributes."""
-        words = {
+        """Check the settings for mhc-mlx's kernels, as it does, and store them as attributes."""
+        choices = {
             "dispatch_policy": checks.one_of("auto", "throughput", "latency"),
             "mix_kernel": checks.one_of("auto", "1d", "2d"),
         }
         for name, value in hints.items():
-            if name in words:
-                words[name]("MHCLayer", name, value)
+            if name in choices:
+                choices[name]("MHCLayer", name, value)
             elif type(value) is int and name != "throughput_allow_fused_n32_small_C":
                 checks.positive_int("MHCLayer", name, value)
             setattr(self, name, value)
@@ -144,11 +144,10 @@ class MHCLayer(StaticModule):
     def mappings(self) -> Triple:
         """Return H_pre ``[n]``, H_post ``[n]`` and H_res ``[n, n]``, float32.
 
-        In evaluation mode they are computed once for the parameters that the layer holds.
+        In evaluation mode they are computed once, and again when a parameter changes.
         """
-        return self._once(
-            "mappings", self._map, *self._held(*self.raw), self.sinkhorn_iters, self.backend
-        )
+        sources = (*self._parameters(*self.raw), self.sinkhorn_iters, self.backend)
+        return self._memoized("mappings", self._map, *sources)
 
     @staticmethod
     def _map(pre: mx.array, post: mx.array, res: mx.array, iterations: int, backend: Any) -> Triple:
@@ -184,8 +183,8 @@ class MHCLayer(StaticModule):
         x_expanded
             ``[..., n, C]`` streams.
         return_dtype
-            The dtype of the result; if None float32, as in mhc-mlx, also for half-precision
-            streams. Their own dtype is the fast choice: then nothing is widened in memory.
+            The dtype of the result. None returns float32, as in mhc-mlx, also for half-precision
+            streams. The streams' own dtype is fastest: no float32 copy of them is made.
 
         Returns
         -------
@@ -195,12 +194,12 @@ class MHCLayer(StaticModule):
         Raises
         ------
         ValueError
-            For streams of another n or C.
+            If the streams have another n or C.
         """
         self._check("x_expanded", x_expanded)
-        pre, post, res = self._held(*self.raw)
-        kept = return_dtype is not None and return_dtype == x_expanded.dtype
-        x = x_expanded if kept else _wide(x_expanded)
+        pre, post, res = self._parameters(*self.raw)
+        keep_dtype = return_dtype is not None and return_dtype == x_expanded.dtype
+        x = x_expanded if keep_dtype else _upcast(x_expanded)
         out = mhc.static_layer(
             x, pre, post, res, self.rms_weight, self.eps, self.sinkhorn_iters, backend=self.backend
         )
@@ -241,8 +240,8 @@ def residual_add_agg(x: mx.array, res: mx.array, H_pre: mx.array) -> tuple[mx.ar
     in the streams' dtype, and moves half the bytes for half-precision streams.
     Errors: see :mod:`mhc_core._api`.
     """
-    return mhc.residual_add_aggregate(_wide(x), _wide(res), H_pre)
+    return mhc.residual_add_aggregate(_upcast(x), _upcast(res), H_pre)
 
 
-def _wide(x: mx.array) -> mx.array:
+def _upcast(x: mx.array) -> mx.array:
     return x.astype(mx.float32) if x.dtype in HALVES else x

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx import nn, optimizers
 from mlx.utils import tree_flatten  # pyright: ignore[reportUnknownVariableType]
 
-from mhc_backends.mlx_nn.manifold import ManifoldHyperConnection
+from mhc_backends.mlx_nn.compat.manifold import ManifoldHyperConnection
 
 __all__ = [
     "BaselineBlock",
@@ -27,7 +27,7 @@ __all__ = [
     "train_step",
 ]
 
-SEED = 42  # mlx-mhc's
+SEED = 42  # as in mlx-mhc
 
 
 class GradientTracker:
@@ -36,7 +36,7 @@ class GradientTracker:
     Attributes
     ----------
     history
-        The norms: for each step, the root of the sum of the squares of all its numbers.
+        One norm per step: the 2-norm of all its gradients together.
 
     Examples
     --------
@@ -56,7 +56,7 @@ class GradientTracker:
         self.history.append(_norm(grads))
 
     def stats(self) -> dict[str, float]:
-        """Return the ``mean`` and the ``std`` of the norms, 0 without any."""
+        """Return the ``mean`` and the ``std`` of the norms; both are 0 before the first step."""
         norms = self.history or [0.0]
         return {"mean": statistics.fmean(norms), "std": statistics.pstdev(norms)}
 
@@ -69,8 +69,8 @@ class BaselineBlock(nn.Module):
         self.norm1 = nn.RMSNorm(dims)
         self.norm2 = nn.RMSNorm(dims)
         self.attn: Any = nn.MultiHeadAttention(dims, num_heads)
-        wide = 4 * dims
-        self.mlp: Any = nn.Sequential(nn.Linear(dims, wide), nn.GELU(), nn.Linear(wide, dims))
+        hidden = 4 * dims
+        self.mlp: Any = nn.Sequential(nn.Linear(dims, hidden), nn.GELU(), nn.Linear(hidden, dims))
 
     def __call__(self, x: mx.array) -> mx.array:
         """Apply the block to ``[B, S, dims]``."""
@@ -80,7 +80,7 @@ class BaselineBlock(nn.Module):
 
 
 class MHCBlock(BaselineBlock):
-    """The block with connections in two stages, which, as in mlx-mhc, keep the normed input."""
+    """The block with two-stage connections; as in mlx-mhc, their residual is the normed input."""
 
     def __init__(self, dims: int, num_heads: int = 4, expansion: int = 2) -> None:
         super().__init__(dims, num_heads)
@@ -124,24 +124,24 @@ class MHCModel(_Model):
 
 
 def create_baseline_model(dims: int, num_layers: int, num_heads: int = 4) -> BaselineModel:
-    """Make a :class:`BaselineModel`."""
+    """Return a new :class:`BaselineModel`."""
     return BaselineModel(dims, num_layers, num_heads)
 
 
 def create_mhc_model(
     dims: int, num_layers: int, num_heads: int = 4, expansion: int = 2
 ) -> MHCModel:
-    """Make an :class:`MHCModel`."""
+    """Return a new :class:`MHCModel`."""
     return MHCModel(dims, num_layers, num_heads, expansion)
 
 
 def count_params(model: nn.Module) -> int:
-    """Count the numbers in a model's parameters."""
+    """Return the number of elements in a model's parameters."""
     return sum(array.size for array in _arrays(model.parameters()))
 
 
 def train_step(model: nn.Module, x: mx.array, y: mx.array) -> tuple[mx.array, float]:
-    """Return the mean squared error of ``model(x)`` to y and its gradients' norm; no update."""
+    """Return the mean squared error of ``model(x)`` and its gradients' norm, without an update."""
     loss, grads = _value_and_grad(model)(x, y)
     return loss, _norm(grads)
 
@@ -191,9 +191,9 @@ def compare_models(
     Parameters
     ----------
     dims, num_layers, num_heads, expansion
-        Of the transformers.
+        Sizes of the transformers.
     num_steps, batch_size, seq_len, lr
-        Of the training, by plain gradient descent.
+        Settings of the training, which is plain gradient descent.
 
     Returns
     -------
@@ -203,8 +203,8 @@ def compare_models(
 
     Notes
     -----
-    ``compare_models`` of mlx-mhc 0.4.1, with its seed and its numbers. Unlike there, the random
-    state is left as it was.
+    ``compare_models`` of mlx-mhc 0.4.1, with its seed and its numbers. Unlike mlx-mhc's, it
+    restores MLX's random state.
 
     Examples
     --------
@@ -226,7 +226,7 @@ def compare_models(
             "final_loss": losses[-1] if losses else 0,
         }
 
-    with _random_state_kept():
+    with _restored_random_state():
         baseline = trained(lambda: create_baseline_model(dims, num_layers, num_heads))
         mhc = trained(lambda: create_mhc_model(dims, num_layers, num_heads, expansion))
     more = (mhc["params"] - baseline["params"]) / baseline["params"] * 100
@@ -250,10 +250,10 @@ def _arrays(tree: Any) -> list[mx.array]:
 
 
 @contextmanager
-def _random_state_kept() -> Generator[None]:
+def _restored_random_state() -> Generator[None]:
     state: Any = mx.random.state
     before = mx.array(state[0])
     try:
         yield
     finally:
-        state[0][:] = before  # it takes no other array, but this one can be written into
+        state[0][:] = before  # the list does not accept another array; write into its own

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from mlx import nn
 
-from mhc_backends.mlx_nn.rewire import MHCRewire
+from mhc_backends.mlx_nn.compat.rewire import MHCRewire
 from mhc_core import checks
 
 __all__ = ["OUTPUT_HEADS", "AutoPatcher", "PatchReport", "Patched"]
@@ -24,9 +24,9 @@ OUTPUT_HEADS = (
     "output_layer",
     "unembed",
 )
-"""The names that models give to the layer in front of their logits."""
+"""Common names of the layer that returns the logits."""
 
-IN_A_TUPLE = "in a tuple: MLX neither trains nor saves what is in one"
+IN_A_TUPLE = "in a tuple: MLX does not train or save modules in tuples"
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class Patched:
     ----------
     name
         Its path in the model, such as ``"layers.0.q_proj"``.
-    kind
-        Its class.
+    class_name
+        The name of its class.
     dims
         Its size if it was wrapped, otherwise None.
     reason
-        Why it was not wrapped; for a wrapped one, a remark on it, or nothing.
+        Why it was not wrapped. For a wrapped module a warning, or "".
     """
 
     name: str
-    kind: str
+    class_name: str
     dims: int | None
     reason: str = ""
 
@@ -60,16 +60,16 @@ class PatchReport:
     wrapped
         The modules that it wrapped.
     left
-        Every other one, with the reason; of modules that hold modules, only those whose contents
-        were not searched.
+        Every other module, with the reason. A module that contains modules is listed only if the
+        patcher did not search inside it.
     """
 
     wrapped: list[Patched] = field(default_factory=list[Patched])
     left: list[Patched] = field(default_factory=list[Patched])
 
     def __str__(self) -> str:
-        rows = [f"{one.name} ({one.kind}): wrapped" for one in self.wrapped]
-        rows += [f"{one.name} ({one.kind}): {one.reason}" for one in self.left]
+        rows = [f"{one.name} ({one.class_name}): wrapped" for one in self.wrapped]
+        rows += [f"{one.name} ({one.class_name}): {one.reason}" for one in self.left]
         return "\n".join(rows)
 
 
@@ -88,25 +88,25 @@ class AutoPatcher:
     ) -> PatchReport:
         """Wrap every Linear and QuantizedLinear that keeps its size, wherever the model holds it.
 
-        A Linear may be held as an attribute, or in lists, tuples and dicts, nested in any way. A
-        module that a model holds twice is wrapped once; one that is wrapped already is left
-        unchanged with everything inside it.
+        It finds Linears in attributes and in nested lists, tuples and dicts. A module that occurs
+        twice in the model is wrapped once. A module that is already wrapped stays unchanged, with
+        everything inside it.
 
         Parameters
         ----------
         model
-            The model, which is changed.
+            The model, changed in place.
         n_streams
-            n, which must divide a layer's size.
+            n; only Linears whose size is a multiple of n are wrapped.
         verbose
             Whether to print what is wrapped.
         init
             As for :class:`MHCRewire`.
         skip
-            Names of modules that are left unchanged with all that they hold: whole paths, or last
-            parts of paths. By default :data:`OUTPUT_HEADS`; ``()`` for none.
+            Names of modules to leave unchanged, with everything inside them: whole paths, or last
+            components of paths. ``()`` skips none.
         **mhc_kwargs
-            For the :class:`MHCLayer` of each.
+            Passed to the :class:`MHCLayer` of each wrapper.
 
         Returns
         -------
@@ -116,12 +116,12 @@ class AutoPatcher:
         Raises
         ------
         TypeError, ValueError
-            For arguments of the wrong kind or size, before anything is wrapped.
+            For arguments of the wrong type or size, before anything is wrapped.
 
         Notes
         -----
         ``AutoPatcher.patch`` of mhc-mlx 0.6.3, which returns nothing. A wrapper is trainable even
-        if the wrapped module is frozen, and takes over that module's mode (training or evaluation).
+        if the wrapped module is frozen, and has that module's mode (training or evaluation).
 
         Examples
         --------
@@ -130,7 +130,7 @@ class AutoPatcher:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 10))
         >>> print(AutoPatcher.patch(model, n_streams=4, verbose=False))
         layers.0 (Linear): wrapped
-        layers.1 (Linear): it takes 64 dims and gives 10; a residual needs as many
+        layers.1 (Linear): it maps 64 dims to 10; a residual connection needs the same size
         """
         if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"AutoPatcher: model is a {type(model).__name__}; needs an nn.Module")
@@ -148,35 +148,35 @@ class _Patching:
     ) -> None:
         self.n, self.verbose, self.skip, self.options = n, verbose, skip, options
         self.report = PatchReport()
-        self.now: dict[int, nn.Module] = {}  # by the id of a module, what stands for it now
+        self.replacements: dict[int, nn.Module] = {}  # by the id of the original module
 
     def run(self, model: nn.Module) -> PatchReport:
         if _sizes(model) or isinstance(model, MHCRewire):
             self.leave(model, "", "it is the model itself, which cannot be replaced in place")
         else:
-            self.now[id(model)] = model
-            self.enter(model, "")
+            self.replacements[id(model)] = model
+            self.visit_items(model, "")
         self.say(f"Patched {len(self.report.wrapped)} layers.")
         return self.report
 
-    def enter(self, holder: Any, prefix: str, in_tuple: bool = False) -> None:
-        """Replace what a module, a dict or a list holds."""
-        indices = range(len(holder))
-        for key in indices if isinstance(holder, list) else list(holder):
-            value = cast("Any", holder)[key]
+    def visit_items(self, container: Any, prefix: str, in_tuple: bool = False) -> None:
+        """Replace the items of a module, a dict or a list."""
+        indices = range(len(container))
+        for key in indices if isinstance(container, list) else list(container):
+            value = cast("Any", container)[key]
             new = self.visit(value, f"{prefix}{key}", in_tuple)
             if new is not value:
-                holder[key] = new
+                container[key] = new
 
     def visit(self, value: Any, name: str, in_tuple: bool) -> Any:
         """Return the replacement of a value."""
         if isinstance(value, nn.Module):
-            if id(value) not in self.now:
-                self.now[id(value)] = value  # a module may hold one that holds it
-                self.now[id(value)] = self.replacement(value, name, in_tuple)
-            return self.now[id(value)]
+            if id(value) not in self.replacements:
+                self.replacements[id(value)] = value  # ends the recursion of a cycle
+                self.replacements[id(value)] = self.replacement(value, name, in_tuple)
+            return self.replacements[id(value)]
         if isinstance(value, (dict, list)):
-            self.enter(cast("Any", value), f"{name}.", in_tuple)
+            self.visit_items(cast("Any", value), f"{name}.", in_tuple)
         elif isinstance(value, tuple):
             return self.visit_tuple(cast("tuple[Any, ...]", value), name)
         return cast("Any", value)
@@ -189,37 +189,40 @@ class _Patching:
         return make(new)
 
     def replacement(self, module: nn.Module, name: str, in_tuple: bool) -> nn.Module:
-        reason = self.against(module, name)
+        reason = self.obstacle(module, name)
         if reason is None:
             return self.wrap(module, name, in_tuple)
         if reason or not _holds_module(dict(module)):
             self.leave(module, name, reason or "only Linear and QuantizedLinear are wrapped")
         else:
-            self.enter(module, f"{name}.", in_tuple)
+            self.visit_items(module, f"{name}.", in_tuple)
         return module
 
-    def against(self, module: nn.Module, name: str) -> str | None:
-        """Return why a module is left unchanged, "" if only for its kind, None if it is wrapped."""
+    def obstacle(self, module: nn.Module, name: str) -> str | None:
+        """Return why a module cannot be wrapped, or None; "" if it is not a Linear at all."""
         if isinstance(module, MHCRewire):
-            return f"it is wrapped already, with n={module.n}"
+            return f"it is already wrapped, with n={module.n}"
         if name in self.skip or name.rpartition(".")[2] in self.skip:
-            return "its name is in skip, by default those of output heads"
+            return "its name is in skip, which by default has the names of output heads"
         sizes = _sizes(module)
         if sizes is None:
             return ""
-        given, returned = sizes
-        if given != returned:
-            return f"it takes {given} dims and gives {returned}; a residual needs as many"
-        if given % self.n:
-            return f"its {given} dims are no multiple of n={self.n}"
+        dims_in, dims_out = sizes
+        if dims_in != dims_out:
+            return (
+                f"it maps {dims_in} dims to {dims_out}; a residual connection needs the same size"
+            )
+        if dims_in % self.n:
+            return f"its {dims_in} dims are not a multiple of n={self.n}"
         return None
 
     def wrap(self, module: nn.Module, name: str, in_tuple: bool) -> MHCRewire:
-        kind, dims = type(module).__name__, (_sizes(module) or (0, 0))[0]
+        class_name, dims = type(module).__name__, (_sizes(module) or (0, 0))[0]
         self.say(f"Rewiring {name} (dims={dims}, streams={self.n})")
         wrapper = MHCRewire(module, dims, self.n, **self.options)
         wrapper.train(module.training)
-        self.report.wrapped.append(Patched(name, kind, dims, IN_A_TUPLE if in_tuple else ""))
+        warning = IN_A_TUPLE if in_tuple else ""
+        self.report.wrapped.append(Patched(name, class_name, dims, warning))
         return wrapper
 
     def leave(self, module: nn.Module, name: str, reason: str) -> None:

@@ -256,7 +256,7 @@ def test_what_evaluation_keeps_is_no_state() -> None:
     module.eval()
     module(x)
     assert list(leaves(module.state)) == names
-    assert "_kept" not in mx.grad(lambda m: mx.sum(m(x)))(module)["mhc"]
+    assert "_cache" not in mx.grad(lambda m: mx.sum(m(x)))(module)["mhc"]
 
 
 def test_evaluation_inside_compile_and_after_it() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mhc_backends.mlx_nn import compare
+from mhc_backends.mlx_nn.compat import compare
 from mhc_core.mlx import GradientTracker, ManifoldHyperConnection, compare_models
 
 SIZES = {"dims": 16, "num_layers": 2, "num_steps": 3, "batch_size": 2, "seq_len": 4}
