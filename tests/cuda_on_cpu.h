@@ -16,10 +16,10 @@
 
 // ---- threads -------------------------------------------------------------------------------------
 
-struct Position {
+struct Dim3 {
     unsigned x, y, z;
 };
-static Position threadIdx, blockIdx, blockDim, gridDim;
+static Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 struct Barrier {
     unsigned count, waiting, turn;

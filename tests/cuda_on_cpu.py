@@ -144,10 +144,7 @@ class _Kernel:
 
 def _program(header: str, parameters: Sequence[str], body: str, memory: int) -> str:
     header = re.sub(r"#(undef|define) __global__.*\n", "", header)
-    header = header.replace("#define LAUNCHED extern", "#define LAUNCHED")
-    header = header.replace(
-        "#define LAUNCH_SIZE(NUMBER)", f"#define LAUNCH_SIZE(NUMBER) {memory // 16 + 1}"
-    )
+    body = re.sub(r"extern (__shared__ uint4 \w+)\[\];", rf"\1[{memory // 16 + 1}];", body)
     given = ", ".join(
         f"*static_cast<const Shape*>(a[{k}])"
         if "Shape&" in parameter

@@ -258,7 +258,8 @@ def _launched(monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
     The products with phi have other kernels for many tokens, which run as well.
     """
     from mhc_backends._mlx import as_tuple, from_host
-    from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
     from mhc_conformance.cases import cases, data
 
     recorder = Recorder()
@@ -443,13 +444,13 @@ def nested(depth: int) -> Any:
         ({"combine": nested(500)}, "'combine' is [[[[[[[...]]]]]]]; needs an object"),
         ([], "needs an object"),
         ({"combined": {}}, "'combined' is no kernel; known are aggregate"),
-        ({"combine": 3}, "'combine' is 3; needs an object with threads, elements, turns"),
-        ({"combine": {"thread": 3}}, "'thread'; known are threads, elements, turns"),
+        ({"combine": 3}, "'combine' is 3; needs an object with threads, elements, iterations"),
+        ({"combine": {"thread": 3}}, "'thread'; known are threads, elements, iterations"),
         ({"combine": {"threads": 100}}, "threads is 100; needs a multiple of 32 up to 1024"),
         ({"combine": {"threads": 2048}}, "threads is 2048; needs"),
         ({"combine": {"elements": 3}}, "elements is 3; needs 1, 2, 4, 8 or 16"),
-        ({"combine": {"turns": 0}}, "turns is 0; needs an integer of at least 1"),
-        ({"combine": {"turns": True}}, "turns is True; needs"),
+        ({"combine": {"iterations": 0}}, "iterations is 0; needs an integer of at least 1"),
+        ({"combine": {"iterations": True}}, "iterations is True; needs"),
         ({"combine": {"groups": "token"}}, "'groups'; known are"),
     ],
 )
@@ -530,7 +531,8 @@ def _inputs(mx: Any, T: int, n: int, shared: bool) -> tuple[Any, ...]:
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_ops_are_joined_with_their_vjps(mx: Any, n: int, shared: bool, compiled: bool) -> None:
-    from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
 
     launcher = Launcher()
     own = Ops(Kernels(launcher, "metal"), mx.compile if compiled else None)
@@ -549,7 +551,8 @@ def test_ops_are_joined_with_their_vjps(mx: Any, n: int, shared: bool, compiled:
 
 
 def test_compiled_ops_launch_by_what_was_traced(mx: Any) -> None:
-    from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
 
     launcher = Launcher()
     own = Ops(Kernels(launcher, "metal"), mx.compile)
@@ -563,7 +566,8 @@ def test_compiled_ops_launch_by_what_was_traced(mx: Any) -> None:
 
 
 def test_without_gradients_an_op_is_its_kernels_alone(mx: Any, tmp_path: Path) -> None:
-    from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
 
     own = Ops(Kernels(Launcher(), "metal"), mx.compile)
     arrays = _inputs(mx, 3, 4, shared=False)
@@ -583,7 +587,8 @@ def test_without_gradients_an_op_is_its_kernels_alone(mx: Any, tmp_path: Path) -
 
 
 def test_no_tokens_launch_nothing(mx: Any) -> None:
-    from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
 
     launcher = Launcher()
     own = Ops(Kernels(launcher, "metal"))
@@ -596,7 +601,8 @@ def test_no_tokens_launch_nothing(mx: Any) -> None:
 
 
 def test_each_generated_text_has_a_name_of_its_own(mx: Any) -> None:
-    from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
 
     launcher = Launcher()
     own = Ops(Kernels(launcher, "metal"))

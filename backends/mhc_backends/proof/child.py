@@ -109,7 +109,8 @@ def _prove_whole(call: Any, launcher: Any, compiled: bool, tell: Any) -> None:
     import mlx.core as mx
 
     from mhc_backends._mlx import as_tuple, to_host
-    from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
     from mhc_backends.proof.numbers import fault, inputs, wanted
 
     call = call.differentiated

@@ -1,0 +1,5 @@
+//
+
+#pragma once
+
+#define MINUS_INFINITY (-INFINITY)
