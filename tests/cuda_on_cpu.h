@@ -14,6 +14,17 @@
 #include <memory>
 #include <vector>
 
+// ---- addresses, which are all of one kind here ------------------------------------------------------
+
+template <typename P>
+static size_t __cvta_generic_to_global(P p) {
+    return size_t(p);
+}
+template <typename P>
+static size_t __cvta_generic_to_shared(P p) {
+    return size_t(p);
+}
+
 // ---- threads -------------------------------------------------------------------------------------
 
 struct Dim3 {

@@ -61,7 +61,10 @@ MOST_GROUPS = {"metal": MOST_GRID // 1024, "cuda": 128}  # with a part of phi ea
 MOST_TOKENS = 4  # whose partials a threadgroup adds up
 SHARED = 2048  # floats of threadgroup memory for the sums of some tokens
 SHARE_TOKENS = 128  # that the simdgroup of an N tile takes at least, where there are more
-SCRATCH = {"metal": 8192, "cuda": 10240}  # floats of threadgroup memory for the sums of some K blocks
+SCRATCH = {
+    "metal": 8192,
+    "cuda": 10240,
+}  # floats of threadgroup memory for the sums of some K blocks
 
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 

@@ -15,7 +15,17 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import NamedTuple
 
-__all__ = ["DIALECTS", "KERNELS", "Signature", "bounds", "entry", "flat", "header", "headers", "signature"]
+__all__ = [
+    "DIALECTS",
+    "KERNELS",
+    "Signature",
+    "bounds",
+    "entry",
+    "flat",
+    "header",
+    "headers",
+    "signature",
+]
 
 DIALECTS = ("metal", "cuda")
 _FOLDER = files(__package__)
@@ -38,13 +48,13 @@ _INCLUDE = re.compile(r'#include "(.*)"')
 def header(kernel: str, dialect: str) -> str:
     """Return a kernel's body and all that it includes, in their order, without comments."""
     _known(kernel, dialect)
-    return flat(f"bodies/{kernel}.h", dialect)
+    return flat(dialect, f"bodies/{kernel}.h")
 
 
-@functools.cache
-def flat(path: str, dialect: str) -> str:
-    """Return a header and all that it includes, without comments."""
-    return "".join(map(_compact, headers(path, dialect)))
+def flat(dialect: str, *paths: str) -> str:
+    """Return headers and all that they include, each once, without comments."""
+    every = dict.fromkeys(one for path in paths for one in headers(path, dialect))
+    return "".join(map(_compact, every))
 
 
 @functools.cache

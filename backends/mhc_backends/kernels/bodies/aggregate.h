@@ -8,6 +8,7 @@
 #include "../common/floats.h"
 #include "../common/held.h"
 #include "../common/load.h"
+#include "../common/position.h"
 #include "../common/store.h"
 #include "dialect/vectors.h"
 #include "dialect/words.h"
@@ -18,8 +19,10 @@ FUNCTION bool aggregate_aligned(X x, HPre h_pre, H h) {
     return vectors<W>(x) && vectors<W>(h) && vectors<N>(h_pre);
 }
 
-template <typename ACCESS, int N, int W, typename X, typename XShape, typename HPre, typename HPreShape, typename H>
-FUNCTION void aggregate(X x, XShape x_shape, HPre h_pre, HPreShape h_pre_shape, H h, Position here) {
+template <typename ACCESS, int N, int W, typename X, typename XShape, typename HPre,
+          typename HPreShape, typename H>
+FUNCTION void aggregate(X x, XShape x_shape, HPre h_pre, HPreShape h_pre_shape, H h,
+                        Position here) {
     const int64_t T = x_shape[0];
     const int C = x_shape[2];
 

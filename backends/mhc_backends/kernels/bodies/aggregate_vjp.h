@@ -10,6 +10,7 @@
 #include "../common/group_sums.h"
 #include "../common/held.h"
 #include "../common/load.h"
+#include "../common/position.h"
 #include "../common/store.h"
 #include "dialect/vectors.h"
 #include "dialect/words.h"
@@ -26,8 +27,10 @@ FUNCTION bool aggregate_vjp_aligned(X x, HPre h_pre, G g, Dx dx) {
     return vectors<W>(x) && vectors<W>(g) && vectors<W>(dx) && vectors<N>(h_pre);
 }
 
-template <typename ACCESS, int N, int W, typename X, typename XShape, typename HPre, typename HPreShape, typename G, typename Dx, typename DhPre>
-FUNCTION void aggregate_vjp(X x, XShape x_shape, HPre h_pre, HPreShape h_pre_shape, G g, Dx dx, DhPre dh_pre, threadgroup float* shared, Position here) {
+template <typename ACCESS, int N, int W, typename X, typename XShape, typename HPre,
+          typename HPreShape, typename G, typename Dx, typename DhPre>
+FUNCTION void aggregate_vjp(X x, XShape x_shape, HPre h_pre, HPreShape h_pre_shape, G g, Dx dx,
+                            DhPre dh_pre, threadgroup float* shared, Position here) {
     const int64_t T = x_shape[0];
     const int C = x_shape[2];
 
@@ -37,7 +40,8 @@ FUNCTION void aggregate_vjp(X x, XShape x_shape, HPre h_pre, HPreShape h_pre_sha
         const auto weights = hold<N>(ACCESS::at(h_pre) + row(h_pre_shape[0], token) * N);
 
         float dweights[N];  // of this thread's channels
-        UNROLL for (int i = 0; i < N; i++) dweights[i] = 0.0f;
+        UNROLL for (int i = 0; i < N; i++)
+            dweights[i] = 0.0f;
         for (int c = first_channel<W>(here); c < C; c += next_channel<W>(here)) {
             const Floats<W> dh = load<W>(ACCESS::at(g) + token * C + c);
             UNROLL for (int i = 0; i < N; i++) {

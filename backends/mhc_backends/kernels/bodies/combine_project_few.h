@@ -1,7 +1,7 @@
 // combine_project_few: what `combine_project` gives, to the bit, where tokens are few.
 //
 // x[T, n, C], y[T, C], h_post[T or 1, n], h_res[T or 1, n, n], phi[m, n C] -> out[T, n, C],
-// parts[T, P, m + 1]. Threadgroups and simdgroups share the work as in project_few.h.
+// partials[T, P, m + 1]. Threadgroups and simdgroups share the work as in project_few.h.
 
 #pragma once
 
@@ -10,6 +10,7 @@
 #include "../common/held.h"
 #include "../common/load.h"
 #include "../common/operands.h"
+#include "../common/position.h"
 #include "../common/project/block_sums.h"
 #include "../common/project/k_steps.h"
 #include "../common/project/layout.h"
@@ -34,11 +35,17 @@ struct combine_project_few_memory {
 // Whether whole vectors may be loaded and stored.
 template <int N, typename X, typename XShape, typename Y, typename HRes, typename Phi, typename Out>
 FUNCTION bool combine_project_few_aligned(X x, XShape x_shape, Y y, HRes h_res, Phi phi, Out out) {
-    return x_shape[2] % STEP_CHANNELS == 0 && vectors<8>(x) && vectors<8>(y) && vectors<8>(out) && vectors<4>(phi) && vectors<N>(h_res);
+    return x_shape[2] % STEP_CHANNELS == 0 && vectors<8>(x) && vectors<8>(y) && vectors<8>(out) &&
+           vectors<4>(phi) && vectors<N>(h_res);
 }
 
-template <typename ACCESS, int N, int COLUMN_TILES, int STEPS, typename X, typename XShape, typename Y, typename HPost, typename HPostShape, typename HRes, typename HResShape, typename Phi, typename PhiShape, typename Out, typename Partials>
-FUNCTION void combine_project_few(X x, XShape x_shape, Y y, HPost h_post, HPostShape h_post_shape, HRes h_res, HResShape h_res_shape, Phi phi, PhiShape phi_shape, Out out, Partials partials, threadgroup float* numbers, Position here) {
+template <typename ACCESS, int N, int COLUMN_TILES, int STEPS, typename X, typename XShape,
+          typename Y, typename HPost, typename HPostShape, typename HRes, typename HResShape,
+          typename Phi, typename PhiShape, typename Out, typename Partials>
+FUNCTION void combine_project_few(X x, XShape x_shape, Y y, HPost h_post, HPostShape h_post_shape,
+                                  HRes h_res, HResShape h_res_shape, Phi phi, PhiShape phi_shape,
+                                  Out out, Partials partials, threadgroup float* numbers,
+                                  Position here) {
     const int64_t T = x_shape[0];
     const int C = x_shape[2], M = phi_shape[0];
     const int64_t K = int64_t(N) * C;
@@ -47,7 +54,7 @@ FUNCTION void combine_project_few(X x, XShape x_shape, Y y, HPost h_post, HPostS
     const int lane = here.id % SIMD, simdgroup = here.id / SIMD, channel = 4 * tile_pair(lane);
     const int simdgroups = here.threads / SIMD;
     const int P = (C + SPLIT_CHANNELS - 1) / SPLIT_CHANNELS;
-    const int NUMBERS = TILE_TOKENS * Width<COLUMN_TILES>::NUMBERS;  // of a leaf
+    const int NUMBERS = TILE_TOKENS * Width<COLUMN_TILES>::NUMBERS;  // of a K block
     const auto totals = &numbers[0], k_blocks = &numbers[NUMBERS];
 
     for (int64_t item = here.group_x; item < (T + TILE_TOKENS - 1) / TILE_TOKENS * P;
@@ -64,21 +71,21 @@ FUNCTION void combine_project_few(X x, XShape x_shape, Y y, HPost h_post, HPostS
                     const int k_step = (done + simdgroup) * STEPS;
                     const int c = begin + step_channel<N, 1>(k_step);
                     const int rest = C - c - channel;
-                    const auto b_fragment = load_b_operands<N, 1, COLUMN_TILES, STEPS>(Row(), ACCESS::at(phi), K, M, C, column,
-                                                                         begin, k_step, lane);
+                    const auto b_fragment = load_b_operands<N, 1, COLUMN_TILES, STEPS>(
+                        Row(), ACCESS::at(phi), K, M, C, column, begin, k_step, lane);
                     AOperand<Row, STEPS, 1> rows;
                     UNROLL for (int k = 0; k < 2 * STEPS; k++) {
                         const int own = tile_row(lane) + k % 2 * 8;
                         const int i = step_stream<N, 1>(k_step + k / 2);
                         const int64_t token = own < tokens ? first + own : T - 1;
                         const float post = float(h_post[row(h_post_shape[0], token) * N + i]);
-                        const auto res =
-                            hold<N, (N <= 4)>(ACCESS::at(h_res) + (row(h_res_shape[0], token) * N + i) * N);
+                        const auto res = hold<N, (N <= 4)>(
+                            ACCESS::at(h_res) + (row(h_res_shape[0], token) * N + i) * N);
                         const auto from = ACCESS::at(x) + token * K + c + channel;
-                        const Floats<8> layer =
-                            floats(load_raw_within<8>(ACCESS::at(y) + token * C + c + channel, rest));
-                        const Floats<8> sum = mix_streams<N, false>(times(post, layer), res, 0,
-                                                            RawStreams<1, Row>(), from, C, rest);
+                        const Floats<8> layer = floats(
+                            load_raw_within<8>(ACCESS::at(y) + token * C + c + channel, rest));
+                        const Floats<8> sum = mix_streams<N, false>(
+                            times(post, layer), res, 0, RawStreams<1, Row>(), from, C, rest);
                         const Row mixed = packed(ACCESS::at(out), sum);
                         const auto to = ACCESS::at(out) + token * K + int64_t(i) * C + c + channel;
                         if (column == 0 && own < tokens) store_raw_within(to, mixed, rest);
@@ -86,15 +93,17 @@ FUNCTION void combine_project_few(X x, XShape x_shape, Y y, HPost h_post, HPostS
                     }
                     const auto k_block = k_blocks + simdgroup * NUMBERS;
                     TOGETHER;
-                    put_block_sums(k_block, add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, b_fragment), tokens, lane);
+                    put_block_sums(k_block,
+                                   add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, b_fragment),
+                                   tokens, lane);
                 }
                 BARRIER;
                 const int made = count - done < simdgroups ? count - done : simdgroups;
                 add_k_blocks<COLUMN_TILES>(totals, k_blocks, made, tokens, done == 0, here);
-                BARRIER;  // the leaves, and with the last ones the totals, are whole
+                BARRIER;  // the K blocks, and with the last ones the totals, are whole
             }
-            store_totals<COLUMN_TILES>(totals, partials + (first * P + split) * (M + 1), int64_t(P) * (M + 1),
-                                column, M, tokens, here);
+            store_totals<COLUMN_TILES>(totals, partials + (first * P + split) * (M + 1),
+                                       int64_t(P) * (M + 1), column, M, tokens, here);
         }
     }
 }

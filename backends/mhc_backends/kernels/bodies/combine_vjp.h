@@ -3,8 +3,9 @@
 // dH_res[i, j] = g_i . x_j.
 //
 // x, g[T, n, C], y[T, C], h_post[T or 1, n], h_res[T or 1, n, n] -> dx[T, n, C], dy[T, C],
-// dh_post[T, n], dh_res[T, n, n], per token also where a mapping is one for all. A threadgroup takes
-// whole tokens. The n + n * n sums of a thread are in registers; combine_vjp_wide is for larger n.
+// dh_post[T, n], dh_res[T, n, n], per token also where a mapping is one for all. A threadgroup
+// takes whole tokens. The n + n * n sums of a thread are in registers; combine_vjp_wide is for
+// larger n.
 
 #pragma once
 
@@ -13,6 +14,7 @@
 #include "../common/group_sums.h"
 #include "../common/held.h"
 #include "../common/load.h"
+#include "../common/position.h"
 #include "../common/store.h"
 #include "dialect/vectors.h"
 #include "dialect/words.h"
@@ -24,13 +26,19 @@ struct combine_vjp_memory {
 };
 
 // Whether whole vectors may be loaded and stored.
-template <int N, int W, typename X, typename Y, typename HPost, typename HRes, typename G, typename Dx, typename Dy>
+template <int N, int W, typename X, typename Y, typename HPost, typename HRes, typename G,
+          typename Dx, typename Dy>
 FUNCTION bool combine_vjp_aligned(X x, Y y, HPost h_post, HRes h_res, G g, Dx dx, Dy dy) {
-    return vectors<W>(x) && vectors<W>(y) && vectors<W>(g) && vectors<W>(dx) && vectors<W>(dy) && vectors<N>(h_post) && vectors<N * N>(h_res);
+    return vectors<W>(x) && vectors<W>(y) && vectors<W>(g) && vectors<W>(dx) && vectors<W>(dy) &&
+           vectors<N>(h_post) && vectors<N * N>(h_res);
 }
 
-template <typename ACCESS, int N, int W, typename X, typename XShape, typename Y, typename HPost, typename HPostShape, typename HRes, typename HResShape, typename G, typename Dx, typename Dy, typename DhPost, typename DhRes>
-FUNCTION void combine_vjp(X x, XShape x_shape, Y y, HPost h_post, HPostShape h_post_shape, HRes h_res, HResShape h_res_shape, G g, Dx dx, Dy dy, DhPost dh_post, DhRes dh_res, threadgroup float* shared, Position here) {
+template <typename ACCESS, int N, int W, typename X, typename XShape, typename Y, typename HPost,
+          typename HPostShape, typename HRes, typename HResShape, typename G, typename Dx,
+          typename Dy, typename DhPost, typename DhRes>
+FUNCTION void combine_vjp(X x, XShape x_shape, Y y, HPost h_post, HPostShape h_post_shape,
+                          HRes h_res, HResShape h_res_shape, G g, Dx dx, Dy dy, DhPost dh_post,
+                          DhRes dh_res, threadgroup float* shared, Position here) {
     const int64_t T = x_shape[0];
     const int C = x_shape[2];
     const int SUMS = N + N * N;  // dh_post, then dH_res
@@ -41,7 +49,8 @@ FUNCTION void combine_vjp(X x, XShape x_shape, Y y, HPost h_post, HPostShape h_p
         const auto res = hold<N * N>(ACCESS::at(h_res) + row(h_res_shape[0], token) * N * N);
 
         float sums[SUMS];  // of this thread's channels
-        UNROLL for (int k = 0; k < SUMS; k++) sums[k] = 0.0f;
+        UNROLL for (int k = 0; k < SUMS; k++)
+            sums[k] = 0.0f;
         for (int c = first_channel<W>(here); c < C; c += next_channel<W>(here)) {
             Floats<W> xs[N], dxs[N];
             UNROLL for (int j = 0; j < N; j++) {
@@ -60,7 +69,8 @@ FUNCTION void combine_vjp(X x, XShape x_shape, Y y, HPost h_post, HPostShape h_p
                     sums[N + i * N + j] = add_dot(sums[N + i * N + j], g_i, xs[j]);
                 }
             }
-            UNROLL for (int j = 0; j < N; j++) store(ACCESS::at(dx) + streams + j * C + c, dxs[j]);
+            UNROLL for (int j = 0; j < N; j++)
+                store(ACCESS::at(dx) + streams + j * C + c, dxs[j]);
             store(ACCESS::at(dy) + token * C + c, dlayer);
         }
 

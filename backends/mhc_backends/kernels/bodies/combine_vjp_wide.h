@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../common/channels.h"
+#include "../common/position.h"
 #include "../common/store_one.h"
 #include "dialect/words.h"
 
@@ -22,12 +23,18 @@ struct combine_vjp_wide_memory {
     };
 };
 
-template <int N, typename X, typename XShape, typename Y, typename HPost, typename HPostShape, typename HRes, typename HResShape, typename G, typename Dx, typename Dy, typename DhPost, typename DhRes>
-FUNCTION void combine_vjp_wide(X x, XShape x_shape, Y y, HPost h_post, HPostShape h_post_shape, HRes h_res, HResShape h_res_shape, G g, Dx dx, Dy dy, DhPost dh_post, DhRes dh_res, threadgroup float* xs, threadgroup float* gs, threadgroup float* ys, threadgroup float* post, threadgroup float* res, threadgroup float* sums, Position here) {
+template <int N, typename X, typename XShape, typename Y, typename HPost, typename HPostShape,
+          typename HRes, typename HResShape, typename G, typename Dx, typename Dy, typename DhPost,
+          typename DhRes>
+FUNCTION void combine_vjp_wide(X x, XShape x_shape, Y y, HPost h_post, HPostShape h_post_shape,
+                               HRes h_res, HResShape h_res_shape, G g, Dx dx, Dy dy, DhPost dh_post,
+                               DhRes dh_res, threadgroup float* xs, threadgroup float* gs,
+                               threadgroup float* ys, threadgroup float* post,
+                               threadgroup float* res, threadgroup float* sums, Position here) {
     const int64_t T = x_shape[0];
     const int C = x_shape[2];
     const int TILE = combine_vjp_wide_memory<N>::TILE;
-    const int SUMS = N + N * N;      // dh_post, then dH_res
+    const int SUMS = N + N * N;  // dh_post, then dH_res
     const int first = here.id, step = here.threads;
 
     for (int64_t token = here.group_x; token < T; token += here.groups_x) {

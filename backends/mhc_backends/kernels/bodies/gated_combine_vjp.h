@@ -14,6 +14,7 @@
 #include "../common/floats.h"
 #include "../common/group_sums.h"
 #include "../common/held.h"
+#include "../common/position.h"
 #include "../common/raw.h"
 #include "../common/store.h"
 #include "../common/streams.h"
@@ -27,13 +28,23 @@ struct gated_combine_vjp_memory {
 };
 
 // Whether whole vectors may be loaded and stored.
-template <int N, int W, typename X, typename Y, typename HPre, typename HPost, typename HRes, typename G, typename Dx, typename Dy>
-FUNCTION bool gated_combine_vjp_aligned(X x, Y y, HPre h_pre, HPost h_post, HRes h_res, G g, Dx dx, Dy dy) {
-    return vectors<W>(x) && vectors<W>(y) && vectors<W>(g) && vectors<W>(dx) && vectors<W>(dy) && vectors<N>(h_pre) && vectors<N>(h_post) && vectors<N * N>(h_res);
+template <int N, int W, typename X, typename Y, typename HPre, typename HPost, typename HRes,
+          typename G, typename Dx, typename Dy>
+FUNCTION bool gated_combine_vjp_aligned(X x, Y y, HPre h_pre, HPost h_post, HRes h_res, G g, Dx dx,
+                                        Dy dy) {
+    return vectors<W>(x) && vectors<W>(y) && vectors<W>(g) && vectors<W>(dx) && vectors<W>(dy) &&
+           vectors<N>(h_pre) && vectors<N>(h_post) && vectors<N * N>(h_res);
 }
 
-template <typename ACCESS, int N, int W, typename X, typename XShape, typename Y, typename HPre, typename HPreShape, typename HPost, typename HPostShape, typename HRes, typename HResShape, typename G, typename Dx, typename Dy, typename DhPre, typename DhPost, typename DhRes>
-FUNCTION void gated_combine_vjp(X x, XShape x_shape, Y y, HPre h_pre, HPreShape h_pre_shape, HPost h_post, HPostShape h_post_shape, HRes h_res, HResShape h_res_shape, G g, Dx dx, Dy dy, DhPre dh_pre, DhPost dh_post, DhRes dh_res, threadgroup float* shared, Position here) {
+template <typename ACCESS, int N, int W, typename X, typename XShape, typename Y, typename HPre,
+          typename HPreShape, typename HPost, typename HPostShape, typename HRes,
+          typename HResShape, typename G, typename Dx, typename Dy, typename DhPre, typename DhPost,
+          typename DhRes>
+FUNCTION void gated_combine_vjp(X x, XShape x_shape, Y y, HPre h_pre, HPreShape h_pre_shape,
+                                HPost h_post, HPostShape h_post_shape, HRes h_res,
+                                HResShape h_res_shape, G g, Dx dx, Dy dy, DhPre dh_pre,
+                                DhPost dh_post, DhRes dh_res, threadgroup float* shared,
+                                Position here) {
     const int64_t T = x_shape[0];
     const int C = x_shape[2];
     const int SUMS = N + N * N;  // Y, then G
@@ -45,14 +56,16 @@ FUNCTION void gated_combine_vjp(X x, XShape x_shape, Y y, HPre h_pre, HPreShape 
         const auto res = hold<N * N>(ACCESS::at(h_res) + row(h_res_shape[0], token) * N * N);
 
         float sums[SUMS];  // of this thread's channels
-        UNROLL for (int k = 0; k < SUMS; k++) sums[k] = 0.0f;
+        UNROLL for (int k = 0; k < SUMS; k++)
+            sums[k] = 0.0f;
         for (int c = first_channel<W>(here); c < C; c += next_channel<W>(here)) {
             const auto raw_x = load_raw_streams<N, W>(ACCESS::at(x) + at, C, c);
             const auto raw_y = load_raw_streams<N, W>(ACCESS::at(y) + at, C, c);
             const auto raw_g = load_raw_streams<N, W>(ACCESS::at(g) + at, C, c);
             const Streams<N, W> xs = floats(raw_x);
             Streams<N, W> dgated;  // of h_pre_j x_j
-            UNROLL for (int j = 0; j < N; j++) dgated.at[j] = zeros<W>();
+            UNROLL for (int j = 0; j < N; j++)
+                dgated.at[j] = zeros<W>();
 
             UNROLL for (int i = 0; i < N; i++) {
                 const Floats<W> g_i = floats(raw_g.at[i]);

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "../common/floats.h"
+#include "../common/position.h"
 #include "../common/pull.h"
 #include "../common/sigmoid.h"
 #include "../common/sinkhorn/lanes.h"
@@ -25,8 +26,13 @@ struct mappings_vjp_memory {
     enum { kept = DIVISORS * DIVISOR_SIMDGROUPS };
 };
 
-template <int N, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED, int K, typename U, typename UShape, typename R, typename Scale, typename Bias, typename GPre, typename GPost, typename GRes, typename Du, typename Pull, typename Terms>
-FUNCTION void mappings_vjp(U u, UShape u_shape, R r, Scale scale, Bias bias, GPre g_pre, GPost g_post, GRes g_res, Du du, Pull pull, Terms terms, float post_scale, float sinkhorn_eps, threadgroup float* kept, Position here) {
+template <int N, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED, int K, typename U,
+          typename UShape, typename R, typename Scale, typename Bias, typename GPre, typename GPost,
+          typename GRes, typename Du, typename Pull, typename Terms>
+FUNCTION void mappings_vjp(U u, UShape u_shape, R r, Scale scale, Bias bias, GPre g_pre,
+                           GPost g_post, GRes g_res, Du du, Pull pull, Terms terms,
+                           float post_scale, float sinkhorn_eps, threadgroup float* kept,
+                           Position here) {
     const int64_t T = u_shape[0];
     const int M = N * N + 2 * N;
     const auto own = own_divisors(&kept[0], here);
@@ -61,9 +67,11 @@ FUNCTION void mappings_vjp(U u, UShape u_shape, R r, Scale scale, Bias bias, GPr
         const Floats<N> product =
             load_line<N, FIRST_COLUMNS, TRANSPOSED>(products + 2 * N, there, here);
         const Floats<N> biases = load_line<N, FIRST_COLUMNS, TRANSPOSED>(bias + 2 * N, there, here);
-        const Floats<N> dres = load_line<N, FIRST_COLUMNS, false>(g_res + token * N * N, there, here);
+        const Floats<N> dres =
+            load_line<N, FIRST_COLUMNS, false>(g_res + token * N * N, there, here);
         const Floats<N> z = add(biases, by, times(inverse, product));
-        const Floats<N> dz = sinkhorn_matrix_vjp<N, LOG>(z, dres, here, ITERATIONS, sinkhorn_eps, own);
+        const Floats<N> dz =
+            sinkhorn_matrix_vjp<N, LOG>(z, dres, here, ITERATIONS, sinkhorn_eps, own);
         if (mine) sums.at[2] = add_dot(0.0f, dz, product);
         store_line<N, FIRST_COLUMNS, TRANSPOSED>(dproducts + 2 * N, times(by * inverse, dz), there,
                                                  here);

@@ -8,6 +8,7 @@
 #include "../common/channels.h"
 #include "../common/floats.h"
 #include "../common/held.h"
+#include "../common/position.h"
 #include "../common/store.h"
 #include "../common/streams.h"
 #include "dialect/vectors.h"
@@ -19,8 +20,10 @@ FUNCTION bool pre_scale_aligned(X x, HPre h_pre, Out out) {
     return vectors<W>(x) && vectors<W>(out) && vectors<N>(h_pre);
 }
 
-template <typename ACCESS, int N, int W, typename X, typename XShape, typename HPre, typename HPreShape, typename Out>
-FUNCTION void pre_scale(X x, XShape x_shape, HPre h_pre, HPreShape h_pre_shape, Out out, Position here) {
+template <typename ACCESS, int N, int W, typename X, typename XShape, typename HPre,
+          typename HPreShape, typename Out>
+FUNCTION void pre_scale(X x, XShape x_shape, HPre h_pre, HPreShape h_pre_shape, Out out,
+                        Position here) {
     const int64_t T = x_shape[0];
     const int C = x_shape[2];
 
@@ -31,7 +34,8 @@ FUNCTION void pre_scale(X x, XShape x_shape, HPre h_pre, HPreShape h_pre_shape, 
         for (int c = first_channel<W>(here); c < C; c += next_channel<W>(here)) {
             const Streams<N, W> xs = load_streams<N, W>(ACCESS::at(x) + at, C, c);
             UNROLL for (int i = 0; i < N; i++)
-                store(ACCESS::at(out) + at + int64_t(i) * C + c, times(value(weights, i), xs.at[i]));
+                store(ACCESS::at(out) + at + int64_t(i) * C + c,
+                      times(value(weights, i), xs.at[i]));
         }
     }
 }

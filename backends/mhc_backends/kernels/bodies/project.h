@@ -1,16 +1,18 @@
 // project: what the mappings need of the streams, x . phi and x . x over all n C (eqs. 14-15), in
-// parts that common_mappings.h adds up.
+// split-K partials that common/partials.h adds up.
 //
-// x[T, n, C], phi[m, n C] -> parts[T, P, m + 1], the last column for the squares. A threadgroup takes
-// a part, and of its tokens TOKEN_TILES tiles of 16 for each simdgroup at a time. They share phi, in
-// threadgroup memory: that of STAGE_STEPS blocks, or of the whole part, once for all of the threadgroup's
-// tokens. A leaf is RUN blocks; while one is multiplied, the next AHEAD are on their way.
+// x[T, n, C], phi[m, n C] -> partials[T, P, m + 1], the last column for the squares. A threadgroup
+// is persistent: it takes a split, and of its tokens TOKEN_TILES tiles of 16 for each simdgroup at
+// a time. They share phi, in threadgroup memory: that of a pipeline stage of STAGE_STEPS K steps,
+// or of the whole split, once for all of the threadgroup's tokens. A K block is RUN K steps; while
+// one is multiplied, the next AHEAD are on their way to as many buffers.
 
 #pragma once
 
 #include "../common/access.h"
 #include "../common/load.h"
 #include "../common/operands.h"
+#include "../common/position.h"
 #include "../common/project/k_block_copies.h"
 #include "../common/project/k_blocks.h"
 #include "../common/project/layout.h"
@@ -39,8 +41,11 @@ FUNCTION bool project_aligned(X x, XShape x_shape, Phi phi) {
     return x_shape[2] % STEP_CHANNELS == 0 && vectors<8>(x) && vectors<4>(phi);
 }
 
-template <typename ACCESS, int N, int RUN, int COLUMN_TILES, int TOKEN_TILES, int AHEAD, int STAGE_STEPS, typename X, typename XShape, typename Phi, typename PhiShape, typename Partials>
-FUNCTION void project(X x, XShape x_shape, Phi phi, PhiShape phi_shape, Partials partials, threadgroup uint4* operands, Position here) {
+template <typename ACCESS, int N, int RUN, int COLUMN_TILES, int TOKEN_TILES, int AHEAD,
+          int STAGE_STEPS, typename X, typename XShape, typename Phi, typename PhiShape,
+          typename Partials>
+FUNCTION void project(X x, XShape x_shape, Phi phi, PhiShape phi_shape, Partials partials,
+                      threadgroup uint4* operands, Position here) {
     const int64_t T = x_shape[0];
     const int C = x_shape[2], M = phi_shape[0];
     const int64_t K = int64_t(N) * C;
@@ -53,25 +58,30 @@ FUNCTION void project(X x, XShape x_shape, Phi phi, PhiShape phi_shape, Partials
     const Schedule schedule = schedule_of(C, here.threads / SIMD * TOKEN_TILES * TILE_TOKENS, here);
     const int begin = schedule.begin_channel, rest = C - begin - channel;
     const int k_blocks = (schedule.end_channel - begin + K_BLOCK - 1) / K_BLOCK * N;
-    const bool once = STAGE_STEPS == N * SPLIT_STEPS && M <= COLUMN_TILES * TILE_COLUMNS;  // phi is put there
-    // A turn's first leaves are on their way before the last turn ends, in the slots where they belong.
+    const bool once =
+        STAGE_STEPS == N * SPLIT_STEPS && M <= COLUMN_TILES * TILE_COLUMNS;  // phi is put there
+    // An iteration's first K blocks are on their way before the last iteration ends, in their
+    // buffers.
     const bool flows = once && k_blocks % (AHEAD + !AHEAD) == 0;
     const auto buffers = &operands[STAGE_STEPS * OPERAND + simdgroup * AHEAD * BUFFER];
 
     for (int64_t iteration = schedule.begin; iteration < T; iteration += schedule.step) {
-        const int64_t first = iteration + simdgroup * TOKEN_TILES * TILE_TOKENS, next = first + schedule.step;
-        const auto starts = starts_of<TOKEN_TILES>(ACCESS::at(x) + begin + channel, first, T, K, lane);
+        const int64_t first = iteration + simdgroup * TOKEN_TILES * TILE_TOKENS,
+                      next = first + schedule.step;
+        const auto starts =
+            starts_of<TOKEN_TILES>(ACCESS::at(x) + begin + channel, first, T, K, lane);
 
         for (int column = 0; column < M; column += COLUMN_TILES * TILE_COLUMNS) {
             auto sums = zero_sums<COLUMN_TILES, TOKEN_TILES>();
             UNROLL for (int k_block = 0; k_block < AHEAD; k_block++)
                 if (ALIGNED && (!flows || iteration == schedule.begin))
-                    start_k_block<N, RUN>(Row(), buffers + k_block * BUFFER, starts, C, k_block, rest, lane);
+                    start_k_block<N, RUN>(Row(), buffers + k_block * BUFFER, starts, C, k_block,
+                                          rest, lane);
             for (int k_block = 0; k_block < k_blocks; k_block++) {
                 const int k_step = k_block * RUN, staged = k_step % STAGE_STEPS;
                 if (staged == 0 && (!once || iteration == schedule.begin))
-                    stage_phi<N, RUN, COLUMN_TILES, 2>(&operands[0], Row(), ACCESS::at(phi), K, M, C, column, begin, k_step,
-                                                  STAGE_STEPS, here);
+                    stage_phi<N, RUN, COLUMN_TILES, 2>(&operands[0], Row(), ACCESS::at(phi), K, M,
+                                                       C, column, begin, k_step, STAGE_STEPS, here);
                 AOperand<Row, RUN, TOKEN_TILES> rows;
                 if (ALIGNED && AHEAD) {
                     const int ahead = k_block + AHEAD;
@@ -84,18 +94,21 @@ FUNCTION void project(X x, XShape x_shape, Phi phi, PhiShape phi_shape, Partials
                         start_k_block<N, RUN>(Row(), buffer, starts, C, ahead, rest, lane);
                     else if (flows && next < T)
                         start_k_block<N, RUN>(
-                            Row(), buffer, starts_of<TOKEN_TILES>(ACCESS::at(x) + begin + channel, next, T, K, lane), C,
-                            ahead - k_blocks, rest, lane);
+                            Row(), buffer,
+                            starts_of<TOKEN_TILES>(ACCESS::at(x) + begin + channel, next, T, K,
+                                                   lane),
+                            C, ahead - k_blocks, rest, lane);
                     else
                         mark_copies();
                 } else {
                     rows = load_k_block<N, RUN>(starts, C, k_block, rest);
                 }
                 TOGETHER;
-                sums = add_k_block(sums, rows,
-                                staged_operand<COLUMN_TILES>(Row(), &operands[staged * OPERAND], lane));
+                sums = add_k_block(
+                    sums, rows,
+                    staged_operand<COLUMN_TILES>(Row(), &operands[staged * OPERAND], lane));
             }
-            store_sums(partials, first, T, schedule.partials, schedule.split, sums, column, M, lane);
+            store_sums(partials, first, T, schedule.splits, schedule.split, sums, column, M, lane);
         }
     }
 }

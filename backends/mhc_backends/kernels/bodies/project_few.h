@@ -1,11 +1,12 @@
 // project_few: what `project` gives, to the bit, where tokens are few.
 //
-// x[T, n, C], phi[m, n C] -> parts[T, P, m + 1]. A threadgroup takes a part and 16 tokens. Each of its
-// simdgroups multiplies a leaf, and then their sums are added in the order of the tree.
+// x[T, n, C], phi[m, n C] -> partials[T, P, m + 1]. A threadgroup takes a split and 16 tokens. Each
+// of its simdgroups multiplies a K block, and then their sums are added in the order of the tree.
 
 #pragma once
 
 #include "../common/load.h"
+#include "../common/position.h"
 #include "../common/project/block_sums.h"
 #include "../common/project/k_blocks.h"
 #include "../common/project/layout.h"
@@ -29,8 +30,10 @@ FUNCTION bool project_few_aligned(X x, XShape x_shape, Phi phi) {
     return x_shape[2] % STEP_CHANNELS == 0 && vectors<8>(x) && vectors<4>(phi);
 }
 
-template <typename ACCESS, int N, int RUN, int COLUMN_TILES, typename X, typename XShape, typename Phi, typename PhiShape, typename Partials>
-FUNCTION void project_few(X x, XShape x_shape, Phi phi, PhiShape phi_shape, Partials partials, threadgroup float* numbers, Position here) {
+template <typename ACCESS, int N, int RUN, int COLUMN_TILES, typename X, typename XShape,
+          typename Phi, typename PhiShape, typename Partials>
+FUNCTION void project_few(X x, XShape x_shape, Phi phi, PhiShape phi_shape, Partials partials,
+                          threadgroup float* numbers, Position here) {
     const int64_t T = x_shape[0];
     const int C = x_shape[2], M = phi_shape[0];
     const int64_t K = int64_t(N) * C;
@@ -39,7 +42,7 @@ FUNCTION void project_few(X x, XShape x_shape, Phi phi, PhiShape phi_shape, Part
     const int lane = here.id % SIMD, simdgroup = here.id / SIMD, channel = 4 * tile_pair(lane);
     const int simdgroups = here.threads / SIMD;
     const int P = (C + SPLIT_CHANNELS - 1) / SPLIT_CHANNELS, K_BLOCK = RUN * STEP_CHANNELS;
-    const int NUMBERS = TILE_TOKENS * Width<COLUMN_TILES>::NUMBERS;  // of a leaf
+    const int NUMBERS = TILE_TOKENS * Width<COLUMN_TILES>::NUMBERS;  // of a K block
     const auto totals = &numbers[0], k_blocks = &numbers[NUMBERS];
 
     for (int64_t item = here.group_x; item < (T + TILE_TOKENS - 1) / TILE_TOKENS * P;
@@ -60,15 +63,17 @@ FUNCTION void project_few(X x, XShape x_shape, Phi phi, PhiShape phi_shape, Part
                         Row(), ACCESS::at(phi), K, M, C, column, begin, own * RUN, lane);
                     const auto k_block = k_blocks + simdgroup * NUMBERS;
                     TOGETHER;
-                    put_block_sums(k_block, add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, b_fragment), tokens, lane);
+                    put_block_sums(k_block,
+                                   add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, b_fragment),
+                                   tokens, lane);
                 }
                 BARRIER;
                 const int made = count - done < simdgroups ? count - done : simdgroups;
                 add_k_blocks<COLUMN_TILES>(totals, k_blocks, made, tokens, done == 0, here);
-                BARRIER;  // the leaves, and with the last ones the totals, are whole
+                BARRIER;  // the K blocks, and with the last ones the totals, are whole
             }
-            store_totals<COLUMN_TILES>(totals, partials + (first * P + split) * (M + 1), int64_t(P) * (M + 1),
-                                column, M, tokens, here);
+            store_totals<COLUMN_TILES>(totals, partials + (first * P + split) * (M + 1),
+                                       int64_t(P) * (M + 1), column, M, tokens, here);
         }
     }
 }

@@ -9,6 +9,7 @@
 #include "../common/channels.h"
 #include "../common/floats.h"
 #include "../common/held.h"
+#include "../common/position.h"
 #include "../common/raw.h"
 #include "../common/store.h"
 #include "../common/streams.h"
@@ -18,11 +19,14 @@
 // Whether whole vectors may be loaded and stored.
 template <int N, int W, typename X, typename Res, typename HPre, typename Total, typename H>
 FUNCTION bool residual_add_aggregate_aligned(X x, Res res, HPre h_pre, Total total, H h) {
-    return vectors<W>(x) && vectors<W>(res) && vectors<W>(total) && vectors<W>(h) && vectors<N>(h_pre);
+    return vectors<W>(x) && vectors<W>(res) && vectors<W>(total) && vectors<W>(h) &&
+           vectors<N>(h_pre);
 }
 
-template <typename ACCESS, int N, int W, typename X, typename XShape, typename Res, typename HPre, typename HPreShape, typename Total, typename H>
-FUNCTION void residual_add_aggregate(X x, XShape x_shape, Res res, HPre h_pre, HPreShape h_pre_shape, Total total, H h, Position here) {
+template <typename ACCESS, int N, int W, typename X, typename XShape, typename Res, typename HPre,
+          typename HPreShape, typename Total, typename H>
+FUNCTION void residual_add_aggregate(X x, XShape x_shape, Res res, HPre h_pre,
+                                     HPreShape h_pre_shape, Total total, H h, Position here) {
     const int64_t T = x_shape[0];
     const int C = x_shape[2];
 

@@ -11,6 +11,7 @@
 #include "../common/group_sums.h"
 #include "../common/held.h"
 #include "../common/load.h"
+#include "../common/position.h"
 #include "../common/raw.h"
 #include "../common/store.h"
 #include "../common/streams.h"
@@ -24,13 +25,18 @@ struct residual_add_aggregate_vjp_memory {
 };
 
 // Whether whole vectors may be loaded and stored.
-template <int N, int W, typename X, typename Res, typename HPre, typename G, typename GH, typename Dx>
+template <int N, int W, typename X, typename Res, typename HPre, typename G, typename GH,
+          typename Dx>
 FUNCTION bool residual_add_aggregate_vjp_aligned(X x, Res res, HPre h_pre, G g, GH g_h, Dx dx) {
-    return vectors<W>(x) && vectors<W>(res) && vectors<W>(g) && vectors<W>(g_h) && vectors<W>(dx) && vectors<N>(h_pre);
+    return vectors<W>(x) && vectors<W>(res) && vectors<W>(g) && vectors<W>(g_h) && vectors<W>(dx) &&
+           vectors<N>(h_pre);
 }
 
-template <typename ACCESS, int N, int W, typename X, typename XShape, typename Res, typename HPre, typename HPreShape, typename G, typename GH, typename Dx, typename DhPre>
-FUNCTION void residual_add_aggregate_vjp(X x, XShape x_shape, Res res, HPre h_pre, HPreShape h_pre_shape, G g, GH g_h, Dx dx, DhPre dh_pre, threadgroup float* shared, Position here) {
+template <typename ACCESS, int N, int W, typename X, typename XShape, typename Res, typename HPre,
+          typename HPreShape, typename G, typename GH, typename Dx, typename DhPre>
+FUNCTION void residual_add_aggregate_vjp(X x, XShape x_shape, Res res, HPre h_pre,
+                                         HPreShape h_pre_shape, G g, GH g_h, Dx dx, DhPre dh_pre,
+                                         threadgroup float* shared, Position here) {
     const int64_t T = x_shape[0];
     const int C = x_shape[2];
 
@@ -39,7 +45,8 @@ FUNCTION void residual_add_aggregate_vjp(X x, XShape x_shape, Res res, HPre h_pr
         const auto weights = hold<N>(ACCESS::at(h_pre) + row(h_pre_shape[0], token) * N);
 
         float dweights[N];  // of this thread's channels
-        UNROLL for (int i = 0; i < N; i++) dweights[i] = 0.0f;
+        UNROLL for (int i = 0; i < N; i++)
+            dweights[i] = 0.0f;
         for (int c = first_channel<W>(here); c < C; c += next_channel<W>(here)) {
             const auto raw_x = load_raw_streams<N, W>(ACCESS::at(x) + at, C, c);
             const auto raw_res = load_raw_streams<N, W>(ACCESS::at(res) + at, C, c);
@@ -48,7 +55,8 @@ FUNCTION void residual_add_aggregate_vjp(X x, XShape x_shape, Res res, HPre h_pr
             UNROLL for (int i = 0; i < N; i++) {
                 const Floats<W> total = add(floats(raw_x.at[i]), 1.0f, floats(raw_res.at[i]));
                 dweights[i] = add_dot(dweights[i], total, dh);
-                store(ACCESS::at(dx) + at + int64_t(i) * C + c, add(floats(raw_g.at[i]), value(weights, i), dh));
+                store(ACCESS::at(dx) + at + int64_t(i) * C + c,
+                      add(floats(raw_g.at[i]), value(weights, i), dh));
             }
         }
 

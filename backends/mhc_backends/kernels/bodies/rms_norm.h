@@ -1,7 +1,8 @@
 // rms_norm: y = x r weight, with r = 1 / sqrt(mean(x^2) + eps).
 //
 // x[T, C], weight[C], eps[1] -> y[T, C]. A threadgroup takes whole tokens. Between the two uses of
-// x a thread keeps its first HELD accesses in registers; where there is a REST, it reads that again.
+// x a thread keeps its first HELD accesses in registers; where there is a REST, it reads that
+// again.
 
 #pragma once
 
@@ -9,6 +10,7 @@
 #include "../common/floats.h"
 #include "../common/load.h"
 #include "../common/norm.h"
+#include "../common/position.h"
 #include "../common/raw.h"
 #include "../common/store.h"
 #include "../common/streams.h"
@@ -27,8 +29,10 @@ FUNCTION bool rms_norm_aligned(X x, Weight weight, Y y) {
     return vectors<W>(x) && vectors<W>(weight) && vectors<W>(y);
 }
 
-template <typename ACCESS, int W, int HELD, bool REST, typename X, typename XShape, typename Weight, typename Eps, typename Y>
-FUNCTION void rms_norm(X x, XShape x_shape, Weight weight, Eps eps, Y y, threadgroup float* shared, Position here) {
+template <typename ACCESS, int W, int HELD, bool REST, typename X, typename XShape, typename Weight,
+          typename Eps, typename Y>
+FUNCTION void rms_norm(X x, XShape x_shape, Weight weight, Eps eps, Y y, threadgroup float* shared,
+                       Position here) {
     const int64_t T = x_shape[0];
     const int C = x_shape[1];
 
@@ -58,7 +62,9 @@ FUNCTION void rms_norm(X x, XShape x_shape, Weight weight, Eps eps, Y y, threadg
 
         UNROLL for (int k = 0; k < HELD; k++) {
             const int c = first + k * step;
-            if (c < C) store(to + c, product(times(r, floats(kept[k]).at[0]), load<W>(ACCESS::at(weight) + c)));
+            if (c < C)
+                store(to + c,
+                      product(times(r, floats(kept[k]).at[0]), load<W>(ACCESS::at(weight) + c)));
         }
         for (int c = rest; c < C; c += step)
             store(to + c, product(times(r, load<W>(from + c)), load<W>(ACCESS::at(weight) + c)));

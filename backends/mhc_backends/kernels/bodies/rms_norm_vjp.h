@@ -10,6 +10,7 @@
 #include "../common/floats.h"
 #include "../common/load.h"
 #include "../common/norm.h"
+#include "../common/position.h"
 #include "../common/raw.h"
 #include "../common/rms_norm_vjp.h"
 #include "../common/store.h"
@@ -26,11 +27,14 @@ struct rms_norm_vjp_memory {
 // Whether whole vectors may be loaded and stored.
 template <int W, typename X, typename Weight, typename G, typename Dx, typename Dweight>
 FUNCTION bool rms_norm_vjp_aligned(X x, Weight weight, G g, Dx dx, Dweight dweight) {
-    return vectors<W>(x) && vectors<W>(weight) && vectors<W>(g) && vectors<W>(dx) && vectors<W>(dweight);
+    return vectors<W>(x) && vectors<W>(weight) && vectors<W>(g) && vectors<W>(dx) &&
+           vectors<W>(dweight);
 }
 
-template <typename ACCESS, int W, int HELD, bool REST, typename X, typename XShape, typename Weight, typename Eps, typename G, typename Dx, typename Dweight>
-FUNCTION void rms_norm_vjp(X x, XShape x_shape, Weight weight, Eps eps, G g, Dx dx, Dweight dweight, threadgroup float* shared, Position here) {
+template <typename ACCESS, int W, int HELD, bool REST, typename X, typename XShape, typename Weight,
+          typename Eps, typename G, typename Dx, typename Dweight>
+FUNCTION void rms_norm_vjp(X x, XShape x_shape, Weight weight, Eps eps, G g, Dx dx, Dweight dweight,
+                           threadgroup float* shared, Position here) {
     const int64_t T = x_shape[0];
     const int C = x_shape[1];
 
@@ -40,7 +44,8 @@ FUNCTION void rms_norm_vjp(X x, XShape x_shape, Weight weight, Eps eps, G g, Dx 
     int buffer = 0;  // tokens take turns with the halves of `shared`
 
     Floats<W> dweights[HELD];
-    UNROLL for (int k = 0; k < HELD; k++) dweights[k] = zeros<W>();
+    UNROLL for (int k = 0; k < HELD; k++)
+        dweights[k] = zeros<W>();
 
     for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         const int64_t at = token * C;
@@ -58,12 +63,14 @@ FUNCTION void rms_norm_vjp(X x, XShape x_shape, Weight weight, Eps eps, G g, Dx 
             const int c = first + k * step;
             const Floats<W> v = floats(xs[k]).at[0], dy = floats(gs[k]).at[0];
             norm.at[0] = add_squares(norm.at[0], v);
-            if (c < C) norm.at[1] = add_dot(norm.at[1], product(v, load<W>(ACCESS::at(weight) + c)), dy);
+            if (c < C)
+                norm.at[1] = add_dot(norm.at[1], product(v, load<W>(ACCESS::at(weight) + c)), dy);
         }
         for (int c = rest; c < C; c += step) {
             const Floats<W> again = load<W>(ACCESS::at(x) + at + c);
             norm.at[0] = add_squares(norm.at[0], again);
-            norm.at[1] = add_dot(norm.at[1], product(again, load<W>(ACCESS::at(weight) + c)), load<W>(ACCESS::at(g) + at + c));
+            norm.at[1] = add_dot(norm.at[1], product(again, load<W>(ACCESS::at(weight) + c)),
+                                 load<W>(ACCESS::at(g) + at + c));
         }
         norm = sums_for_all(norm, shared + buffer * 2 * MOST_SIMDGROUPS, here);
         buffer = 1 - buffer;
@@ -74,13 +81,16 @@ FUNCTION void rms_norm_vjp(X x, XShape x_shape, Weight weight, Eps eps, G g, Dx 
             const int c = first + k * step;
             if (c < C) {
                 const Floats<W> v = floats(xs[k]).at[0], dy = floats(gs[k]).at[0];
-                store(ACCESS::at(dx) + at + c, rms_norm_back(v, load<W>(ACCESS::at(weight) + c), dy, r, pulled));
+                store(ACCESS::at(dx) + at + c,
+                      rms_norm_back(v, load<W>(ACCESS::at(weight) + c), dy, r, pulled));
                 dweights[k] = add(dweights[k], 1.0f, product(dy, times(r, v)));
             }
         }
         for (int c = rest; c < C; c += step) {
-            const Floats<W> again = load<W>(ACCESS::at(x) + at + c), dy = load<W>(ACCESS::at(g) + at + c);
-            store(ACCESS::at(dx) + at + c, rms_norm_back(again, load<W>(ACCESS::at(weight) + c), dy, r, pulled));
+            const Floats<W> again = load<W>(ACCESS::at(x) + at + c),
+                            dy = load<W>(ACCESS::at(g) + at + c);
+            store(ACCESS::at(dx) + at + c,
+                  rms_norm_back(again, load<W>(ACCESS::at(weight) + c), dy, r, pulled));
             // no register has an index: what earlier tokens gave is where this thread left it
             Floats<W> sum = product(dy, times(r, again));
             if (token != here.group_x) sum = add(sum, 1.0f, load<W>(row_of_dweight + c));

@@ -1,4 +1,4 @@
-// sinkhorn: H_res of logits (eq. 9), as common_sinkhorn.h says.
+// sinkhorn: H_res of logits (eq. 9), as common/sinkhorn says.
 //
 // logits[T, n, n], eps[1] -> out[T, n, n]. ITERATIONS and FIRST_COLUMNS are the op's, LOG is
 // whether eps is 0. A simdgroup takes as many matrices as its lanes hold.
@@ -6,12 +6,14 @@
 #pragma once
 
 #include "../common/floats.h"
+#include "../common/position.h"
 #include "../common/sinkhorn/lanes.h"
 #include "../common/sinkhorn/lines.h"
 #include "../common/sinkhorn/sinkhorn.h"
 #include "dialect/words.h"
 
-template <int N, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, typename Logits, typename LogitsShape, typename Eps, typename Out>
+template <int N, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, typename Logits,
+          typename LogitsShape, typename Eps, typename Out>
 FUNCTION void sinkhorn(Logits logits, LogitsShape logits_shape, Eps eps, Out out, Position here) {
     const int64_t T = logits_shape[0];
 

@@ -1,4 +1,4 @@
-// sinkhorn_knopp: rows, then columns, until both add up to 1 within epsilon, as common_sinkhorn.h
+// sinkhorn_knopp: rows, then columns, until both add up to 1 within epsilon, as common/sinkhorn
 // says.
 //
 // logits[T, n, n], epsilon[1] -> out[T, n, n]. ITERATIONS (at most) and LOG_SPACE are the op's. A
@@ -7,13 +7,16 @@
 #pragma once
 
 #include "../common/floats.h"
+#include "../common/position.h"
 #include "../common/sinkhorn/knopp.h"
 #include "../common/sinkhorn/lanes.h"
 #include "../common/sinkhorn/lines.h"
 #include "dialect/words.h"
 
-template <int N, int ITERATIONS, bool LOG_SPACE, typename Logits, typename LogitsShape, typename Epsilon, typename Out>
-FUNCTION void sinkhorn_knopp(Logits logits, LogitsShape logits_shape, Epsilon epsilon, Out out, Position here) {
+template <int N, int ITERATIONS, bool LOG_SPACE, typename Logits, typename LogitsShape,
+          typename Epsilon, typename Out>
+FUNCTION void sinkhorn_knopp(Logits logits, LogitsShape logits_shape, Epsilon epsilon, Out out,
+                             Position here) {
     const int64_t T = logits_shape[0];
 
     for (int64_t tokens = first_tokens<N>(T, here); tokens < T; tokens += next_tokens<N>(here)) {

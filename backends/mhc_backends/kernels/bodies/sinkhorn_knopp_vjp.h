@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../common/floats.h"
+#include "../common/position.h"
 #include "../common/sinkhorn/knopp_vjp.h"
 #include "../common/sinkhorn/lanes.h"
 #include "../common/sinkhorn/lines.h"
@@ -17,8 +18,10 @@ struct sinkhorn_knopp_vjp_memory {
     enum { kept = DIVISORS * DIVISOR_SIMDGROUPS };
 };
 
-template <int N, int ITERATIONS, bool LOG_SPACE, typename Logits, typename LogitsShape, typename G, typename Epsilon, typename Out>
-FUNCTION void sinkhorn_knopp_vjp(Logits logits, LogitsShape logits_shape, G g, Epsilon epsilon, Out out, threadgroup float* kept, Position here) {
+template <int N, int ITERATIONS, bool LOG_SPACE, typename Logits, typename LogitsShape, typename G,
+          typename Epsilon, typename Out>
+FUNCTION void sinkhorn_knopp_vjp(Logits logits, LogitsShape logits_shape, G g, Epsilon epsilon,
+                                 Out out, threadgroup float* kept, Position here) {
     const int64_t T = logits_shape[0];
     const auto own = own_divisors(&kept[0], here);
 

@@ -12,6 +12,7 @@
 #include "../common/floats.h"
 #include "../common/load.h"
 #include "../common/norm.h"
+#include "../common/position.h"
 #include "../common/raw.h"
 #include "../common/static_layer.h"
 #include "../common/streams.h"
@@ -36,8 +37,11 @@ FUNCTION bool static_layer_aligned(X x, Weight weight, Out out) {
     return vectors<W>(x) && vectors<W>(weight) && vectors<W>(out);
 }
 
-template <typename ACCESS, int N, int W, int HELD, bool REST, typename X, typename XShape, typename HPre, typename HPost, typename HRes, typename Weight, typename Eps, typename Out>
-FUNCTION void static_layer(X x, XShape x_shape, HPre h_pre, HPost h_post, HRes h_res, Weight weight, Eps eps, Out out, threadgroup float* pre, threadgroup float* post, threadgroup float* res, threadgroup float* shared, Position here) {
+template <typename ACCESS, int N, int W, int HELD, bool REST, typename X, typename XShape,
+          typename HPre, typename HPost, typename HRes, typename Weight, typename Eps, typename Out>
+FUNCTION void static_layer(X x, XShape x_shape, HPre h_pre, HPost h_post, HRes h_res, Weight weight,
+                           Eps eps, Out out, threadgroup float* pre, threadgroup float* post,
+                           threadgroup float* res, threadgroup float* shared, Position here) {
     const int64_t T = x_shape[0];
     const int C = x_shape[2];
     for (int k = here.id; k < N; k += here.threads) {
@@ -76,7 +80,8 @@ FUNCTION void static_layer(X x, XShape x_shape, HPre h_pre, HPost h_post, HRes h
             const int c = first + k * step;
             if (c < C) {
                 const Streams<N, W> xs = floats(kept[k]);
-                mix_static<N, W>(outs + c, C, xs, r, load<W>(ACCESS::at(weight) + c), pre, post, res);
+                mix_static<N, W>(outs + c, C, xs, r, load<W>(ACCESS::at(weight) + c), pre, post,
+                                 res);
             }
         }
         for (int c = rest; c < C; c += step) {

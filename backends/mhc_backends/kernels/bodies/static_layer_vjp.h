@@ -14,6 +14,7 @@
 #include "../common/group_sums.h"
 #include "../common/load.h"
 #include "../common/norm.h"
+#include "../common/position.h"
 #include "../common/raw.h"
 #include "../common/static_layer_vjp.h"
 #include "../common/store.h"
@@ -38,11 +39,18 @@ struct static_layer_vjp_memory {
 template <int N, int W, typename X, typename Weight, typename G, typename Dx, typename SumRows>
 FUNCTION bool static_layer_vjp_aligned(X x, Weight weight, G g, Dx dx, SumRows sums) {
     const int SUMS = 2 * N + N * N;
-    return vectors<W>(x) && vectors<W>(weight) && vectors<W>(g) && vectors<W>(dx) && SUMS % W == 0 && vectors<W>(sums + SUMS);
+    return vectors<W>(x) && vectors<W>(weight) && vectors<W>(g) && vectors<W>(dx) &&
+           SUMS % W == 0 && vectors<W>(sums + SUMS);
 }
 
-template <typename ACCESS, int N, int W, int HELD, bool REST, typename X, typename XShape, typename HPre, typename HPost, typename HRes, typename Weight, typename Eps, typename G, typename Dx, typename SumRows>
-FUNCTION void static_layer_vjp(X x, XShape x_shape, HPre h_pre, HPost h_post, HRes h_res, Weight weight, Eps eps, G g, Dx dx, SumRows sums, threadgroup float* pre, threadgroup float* post, threadgroup float* res, threadgroup float* shared, threadgroup float* norms, Position here) {
+template <typename ACCESS, int N, int W, int HELD, bool REST, typename X, typename XShape,
+          typename HPre, typename HPost, typename HRes, typename Weight, typename Eps, typename G,
+          typename Dx, typename SumRows>
+FUNCTION void static_layer_vjp(X x, XShape x_shape, HPre h_pre, HPost h_post, HRes h_res,
+                               Weight weight, Eps eps, G g, Dx dx, SumRows sums,
+                               threadgroup float* pre, threadgroup float* post,
+                               threadgroup float* res, threadgroup float* shared,
+                               threadgroup float* norms, Position here) {
     const int64_t T = x_shape[0];
     const int C = x_shape[2];
     const int SUMS = 2 * N + N * N;  // those that end over C
@@ -60,9 +68,11 @@ FUNCTION void static_layer_vjp(X x, XShape x_shape, HPre h_pre, HPost h_post, HR
     int buffer = 0;  // tokens take turns with the halves of `norms`
 
     float own[SUMS];  // of this thread's channels, over the tokens
-    UNROLL for (int k = 0; k < SUMS; k++) own[k] = 0.0f;
+    UNROLL for (int k = 0; k < SUMS; k++)
+        own[k] = 0.0f;
     Floats<W> dweights[HELD];
-    UNROLL for (int k = 0; k < HELD; k++) dweights[k] = zeros<W>();
+    UNROLL for (int k = 0; k < HELD; k++)
+        dweights[k] = zeros<W>();
 
     for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         const int64_t at = token * N * C;
@@ -80,7 +90,8 @@ FUNCTION void static_layer_vjp(X x, XShape x_shape, HPre h_pre, HPost h_post, HR
             const int c = first + k * step;
             const Floats<W> h = collapse(pre, floats(xs[k])), dy = collapse(post, floats(gs[k]));
             norm.at[0] = add_squares(norm.at[0], h);
-            if (c < C) norm.at[1] = add_dot(norm.at[1], product(h, load<W>(ACCESS::at(weight) + c)), dy);
+            if (c < C)
+                norm.at[1] = add_dot(norm.at[1], product(h, load<W>(ACCESS::at(weight) + c)), dy);
         }
         for (int c = rest; c < C; c += step) {
             const Floats<W> h = collapse(pre, load_streams<N, W>(ACCESS::at(x) + at, C, c));
@@ -97,16 +108,18 @@ FUNCTION void static_layer_vjp(X x, XShape x_shape, HPre h_pre, HPost h_post, HR
             const int c = first + k * step;
             if (c < C) {
                 const Streams<N, W> x_c = floats(xs[k]), g_c = floats(gs[k]);
-                const Floats<W> dweight = static_back<N, W>(
-                    ACCESS::at(dx) + at + c, C, x_c, g_c, r, pulled, load<W>(ACCESS::at(weight) + c), own, pre, post, res);
+                const Floats<W> dweight =
+                    static_back<N, W>(ACCESS::at(dx) + at + c, C, x_c, g_c, r, pulled,
+                                      load<W>(ACCESS::at(weight) + c), own, pre, post, res);
                 dweights[k] = add(dweights[k], 1.0f, dweight);
             }
         }
         for (int c = rest; c < C; c += step) {
             const Streams<N, W> x_c = load_streams<N, W>(ACCESS::at(x) + at, C, c);
             const Streams<N, W> g_c = load_streams<N, W>(ACCESS::at(g) + at, C, c);
-            Floats<W> dweight = static_back<N, W>(
-                ACCESS::at(dx) + at + c, C, x_c, g_c, r, pulled, load<W>(ACCESS::at(weight) + c), own, pre, post, res);
+            Floats<W> dweight =
+                static_back<N, W>(ACCESS::at(dx) + at + c, C, x_c, g_c, r, pulled,
+                                  load<W>(ACCESS::at(weight) + c), own, pre, post, res);
             // no register has an index: what earlier tokens gave is where this thread left it
             if (token != here.group_x) dweight = add(dweight, 1.0f, load<W>(row_of_dweight + c));
             store(row_of_dweight + c, dweight);

@@ -9,6 +9,7 @@
 
 #pragma once
 
+#include "../common/position.h"
 #include "../common/store_one.h"
 #include "../common/within.h"
 #include "dialect/words.h"
@@ -17,7 +18,9 @@
 template <int N>
 struct static_layer_vjp_wide_memory {
     enum {
-        TILE = N <= 8 ? 128 : N <= 16 ? 64 : 32,
+        TILE = N <= 8 ? 128
+        : N <= 16     ? 64
+                      : 32,
         STRIDE = TILE + 1,      // neighbours in another stream are in another bank
         xs = (N + 1) * STRIDE,  // x_j[c] at j * STRIDE + c, and dh after the streams
         gs = (N + 1) * STRIDE,  // g, and y
@@ -27,8 +30,12 @@ struct static_layer_vjp_wide_memory {
     };
 };
 
-template <int N, typename X, typename XShape, typename G, typename Y, typename Dh, typename HPre, typename HRes, typename Dx, typename SumRows>
-FUNCTION void static_layer_vjp_wide(X x, XShape x_shape, G g, Y y, Dh dh, HPre h_pre, HRes h_res, Dx dx, SumRows sums, threadgroup float* xs, threadgroup float* gs, threadgroup float* pre, threadgroup float* res, threadgroup float* own, Position here) {
+template <int N, typename X, typename XShape, typename G, typename Y, typename Dh, typename HPre,
+          typename HRes, typename Dx, typename SumRows>
+FUNCTION void static_layer_vjp_wide(X x, XShape x_shape, G g, Y y, Dh dh, HPre h_pre, HRes h_res,
+                                    Dx dx, SumRows sums, threadgroup float* xs,
+                                    threadgroup float* gs, threadgroup float* pre,
+                                    threadgroup float* res, threadgroup float* own, Position here) {
     const int64_t T = x_shape[0];
     const int C = x_shape[2];
     const int TILE = static_layer_vjp_wide_memory<N>::TILE;
@@ -70,11 +77,11 @@ FUNCTION void static_layer_vjp_wide(X x, XShape x_shape, G g, Y y, Dh dh, HPre h
                         dxs[r] = fma(res[i * N + within<N>(j0 + r)], g_i, dxs[r]);
                 }
                 UNROLL for (int r = 0; r < ROWS; r++) {
-                    if (j0 + r < N)
-                        store_one(dx + at + int64_t(j0 + r) * C + tile + c, dxs[r]);
+                    if (j0 + r < N) store_one(dx + at + int64_t(j0 + r) * C + tile + c, dxs[r]);
                 }
             }
-            // x_j . dh, g_i . y, g_i . x_j: block b is of column b % (N + 2) of [dh, y, x_0, x_1, ...]
+            // x_j . dh, g_i . y, g_i . x_j: block b is of column b % (N + 2) of [dh, y, x_0, x_1,
+            // ...]
             for (int b = first; b < STEPS * (N + 2); b += step) {
                 const int i0 = b / (N + 2) * ROWS, column = b % (N + 2);
                 const auto rows = column == 0 ? xs : gs;
@@ -82,7 +89,8 @@ FUNCTION void static_layer_vjp_wide(X x, XShape x_shape, G g, Y y, Dh dh, HPre h
                                    : column == 1 ? gs + N * STRIDE
                                                  : xs + (column - 2) * STRIDE;
                 float parts[ROWS];
-                UNROLL for (int r = 0; r < ROWS; r++) parts[r] = 0.0f;
+                UNROLL for (int r = 0; r < ROWS; r++)
+                    parts[r] = 0.0f;
                 for (int c = 0; c < TILE; c++) {
                     UNROLL for (int r = 0; r < ROWS; r++)
                         parts[r] = fma(rows[within<N>(i0 + r) * STRIDE + c], other[c], parts[r]);

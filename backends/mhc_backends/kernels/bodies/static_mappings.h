@@ -8,14 +8,18 @@
 #pragma once
 
 #include "../common/floats.h"
+#include "../common/position.h"
 #include "../common/sigmoid.h"
 #include "../common/sinkhorn/lanes.h"
 #include "../common/sinkhorn/lines.h"
 #include "../common/sinkhorn/sinkhorn.h"
 #include "dialect/words.h"
 
-template <int N, int ITERATIONS, typename HPreRaw, typename HPostRaw, typename HResRaw, typename HResRawShape, typename HPre, typename HPost, typename HRes>
-FUNCTION void static_mappings(HPreRaw h_pre_raw, HPostRaw h_post_raw, HResRaw h_res_raw, HResRawShape h_res_raw_shape, HPre h_pre, HPost h_post, HRes h_res, Position here) {
+template <int N, int ITERATIONS, typename HPreRaw, typename HPostRaw, typename HResRaw,
+          typename HResRawShape, typename HPre, typename HPost, typename HRes>
+FUNCTION void static_mappings(HPreRaw h_pre_raw, HPostRaw h_post_raw, HResRaw h_res_raw,
+                              HResRawShape h_res_raw_shape, HPre h_pre, HPost h_post, HRes h_res,
+                              Position here) {
     const int64_t T = h_res_raw_shape[0];
 
     for (int64_t tokens = first_tokens<N>(T, here); tokens < T; tokens += next_tokens<N>(here)) {

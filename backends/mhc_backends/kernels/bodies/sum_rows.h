@@ -1,11 +1,12 @@
-// The sum over the rows of a[R, K] in float32, in an order that depends on R and K alone: the second
-// stage of what is summed over all tokens.
+// The sum over the rows of a[R, K] in float32, in an order that depends on R and K alone: the
+// second stage of what is summed over all tokens.
 //
 // Group x sums an equal share of the rows into out[x, K]; group y takes a stretch of the columns. A
 // threadgroup is so many columns wide, and its other threads take other rows.
 
 #pragma once
 
+#include "../common/position.h"
 #include "dialect/words.h"
 
 // The sizes of its threadgroup memory.
@@ -20,7 +21,8 @@ FUNCTION void sum_rows(A a, AShape a_shape, Out out, threadgroup float* shared, 
     const int64_t share = (R + here.groups_x - 1) / here.groups_x;
     const int64_t begin = here.group_x * share, end = begin + share < R ? begin + share : R;
     const int width = K < int(here.threads) ? K : int(here.threads);
-    const int lanes = here.threads / width;  // threads per column; a rest of the threads has no column
+    const int lanes =
+        here.threads / width;  // threads per column; a rest of the threads has no column
     const int lane = here.id / width;
     const int column = int(here.group_y) * width + int(here.id) % width;
 

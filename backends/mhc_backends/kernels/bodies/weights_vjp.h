@@ -8,6 +8,7 @@
 #include "../common/floats.h"
 #include "../common/group_sums.h"
 #include "../common/load.h"
+#include "../common/position.h"
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
@@ -24,13 +25,15 @@ FUNCTION bool weights_vjp_aligned(X x, Dh dh) {
 }
 
 template <typename ACCESS, int N, int W, typename X, typename XShape, typename Dh, typename Dw>
-FUNCTION void weights_vjp(X x, XShape x_shape, Dh dh, Dw dw, threadgroup float* shared, Position here) {
+FUNCTION void weights_vjp(X x, XShape x_shape, Dh dh, Dw dw, threadgroup float* shared,
+                          Position here) {
     const int64_t T = x_shape[0];
     const int C = x_shape[2];
 
     for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         float sums[N];  // of this thread's channels
-        UNROLL for (int i = 0; i < N; i++) sums[i] = 0.0f;
+        UNROLL for (int i = 0; i < N; i++)
+            sums[i] = 0.0f;
         for (int c = first_channel<W>(here); c < C; c += next_channel<W>(here)) {
             const Floats<W> layer = load<W>(ACCESS::at(dh) + token * C + c);
             UNROLL for (int i = 0; i < N; i++)

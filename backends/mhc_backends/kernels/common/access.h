@@ -4,8 +4,8 @@
 
 #include "dialect/words.h"
 
-// An address at which whole vectors begin, so that load and store need not look: a branch there would
-// have all wait that follows.
+// An address at which whole vectors begin, so that load and store need not look: a branch there
+// would have all wait that follows.
 template <typename P>
 struct AlignedAddress {
     P p;
@@ -13,8 +13,8 @@ struct AlignedAddress {
     FUNCTION auto operator[](int64_t k) const -> decltype(p[k]) { return p[k]; }
 };
 
-// ACCESS is one of these: all of a kernel's arrays begin where vectors may, as its `..._aligned` found;
-// or load and store ask each address.
+// ACCESS is one of these: all of a kernel's arrays begin where vectors may, as its `..._aligned`
+// found; or load and store ask each address.
 struct Aligned {
     template <typename P>
     static FUNCTION AlignedAddress<P> at(P p) {

@@ -1,18 +1,20 @@
-// activate
+// From the sums over n C to u, r, h_pre, h_post and the logits of H_res.
 
 #pragma once
 
 #include "norm.h"
+#include "position.h"
 #include "sigmoid.h"
 #include "dialect/words.h"
 
 // From the sums of TOKENS tokens, M = n n + 2 n products and the squares of each, to u (the
 // products), r (1 / rms), h_pre and h_post, which are stored where `stores` says so. What follows
-// reads h_pre and the logits of H_res where the products were, in `sums`: a BARRIER must come first.
-template <int N, int TOKENS, bool SAVES, typename S, typename A, typename B, typename P,
-          typename Q>
-FUNCTION void activate(S sums, A scale, B bias, float norm_eps, float pre_eps, float post_scale, float count, int64_t first, int64_t T,
-                       bool stores, Q u, Q r, P h_pre, P h_post, Position here) {
+// reads h_pre and the logits of H_res where the products were, in `sums`: a BARRIER must come
+// first.
+template <int N, int TOKENS, bool SAVES, typename S, typename A, typename B, typename P, typename Q>
+FUNCTION void activate(S sums, A scale, B bias, float norm_eps, float pre_eps, float post_scale,
+                       float count, int64_t first, int64_t T, bool stores, Q u, Q r, P h_pre,
+                       P h_post, Position here) {
     const int M = N * N + 2 * N;
     const int tokens = T - first < TOKENS ? int(T - first) : TOKENS;
     for (int item = here.id; item < tokens * M; item += here.threads) {

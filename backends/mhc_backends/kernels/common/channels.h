@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "position.h"
 #include "dialect/words.h"
 
 // The channels that a thread takes are from first_channel on, next_channel apart.

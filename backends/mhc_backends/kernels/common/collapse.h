@@ -1,4 +1,4 @@
-// collapse
+// h = sum_i w_i x_i at some channels.
 
 #pragma once
 
@@ -10,6 +10,7 @@
 template <int N, int W, typename H>
 FUNCTION Floats<W> collapse(H weights, Streams<N, W> x) {
     Floats<W> sum = zeros<W>();
-    UNROLL for (int i = 0; i < N; i++) sum = add(sum, weights[i], x.at[i]);
+    UNROLL for (int i = 0; i < N; i++)
+        sum = add(sum, weights[i], x.at[i]);
     return sum;
 }

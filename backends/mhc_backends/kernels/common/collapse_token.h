@@ -1,10 +1,11 @@
-// collapse
+// The same of all of a token's channels.
 
 #pragma once
 
 #include "channels.h"
 #include "floats.h"
 #include "load.h"
+#include "position.h"
 #include "store.h"
 #include "dialect/words.h"
 

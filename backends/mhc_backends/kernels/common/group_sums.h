@@ -1,7 +1,8 @@
-// sums
+// Sums over a threadgroup.
 
 #pragma once
 
+#include "position.h"
 #include "dialect/simd.h"
 #include "dialect/words.h"
 

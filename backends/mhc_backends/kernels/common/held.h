@@ -1,4 +1,4 @@
-// Mapped values.
+// Mapped values, kept in registers where they are few.
 
 #pragma once
 

@@ -1,11 +1,12 @@
-// load
+// W numbers from memory, from any space, at any address.
 
 #pragma once
 
 #include "access.h"
 #include "floats.h"
 #include "raw.h"
-#include "dialect/read.h"
+#include "read.h"
+#include "dialect/constant.h"
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 

@@ -1,8 +1,9 @@
-// mm
+// H_res of some tokens.
 
 #pragma once
 
 #include "floats.h"
+#include "position.h"
 #include "sinkhorn/lanes.h"
 #include "sinkhorn/lines.h"
 #include "sinkhorn/sinkhorn.h"

@@ -1,4 +1,4 @@
-// norm
+// The root mean square.
 
 #pragma once
 
@@ -7,7 +7,8 @@
 #include "dialect/words.h"
 
 // Streams of 1e18 have squares of 1e36, of which float32 cannot hold the sum of 341. So all sums of
-// squares are kept times 2^-16, which changes no other bit. sum + v . v, of few v that are not small:
+// squares are kept times 2^-16, which changes no other bit. sum + v . v, of few v that are not
+// small:
 FUNCTION float squares_unit() { return 1.0f / 65536.0f; }
 
 template <int W>

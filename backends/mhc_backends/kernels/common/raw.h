@@ -1,4 +1,4 @@
-// Raw
+// Numbers as they are in memory, in registers.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// sigmoid
+// The sigmoid.
 
 #pragma once
 

@@ -1,13 +1,13 @@
-// store
+// W numbers to memory, at any address.
 
 #pragma once
 
 #include "access.h"
 #include "floats.h"
 #include "store_one.h"
+#include "write.h"
 #include "dialect/vectors.h"
 #include "dialect/words.h"
-#include "dialect/write.h"
 
 // store(p, v): v's numbers from p on, each rounded to the nearest of p's type.
 template <int W, typename P>

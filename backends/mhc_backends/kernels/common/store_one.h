@@ -6,6 +6,6 @@
 
 // v, rounded to the nearest of p's type.
 template <typename T>
-FUNCTION void store_one(device T* p, float v) {
+FUNCTION void store_one(DEVICE T* p, float v) {
     *p = T(v);
 }

@@ -1,4 +1,4 @@
-// streams
+// All streams of a token at W channels.
 
 #pragma once
 
@@ -23,7 +23,8 @@ template <int N, int W, typename P>
 FUNCTION auto load_raw_streams(P token, int C, int c) {
     RawStreams<N, decltype(load_raw<W>(token))> out = {};
     if (c < C) {
-        UNROLL for (int i = 0; i < N; i++) out.at[i] = load_raw<W>(token + int64_t(i) * C + c);
+        UNROLL for (int i = 0; i < N; i++)
+            out.at[i] = load_raw<W>(token + int64_t(i) * C + c);
     }
     return out;
 }
@@ -31,7 +32,8 @@ FUNCTION auto load_raw_streams(P token, int C, int c) {
 template <int N, typename T, int W>
 FUNCTION Streams<N, W> floats(RawStreams<N, Raw<T, W>> raw) {
     Streams<N, W> out;
-    UNROLL for (int i = 0; i < N; i++) out.at[i] = floats(raw.at[i]);
+    UNROLL for (int i = 0; i < N; i++)
+        out.at[i] = floats(raw.at[i]);
     return out;
 }
 

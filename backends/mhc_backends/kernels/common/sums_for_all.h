@@ -1,8 +1,9 @@
-// sums
+// Sums over a threadgroup that all its threads use.
 
 #pragma once
 
 #include "floats.h"
+#include "position.h"
 #include "dialect/simd.h"
 #include "dialect/words.h"
 
@@ -19,7 +20,8 @@ FUNCTION Floats<COUNT> sums_for_all(Floats<COUNT> values, S shared, Position her
     BARRIER;
     Floats<COUNT> sums = zeros<COUNT>();
     for (int s = 0; s < int(here.threads) / SIMD; s++) {
-        UNROLL for (int k = 0; k < COUNT; k++) sums.at[k] += shared[s * COUNT + k];
+        UNROLL for (int k = 0; k < COUNT; k++)
+            sums.at[k] += shared[s * COUNT + k];
     }
     return sums;
 }

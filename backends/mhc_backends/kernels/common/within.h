@@ -1,4 +1,4 @@
-// within
+// Numbers of streams beyond the last one.
 
 #pragma once
 

@@ -189,7 +189,10 @@ def pre(
         "bias": bias,
     }
     inputs["given"] = None if given is None else tokens(given, 1)
-    outputs: dict[str, Out | None] = {"h": Out((*ahead, sizes.C), x.dtype), **mapped(ahead, sizes.n, bias.size, saves)}
+    outputs: dict[str, Out | None] = {
+        "h": Out((*ahead, sizes.C), x.dtype),
+        **mapped(ahead, sizes.n, bias.size, saves),
+    }
     chosen = {"GIVEN": given is not None, "SAVES": saves, **constants(variant)}
     h, h_pre, h_post, h_res, *saved = kernels(
         "pre", inputs, outputs, sizes, settings(variant), **chosen

@@ -1,4 +1,4 @@
-// acc
+// Sums of products, in registers.
 
 #pragma once
 
@@ -15,7 +15,8 @@ FUNCTION Accumulators<COLUMN_TILES, TOKEN_TILES> zero_accumulators() {
 }
 
 template <int COLUMN_TILES, int TOKEN_TILES>
-FUNCTION Accumulators<COLUMN_TILES, TOKEN_TILES> plus(Accumulators<COLUMN_TILES, TOKEN_TILES> a, Accumulators<COLUMN_TILES, TOKEN_TILES> b) {
+FUNCTION Accumulators<COLUMN_TILES, TOKEN_TILES> plus(Accumulators<COLUMN_TILES, TOKEN_TILES> a,
+                                                      Accumulators<COLUMN_TILES, TOKEN_TILES> b) {
     Accumulators<COLUMN_TILES, TOKEN_TILES> out;
     UNROLL for (int k = 0; k < 2 * COLUMN_TILES * TOKEN_TILES; k++) {
         const int at = k / 2 / COLUMN_TILES, tile = k / 2 % COLUMN_TILES;

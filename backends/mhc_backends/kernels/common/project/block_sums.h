@@ -1,21 +1,21 @@
-// few
+// Sums of K blocks that several simdgroups make, in threadgroup memory.
 
 #pragma once
 
+#include "../position.h"
 #include "layout.h"
 #include "sums.h"
 #include "dialect/lanes.h"
-#include "dialect/operands.h"
 #include "dialect/words.h"
 
-// LinearSpace of a token in threadgroup memory: its products, then its squares, a number for each of the
-// four lanes that have some.
+// Numbers of a token in threadgroup memory: its products, then its squares, a number for each of
+// the four lanes that have some.
 template <int COLUMN_TILES>
 struct Width {
     enum { NUMBERS = COLUMN_TILES * TILE_COLUMNS + 4 };
 };
 
-// Puts the numbers of one leaf, where `tokens` of them belong.
+// Puts the sums of one K block, where `tokens` of them belong.
 template <int COLUMN_TILES, typename S>
 FUNCTION void put_block_sums(S k_block, Sums<COLUMN_TILES, 1> sums, int tokens, int lane) {
     UNROLL for (int h = 0; h < 2; h++) {
@@ -28,32 +28,37 @@ FUNCTION void put_block_sums(S k_block, Sums<COLUMN_TILES, 1> sums, int tokens, 
                         sums.products.at[0].tile[tile].in_half[h].at[j];
             }
         }
-        const int token = 8 * h + tile_row(lane), at = COLUMN_TILES * TILE_COLUMNS + tile_pair(lane) / 2;
-        if (token < tokens) k_block[token * Width<COLUMN_TILES>::NUMBERS + at] = sums.squares[0].at[h];
+        const int token = 8 * h + tile_row(lane),
+                  at = COLUMN_TILES * TILE_COLUMNS + tile_pair(lane) / 2;
+        if (token < tokens)
+            k_block[token * Width<COLUMN_TILES>::NUMBERS + at] = sums.squares[0].at[h];
     }
 }
 
-// Adds `count` leaves, one by one, to the totals of `tokens`; a thread has the same of them always.
+// Adds `count` K blocks, one by one, to the totals of `tokens`; a thread has the same of them
+// always.
 template <int COLUMN_TILES, typename S>
 FUNCTION void add_k_blocks(S totals, S k_blocks, int count, int tokens, bool first, Position here) {
     const int NUMBERS = Width<COLUMN_TILES>::NUMBERS;
     for (int at = here.id; at < tokens * NUMBERS; at += here.threads) {
         float sum = first ? 0.0f : totals[at];
-        for (int k_block = 0; k_block < count; k_block++) sum += k_blocks[k_block * TILE_TOKENS * NUMBERS + at];
+        for (int k_block = 0; k_block < count; k_block++)
+            sum += k_blocks[k_block * TILE_TOKENS * NUMBERS + at];
         totals[at] = sum;
     }
 }
 
-// Stores the totals, as store_sums does; `parts` is the first token's, and `stride` between them.
+// Stores the totals, as store_sums does; `partials` is the first token's, and `stride` between
+// them.
 template <int COLUMN_TILES, typename S, typename P>
 FUNCTION void store_totals(S totals, P partials, int64_t stride, int column, int M, int tokens,
                            Position here) {
     const int NUMBERS = Width<COLUMN_TILES>::NUMBERS, PRODUCTS = COLUMN_TILES * TILE_COLUMNS;
     for (int at = here.id; at < tokens * (PRODUCTS + 1); at += here.threads) {
-        const int token = at / (PRODUCTS + 1), k = at % (PRODUCTS + 1);
-        const auto own = totals + token * NUMBERS;
-        if (k < PRODUCTS && column + k < M) partials[token * stride + column + k] = own[k];
+        const int own_token = at / (PRODUCTS + 1), k = at % (PRODUCTS + 1);
+        const auto own = totals + own_token * NUMBERS;
+        if (k < PRODUCTS && column + k < M) partials[own_token * stride + column + k] = own[k];
         if (k == PRODUCTS && column == 0)
-            partials[token * stride + M] = (own[k] + own[k + 1]) + (own[k + 2] + own[k + 3]);
+            partials[own_token * stride + M] = (own[k] + own[k + 1]) + (own[k + 2] + own[k + 3]);
     }
 }

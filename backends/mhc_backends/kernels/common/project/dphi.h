@@ -1,4 +1,4 @@
-// dphi
+// Operands of dphi = du^T x: du in threadgroup memory, x transposed in registers.
 
 #pragma once
 
@@ -11,7 +11,8 @@
 
 // Of COLUMN_TILES tiles of du[T, M]'s columns and 32 tokens, those below `end`.
 template <int COLUMN_TILES, typename P>
-FUNCTION BTiles<COLUMN_TILES> load_du(P du, int M, int column, int64_t first, int64_t end, int lane) {
+FUNCTION BTiles<COLUMN_TILES> load_du(P du, int M, int column, int64_t first, int64_t end,
+                                      int lane) {
     BTiles<COLUMN_TILES> out;
     UNROLL for (int k = 0; k < 2 * COLUMN_TILES; k++) {
         const int tile = k / 2, e = k % 2;
@@ -30,7 +31,8 @@ struct RawTokens {
     R at[8];
 };
 
-// Of this lane's tokens, of 32 from `first` on; the last one before `end` in the place of those beyond.
+// Of this lane's tokens, of 32 from `first` on; the last one before `end` in the place of those
+// beyond.
 template <typename P>
 FUNCTION auto load_tokens(P x, int64_t K, int64_t first, int64_t end, int rest, int lane) {
     RawTokens<decltype(load_raw<4>(x))> out;
@@ -49,8 +51,7 @@ FUNCTION Raw<T, 8> transposed(RawTokens<Raw<T, 4>> tokens, int channel) {
     UNROLL for (int k = 0; k < 8; k++) {
         const auto both = tokens.at[k].word[channel / PER_WORD];
         out.word[k / PER_WORD] |=
-            PER_WORD == 1 ? both
-                          : (both >> (channel % 2 * 16) & 0xffff) << (k % 2 * 16);
+            PER_WORD == 1 ? both : (both >> (channel % 2 * 16) & 0xffff) << (k % 2 * 16);
     }
     return out;
 }

@@ -1,23 +1,24 @@
-// pipeline
+// K blocks on their way to a pipeline buffer, in threadgroup memory.
 
 #pragma once
 
 #include "../operands.h"
+#include "../position.h"
 #include "layout.h"
 #include "pipeline.h"
 #include "starts.h"
 #include "dialect/copies.h"
 #include "dialect/words.h"
 
-// The same on its way to `slot`.
+// A lane's share of a buffer, and a K block's way through it.
 template <int STEPS, int TOKEN_TILES, typename R>
 struct Buffer {
     enum { FRAGMENTS = 2 * STEPS * TOKEN_TILES * RowFragments<R>::COUNT * SIMD };
 };
 
 template <int N, int STEPS, int TOKEN_TILES, typename R, typename S, typename P>
-FUNCTION void start_k_block(R like, S buffer, Starts<TOKEN_TILES, P> starts, int C, int k_block, int rest,
-                         int lane) {
+FUNCTION void start_k_block(R like, S buffer, Starts<TOKEN_TILES, P> starts, int C, int k_block,
+                            int rest, int lane) {
     const int c = k_block / N * (STEPS * STEP_CHANNELS);
     const int64_t at = k_block % N * int64_t(C) + c;
     UNROLL for (int k = 0; k < 2 * TOKEN_TILES * STEPS; k++) {

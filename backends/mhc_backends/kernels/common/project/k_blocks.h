@@ -1,4 +1,4 @@
-// k_blocks
+// Loads of the streams' K blocks.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 #include "starts.h"
 #include "dialect/words.h"
 
-// This lane's numbers of STEPS blocks that begin `at` farther on; `rest` channels are in a row.
+// This lane's numbers of STEPS K steps that begin `at` farther on; `rest` channels are in a row.
 template <int STEPS, int TOKEN_TILES, typename P>
 FUNCTION auto load_steps(Starts<TOKEN_TILES, P> starts, int64_t at, int rest) {
     AOperand<decltype(load_raw<8>(starts.at[0][0])), STEPS, TOKEN_TILES> out;
@@ -22,8 +22,8 @@ FUNCTION auto load_steps(Starts<TOKEN_TILES, P> starts, int64_t at, int rest) {
     return out;
 }
 
-// Those of leaf number `leaf` of a part, whose STEPS are of one stream; from the part's first channel
-// of this lane, `rest` are in a row.
+// Those of K block number `k_block` of a split, whose STEPS are of one stream; from the split's
+// first channel of this lane, `rest` are in a row.
 template <int N, int STEPS, int TOKEN_TILES, typename P>
 FUNCTION auto load_k_block(Starts<TOKEN_TILES, P> starts, int C, int k_block, int rest) {
     const int c = k_block / N * (STEPS * STEP_CHANNELS);

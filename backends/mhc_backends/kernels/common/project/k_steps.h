@@ -1,12 +1,11 @@
-// order
+// The order of the K steps in a split (layout.h).
 
 #pragma once
 
 #include "layout.h"
 #include "dialect/words.h"
 
-// Where block number `block` of a part is, and phi's numbers for it: of COLUMN_TILES tiles of columns from
-// `column` on.
+// The stream of K step number `k_step`, and its first channel in the split.
 template <int N, int RUN>
 FUNCTION int step_stream(int k_step) {
     return k_step / RUN % N;

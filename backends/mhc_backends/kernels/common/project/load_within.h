@@ -1,4 +1,4 @@
-// rows
+// Loads at the end of a row.
 
 #pragma once
 
@@ -7,8 +7,8 @@
 #include "../load.h"
 #include "dialect/words.h"
 
-// The first `rest` numbers from p on, and zeros. Where that is known to be aligned, there are whole blocks
-// alone.
+// The first `rest` numbers from p on, and zeros. Where that is known to be aligned, there are whole
+// K steps alone.
 template <int W, typename P>
 FUNCTION Floats<W> load_within(P p, int rest) {
     Floats<W> out = zeros<W>();

@@ -1,4 +1,4 @@
-// mix
+// The streams that combine makes, x'_i = sum_j H_res[i, j] x_j + h_post_i y.
 
 #pragma once
 
@@ -15,8 +15,8 @@
 
 // sum + sum_j res_{first + j} x_j, for streams that are in registers, or else from `token` on.
 template <int N, bool KEPT, int COUNT, typename R, typename H, typename P>
-FUNCTION Floats<8> mix_streams(Floats<8> sum, H res, int first, RawStreams<COUNT, R> streams, P token,
-                       int C, int rest) {
+FUNCTION Floats<8> mix_streams(Floats<8> sum, H res, int first, RawStreams<COUNT, R> streams,
+                               P token, int C, int rest) {
     UNROLL_SMALL for (int j = 0; j < N; j++) {
         R stream;
         if (KEPT)

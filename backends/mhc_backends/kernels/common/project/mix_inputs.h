@@ -1,8 +1,9 @@
-// mix
+// What they are made of: loads, and copies on their way to a pipeline buffer.
 
 #pragma once
 
 #include "../load.h"
+#include "../position.h"
 #include "../streams.h"
 #include "pipeline.h"
 #include "raw_within.h"
@@ -36,9 +37,10 @@ FUNCTION auto load_mix_inputs(Starts<1, P> x, Starts<1, Q> y, int C, int c, int 
     return out;
 }
 
-// The same on its way to `slot`, where all streams are kept.
+// The same on its way to `buffer`, where all streams are kept.
 template <int COUNT, typename R, typename S, typename P, typename Q>
-FUNCTION void start_mix_inputs(R like, S buffer, Starts<1, P> x, Starts<1, Q> y, int C, int c, int lane) {
+FUNCTION void start_mix_inputs(R like, S buffer, Starts<1, P> x, Starts<1, Q> y, int C, int c,
+                               int lane) {
     enum { STEP = RowFragments<R>::COUNT * SIMD };
     UNROLL for (int k = 0; k < 2 * COUNT + 2; k++) {
         const int r = k % 2, j = k / 2;

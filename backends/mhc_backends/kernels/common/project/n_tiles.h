@@ -1,12 +1,12 @@
-// n_tiles
+// N tiles of the products that give streams: 32 channels of one stream, one for each simdgroup. Two
+// of a stream come first, then the next stream's, so that a threadgroup reads whole lines of memory
+// and shares what all streams need.
 
 #pragma once
 
 #include "layout.h"
 #include "dialect/words.h"
 
-// Simdgroups take units of 32 channels of one stream; two of a stream, then the next stream's, so that
-// a threadgroup reads whole lines of memory and shares what all streams need.
 template <int N>
 FUNCTION int n_tile_stream(int n_tile) {
     return n_tile / 2 % N;

@@ -1,4 +1,4 @@
-// phi
+// Loads of phi's numbers.
 
 #pragma once
 
@@ -8,11 +8,11 @@
 #include "dialect/lanes.h"
 #include "dialect/words.h"
 
-// Of COLUMN_TILES tiles of phi[M, K]'s columns from `column` on and 32 channels from `at` on, `rest` of them
-// in a row; columns beyond phi are not stored, so they may be any.
+// The numbers of COLUMN_TILES tiles of phi[M, K]'s columns from `column` on and 32 channels from
+// `at` on, `rest` of them in a row; columns beyond phi are not stored, so they may be any.
 template <int COLUMN_TILES, typename P>
 FUNCTION BTiles<COLUMN_TILES> load_phi(P phi, int64_t K, int M, int column, int64_t at, int rest,
-                                    int lane) {
+                                       int lane) {
     BTiles<COLUMN_TILES> out;
     UNROLL for (int k = 0; k < 2 * COLUMN_TILES; k++) {
         const int tile = k / 2, e = k % 2, channel = 4 * b_row(lane, e);
@@ -25,7 +25,7 @@ FUNCTION BTiles<COLUMN_TILES> load_phi(P phi, int64_t K, int M, int column, int6
 
 template <int N, int RUN, int COLUMN_TILES, typename P>
 FUNCTION BTiles<COLUMN_TILES> load_step_phi(P phi, int64_t K, int M, int C, int column, int begin,
-                                          int k_step, int lane) {
+                                            int k_step, int lane) {
     const int c = begin + step_channel<N, RUN>(k_step);
     const int64_t at = step_stream<N, RUN>(k_step) * int64_t(C) + c;
     return load_phi<COLUMN_TILES>(phi, K, M, column, at, C - c, lane);

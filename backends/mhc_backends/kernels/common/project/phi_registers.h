@@ -1,4 +1,4 @@
-// phi
+// B operands of phi in registers.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 #include "staged.h"
 #include "dialect/words.h"
 
-// The factors of STEPS blocks, from `block` on, in registers.
+// Those of STEPS K steps, from `k_step` on.
 template <typename F, int STEPS>
 struct BOperands {
     F at[STEPS];
@@ -19,11 +19,11 @@ FUNCTION uint4 frag(BOperands<F, STEPS> operands, int k_step, int k) {
 }
 
 template <int N, int RUN, int COLUMN_TILES, int STEPS, typename R, typename P>
-FUNCTION auto load_b_operands(R like, P phi, int64_t K, int M, int C, int column, int begin, int k_step,
-                           int lane) {
+FUNCTION auto load_b_operands(R like, P phi, int64_t K, int M, int C, int column, int begin,
+                              int k_step, int lane) {
     BOperands<decltype(b_operand_for(like, BTiles<COLUMN_TILES>())), STEPS> out;
     UNROLL for (int b = 0; b < STEPS; b++)
-        out.at[b] = b_operand_for(like, load_step_phi<N, RUN, COLUMN_TILES>(phi, K, M, C, column, begin,
-                                                                       k_step + b, lane));
+        out.at[b] = b_operand_for(like, load_step_phi<N, RUN, COLUMN_TILES>(
+                                            phi, K, M, C, column, begin, k_step + b, lane));
     return out;
 }

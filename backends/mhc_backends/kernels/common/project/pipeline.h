@@ -1,11 +1,14 @@
-// pipeline
+// Rows of 8 numbers for each lane on their way to threadgroup memory. There, 16-byte fragment k of
+// a lane's numbers is beside the next lane's. Where they are two fragments, the four lanes of a row
+// copy four that follow one another, as memory gives 32 bytes at least: so what a lane takes may be
+// another's copy.
 
 #pragma once
 
+#include "../position.h"
 #include "../raw.h"
 #include "dialect/copies.h"
 #include "dialect/lanes.h"
-#include "dialect/operands.h"
 #include "dialect/words.h"
 
 template <typename R>
@@ -28,12 +31,17 @@ FUNCTION void start_row(R, S to, P from, int lane) {
 
 template <typename R, typename S>
 FUNCTION void put_nothing(R, S to, int lane) {
-    UNROLL for (int k = 0; k < RowFragments<R>::COUNT; k++) to[k * SIMD + lane] = uint4();
+    UNROLL for (int k = 0; k < RowFragments<R>::COUNT; k++)
+        to[k * SIMD + lane] = uint4();
 }
 
 template <typename T, typename S>
 FUNCTION Raw<T, 8> take_row(Raw<T, 8>, S from, int lane) {
-    uint4 frags[RowFragments<Raw<T, 8>>::COUNT];
-    UNROLL for (int k = 0; k < RowFragments<Raw<T, 8>>::COUNT; k++) frags[k] = from[k * SIMD + lane];
-    return raw_of(frags, T(0.0f));
+    Raw<T, 8> out;
+    UNROLL for (int k = 0; k < RowFragments<Raw<T, 8>>::COUNT; k++) {
+        const uint4 frag = from[k * SIMD + lane];
+        out.word[4 * k] = frag.x, out.word[4 * k + 1] = frag.y;
+        out.word[4 * k + 2] = frag.z, out.word[4 * k + 3] = frag.w;
+    }
+    return out;
 }

@@ -1,4 +1,4 @@
-// rows
+// The same, of numbers as they are in memory.
 
 #pragma once
 

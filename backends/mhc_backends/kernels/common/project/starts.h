@@ -1,11 +1,12 @@
-// starts
+// Where a lane's rows begin.
 
 #pragma once
 
 #include "dialect/lanes.h"
 #include "dialect/words.h"
 
-// Where this lane's tokens of TOKEN_TILES tiles from `first` on begin; those beyond T are the last one.
+// Where this lane's tokens of TOKEN_TILES tiles from `first` on begin; those beyond T are the last
+// one.
 template <int TOKEN_TILES, typename P>
 struct Starts {
     P at[TOKEN_TILES][2];

@@ -1,14 +1,14 @@
-// sums
+// Sums to memory, as split-K partials.
 
 #pragma once
 
 #include "sums.h"
 #include "dialect/lanes.h"
-#include "dialect/operands.h"
+#include "dialect/simd.h"
 #include "dialect/words.h"
 
-// Stores the sums of the tokens from `first` on in parts[T, P, M + 1]: of COLUMN_TILES tiles of columns from
-// `column` on, and once the squares, in the last place.
+// Stores the sums of the tokens from `first` on in partials[T, P, M + 1]: of COLUMN_TILES tiles of
+// columns from `column` on, and once the squares, in the last place.
 template <int COLUMN_TILES, int TOKEN_TILES, typename P>
 FUNCTION void store_sums(P partials, int64_t first, int64_t T, int count, int split,
                          Sums<COLUMN_TILES, TOKEN_TILES> sums, int column, int M, int lane) {

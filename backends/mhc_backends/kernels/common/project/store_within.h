@@ -1,4 +1,4 @@
-// rows
+// Stores at the end of a row.
 
 #pragma once
 

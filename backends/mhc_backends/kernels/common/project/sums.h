@@ -1,4 +1,4 @@
-// sums
+// The sums of a split: products with phi, and squares.
 
 #pragma once
 
@@ -10,8 +10,8 @@
 #include "dialect/operands.h"
 #include "dialect/words.h"
 
-// Of TOKEN_TILES tiles of 16 tokens: for COLUMN_TILES tiles of phi's columns, and of the squares of this lane's
-// numbers.
+// Of TOKEN_TILES tiles of 16 tokens: for COLUMN_TILES tiles of phi's columns, and of the squares of
+// this lane's numbers.
 template <int COLUMN_TILES, int TOKEN_TILES>
 struct Sums {
     Accumulators<COLUMN_TILES, TOKEN_TILES> products;
@@ -22,14 +22,16 @@ template <int COLUMN_TILES, int TOKEN_TILES>
 FUNCTION Sums<COLUMN_TILES, TOKEN_TILES> zero_sums() {
     Sums<COLUMN_TILES, TOKEN_TILES> out;
     out.products = zero_accumulators<COLUMN_TILES, TOKEN_TILES>();
-    UNROLL for (int tile = 0; tile < TOKEN_TILES; tile++) out.squares[tile] = zeros<2>();
+    UNROLL for (int tile = 0; tile < TOKEN_TILES; tile++)
+        out.squares[tile] = zeros<2>();
     return out;
 }
 
-// A long sum is taken in leaves, as tensor cores do not round what they add.
+// A long sum is taken in K blocks, as tensor cores do not round what they add.
 template <int COLUMN_TILES, int TOKEN_TILES, int STEPS, typename R, typename F>
-FUNCTION Sums<COLUMN_TILES, TOKEN_TILES> add_k_block(Sums<COLUMN_TILES, TOKEN_TILES> sums, AOperand<R, STEPS, TOKEN_TILES> rows,
-                                      F operands) {
+FUNCTION Sums<COLUMN_TILES, TOKEN_TILES> add_k_block(Sums<COLUMN_TILES, TOKEN_TILES> sums,
+                                                     AOperand<R, STEPS, TOKEN_TILES> rows,
+                                                     F operands) {
     UNROLL for (int k = 0; k < 2 * TOKEN_TILES; k++) {
         float squares = 0.0f;
         UNROLL for (int b = 0; b < STEPS; b++) {

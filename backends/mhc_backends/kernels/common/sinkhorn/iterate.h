@@ -1,9 +1,13 @@
-// iterate
+// Iterations in one of two spaces. LinearSpace keeps a matrix as its numbers, divided by what the
+// sums are; LogSpace as half of their logarithms, so that no line can underflow to 0 / 0, and the
+// difference of any two finite ones is finite. Either way a line has a divisor: `scaled` with it
+// undoes the division, and `nothing` is the one that changes no number.
 
 #pragma once
 
 #include "../floats.h"
 #include "../held.h"
+#include "../position.h"
 #include "lanes.h"
 #include "sums.h"
 #include "dialect/infinity.h"
@@ -13,7 +17,8 @@
 
 template <typename SPACE, int N>
 FUNCTION Floats<N> scale_a(Floats<N> v, float factor) {
-    UNROLL for (int a = 0; a < N; a++) v.at[a] = SPACE::scaled(v.at[a], factor);
+    UNROLL for (int a = 0; a < N; a++)
+        v.at[a] = SPACE::scaled(v.at[a], factor);
     return v;
 }
 
@@ -21,13 +26,15 @@ FUNCTION Floats<N> scale_a(Floats<N> v, float factor) {
 template <typename SPACE, int N>
 FUNCTION Floats<N> scale_b(Floats<N> v, float factor, Position here) {
     const Floats<N> factors = of_lanes<N>(factor, here);
-    UNROLL for (int a = 0; a < N; a++) v.at[a] = SPACE::scaled(v.at[a], factors.at[a]);
+    UNROLL for (int a = 0; a < N; a++)
+        v.at[a] = SPACE::scaled(v.at[a], factors.at[a]);
     return v;
 }
 
 template <typename SPACE, int N>
 FUNCTION Floats<N> values(Floats<N> v) {
-    UNROLL for (int a = 0; a < N; a++) v.at[a] = SPACE::value(v.at[a]);
+    UNROLL for (int a = 0; a < N; a++)
+        v.at[a] = SPACE::value(v.at[a]);
     return v;
 }
 
@@ -78,9 +85,9 @@ struct LogSpace {
     static FUNCTION float scaled(float v, float factor) { return v + factor; }
     static FUNCTION float value(float v) { return precise::exp(v + v); }
 
-    // A divisor is the shift and a logarithm. A shift that is `far` is taken away by itself: in a sum
-    // it would round the logarithm away. Where it does so in the divisor, what that brings back has
-    // an exp of 0.
+    // A divisor is the shift and a logarithm. A shift that is `far` is taken away by itself: in a
+    // sum it would round the logarithm away. Where it does so in the divisor, what that brings back
+    // has an exp of 0.
     static FUNCTION float far(float shift) { return fabs(shift) > 1.0f ? shift : nothing(); }
 
     template <int N>

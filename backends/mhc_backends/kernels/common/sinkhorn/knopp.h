@@ -1,8 +1,9 @@
-// knopp
+// The result of sinkhorn_knopp.
 
 #pragma once
 
 #include "../floats.h"
+#include "../position.h"
 #include "iterate.h"
 #include "solve.h"
 #include "start.h"

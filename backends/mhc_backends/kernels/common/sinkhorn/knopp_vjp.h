@@ -1,8 +1,9 @@
-// knopp
+// Its vjp.
 
 #pragma once
 
 #include "../floats.h"
+#include "../position.h"
 #include "iterate.h"
 #include "lanes.h"
 #include "pull.h"
@@ -21,7 +22,7 @@ FUNCTION Floats<N> solution_vjp(Floats<N> start, Floats<N> g, bool active, int m
 // The cotangent of the logits, back through the steps that were taken; `kept` as in sinkhorn_vjp.
 template <int N, bool LOG_SPACE, typename S>
 FUNCTION Floats<N> knopp_matrix_vjp(Floats<N> logits, Floats<N> g, Position here, int most,
-                                      float epsilon, S kept) {
+                                    float epsilon, S kept) {
     Floats<N> from = logits;
     if (!LOG_SPACE) from = floored(logits);
     Floats<N> out = zeros<N>();

@@ -1,14 +1,26 @@
-// lanes
+// Sinkhorn's matrices in the lanes of a simdgroup, as in mhc_core/math/sinkhorn.py: "a" is the axis
+// that is normalised first, "b" the other one.
+//
+// A matrix takes Lanes<N>::COUNT lanes side by side: a simdgroup has MATRICES of them. Lane b of a
+// matrix holds the N numbers of its line along a in registers. So a sum along a is the lane's own;
+// of the N sums along b, lane a has number a. Lanes from N on are padding, which adds nothing to
+// any sum. All 32 lanes must come to every function that takes `here`.
 
 #pragma once
 
+#include "../position.h"
 #include "dialect/simd.h"
 #include "dialect/words.h"
 
 template <int N>
 struct Lanes {
     enum {
-        COUNT = N <= 1 ? 1 : N <= 2 ? 2 : N <= 4 ? 4 : N <= 8 ? 8 : N <= 16 ? 16 : 32,
+        COUNT = N <= 1 ? 1
+        : N <= 2       ? 2
+        : N <= 4       ? 4
+        : N <= 8       ? 8
+        : N <= 16      ? 16
+                       : 32,
         MATRICES = 32 / COUNT,  // of a simdgroup
         FEW = COUNT <= 4        // lanes: each can have every sum over them at once
     };

@@ -1,9 +1,10 @@
-// lines
+// A lane's line from and to memory.
 
 #pragma once
 
 #include "../floats.h"
 #include "../load.h"
+#include "../position.h"
 #include "../store.h"
 #include "../store_one.h"
 #include "lanes.h"
@@ -24,7 +25,8 @@ FUNCTION Floats<N> load_line(P entries, bool there, Position here) {
     if (FIRST_COLUMNS == TRANSPOSED) {
         v = load<N>(entries + b * N);
     } else {
-        UNROLL for (int a = 0; a < N; a++) v.at[a] = float(entries[a * N + b]);
+        UNROLL for (int a = 0; a < N; a++)
+            v.at[a] = float(entries[a * N + b]);
     }
     return v;
 }
@@ -36,6 +38,7 @@ FUNCTION void store_line(P entries, Floats<N> v, bool there, Position here) {
     if (FIRST_COLUMNS == TRANSPOSED) {
         store(entries + b * N, v);
     } else {
-        UNROLL for (int a = 0; a < N; a++) store_one(entries + a * N + b, v.at[a]);
+        UNROLL for (int a = 0; a < N; a++)
+            store_one(entries + a * N + b, v.at[a]);
     }
 }

@@ -1,29 +1,33 @@
-// pull
+// Back through the iterations. G = P g is the cotangent of log P. Each division's vjp is G -= P
+// sum_a(G) along its axis.
 
 #pragma once
 
 #include "../floats.h"
 #include "../held.h"
+#include "../position.h"
 #include "iterate.h"
 #include "sums.h"
 #include "dialect/words.h"
 
 template <typename SPACE, int N>
 FUNCTION Floats<N> pull_a(Floats<N> G, Floats<N> v, float sum) {
-    UNROLL for (int a = 0; a < N; a++) G.at[a] = fma(-SPACE::value(v.at[a]), sum, G.at[a]);
+    UNROLL for (int a = 0; a < N; a++)
+        G.at[a] = fma(-SPACE::value(v.at[a]), sum, G.at[a]);
     return G;
 }
 
 template <typename SPACE, int N>
 FUNCTION Floats<N> pull_b(Floats<N> G, Floats<N> v, Floats<N> sums) {
-    UNROLL for (int a = 0; a < N; a++) G.at[a] = fma(-SPACE::value(v.at[a]), sums.at[a], G.at[a]);
+    UNROLL for (int a = 0; a < N; a++)
+        G.at[a] = fma(-SPACE::value(v.at[a]), sums.at[a], G.at[a]);
     return G;
 }
 
 enum {
     SEGMENT = 20,                   // iterations whose divisors are kept at a time
     DIVISORS = 2 * SEGMENT * SIMD,  // floats of threadgroup memory that a simdgroup needs for them
-    DIVISOR_SIMDGROUPS = 2                     // simdgroups that have it, of a threadgroup in the kernels here
+    DIVISOR_SIMDGROUPS = 2          // simdgroups that have it, of a threadgroup in the kernels here
 };
 
 // A simdgroup's own part of DIVISORS * DIVISOR_SIMDGROUPS floats.

@@ -1,8 +1,9 @@
-// sinkhorn
+// sinkhorn: a number of iterations.
 
 #pragma once
 
 #include "../floats.h"
+#include "../position.h"
 #include "iterate.h"
 #include "softmax.h"
 #include "start.h"

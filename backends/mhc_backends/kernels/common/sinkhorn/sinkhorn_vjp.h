@@ -1,8 +1,9 @@
-// sinkhorn_vjp
+// Its vjp.
 
 #pragma once
 
 #include "../floats.h"
+#include "../position.h"
 #include "iterate.h"
 #include "lanes.h"
 #include "pull.h"
@@ -16,14 +17,15 @@
 // are in `kept`: the DIVISORS floats of threadgroup memory that are this simdgroup's own.
 template <int N, bool LOG, typename S>
 FUNCTION Floats<N> sinkhorn_matrix_vjp(Floats<N> logits, Floats<N> g, Position here, int iterations,
-                                float eps, S kept) {
+                                       float eps, S kept) {
     Floats<N> out = zeros<N>();
     if (!inside<N>(here)) g = zeros<N>();
     if (LOG) {
         const bool linear = narrow(logits, here);
         if (simd_any(linear)) {
             const Floats<N> start = powers(logits, here);
-            out = pull_steps<LinearSpace, false>(start, g, iterations, iterations, 0.0f, kept, here).G;
+            out = pull_steps<LinearSpace, false>(start, g, iterations, iterations, 0.0f, kept, here)
+                      .G;
         }
         if (simd_any(!linear)) {
             const Floats<N> start = logarithms(logits, here);
@@ -39,7 +41,8 @@ FUNCTION Floats<N> sinkhorn_matrix_vjp(Floats<N> logits, Floats<N> g, Position h
             pull_steps<LinearSpace, false>(start, g, steps, steps, eps, kept, here);
         out = pull_b<LinearSpace>(pulled.G, pulled.v, sums_b(pulled.G, here));
         // the start, log(S + eps)
-        UNROLL for (int a = 0; a < N; a++) out.at[a] *= soft.at[a] / (soft.at[a] + eps);
+        UNROLL for (int a = 0; a < N; a++)
+            out.at[a] *= soft.at[a] / (soft.at[a] + eps);
         out = pull_a<LinearSpace>(out, soft, sum_a(out));
     }
     return out;

@@ -1,8 +1,9 @@
-// softmax
+// What they start from with eps > 0.
 
 #pragma once
 
 #include "../floats.h"
+#include "../position.h"
 #include "iterate.h"
 #include "lanes.h"
 #include "start.h"
@@ -20,6 +21,7 @@ FUNCTION Floats<N> softmax(Floats<N> logits, Position here) {
 
 template <int N>
 FUNCTION Floats<N> started(Floats<N> softmax, float eps, Position here) {
-    UNROLL for (int a = 0; a < N; a++) softmax.at[a] += inside<N>(here) ? eps : 0.0f;
+    UNROLL for (int a = 0; a < N; a++)
+        softmax.at[a] += inside<N>(here) ? eps : 0.0f;
     return LinearSpace::divide_b(softmax, eps, true, here).v;
 }

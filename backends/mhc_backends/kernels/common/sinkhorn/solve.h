@@ -1,8 +1,10 @@
-// solve
+// sinkhorn_knopp: each matrix takes steps until its largest error is under epsilon, and then stays
+// as it is.
 
 #pragma once
 
 #include "../floats.h"
+#include "../position.h"
 #include "iterate.h"
 #include "lanes.h"
 #include "sums.h"
@@ -41,7 +43,8 @@ FUNCTION Solved<N> solve(Floats<N> start, bool active, int most, float epsilon, 
     return out;
 }
 
-// Without LOG_SPACE it starts from exp(logits), no smaller than 1e-10: the same as from these logits.
+// Without LOG_SPACE it starts from exp(logits), no smaller than 1e-10: the same as from these
+// logits.
 FUNCTION float smallest_logit() { return -23.025850929940457f; }
 
 template <int N>

@@ -1,8 +1,9 @@
-// start
+// What iterations start from.
 
 #pragma once
 
 #include "../floats.h"
+#include "../position.h"
 #include "lanes.h"
 #include "sums.h"
 #include "dialect/infinity.h"

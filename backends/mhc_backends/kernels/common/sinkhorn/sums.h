@@ -1,8 +1,9 @@
-// sums
+// Sums along a, in a lane, and along b, over the lanes of a matrix.
 
 #pragma once
 
 #include "../floats.h"
+#include "../position.h"
 #include "lanes.h"
 #include "dialect/precise.h"
 #include "dialect/simd.h"
@@ -19,13 +20,15 @@ FUNCTION float sum_a(Floats<N> v) {
 template <int N>
 FUNCTION float largest_a(Floats<N> v) {
     float out = v.at[0];
-    UNROLL for (int a = 1; a < N; a++) out = precise::max(out, v.at[a]);
+    UNROLL for (int a = 1; a < N; a++)
+        out = precise::max(out, v.at[a]);
     return out;
 }
 
 template <int N>
 FUNCTION Floats<N> exps(Floats<N> v, float shift) {
-    UNROLL for (int a = 0; a < N; a++) v.at[a] = precise::exp(v.at[a] - shift);
+    UNROLL for (int a = 0; a < N; a++)
+        v.at[a] = precise::exp(v.at[a] - shift);
     return v;
 }
 
@@ -58,7 +61,8 @@ FUNCTION float fold(Floats<COUNT> v, int lane) {
 template <typename OPERATION, int N>
 FUNCTION float over_lines(Floats<N> v, float nothing, Position here) {
     Floats<Lanes<N>::COUNT> padded;
-    UNROLL for (int a = 0; a < Lanes<N>::COUNT; a++) padded.at[a] = a < N ? v.at[a] : nothing;
+    UNROLL for (int a = 0; a < Lanes<N>::COUNT; a++)
+        padded.at[a] = a < N ? v.at[a] : nothing;
     return fold<OPERATION>(padded, here.id);
 }
 
@@ -67,7 +71,8 @@ template <int N>
 FUNCTION Floats<N> of_lanes(float v, Position here) {
     const int first = here.id % SIMD - line<N>(here);
     Floats<N> out;
-    UNROLL for (int a = 0; a < N; a++) out.at[a] = simd_from(v, first + a);
+    UNROLL for (int a = 0; a < N; a++)
+        out.at[a] = simd_from(v, first + a);
     return out;
 }
 

@@ -3,15 +3,13 @@
 #pragma once
 
 #include "../../common/access.h"
-#include "../../common/raw.h"
-#include "vectors.h"
 #include "words.h"
 
 // start_copy(to, from): begins to copy 16 bytes of an input, which begin at a multiple of 16, to
-// threadgroup memory. end_copies<LEFT>() waits for this thread's, but for those of the last LEFT times
-// that it said mark_copies(). Until then a row on its way needs no registers, nor a place in the cache,
-// where rows that lie a power of two apart would drive out each other. Nothing is copied from what is not
-// aligned.
+// threadgroup memory. end_copies<LEFT>() waits for this thread's, but for those of the last LEFT
+// times that it said mark_copies(). Until then a row on its way needs no registers, nor a place in
+// the cache, where rows that lie a power of two apart would drive out each other. Nothing is copied
+// from what is not aligned.
 template <typename P>
 FUNCTION void start_copy(uint4*, P) {}
 
@@ -27,12 +25,4 @@ FUNCTION void mark_copies() { asm volatile("cp.async.commit_group;" ::: "memory"
 template <int LEFT>
 FUNCTION void end_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-}
-
-// 8 numbers of T as they came there, 16 bytes a quad
-template <typename T>
-FUNCTION Raw<T, 8> raw_of(const uint4* frags, T) {
-    Raw<T, 8> out;
-    UNROLL for (int k = 0; k < Raw<T, 8>::WORDS; k++) out.word[k] = word(frags[k / 4], k % 4);
-    return out;
 }

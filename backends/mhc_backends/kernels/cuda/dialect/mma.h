@@ -3,22 +3,17 @@
 #pragma once
 
 #include "../../common/floats.h"
-#include "lanes.h"
+#include "../../common/fragments.h"
 #include "words.h"
-
-// BOperands are in words, so that they can be in threadgroup memory.
-struct AFragment {
-    uint4 frag[A_FRAGMENTS];
-};
 
 struct BFragment {
     uint4 frag;
 };
 
-// The tensor cores multiply numbers of 11 significant bits (TF32), and of others leave off the last 13.
-// So a float is the sum of two of them, to float32's own rounding: its nearest, and the rest; the
-// product of two rests is below that and left out. (cvt.rna.tf32 takes 5 instructions. Where a NaN's
-// bits overflow here, the rest is one.)
+// The tensor cores multiply numbers of 11 significant bits (TF32), and of others leave off the last
+// 13. So a float is the sum of two of them, to float32's own rounding: its nearest, and the rest;
+// the product of two rests is below that and left out. (cvt.rna.tf32 takes 5 instructions. Where a
+// NaN's bits overflow here, the rest is one.)
 FUNCTION unsigned tensor_float(float v) { return (__float_as_uint(v) + 0x1000u) & 0xffffe000u; }
 
 FUNCTION unsigned tensor_rest(float v, unsigned upper) {
@@ -38,9 +33,9 @@ FUNCTION AFragment a_fragment(float upper, float upper_next, float lower, float 
     AFragment out;
     out.frag[0] = make_uint4(tensor_float(upper), tensor_float(lower), tensor_float(upper_next),
                              tensor_float(lower_next));
-    out.frag[1] = make_uint4(
-        tensor_rest(upper, out.frag[0].x), tensor_rest(lower, out.frag[0].y),
-        tensor_rest(upper_next, out.frag[0].z), tensor_rest(lower_next, out.frag[0].w));
+    out.frag[1] =
+        make_uint4(tensor_rest(upper, out.frag[0].x), tensor_rest(lower, out.frag[0].y),
+                   tensor_rest(upper_next, out.frag[0].z), tensor_rest(lower_next, out.frag[0].w));
     return out;
 }
 
@@ -51,8 +46,8 @@ FUNCTION BFragment b_fragment(float first, float second) {
     return out;
 }
 
-// sum + a b, in full float32, and the smallest products first: a tensor core does not round a sum but
-// cuts it off.
+// sum + a b, in full float32, and the smallest products first: a tensor core does not round a sum
+// but cuts it off.
 FUNCTION Floats<4> multiply(Floats<4> sum, AFragment a, BFragment b) {
     sum = tensor_multiply(sum, a.frag[0], b.frag.z, b.frag.w);
     sum = tensor_multiply(sum, a.frag[1], b.frag.x, b.frag.y);

@@ -1,54 +1,34 @@
-// The long product.
+// The product of operands, as common/operands.h says.
+//
+// The tensor cores take the B operand as their A operand, transposed: so a row's numbers are in the
+// registers in which they came. A float is the sum of PIECES numbers that they can multiply, and
+// the rows of their A operand are the columns of the first piece of all tiles, then those of the
+// next piece: 16 make a pair.
 
 #pragma once
 
 #include "../../common/floats.h"
 #include "../../common/operands.h"
 #include "../../common/raw.h"
-#include "lanes.h"
 #include "mma.h"
 #include "numbers.h"
-#include "packed.h"
-#include "simd.h"
 #include "words.h"
 
+// The most 16-byte fragments of a lane's share of COLUMN_TILES tiles of a B operand.
 #define B_FRAGMENTS(COLUMN_TILES) (4 * (COLUMN_TILES))
-
-// The lane of the same row whose tile_pair is 2 k.
-FUNCTION int row_lane(int lane, int k) { return lane / 4 * 4 + k; }
-
-// The sum over the four lanes that hold a row.
-FUNCTION float row_sum(float v) {
-    v += simd_partner(v, 1);
-    return v + simd_partner(v, 2);
-}
-
-// The longer product, of 16 rows of 32 numbers of T, is [16, 32] by [32, 8 COLUMN_TILES]. A lane holds 8
-// numbers of each of its two rows, those from 4 tile_pair on, as they are in memory; and of each tile
-// of the right factor two runs of 4 numbers, run e in rows 4 b_row(lane, e) to 4 b_row(lane, e)
-// + 3 and column b_column(lane, e). Of the sum it gets two numbers of each tile in each half of the
-// rows: number j of half h is in row 8 h + sum_row(lane, j) and column sum_column(lane, j).
-//
-// The tensor cores take the right factor as their left one, transposed: so a row's numbers are in the
-// registers in which they came. A float is the sum of PIECES numbers that they can multiply, and the
-// rows of their left factor are the columns of the first part of all tiles, then those of the next
-// part: 16 make a pair.
-FUNCTION int sum_row(int lane, int j) { return tile_pair(lane) + j; }
-
-FUNCTION int sum_column(int lane, int) { return tile_row(lane); }
 
 // One instruction's share of a row: its numbers, and for floats what these leave.
 struct Piece {
     unsigned whole[2], rest[2];
 };
 
-// A step takes the numbers t and 4 + t of every run of 8: any order will do.
+// An instruction takes the numbers t and 4 + t of every run of 8: any order will do.
 template <typename T>
 struct Pieces {
     enum { PIECES = 2, MMAS = 4 };
 };
 
-// LinearSpace of 8 significant bits are multiplied twice as fast, 16 at a time.
+// Numbers of 8 significant bits are multiplied twice as fast, 16 at a time.
 template <>
 struct Pieces<__nv_bfloat16> {
     enum { PIECES = 3, MMAS = 2 };
@@ -66,12 +46,13 @@ FUNCTION Piece piece_of(Raw<__nv_bfloat16, 8> row, int t) {
     return {{row.word[2 * t], row.word[2 * t + 1]}, {}};
 }
 
-// The first part of the numbers, which keep the rest.
+// The first piece of the numbers, which keep the rest.
 template <typename T>
 FUNCTION void split_off(unsigned words[][2], BNumbers& numbers, T) {
     UNROLL for (int k = 0; k < 8; k++) {
         float& v = numbers.run[k / 4].at[k % 4];
-        // without a rest that stays one, a NaN must be one here (0x7fffffff, which GPUs make, is not)
+        // without a rest that stays one, a NaN must be one here (0x7fffffff, which GPUs make, is
+        // not)
         words[k % 4][k / 4] = v != v ? 0x7fffffffu : tensor_float(v);
         v -= __uint_as_float(words[k % 4][k / 4]);
     }
@@ -80,7 +61,7 @@ FUNCTION void split_off(unsigned words[][2], BNumbers& numbers, T) {
 FUNCTION void split_off(unsigned words[][2], BNumbers& numbers, __nv_bfloat16 t) {
     UNROLL for (int k = 0; k < 4; k++) {
         float* v = numbers.run[k / 2].at + k % 2 * 2;
-        const unsigned both = pair(v[0], v[1], t);
+        const uint both = pack(v, t);
         v[0] -= number(both, 0, t), v[1] -= number(both, 1, t);
         words[k / 2][k % 2] = both;
     }
@@ -110,7 +91,6 @@ struct BOperand {
     uint4 frag[FRAGMENTS];
 };
 
-// The last argument only names the type.
 template <int COLUMN_TILES, typename T>
 FUNCTION BOperand<T, COLUMN_TILES> b_operand(BTiles<COLUMN_TILES> tiles, T t) {
     typedef BOperand<T, COLUMN_TILES> Operand;
@@ -129,16 +109,18 @@ FUNCTION BOperand<T, COLUMN_TILES> b_operand(BTiles<COLUMN_TILES> tiles, T t) {
     return out;
 }
 
-// The products of STEPS times 32 numbers of each row with as many factors, added up in full float32,
-// the smallest first.
+// The products of STEPS K steps of each row with as many B operands, added up in full float32, the
+// smallest first.
 template <int COLUMN_TILES, int STEPS, int TOKEN_TILES, typename T, typename F>
-FUNCTION Accumulators<COLUMN_TILES, TOKEN_TILES> multiply(AOperand<Raw<T, 8>, STEPS, TOKEN_TILES> rows, F operands) {
+FUNCTION Accumulators<COLUMN_TILES, TOKEN_TILES> multiply(
+    AOperand<Raw<T, 8>, STEPS, TOKEN_TILES> rows, F operands) {
     typedef BOperand<T, COLUMN_TILES> Operand;
     Accumulators<COLUMN_TILES, TOKEN_TILES> out;
     UNROLL for (int pair = Operand::PAIRS - 1; pair >= 0; pair--) {
         Floats<4> sums[2 * TOKEN_TILES] = {};
-        // of floats, first what their own rests bring with the first parts of the factors
-        UNROLL for (int whole = sizeof(T) == 4 && 2 * pair < COLUMN_TILES ? 0 : 1; whole < 2; whole++) {
+        // of floats, first what their own rests bring with the first pieces of phi
+        UNROLL for (int whole = sizeof(T) == 4 && 2 * pair < COLUMN_TILES ? 0 : 1; whole < 2;
+                    whole++) {
             UNROLL for (int k = 0; k < STEPS * Operand::MMAS; k++) {
                 const int k_step = k / Operand::MMAS, step = k % Operand::MMAS;
                 const uint4 a = frag(operands, k_step, pair * Operand::MMAS + step);
@@ -148,7 +130,7 @@ FUNCTION Accumulators<COLUMN_TILES, TOKEN_TILES> multiply(AOperand<Raw<T, 8>, ST
                 }
             }
         }
-        // of a single tile, both parts are in one pair: the second one is the smaller one
+        // of a single tile, both pieces are in one pair: the second one is the smaller one
         UNROLL for (int k = 0; k < 8 * TOKEN_TILES; k++) {
             const int h = k / 4, j = (k + 2) % 4, eight = 2 * pair + j / 2;
             const float sum = sums[h].at[j];

@@ -1,4 +1,4 @@
-//
+// The reciprocal of a sum.
 
 #pragma once
 

@@ -2,8 +2,8 @@
 
 #pragma once
 
-// SIMD_BARRIER is a BARRIER of the lanes of a simdgroup. TOGETHER must come before products of matrices,
-// whose instructions are of all lanes together: the loads and stores before may have parted them.
+// SIMD_BARRIER is a BARRIER of the lanes of a simdgroup. common/fragments.h says what TOGETHER is
+// for.
 #define TOGETHER __syncwarp()
 
 #define SIMD_BARRIER __syncwarp()

@@ -3,12 +3,12 @@
 #pragma once
 
 #include "../../common/access.h"
-#include "../../common/raw.h"
 #include "words.h"
 
 // start_copy(to, from): begins to copy 16 bytes of an input, which begin at a multiple of 16, to
-// threadgroup memory. end_copies<LEFT>() waits for this thread's, but for those of the last LEFT times
-// that it said mark_copies(). Here the first one waits. Nothing is copied from what is not aligned.
+// threadgroup memory. end_copies<LEFT>() waits for this thread's, but for those of the last LEFT
+// times that it said mark_copies(). Here the first one waits. Nothing is copied from what is not
+// aligned.
 template <typename P>
 FUNCTION void start_copy(threadgroup uint4*, P) {}
 
@@ -19,11 +19,3 @@ FUNCTION void start_copy(threadgroup uint4* to, AlignedAddress<const device T*> 
 FUNCTION void mark_copies() {}
 template <int LEFT>
 FUNCTION void end_copies() {}
-
-// 8 numbers of T as they came there, 16 bytes a quad
-template <typename T>
-FUNCTION Raw<T, 8> raw_of(const thread uint4* frags, T) {
-    Raw<T, 8> out;
-    UNROLL for (int k = 0; k < Raw<T, 8>::WORDS; k++) out.word[k] = frags[k / 4][k % 4];
-    return out;
-}

@@ -1,4 +1,4 @@
-//
+// The largest of no numbers.
 
 #pragma once
 

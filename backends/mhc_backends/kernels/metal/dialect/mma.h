@@ -3,13 +3,8 @@
 #pragma once
 
 #include "../../common/floats.h"
-#include "lanes.h"
+#include "../../common/fragments.h"
 #include "words.h"
-
-// BOperands are in words, so that they can be in threadgroup memory.
-struct AFragment {
-    uint4 frag[A_FRAGMENTS];
-};
 
 struct BFragment {
     float2 pair;

@@ -1,4 +1,5 @@
-// Numbers as they are in words of 32 bits: one float, or two of a narrow type.
+// Numbers as they are in memory, in words of 32 bits: one float, or two of a narrow type. An
+// argument without a name only names the type.
 
 #pragma once
 
@@ -17,7 +18,7 @@ FUNCTION float number(uint word, int k, bfloat) {
     return as_type<float>(k ? word & 0xffff0000 : word << 16);
 }
 
-// A word of 32 bits is one float or two of the narrow types; the last argument only names the type.
+// The word of the numbers from `from` on, each rounded to the nearest.
 FUNCTION uint pack(const thread float* from, float) { return as_type<uint>(from[0]); }
 FUNCTION uint pack(const thread float* from, half) {
     return as_type<uint>(half2(half(from[0]), half(from[1])));

@@ -1,47 +1,45 @@
-// Vectors in memory: how wide an access may be, and where.
+// Vectors in memory: where they may be, and one access to them.
 
 #pragma once
 
+#include "../../common/width.h"
 #include "words.h"
 
 template <int COUNT>
 struct Words {
     typedef vec<uint, COUNT> type;
 };
-
 template <>
 struct Words<1> {
     typedef uint type;
 };
-FUNCTION uint word(uint words, int) { return words; }
-FUNCTION uint word(uint2 words, int k) { return words[k]; }
-FUNCTION uint word(uint4 words, int k) { return words[k]; }
-FUNCTION void set_word(thread uint& words, int, uint value) { words = value; }
-FUNCTION void set_word(thread uint2& words, int k, uint value) { words[k] = value; }
-FUNCTION void set_word(thread uint4& words, int k, uint value) { words[k] = value; }
 
-// Elements per memory access: the largest power of two that divides W and fits in 16 bytes.
-template <typename T, int W>
-struct Access {
-    enum {
-        MOST = 16 / int(sizeof(T)),
-        ELEMENTS = (W & -W) < MOST ? (W & -W) : MOST,
-        BYTES = ELEMENTS * int(sizeof(T)),
-        PER_WORD = 4 / int(sizeof(T)),
-        WORDS = BYTES < 4 ? 1 : BYTES / 4,
-    };
-    typedef typename Words<WORDS>::type type;
-};
+FUNCTION void load_words(thread uint* to, const device uint* p) { to[0] = *p; }
+FUNCTION void load_words(thread uint* to, const device uint2* p) {
+    const uint2 v = *p;
+    to[0] = v.x, to[1] = v.y;
+}
+FUNCTION void load_words(thread uint* to, const device uint4* p) {
+    const uint4 v = *p;
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+}
+FUNCTION void store_words(device uint* p, const thread uint* from) { *p = from[0]; }
+FUNCTION void store_words(device uint2* p, const thread uint* from) {
+    *p = uint2(from[0], from[1]);
+}
+FUNCTION void store_words(device uint4* p, const thread uint* from) {
+    *p = uint4(from[0], from[1], from[2], from[3]);
+}
 
-// vectors<W>(p): whether load<W> and store may take vectors at addresses that are whole multiples of W
-// from p on. A view may begin anywhere, so the address decides. That an address of device memory becomes a
-// ulong in this way, PyTorch's kernels show (c10/metal/atomic.h). Constant memory is read number by number.
+// vectors<W>(p): whether load<W> and store may take vectors at addresses that are whole multiples
+// of W from p on. A view may begin anywhere, so the address decides. That an address of device
+// memory becomes a ulong in this way, PyTorch's kernels show (c10/metal/atomic.h). Constant memory
+// is read number by number.
 template <int W, typename T>
 FUNCTION bool vectors(const device T* p) {
     typedef Access<T, W> A;
     return A::ELEMENTS == 1 || reinterpret_cast<ulong>(p) % A::BYTES == 0;
 }
-
 template <int W, typename T>
 FUNCTION bool vectors(const constant T*) {
     return true;
