@@ -255,7 +255,7 @@ SHARED_SUMS = "    BARRIER;\n    Floats<COUNT> sums"
 
 FAULTS = (
     Fault("static_layer", "barrier", LOADED, UNSEEN, RACE),
-    Fault("static_layer", "halves' barrier", "turn = 1 - turn;", "", RACE),
+    Fault("static_layer", "halves' barrier", "buffer = 1 - buffer;", "", RACE),
     Fault("static_layer", "tail", "if (c < C) {", "if (c <= C) {", BOUNDS),
     Fault(
         "static_layer", "rest's tail", "c < C; c += step", "c <= C; c += step", f"{BOUNDS}|{WRONG}"
@@ -271,9 +271,9 @@ FAULTS = (
         _halved("squares.at[0] = add_squares(squares.at[0], h);", "squares.at[0]"),
         WRONG,
     ),
-    Fault("static_layer", "space", "= x + token", "= (const device float*)x + token", SPACE),
+    Fault("static_layer", "space", "at(x) + token", "at((const device float*)x) + token", SPACE),
     Fault("static_layer_vjp", "barrier", LOADED, UNSEEN, RACE),
-    Fault("static_layer_vjp", "halves' barrier", "turn = 1 - turn;", "", RACE),
+    Fault("static_layer_vjp", "halves' barrier", "buffer = 1 - buffer;", "", RACE),
     Fault("static_layer_vjp", "tail", "if (c < C) {", "if (c <= C) {", BOUNDS),
     Fault("static_layer_vjp", "share's tail", "if (token != here.group_x)", "if (token > 0)", RACE),
     Fault("static_layer_vjp", "share", "own[k] = 0.0f", "own[k] = 1.0f", WRONG),
@@ -306,9 +306,9 @@ FAULTS = (
         "float(((const device float*)h_pre)[k])",
         f"{SPACE}|nothing",
     ),
-    Fault("rms_norm", "halves' barrier", "turn = 1 - turn;", "", RACE, "rms_norm"),
+    Fault("rms_norm", "halves' barrier", "buffer = 1 - buffer;", "", RACE, "rms_norm"),
     Fault("rms_norm", "tail", LAST, BEYOND, BOUNDS, "rms_norm"),
-    Fault("rms_norm", "index", "y + token * C", "y + token", MISPLACED, "rms_norm"),
+    Fault("rms_norm", "index", "(y) + token * C", "(y) + token", MISPLACED, "rms_norm"),
     Fault(
         "rms_norm",
         "half sum",
@@ -325,10 +325,10 @@ FAULTS = (
         SPACE,
         "rms_norm",
     ),
-    Fault("rms_norm_vjp", "halves' barrier", "turn = 1 - turn;", "", RACE, "rms_norm"),
+    Fault("rms_norm_vjp", "halves' barrier", "buffer = 1 - buffer;", "", RACE, "rms_norm"),
     Fault("rms_norm_vjp", "tail", "if (c < C) {", "if (c <= C) {", BOUNDS, "rms_norm"),
     Fault(
-        "rms_norm_vjp", "index", "dweight + int64_t(here.group_x) * C", "dweight", RACE, "rms_norm"
+        "rms_norm_vjp", "index", "(dweight) + int64_t(here.group_x) * C", "(dweight)", RACE, "rms_norm"
     ),
     Fault(
         "rms_norm_vjp",
@@ -361,8 +361,8 @@ FAULTS = (
     Fault(
         "pre_scale",
         "space",
-        "hold<N>(h_pre",
-        "hold<N>((const device float*)h_pre",
+        "at(h_pre",
+        "at((const device float*)h_pre",
         SPACE,
         "pre_scale",
     ),
@@ -382,8 +382,8 @@ FAULTS = (
     Fault(
         "pre_scale_vjp",
         "space",
-        "hold<N>(h_pre",
-        "hold<N>((const device float*)h_pre",
+        "at(h_pre",
+        "at((const device float*)h_pre",
         SPACE,
         "pre_scale",
     ),
@@ -400,8 +400,8 @@ FAULTS = (
     Fault(
         "gated_combine",
         "space",
-        "N <= 4>(h_post",
-        "N <= 4>((const device float*)h_post",
+        "at(h_post",
+        "at((const device float*)h_post",
         SPACE,
         "gated_combine",
     ),
@@ -427,8 +427,8 @@ FAULTS = (
     Fault(
         "gated_combine_vjp",
         "space",
-        "const auto p = h_pre",
-        "const auto p = (const device float*)h_pre",
+        "p = ACCESS::at(h_pre",
+        "p = ACCESS::at((const device float*)h_pre",
         SPACE,
         "gated_combine",
     ),
@@ -443,8 +443,8 @@ FAULTS = (
     Fault(
         "residual_add_aggregate",
         "index",
-        "store(h + token * C",
-        "store(h + token",
+        "(h) + token * C",
+        "(h) + token",
         MISPLACED,
         "residual_add_aggregate",
     ),
@@ -460,8 +460,8 @@ FAULTS = (
     Fault(
         "residual_add_aggregate",
         "space",
-        "hold<N>(h_pre",
-        "hold<N>((const device float*)h_pre",
+        "at(h_pre",
+        "at((const device float*)h_pre",
         SPACE,
         "residual_add_aggregate",
     ),
@@ -484,8 +484,8 @@ FAULTS = (
     Fault(
         "residual_add_aggregate_vjp",
         "index",
-        "g_h + token * C",
-        "g_h + token",
+        "(g_h) + token * C",
+        "(g_h) + token",
         MISPLACED,
         "residual_add_aggregate",
     ),
@@ -500,8 +500,8 @@ FAULTS = (
     Fault(
         "residual_add_aggregate_vjp",
         "space",
-        "hold<N>(h_pre",
-        "hold<N>((const device float*)h_pre",
+        "at(h_pre",
+        "at((const device float*)h_pre",
         SPACE,
         "residual_add_aggregate",
     ),

@@ -71,7 +71,7 @@ FUNCTION void combine_project_few(X x, XShape x_shape, Y y, HPost h_post, HPostS
                     const int k_step = (done + simdgroup) * STEPS;
                     const int c = begin + step_channel<N, 1>(k_step);
                     const int rest = C - c - channel;
-                    const auto b_fragment = load_b_operands<N, 1, COLUMN_TILES, STEPS>(
+                    const auto phi_operands = load_b_operands<N, 1, COLUMN_TILES, STEPS>(
                         Row(), ACCESS::at(phi), K, M, C, column, begin, k_step, lane);
                     AOperand<Row, STEPS, 1> rows;
                     UNROLL for (int k = 0; k < 2 * STEPS; k++) {
@@ -94,7 +94,7 @@ FUNCTION void combine_project_few(X x, XShape x_shape, Y y, HPost h_post, HPostS
                     const auto k_block = k_blocks + simdgroup * NUMBERS;
                     TOGETHER;
                     put_block_sums(k_block,
-                                   add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, b_fragment),
+                                   add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands),
                                    tokens, lane);
                 }
                 BARRIER;

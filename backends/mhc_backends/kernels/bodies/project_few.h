@@ -59,12 +59,12 @@ FUNCTION void project_few(X x, XShape x_shape, Phi phi, PhiShape phi_shape, Part
                 if (done + simdgroup < count) {
                     const int own = done + simdgroup;
                     const auto rows = load_k_block<N, RUN>(starts, C, own, rest);
-                    const auto b_fragment = load_b_operands<N, RUN, COLUMN_TILES, RUN>(
+                    const auto phi_operands = load_b_operands<N, RUN, COLUMN_TILES, RUN>(
                         Row(), ACCESS::at(phi), K, M, C, column, begin, own * RUN, lane);
                     const auto k_block = k_blocks + simdgroup * NUMBERS;
                     TOGETHER;
                     put_block_sums(k_block,
-                                   add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, b_fragment),
+                                   add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands),
                                    tokens, lane);
                 }
                 BARRIER;

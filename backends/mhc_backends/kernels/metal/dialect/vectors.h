@@ -25,10 +25,16 @@ FUNCTION void load_words(thread uint* to, const device uint4* p) {
 }
 FUNCTION void store_words(device uint* p, const thread uint* from) { *p = from[0]; }
 FUNCTION void store_words(device uint2* p, const thread uint* from) {
-    *p = uint2(from[0], from[1]);
+    uint2 v;
+    UNROLL for (int k = 0; k < 2; k++)
+        v[k] = from[k];
+    *p = v;
 }
 FUNCTION void store_words(device uint4* p, const thread uint* from) {
-    *p = uint4(from[0], from[1], from[2], from[3]);
+    uint4 v;
+    UNROLL for (int k = 0; k < 4; k++)
+        v[k] = from[k];
+    *p = v;
 }
 
 // vectors<W>(p): whether load<W> and store may take vectors at addresses that are whole multiples
