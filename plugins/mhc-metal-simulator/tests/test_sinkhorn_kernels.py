@@ -207,7 +207,7 @@ def _host(rng: np.random.Generator, *shape: int) -> Any:
     return rng.normal(size=shape).astype(np.float32)
 
 
-PULL_UNIT = 2.0**-24  # pull_unit() of common.h, in which kernels hand on the pull
+PULL_UNIT = 2.0**-24  # pull_unit() of common/pull.h, in which kernels hand on the pull
 
 
 def _near(got: mx.array, want: Any) -> None:
