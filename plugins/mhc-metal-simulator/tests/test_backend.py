@@ -34,6 +34,7 @@ from kernel_checks import (  # noqa: E402
     keep_coverage,
     seeded,
 )
+from mhc_backends import kernels  # noqa: E402
 from mhc_backends.kernels.text import flat  # noqa: E402
 from mhc_backends._mlx import as_tuple  # noqa: E402
 from mhc_conformance import BackendConformance, Subject  # noqa: E402

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "dialect/lanes.h"
+#include "dialect/words.h"
 
 // In words, so that it can be in threadgroup memory.
 struct AFragment {

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include "dialect/words.h"
+
 enum { SIMD = 32, MOST_SIMDGROUPS = 32 };
 
 // Threadgroups are lines of whole simdgroups, and none is cut off at the end.
