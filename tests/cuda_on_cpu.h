@@ -14,12 +14,23 @@
 #include <memory>
 #include <vector>
 
+// ---- addresses, which are all of one kind here ------------------------------------------------------
+
+template <typename P>
+static size_t __cvta_generic_to_global(P p) {
+    return size_t(p);
+}
+template <typename P>
+static size_t __cvta_generic_to_shared(P p) {
+    return size_t(p);
+}
+
 // ---- threads -------------------------------------------------------------------------------------
 
-struct Position {
+struct Dim3 {
     unsigned x, y, z;
 };
-static Position threadIdx, blockIdx, blockDim, gridDim;
+static Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 struct Barrier {
     unsigned count, waiting, turn;

@@ -49,7 +49,7 @@ PTX = {
     "rcp.approx.f32": "out = 1.0f / v",
     "st.v2.u32": "memcpy(p, w, 8)",
     "st.v4.u32": "memcpy(p, w, 16)",
-    "ld.global.": "v = *p",
+    "ld.global.": "memcpy(to, p, sizeof(*p))",
     "cp.async.cg.": "memcpy(to, at_vector(from.p, 16), 16)",
     "cp.async.commit_group": "(void)0",
     "cp.async.wait_group": "(void)0",
@@ -73,8 +73,8 @@ def without_ptx(text: str) -> str:
 def checked(text: str) -> str:
     """Check every address that a vector is loaded from or stored to."""
     return re.sub(
-        r"reinterpret_cast<((?:const )?typename A::type\*)>\((.*?)\)",
-        r"at_vector(reinterpret_cast<\1>(\2), A::BYTES)",
+        r"\(((?:const )?DEVICE typename A::type\*)\)\((.*?)\)",
+        r"at_vector((\1)(\2), A::BYTES)",
         text,
     )
 
@@ -144,10 +144,7 @@ class _Kernel:
 
 def _program(header: str, parameters: Sequence[str], body: str, memory: int) -> str:
     header = re.sub(r"#(undef|define) __global__.*\n", "", header)
-    header = header.replace("#define LAUNCHED extern", "#define LAUNCHED")
-    header = header.replace(
-        "#define LAUNCH_SIZE(NUMBER)", f"#define LAUNCH_SIZE(NUMBER) {memory // 16 + 1}"
-    )
+    body = re.sub(r"extern (__shared__ uint4 \w+)\[\];", rf"\1[{memory // 16 + 1}];", body)
     given = ", ".join(
         f"*static_cast<const Shape*>(a[{k}])"
         if "Shape&" in parameter

@@ -28,42 +28,42 @@ struct Worst {
     }
 };
 
-// [16 HEIGHT, 32 BLOCKS] of T by [32 BLOCKS, 8 TILES] of floats, which has a row for each column.
-template <typename T, int TILES, int BLOCKS, int HEIGHT>
+// [16 TOKEN_TILES, 32 STEPS] of T by [32 STEPS, 8 COLUMN_TILES] of floats, which has a row for each column.
+template <typename T, int COLUMN_TILES, int STEPS, int TOKEN_TILES>
 static void long_product(const char* name) {
-    enum { DEEP = 32 * BLOCKS };
-    const auto rows = draw<T>(16 * HEIGHT * DEEP), columns = draw<float>(8 * TILES * DEEP);
-    Products<TILES, HEIGHT> made[32];
+    enum { DEEP = 32 * STEPS };
+    const auto rows = draw<T>(16 * TOKEN_TILES * DEEP), columns = draw<float>(8 * COLUMN_TILES * DEEP);
+    Accumulators<COLUMN_TILES, TOKEN_TILES> made[32];
     run_block(32, [&] {
         const int lane = ::lane();
-        Rows<Raw<T, 8>, BLOCKS, HEIGHT> own;
-        Factors<RightFactor<T, TILES>, BLOCKS> factors;
-        for (int b = 0; b < BLOCKS; b++) {
-            for (int k = 0; k < 2 * HEIGHT; k++) {
+        AOperand<Raw<T, 8>, STEPS, TOKEN_TILES> own;
+        BOperands<BOperand<T, COLUMN_TILES>, STEPS> operands;
+        for (int b = 0; b < STEPS; b++) {
+            for (int k = 0; k < 2 * TOKEN_TILES; k++) {
                 const int row = 8 * k + tile_row(lane), at = 32 * b + 4 * tile_pair(lane);
                 Floats<8> numbers;
                 memcpy(numbers.at, &rows[row * DEEP + at], sizeof(numbers));
                 own.at[b][k / 2].in_half[k % 2] = packed(static_cast<T*>(nullptr), numbers);
             }
-            RightTiles<TILES> tiles;
-            for (int k = 0; k < 2 * TILES; k++) {
-                const int column = k / 2 * 8 + right_column(lane, k % 2);
-                const float* from = &columns[column * DEEP + 32 * b + 4 * right_row(lane, k % 2)];
+            BTiles<COLUMN_TILES> tiles;
+            for (int k = 0; k < 2 * COLUMN_TILES; k++) {
+                const int column = k / 2 * 8 + b_column(lane, k % 2);
+                const float* from = &columns[column * DEEP + 32 * b + 4 * b_row(lane, k % 2)];
                 memcpy(tiles.at[k / 2].run[k % 2].at, from, 4 * sizeof(float));
             }
-            factors.at[b] = right_factor(tiles, T(0.0f));
+            operands.at[b] = b_operand(tiles, T(0.0f));
         }
-        made[lane] = multiply<TILES>(own, factors);
+        made[lane] = multiply<COLUMN_TILES>(own, operands);
     });
     Worst worst;
     for (int lane = 0; lane < 32; lane++)
-        for (int k = 0; k < 4 * TILES * HEIGHT; k++) {
-            const int j = k % 2, half = k / 2 % (2 * HEIGHT), tile = k / (4 * HEIGHT);
+        for (int k = 0; k < 4 * COLUMN_TILES * TOKEN_TILES; k++) {
+            const int j = k % 2, half = k / 2 % (2 * TOKEN_TILES), tile = k / (4 * TOKEN_TILES);
             const int row = 8 * half + sum_row(lane, j), column = 8 * tile + sum_column(lane, j);
             worst.see(made[lane].at[half / 2].tile[tile].in_half[half % 2].at[j], &rows[row * DEEP],
                       &columns[column * DEEP], DEEP);
         }
-    printf("%s tiles=%d blocks=%d height=%d %.3g\n", name, TILES, BLOCKS, HEIGHT, worst.error);
+    printf("%s tiles=%d blocks=%d height=%d %.3g\n", name, COLUMN_TILES, STEPS, TOKEN_TILES, worst.error);
 }
 
 // [16, 8] by [8, 8]
@@ -75,9 +75,9 @@ static void short_product() {
         const auto at = [&](int half, int k) {
             return rows[(tile_row(lane) + 8 * half) * 8 + tile_pair(lane) + k];
         };
-        const auto other = [&](int e) { return columns[right_column(lane, e) * 8 + right_row(lane, e)]; };
-        made[lane] = multiply(Floats<4>(), left(at(0, 0), at(0, 1), at(1, 0), at(1, 1)),
-                              right(other(0), other(1)));
+        const auto other = [&](int e) { return columns[b_column(lane, e) * 8 + b_row(lane, e)]; };
+        made[lane] = multiply(Floats<4>(), a_fragment(at(0, 0), at(0, 1), at(1, 0), at(1, 1)),
+                              b_fragment(other(0), other(1)));
     });
     Worst worst;
     for (int lane = 0; lane < 32; lane++)

@@ -420,10 +420,10 @@ def test_the_html_report_stands_by_itself_and_escapes(reports: Any) -> None:
 
 def test_reports_name_no_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
-    monkeypatch.setenv("MHC_METAL_TUNING", "/home/somebody/tuning.json")
+    monkeypatch.setenv("MHC_KERNEL_TUNING", "/home/somebody/tuning.json")
     skips: list[Any] = []
     report = Report("mhc conformance", 0, 1.0, ["numpy"], [], skips)
-    assert report.as_dict()["settings"] == {"MHC_METAL_TUNING": "~/tuning.json"}
+    assert report.as_dict()["settings"] == {"MHC_KERNEL_TUNING": "~/tuning.json"}
 
 
 def test_the_whole_grid_has_every_op_dtype_and_the_chain() -> None:

@@ -86,7 +86,8 @@ def _close(got: Sequence[Any], want: Sequence[Any]) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_kernels_on_a_cpu(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
 
     monkeypatch.setattr(launch, "BUSY", case.busy)
     own = Ops(Kernels(launcher(folder), "cuda", 227 * 1024))
@@ -108,7 +109,8 @@ def test_kernels_on_a_cpu(case: Case, folder: Path, monkeypatch: pytest.MonkeyPa
 
 def test_mappings_begin_anywhere(folder: Path) -> None:
     """Check views such as flat[1:5], passed as they are whatever the streams' addresses."""
-    from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
 
     own = Ops(Kernels(launcher(folder), "cuda", 227 * 1024))
     x, y = mx.arange(3 * 4 * 8.0).reshape(3, 4, 8), mx.ones((3, 8))
@@ -125,7 +127,8 @@ def test_mappings_begin_anywhere(folder: Path) -> None:
 
 def test_a_nan_that_gpus_make_stays_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check NaN with bits 0x7fffffff, as GPUs make it: they overflow in the rounding to TF32."""
-    from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
 
     case = Case("mappings", "float32", 2, MANY)
     monkeypatch.setattr(launch, "BUSY", case.busy)

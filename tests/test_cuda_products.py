@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from cuda_on_cpu import FLAGS, needs_gcc, without_ptx
 
-from mhc_backends import kernels
+from mhc_backends.kernels.text import flat
 
 pytestmark = needs_gcc
 
+OPERANDS = "common/project/phi_registers.h"
 SOURCE = Path(__file__).with_name("cuda_products.cpp")
 
 
@@ -33,7 +34,7 @@ def _errors(folder: Path, header: str) -> dict[str, float]:
 
 def test_products_are_exact_to_float32(tmp_path: Path) -> None:
     """Check floats: only a product of two rests is left out, at most 2^-22 of the product."""
-    errors = _errors(tmp_path, kernels.header("cuda"))
+    errors = _errors(tmp_path, flat("cuda", OPERANDS))
     assert len(errors) == 1 + 3 * 8
     assert all(error <= 2**-21 for error in errors.values()), errors
 
@@ -41,15 +42,15 @@ def test_products_are_exact_to_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        ("j = (k + 2) % 4, eight", "j = k % 4, eight"),  # once here: of one tile, a part was lost
-        ("eight / TILES == Factor::PARTS - 1 ? sum : own + sum", "sum"),
+        ("j = (k + 2) % 4, eight", "j = k % 4, eight"),  # once here: of one tile, a piece was lost
+        ("eight / COLUMN_TILES == Operand::PIECES - 1 ? sum : own + sum", "sum"),
         ("whole ? b.whole : b.rest", "b.whole"),
     ],
-    ids=["the order of the parts", "only the last part", "no rests"],
+    ids=["the order of the pieces", "only the last piece", "no rests"],
 )
 def test_slips_are_seen(change: tuple[str, str], tmp_path: Path) -> None:
     right, wrong = change
-    header = kernels.header("cuda")
+    header = flat("cuda", OPERANDS)
     assert right in header
     errors = _errors(tmp_path, header.replace(right, wrong))
     assert any(not error <= 2**-21 for error in errors.values()), errors

@@ -132,7 +132,7 @@ def test_variables_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_tuning_file_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     missing = tmp_path / "private" / "tuning.json"
-    monkeypatch.setenv("MHC_METAL_TUNING", str(missing))
+    monkeypatch.setenv("MHC_KERNEL_TUNING", str(missing))
     for text in (run().stdout, run("--json").stdout):
         assert ".../tuning.json" in text
         assert "cannot be read" in text
@@ -143,7 +143,7 @@ def test_nothing_tells_who_asks(plugins: Plugins, monkeypatch: pytest.MonkeyPatc
     home = "/home/jane.doe"
     monkeypatch.setenv("HOME", home)
     monkeypatch.setenv("USER", "jane.doe")
-    monkeypatch.setenv("MHC_METAL_TUNING", f"{home}/jane.doe.json")
+    monkeypatch.setenv("MHC_KERNEL_TUNING", f"{home}/jane.doe.json")
 
     def broken() -> Any:
         raise OSError(f"cannot read {home}/models, /Users/jane.doe/x or C:\\Users\\jane.doe\\x")

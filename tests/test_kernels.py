@@ -19,7 +19,7 @@ import mhc_core
 from mhc_backends import kernels
 from mhc_backends.kernels.launch import BUSY, TABLE, VARIABLE, Launch, launch, shares
 from mhc_backends.kernels.ops import OPS
-from mhc_backends.kernels.shorten import shorten
+from mhc_backends.kernels.text import entry, flat, header, headers, signature
 from mhc_backends.mlx_metal import SPEC
 
 # ---- the spec ------------------------------------------------------------------------------------
@@ -63,29 +63,60 @@ def test_every_kernel_has_a_launch_and_every_op_a_vjp() -> None:
         assert "\ndef vjp(" in text
 
 
-@pytest.mark.parametrize("name", kernels.KERNELS)
-def test_bodies_are_neutral(name: str) -> None:
-    body = Path(kernels.__file__).parent.joinpath(f"{name}.h").read_text()
-    assert body.startswith("// ")
-    code = re.sub(r"//[^\n]*", "", body)
+FOLDER = Path(kernels.__file__).parent
+NEUTRAL = sorted([*FOLDER.glob("bodies/*.h"), *FOLDER.glob("common/**/*.h")])
+DIALECT = {name: sorted(FOLDER.glob(f"{name}/dialect/*.h")) for name in kernels.DIALECTS}
+
+
+def _code(text: str) -> str:
+    return re.sub(r"//[^\n]*", "", text)
+
+
+@pytest.mark.parametrize("path", NEUTRAL, ids=lambda path: path.stem)
+def test_bodies_and_what_they_share_are_neutral(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith("// ")
+    code = re.sub(r"#pragma once|#include \".*\"", "", _code(text))
     foreign = r"\b(device|constant|thread|__\w+|blockIdx|threadIdx|metal|cuda|half|bfloat)\b|#"
     assert not re.search(foreign, code)
     # tokens are counted in 64 bits; the simulator's tests have the compiler look at what follows
     assert not re.search(r"\bint\b[^;\n]*\btoken\b *=", code)
     rows = re.sub(
-        r"\brow\(\w+_shape\[0\], |const int64_t \w+ = \w+_shape\[0\]|M = phi_shape\[0\]", "", code
+        r"\brow\(\s*\w+_shape\[0\], |const int64_t \w+ = \w+_shape\[0\]|M = phi_shape\[0\]",
+        "",
+        code,
     )
     assert "_shape[0]" not in rows
+
+
+def test_both_dialects_have_the_same_headers() -> None:
+    metal, cuda = ([path.name for path in DIALECT[name]] for name in kernels.DIALECTS)
+    assert metal == cuda
+
+
+def test_dialects_hold_only_differences() -> None:
+    """Check that no definition of four lines or more is the same in both."""
+    for metal, cuda in zip(*DIALECT.values(), strict=True):
+        lines = [
+            [line.strip() for line in _code(path.read_text()).splitlines() if line.strip()]
+            for path in (metal, cuda)
+        ]
+        runs = [set(zip(*(own[k:] for k in range(4)), strict=False)) for own in lines]
+        assert not runs[0] & runs[1], metal.name
+
+
+def test_every_header_is_included() -> None:
+    for dialect in kernels.DIALECTS:
+        used = {path for name in kernels.KERNELS for path in headers(f"bodies/{name}.h", dialect)}
+        every = {str(path.relative_to(FOLDER)) for path in (*NEUTRAL, *DIALECT[dialect])}
+        assert used == every
 
 
 @pytest.mark.parametrize("dialect", kernels.DIALECTS)
 def test_no_name_is_a_word_of_metal(dialect: str) -> None:
     """Check without Clang: it compiles for the simulator, and knows these as type names at most."""
-    words = "half|bfloat|uint|ushort|uchar|ulong|kernel|vertex|fragment|device|constant|thread"
-    text = kernels.header(dialect) + "".join(
-        kernels.function(name) + kernels.source(name, dialect) for name in kernels.KERNELS
-    )
-    text = re.sub(r"//[^\n]*", "", text)
+    words = "half|bfloat|uint|ushort|uchar|ulong|kernel|vertex|fragment|constant|thread"
+    text = "".join(_text(name, dialect) for name in kernels.KERNELS)
     assert not re.search(rf"(\.|->)\s*({words})\b|\b({words})\s*(\[|=[^=])", text)
 
 
@@ -94,42 +125,39 @@ FAST = "exp|exp2|exp10|log|log2|log10|sqrt|rsqrt|sin|cos|tan|tanh|pow|max|min|fm
 
 def test_functions_with_a_fast_variant_are_called_precise() -> None:
     """Check the texts: the simulator's fast functions err as far as Apple's may, see math.h."""
-    parts = [path.read_text() for path in Path(kernels.__file__).parent.glob("*.h")]
-    for text in parts:
-        text = re.sub(r"//[^\n]*", "", text).partition("struct precise {")
+    for path in (*NEUTRAL, *DIALECT["metal"], *DIALECT["cuda"]):
+        text = _code(path.read_text()).partition("struct precise {")
         after = text[2].partition("};")[2]
         assert not re.search(rf"(?<!precise::)\b({FAST})\(", text[0] + after)
 
 
 def _text(name: str, dialect: str) -> str:
-    header, body = shorten(
-        kernels.header(dialect), kernels.function(name), kernels.source(name, dialect)
-    )
-    return header + body
+    return header(name, dialect) + entry(name, dialect)
 
 
 # In Metal, in KiB, rounded up: MLX hashes or compares a kernel's text at every launch.
 LARGEST = {
-    **dict.fromkeys(("sum_rows",), 1.5),
-    **dict.fromkeys(("head_vjp",), 3),
-    **dict.fromkeys(("combine_vjp_wide", "static_layer_vjp_wide"), 5.5),
-    **dict.fromkeys(("weights_vjp",), 6),
-    **dict.fromkeys(("aggregate", "combine", "pre_scale", "residual_add_aggregate"), 7.5),
-    **dict.fromkeys(("aggregate_vjp",), 8),
-    **dict.fromkeys(("gated_combine", "rms_norm", "head"), 9),
-    **dict.fromkeys(("pre_scale_vjp", "residual_add_aggregate_vjp"), 9),
-    **dict.fromkeys(("combine_vjp",), 10),
-    **dict.fromkeys(("gated_combine_vjp", "rms_norm_vjp"), 10.5),
-    **dict.fromkeys(("static_layer",), 11),
-    **dict.fromkeys(("static_layer_vjp",), 13.5),
-    **dict.fromkeys(("sinkhorn", "mappings", "static_mappings"), 16),
-    **dict.fromkeys(("project_dphi", "sinkhorn_knopp"), 16.5),
-    **dict.fromkeys(("project_dx", "project_few", "sinkhorn_vjp"), 18),
-    **dict.fromkeys(("sinkhorn_knopp_vjp", "static_mappings_vjp"), 18.5),
-    **dict.fromkeys(("mappings_vjp",), 20.5),
-    **dict.fromkeys(("project", "pre"), 21.5),
-    **dict.fromkeys(("combine_project_few",), 22),
-    **dict.fromkeys(("combine_project",), 27),
+    **dict.fromkeys(("sum_rows",), 2),
+    **dict.fromkeys(("head_vjp",), 3.5),
+    **dict.fromkeys(("combine_vjp_wide", "static_layer_vjp_wide"), 4),
+    **dict.fromkeys(("weights_vjp",), 7.5),
+    **dict.fromkeys(("aggregate",), 8),
+    **dict.fromkeys(("combine", "pre_scale"), 9),
+    **dict.fromkeys(("aggregate_vjp", "residual_add_aggregate"), 9.5),
+    **dict.fromkeys(("gated_combine", "head", "pre_scale_vjp"), 10),
+    **dict.fromkeys(("combine_vjp", "residual_add_aggregate_vjp", "rms_norm"), 10.5),
+    **dict.fromkeys(("gated_combine_vjp", "rms_norm_vjp", "static_layer"), 12),
+    **dict.fromkeys(("static_layer_vjp",), 14.5),
+    **dict.fromkeys(("sinkhorn",), 17.5),
+    **dict.fromkeys(("project_dphi", "sinkhorn_knopp", "static_mappings"), 18),
+    **dict.fromkeys(("project_dx",), 18.5),
+    **dict.fromkeys(("sinkhorn_vjp",), 20),
+    **dict.fromkeys(("project_few", "sinkhorn_knopp_vjp", "static_mappings_vjp"), 20.5),
+    **dict.fromkeys(("mappings",), 21.5),
+    **dict.fromkeys(("mappings_vjp",), 22),
+    **dict.fromkeys(("pre", "project"), 24),
+    **dict.fromkeys(("combine_project_few",), 25.5),
+    **dict.fromkeys(("combine_project",), 30),
 }
 
 
@@ -143,29 +171,42 @@ def test_the_size_of_each_text() -> None:
 def test_no_definition_stands_twice(dialect: str) -> None:
     """Check that no five meaningful lines appear twice in a text."""
     for name in kernels.KERNELS:
-        lines = [line for line in _text(name, dialect).splitlines() if len(line) > 12]
+        lines = [line for line in header(name, dialect).splitlines() if len(line) > 12]
         runs = Counter(zip(*(lines[k:] for k in range(5)), strict=False))
         twice = [run for run, count in runs.items() if count > 1]
         assert not twice, (name, twice[:3])
 
 
-def test_every_directive_is_understood() -> None:
+def test_bodies_that_load_vectors_ask_where_they_may() -> None:
     """Check every body: one that never asks its arrays for vectors would be right, and slow."""
-    folder = Path(kernels.__file__).parent
-    asking = {name for name in kernels.KERNELS if "vectors<" in (folder / f"{name}.h").read_text()}
-    assert len(asking) > 20
-    assert {name for name in kernels.KERNELS if kernels.function(name)} == asking
-    for name in asking:
-        calls = kernels.source(name, "metal").partition(f"{name}<")[2]
-        assert "aligned(" in calls
-        assert "vectors<" not in kernels.function(name)
+    loading = {name for name in kernels.KERNELS if "ACCESS::at(" in header(name, "metal")}
+    assert len(loading) > 20
+    assert {name for name in kernels.KERNELS if signature(name).aligned} == loading
+    for name in loading:
+        _, asked = signature(name).aligned or ((), ())
+        body = header(name, "metal").partition(f"FUNCTION void {name}(")[2]
+        given = set(re.findall(r"ACCESS::at\((\w+)\)", body))
+        assert given == {one for one in asked if not one.endswith("_shape")}
+        assert f"{name}<Aligned" in entry(name, "metal")
+        assert f"{name}<Anywhere" in entry(name, "metal")
+
+
+def test_what_an_entry_says_of_a_launch() -> None:
+    plain = entry("pre", "metal", numbers=(("norm_eps", 1e-6),))
+    assert "const float norm_eps = 9.999999974752427e-07f;" in plain  # float32's, exactly
+    assert "threadgroup float sums[pre_memory<N, TOKENS>::sums];" in plain
+    assert "given[1]" not in plain
+    without = entry("pre", "metal", frozenset({"given", "u"}))
+    assert "float given[1] = {};\nconst int given_shape[1] = {};\nfloat u[1] = {};\n" in without
+    assert "extern __shared__ uint4 operands[];" in entry("project", "cuda", launched=True)
+    assert "threadgroup uint4 operands[project_memory<" in entry("project", "metal", launched=True)
 
 
 def test_unknown_names() -> None:
     with pytest.raises(ValueError, match="known are aggregate"):
-        kernels.source("combined", "metal")
+        header("combined", "metal")
     with pytest.raises(ValueError, match="known are metal, cuda"):
-        kernels.header("vulkan")
+        entry("combine", "vulkan")
 
 
 # ---- the CUDA dialect, as MLX's cuda_kernel puts it together -------------------------------------
@@ -187,6 +228,7 @@ class Launched(NamedTuple):
     inputs: tuple[tuple[str, str], ...]  # names and dtypes
     outputs: tuple[tuple[str, str], ...]
     template: tuple[tuple[str, int], ...]
+    source: str
 
     @property
     def types(self) -> tuple[str, frozenset[str], int | None]:
@@ -196,14 +238,10 @@ class Launched(NamedTuple):
 
     def cuda(self, function: str) -> str:
         """Return the function as MLX writes it around a body."""
-        body = kernels.source(self.kernel, "cuda")
-        names = {name for name, _ in (*self.inputs, *self.outputs)}
-        numbers = {"settings": (1e-6, 1e-6, 2.0, 1e-6)} if "settings" in body else {}
-        body = kernels.declarations(self.kernel, names, numbers) + body
         parameters: list[str] = []
         for array, dtype in self.inputs:
             parameters.append(f"const {TYPES[dtype]}* {array}")
-            if f"{array}_shape" in body:
+            if f"{array}_shape" in self.source:
                 parameters.append(f"const __grid_constant__ Shape {array}_shape")
         parameters += [f"{TYPES[dtype]}* {array}" for array, dtype in self.outputs]
         constants = "".join(
@@ -212,7 +250,7 @@ class Launched(NamedTuple):
             for word, value in self.template
         )
         head = f"__global__ void {function}({', '.join(parameters)})"
-        return f"{head} {{\n{constants}\n{body}\n}}\n"
+        return f"{head} {{\n{constants}\n{self.source}\n}}\n"
 
 
 def _kernel(name: str) -> str:
@@ -244,6 +282,7 @@ class Recorder:
                     tuple(zip(input_names, given, strict=True)),
                     tuple(zip(output_names, made, strict=True)),
                     tuple(template),
+                    texts["source"],
                 )
             )
             pairs = zip(output_shapes, output_dtypes, strict=True)
@@ -257,8 +296,9 @@ def _launched(monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
 
     The products with phi have other kernels for many tokens, which run as well.
     """
-    from mhc_backends.kernels.mlx import Kernels, Ops
     from mhc_backends.mlx_common import as_tuple, from_host
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
     from mhc_conformance.cases import cases, data
 
     recorder = Recorder()
@@ -285,8 +325,7 @@ def test_every_body_compiles_as_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {one.kernel for one in launched} == set(kernels.KERNELS)
     text = (
         _CUDA_BEFORE
-        + kernels.header("cuda")
-        + "".join(map(kernels.function, kernels.KERNELS))
+        + flat("cuda", *(f"bodies/{name}.h" for name in kernels.KERNELS))
         + "namespace mlx::core::cu {\nnamespace cg = cooperative_groups;\n"
         + "".join(one.cuda(f"kernel_{number}") for number, one in enumerate(launched))
         + "}\n"
@@ -443,13 +482,13 @@ def nested(depth: int) -> Any:
         ({"combine": nested(500)}, "'combine' is [[[[[[[...]]]]]]]; needs an object"),
         ([], "needs an object"),
         ({"combined": {}}, "'combined' is no kernel; known are aggregate"),
-        ({"combine": 3}, "'combine' is 3; needs an object with threads, elements, turns"),
-        ({"combine": {"thread": 3}}, "'thread'; known are threads, elements, turns"),
+        ({"combine": 3}, "'combine' is 3; needs an object with threads, elements, iterations"),
+        ({"combine": {"thread": 3}}, "'thread'; known are threads, elements, iterations"),
         ({"combine": {"threads": 100}}, "threads is 100; needs a multiple of 32 up to 1024"),
         ({"combine": {"threads": 2048}}, "threads is 2048; needs"),
         ({"combine": {"elements": 3}}, "elements is 3; needs 1, 2, 4, 8 or 16"),
-        ({"combine": {"turns": 0}}, "turns is 0; needs an integer of at least 1"),
-        ({"combine": {"turns": True}}, "turns is True; needs"),
+        ({"combine": {"iterations": 0}}, "iterations is 0; needs an integer of at least 1"),
+        ({"combine": {"iterations": True}}, "iterations is True; needs"),
         ({"combine": {"groups": "token"}}, "'groups'; known are"),
     ],
 )
@@ -530,7 +569,8 @@ def _inputs(mx: Any, T: int, n: int, shared: bool) -> tuple[Any, ...]:
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_ops_are_joined_with_their_vjps(mx: Any, n: int, shared: bool, compiled: bool) -> None:
-    from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
 
     launcher = Launcher()
     own = Ops(Kernels(launcher, "metal"), mx.compile if compiled else None)
@@ -549,7 +589,8 @@ def test_ops_are_joined_with_their_vjps(mx: Any, n: int, shared: bool, compiled:
 
 
 def test_compiled_ops_launch_by_what_was_traced(mx: Any) -> None:
-    from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
 
     launcher = Launcher()
     own = Ops(Kernels(launcher, "metal"), mx.compile)
@@ -563,7 +604,8 @@ def test_compiled_ops_launch_by_what_was_traced(mx: Any) -> None:
 
 
 def test_without_gradients_an_op_is_its_kernels_alone(mx: Any, tmp_path: Path) -> None:
-    from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
 
     own = Ops(Kernels(Launcher(), "metal"), mx.compile)
     arrays = _inputs(mx, 3, 4, shared=False)
@@ -583,7 +625,8 @@ def test_without_gradients_an_op_is_its_kernels_alone(mx: Any, tmp_path: Path) -
 
 
 def test_no_tokens_launch_nothing(mx: Any) -> None:
-    from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
 
     launcher = Launcher()
     own = Ops(Kernels(launcher, "metal"))
@@ -596,7 +639,8 @@ def test_no_tokens_launch_nothing(mx: Any) -> None:
 
 
 def test_each_generated_text_has_a_name_of_its_own(mx: Any) -> None:
-    from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
 
     launcher = Launcher()
     own = Ops(Kernels(launcher, "metal"))

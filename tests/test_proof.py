@@ -372,7 +372,7 @@ def test_kernels_and_tuning_are_of_the_identity(
     assert cache.identity() == before
     tuning = tmp_path / "tuning.json"
     tuning.write_text('{"combine": {"threads": 128}}')
-    monkeypatch.setenv("MHC_METAL_TUNING", str(tuning))
+    monkeypatch.setenv("MHC_KERNEL_TUNING", str(tuning))
     tuned = cache.identity()
     assert tuned != before
     tuning.write_text('{"combine": {"threads": 64}}')

@@ -37,7 +37,7 @@ SETTINGS = (
     "MHC_BACKEND",
     "MHC_DISABLE_PLUGINS",
     "MHC_MLX_DISABLE_METAL",
-    "MHC_METAL_TUNING",
+    "MHC_KERNEL_TUNING",
     "MLX_ENABLE_TF32",
 )
 FORMAT = 1  # of the JSON; goes up when a reader of the old one would misread it

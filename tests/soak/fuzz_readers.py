@@ -221,7 +221,7 @@ def demo(scratch: Path) -> Reader:
 
 
 def tuning(scratch: Path) -> Reader:
-    """Return the reader of ``MHC_METAL_TUNING``."""
+    """Return the reader of ``MHC_KERNEL_TUNING``."""
     from mhc_backends.kernels import launch
 
     def read(folder: Path) -> None:
@@ -232,7 +232,7 @@ def tuning(scratch: Path) -> Reader:
         finally:
             del os.environ[launch.VARIABLE]
 
-    text = {"combine": {"threads": 128, "elements": 4}, "aggregate": {"turns": 1, "resident": 2}}
+    text = {"combine": {"threads": 128, "elements": 4}, "aggregate": {"iterations": 1, "resident": 2}}
     good = {"tuning.json": json.dumps(text).encode()}
     return Reader(
         launch.VARIABLE, [good], read, (ValueError,), f"{launch.VARIABLE}={{folder}}/tuning.json"

@@ -1,8 +1,8 @@
 """The launch of every kernel: the one place for threads, tiles and vector widths.
 
-``MHC_METAL_TUNING`` may name a JSON file that overrides parts of :data:`TABLE`::
+``MHC_KERNEL_TUNING`` may name a JSON file that overrides parts of :data:`TABLE`::
 
-    {"combine": {"threads": 128, "elements": 4}, "aggregate": {"turns": 1}}
+    {"combine": {"threads": 128, "elements": 4}, "aggregate": {"iterations": 1}}
 
 The order of the sums for one token depends on the launch shape only through the number of threads,
 which does not depend on the number of tokens. So a token's result does not depend on its batch.
@@ -25,17 +25,17 @@ __all__ = [
     "VARIABLE",
     "Launch",
     "Shape",
-    "factor_bytes",
+    "operand_bytes",
     "few",
     "launch",
     "occupancy",
-    "parts",
+    "splits",
     "shares",
-    "slot_bytes",
+    "buffer_bytes",
     "stage",
 ]
 
-VARIABLE = "MHC_METAL_TUNING"
+VARIABLE = "MHC_KERNEL_TUNING"
 
 SIMD = 32
 # Of a threadgroup. An Apple GPU refuses more threads than it has registers for: with the most that
@@ -44,24 +44,27 @@ MOST_THREADS = {"metal": 256, "cuda": 1024}
 MOST_GRID = 2**31 - 1  # threads along one axis, which MLX takes as an int
 ACCESS_BYTES = 16  # the widest access to memory
 REGISTERS = 64  # numbers of the streams that a thread may hold
-FILLED = 256  # threadgroups from which on a GPU is busy, so that each may take several turns
+FILLED = 256  # threadgroups from which on a GPU is busy, so that each may have several iterations
 ROWS = 256  # that a threadgroup sums at least, where there are more
 SHARES = 256  # of large tokens, at most, each with its sums over them
 SHARE_NUMBERS = 8192  # of a large token; smaller ones have up to four times as many shares
 KEPT_WORDS = {"metal": 64, "cuda": 128}  # of 32 bits, that a thread keeps between two uses
-TILE_TOKENS, BLOCK_CHANNELS, PART_CHANNELS = 16, 32, 256  # as common_project.h has them
-PART_BLOCKS = PART_CHANNELS // BLOCK_CHANNELS  # of a stream
+TILE_TOKENS, STEP_CHANNELS, SPLIT_CHANNELS = 16, 32, 256  # as common/project/layout.h has them
+SPLIT_STEPS = SPLIT_CHANNELS // STEP_CHANNELS  # of a stream
 TILE_COLUMNS = 8  # as the dialects have it
 COLUMNS_AT_ONCE = 64  # of phi, whose sums a simdgroup keeps in registers
 # tiles of tokens that a simdgroup of `project` multiplies with the same phi
-HEIGHT = {"float32": 1, "float16": 2, "bfloat16": 2}
-AHEAD = {"metal": 0, "cuda": 2}  # leaves of the streams that are on their way meanwhile
+TOKEN_TILES = {"float32": 1, "float16": 2, "bfloat16": 2}
+AHEAD = {"metal": 0, "cuda": 2}  # pipeline buffers: K blocks of the streams on their way
 BUSY = 512  # simdgroups from which on a GPU is busy with products
 MOST_GROUPS = {"metal": MOST_GRID // 1024, "cuda": 128}  # with a part of phi each
-MOST_TOKENS = 4  # whose parts a threadgroup adds up
+MOST_TOKENS = 4  # whose partials a threadgroup adds up
 SHARED = 2048  # floats of threadgroup memory for the sums of some tokens
-SHARE_TOKENS = 128  # that a strip's simdgroup takes at least, where there are more
-LEAF_NUMBERS = {"metal": 8192, "cuda": 10240}  # floats of threadgroup memory for some leaves' sums
+SHARE_TOKENS = 128  # that the simdgroup of an N tile takes at least, where there are more
+SCRATCH = {
+    "metal": 8192,
+    "cuda": 10240,
+}  # floats of threadgroup memory for the sums of some K blocks
 
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -81,18 +84,18 @@ class Shape:
         - ``"rows"``: a share of the rows to be summed
         - ``"matrices"``: [n, n] of as many tokens as its lanes hold, n lanes rounded up to a power
           of two for each
-        - ``"parts"``: a part of the channels, for tiles of 16 tokens in each simdgroup
-        - ``"leaves"``: the same for one tile, with the part's channels shared by the simdgroups
-        - ``"several"``: some tokens, whose parts it adds up; ``"sums"``: without their channels
-        - ``"strips"``: strips of 32 channels of a stream, one in each simdgroup, for a share of the
-          tokens
+        - ``"split_k"``: a split of the channels, for tiles of 16 tokens in each simdgroup
+        - ``"k_blocks"``: the same for one tile, with the split's K blocks shared by the simdgroups
+        - ``"several"``: some tokens, whose partials it adds up; ``"sums"``: without their channels
+        - ``"n_tiles"``: N tiles of 32 channels of a stream, one in each simdgroup, for a share of
+          the tokens
     threads
         The most threads of a threadgroup; fewer where there is less to do, and in Metal never more
         than MOST_THREADS.
     elements
         The most elements that a thread loads and stores at a time; fewer where C, the dtype or
         many streams ask for it.
-    turns
+    iterations
         How many such accesses a thread of a ``"tile"`` makes, if the GPU is busy anyway.
     keeps
         The number of stream arrays whose first accesses a thread keeps in registers between two
@@ -101,7 +104,8 @@ class Shape:
         Whether the streams are spread over the threads, beside the channels.
     resident
         In CUDA, the threadgroups for which a multiprocessor must have registers, so that each waits
-        while another computes; ``wide`` is that for float32, where it is another.
+        while another computes; ``resident_float32`` is that for float32, where it is
+        another.
     """
 
     groups: Literal[
@@ -110,27 +114,27 @@ class Shape:
         "share",
         "rows",
         "matrices",
-        "parts",
-        "leaves",
+        "split_k",
+        "k_blocks",
         "several",
         "sums",
-        "strips",
+        "n_tiles",
     ]
     threads: int = 256
     elements: int = 8
-    turns: int = 2
+    iterations: int = 2
     keeps: int = 0
     streams: bool = False
     resident: int = 1
-    wide: int | None = None
+    resident_float32: int | None = None
 
 
 TABLE: Mapping[str, Shape] = {
     "aggregate": Shape(groups="tile"),
     "aggregate_vjp": Shape(groups="token"),
     "combine": Shape(groups="tile"),
-    "combine_project": Shape(groups="parts"),
-    "combine_project_few": Shape(groups="leaves", threads=512),
+    "combine_project": Shape(groups="split_k"),
+    "combine_project_few": Shape(groups="k_blocks", threads=512),
     "combine_vjp": Shape(groups="token", elements=4),
     "combine_vjp_wide": Shape(groups="token", elements=1, streams=True),
     "gated_combine": Shape(groups="tile"),
@@ -142,10 +146,10 @@ TABLE: Mapping[str, Shape] = {
     "pre": Shape(groups="several", resident=4),
     "pre_scale": Shape(groups="tile"),
     "pre_scale_vjp": Shape(groups="token"),
-    "project": Shape(groups="parts"),
-    "project_dphi": Shape(groups="strips", resident=2, wide=1),
-    "project_dx": Shape(groups="strips", turns=4, resident=2),
-    "project_few": Shape(groups="leaves", threads=512),
+    "project": Shape(groups="split_k"),
+    "project_dphi": Shape(groups="n_tiles", resident=2, resident_float32=1),
+    "project_dx": Shape(groups="n_tiles", iterations=4, resident=2),
+    "project_few": Shape(groups="k_blocks", threads=512),
     "residual_add_aggregate": Shape(groups="tile"),
     "residual_add_aggregate_vjp": Shape(groups="token"),
     "rms_norm": Shape(groups="token", keeps=1),
@@ -193,14 +197,14 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
         return _rows(shape, T, C)
     if shape.groups == "matrices":
         return _matrices(shape, T, n)
-    if shape.groups == "parts":
-        return _parts(shape, T, C, HEIGHT[dtype] if kernel == "project" else 1, dialect)
-    if shape.groups == "leaves":
-        return _leaves(shape, T, n, C, dialect)
+    if shape.groups == "split_k":
+        return _split_k(shape, T, C, TOKEN_TILES[dtype] if kernel == "project" else 1, dialect)
+    if shape.groups == "k_blocks":
+        return _split_k_few(shape, T, n, C, dialect)
     if shape.groups == "sums":
         return _several(T, n, 1, shape.threads, 1)
-    if shape.groups == "strips":
-        return _strips(shape, T, n, C)
+    if shape.groups == "n_tiles":
+        return _n_tiles(shape, T, n, C)
     elements = _elements(shape, n, C, dtype)
     accesses = -(-C // elements)
     threads = _threads(shape, accesses * n if shape.streams else accesses)
@@ -214,15 +218,15 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
         return replace(_launch(groups, 1, threads, elements), held=held, rest=held < turns)
     tiles = -(-accesses // threads) if shape.groups == "tile" else 1
     if T * tiles > FILLED:
-        tiles = -(-tiles // shape.turns)
+        tiles = -(-tiles // shape.iterations)
     return _launch(groups, tiles, threads, elements)
 
 
 def occupancy(kernel: str, dtype: str) -> tuple[int, int]:
     """Return the most threads of a kernel's threadgroup, and how many of those must fit at once."""
     shape = _shape(kernel, "cuda")
-    wide = shape.resident if shape.wide is None else shape.wide
-    return shape.threads, wide if dtype == "float32" else shape.resident
+    float32 = shape.resident_float32 or shape.resident
+    return shape.threads, float32 if dtype == "float32" else shape.resident
 
 
 def _token_shares(shape: Shape, T: int, numbers: int) -> int:
@@ -255,14 +259,14 @@ def _rows(shape: Shape, rows: int, columns: int) -> Launch:
     return _launch(-(-rows // ROWS), -(-columns // width), shape.threads, 1)
 
 
-def parts(C: int) -> int:
-    """Return the number of parts in which the sums over the channels of all streams are made."""
-    return -(-C // PART_CHANNELS)
+def splits(C: int) -> int:
+    """Return the number of split-K partials of a sum over the channels of all streams."""
+    return -(-C // SPLIT_CHANNELS)
 
 
 def few(T: int, C: int) -> bool:
-    """Return whether tokens are so few that simdgroups share a part's channels; sums stay equal."""
-    return -(-T // (max(HEIGHT.values()) * TILE_TOKENS)) * parts(C) < BUSY
+    """Return whether tokens are so few that simdgroups share a split's K blocks; sums stay equal."""
+    return -(-T // (max(TOKEN_TILES.values()) * TILE_TOKENS)) * splits(C) < BUSY
 
 
 def shares(kernel: str, T: int, n: int, C: int, dialect: str = "metal") -> int:
@@ -270,61 +274,61 @@ def shares(kernel: str, T: int, n: int, C: int, dialect: str = "metal") -> int:
     made = launch(kernel, T, n, C, "float32", dialect)
     groups = made.grid[0] // made.threadgroup[0]
     shape = _shape(kernel, dialect)
-    return groups // _strip_groups(shape, n, C) if shape.groups == "strips" else groups
+    return groups // _n_tile_groups(shape, n, C) if shape.groups == "n_tiles" else groups
 
 
-def _parts(shape: Shape, T: int, C: int, height: int, dialect: str) -> Launch:
-    tiles = -(-T // (height * TILE_TOKENS))
+def _split_k(shape: Shape, T: int, C: int, token_tiles: int, dialect: str) -> Launch:
+    tiles = -(-T // (token_tiles * TILE_TOKENS))
     simdgroups, most = shape.threads // SIMD, MOST_GROUPS[dialect]
-    while simdgroups > 1 and -(-tiles // simdgroups) * parts(C) < min(most, FILLED):
+    while simdgroups > 1 and -(-tiles // simdgroups) * splits(C) < min(most, FILLED):
         simdgroups //= 2
-    # a threadgroup keeps to one part, as it has phi for that, and takes its tokens in turns
-    most = min(most, MOST_GRID // (simdgroups * SIMD)) // parts(C)
-    groups = max(min(-(-tiles // simdgroups), most), 1) * parts(C)
+    # a persistent threadgroup: it keeps to one split, whose phi it has, for all of its tokens
+    most = min(most, MOST_GRID // (simdgroups * SIMD)) // splits(C)
+    groups = max(min(-(-tiles // simdgroups), most), 1) * splits(C)
     return Launch((groups * simdgroups * SIMD, 1, 1), (simdgroups * SIMD, 1, 1), 1)
 
 
-def _leaves(shape: Shape, T: int, n: int, C: int, dialect: str) -> Launch:
+def _split_k_few(shape: Shape, T: int, n: int, C: int, dialect: str) -> Launch:
     width = TILE_COLUMNS * -(-min(n * n + 2 * n, COLUMNS_AT_ONCE) // TILE_COLUMNS) + 4
     # whose sums have room, beside their total
-    leaves = LEAF_NUMBERS[dialect] // (TILE_TOKENS * width) - 1
-    threads = min(shape.threads, leaves * SIMD)
-    return _launch(-(-T // TILE_TOKENS) * parts(C), 1, threads, 1)
+    k_blocks = SCRATCH[dialect] // (TILE_TOKENS * width) - 1
+    threads = min(shape.threads, k_blocks * SIMD)
+    return _launch(-(-T // TILE_TOKENS) * splits(C), 1, threads, 1)
 
 
-def factor_bytes(tiles: int, dtype: str, dialect: str) -> int:
-    """Return the bytes of threadgroup memory for a block's factor, as the dialects lay it out."""
-    quads = 2 * tiles
+def operand_bytes(tiles: int, dtype: str, dialect: str) -> int:
+    """Return the bytes of a K step's B operand in threadgroup memory, as the dialects lay it out."""
+    fragments = 2 * tiles
     if dialect == "cuda":
-        quads = 2 * (-(-3 * tiles // 2)) if dtype == "bfloat16" else 4 * tiles
-    return quads * SIMD * ACCESS_BYTES
+        fragments = 2 * (-(-3 * tiles // 2)) if dtype == "bfloat16" else 4 * tiles
+    return fragments * SIMD * ACCESS_BYTES
 
 
-def slot_bytes(rows: int, dtype: str, kernel: str, dialect: str) -> int:
+def buffer_bytes(rows: int, dtype: str, kernel: str, dialect: str) -> int:
     """Return the bytes of ``rows`` rows of 8 numbers for each thread of a kernel's threadgroup."""
     return rows * 8 * ITEMSIZE[dtype] * _shape(kernel, dialect).threads
 
 
-def stage(blocks: int, unit: int, most: int) -> int:
-    """Return how many of the blocks' factors are in threadgroup memory at a time.
+def stage(steps: int, unit: int, most: int) -> int:
+    """Return how many K steps' B operands are in threadgroup memory at a time.
 
     The count divides them all, is a multiple of ``unit``, and at most ``most`` where that can be.
     """
-    fit = (k for k in range(unit, blocks + 1, unit) if blocks % k == 0 and k <= most)
+    fit = (k for k in range(unit, steps + 1, unit) if steps % k == 0 and k <= most)
     return max(fit, default=unit)
 
 
-def _strips(shape: Shape, T: int, n: int, C: int) -> Launch:
+def _n_tiles(shape: Shape, T: int, n: int, C: int) -> Launch:
     """Choose the shares of the tokens; they depend only on the sizes."""
-    groups = _strip_groups(shape, n, C)
-    shares = max(min(-(-T // SHARE_TOKENS), shape.turns * FILLED // groups), 1)
+    groups = _n_tile_groups(shape, n, C)
+    shares = max(min(-(-T // SHARE_TOKENS), shape.iterations * FILLED // groups), 1)
     return _launch(groups * shares, 1, shape.threads, 1)
 
 
-def _strip_groups(shape: Shape, n: int, C: int) -> int:
-    """Count the threadgroups of a share; strips come in pairs, so that whole lines are read."""
-    strips = 2 * n * -(-C // (2 * BLOCK_CHANNELS))
-    return -(-strips // (shape.threads // SIMD))
+def _n_tile_groups(shape: Shape, n: int, C: int) -> int:
+    """Count the threadgroups of a share; N tiles come in pairs, so that whole lines are read."""
+    tiles = 2 * n * -(-C // (2 * STEP_CHANNELS))
+    return -(-tiles // (shape.threads // SIMD))
 
 
 def _several(T: int, n: int, accesses: int, threads: int, elements: int) -> Launch:
@@ -376,10 +380,10 @@ def _power_of_two(value: int) -> bool:
 _NEEDS: Mapping[str, tuple[Callable[[int], bool], str]] = {
     "threads": (_thread_count, f"a multiple of {SIMD} up to {max(MOST_THREADS.values())}"),
     "elements": (_power_of_two, "1, 2, 4, 8 or 16"),
-    "turns": (lambda value: value >= 1, "an integer of at least 1"),
+    "iterations": (lambda value: value >= 1, "an integer of at least 1"),
     "resident": (lambda value: 1 <= value <= 16, "an integer from 1 to 16"),
 }
-_FIXED = {"groups", "keeps", "streams", "wide"}
+_FIXED = {"groups", "keeps", "streams", "resident_float32"}
 assert set(_NEEDS) | _FIXED == {field.name for field in fields(Shape)}
 
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mhc_backends.kernels.mlx import Kernels, Ops
 from mhc_backends.mlx_common import checkpoint, compile, from_host, grad, to_host
+from mhc_backends.kernels.functions import Ops
+from mhc_backends.kernels.mlx import Kernels
 from mhc_backends.mlx_cuda.launcher import cuda_kernel
 
 __all__ = ["checkpoint", "compile", "from_host", "grad", "to_host", "vjp"]
 
-# The threadgroup memory of each machine: CUDA programming guide, technical specifications.
+# What a threadgroup may have, by the machine: CUDA programming guide, technical specifications.
 _MEMORY = {"sm_80": 163, "sm_87": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227}  # KiB
 _LEAST_MEMORY = 99
 

@@ -60,7 +60,8 @@ def mhc_backend_specs() -> list[BackendSpec]:
 
 @functools.cache
 def _ops() -> Any:
-    from mhc_backends.kernels.mlx import Kernels, Ops
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
 
     from mhc_metal_simulator.kernel import metal_kernel
 

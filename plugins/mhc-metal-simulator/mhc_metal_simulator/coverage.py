@@ -248,12 +248,12 @@ class Unreached(NamedTuple):
 
 UNREACHED: Sequence[Unreached] = (
     Unreached(
-        r"for \((token|tokens|first|turn|item) < .*\) again",
+        r"for \((token|tokens|first|iteration|k|item) < .*\) again",
         "Metal takes as many threadgroups as there are tokens to share out, up to 2^31 threads, so "
-        "that none takes another turn; the simulator's tests make it so, with few threadgroups",
+        "that none has another iteration; the simulator's tests make it so, with few threadgroups",
     ),
     Unreached(
-        r"\bAHEAD\b|!?flows [&|]|ahead < leaves|once && next < T|c \+ BLOCK_CHANNELS < end",
+        r"\bAHEAD\b|!?flows [&|]|ahead < k_blocks|once && next < T|c \+ STEP_CHANNELS < end",
         "copies that are on their way meanwhile are CUDA's",
     ),
     Unreached(
@@ -284,7 +284,7 @@ UNREACHED: Sequence[Unreached] = (
     Unreached(
         r"(combine_project|combine_project_few|project_dx) in .*: if \(!Address<P>::ALIGNED\) false"
         r"|(combine_project|combine_project_few|project_dx) in store_within: if \(rest >= W .*true",
-        "these take whole blocks where all is aligned, and elsewhere store single numbers at the "
+        "these take whole K steps where all is aligned, and elsewhere store single numbers at the "
         "end of a row alone",
     ),
     Unreached(
@@ -301,8 +301,8 @@ UNREACHED: Sequence[Unreached] = (
         "all sums for every lane are asked for by few lanes, and by all where gradients are taken",
     ),
     Unreached(
-        r"combine_project in put_phi: if \(k \+ e \* simdgroups < count\) false",
-        "it puts one block at a time",
+        r"combine_project in stage_phi: if \(k \+ e \* simdgroups < count\) false",
+        "it puts one K step at a time",
     ),
     Unreached(
         r"in write: if \(A::ELEMENTS > 1 && by_vectors\) true",

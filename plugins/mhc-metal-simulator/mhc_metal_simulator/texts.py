@@ -21,7 +21,8 @@ from typing import Any
 
 import mlx.core as mx
 from mhc_backends.kernels import KERNELS
-from mhc_backends.kernels.mlx import Kernels, Ops
+from mhc_backends.kernels.functions import Ops
+from mhc_backends.kernels.mlx import Kernels
 from mhc_backends.kernels.ops import OPS
 from mhc_conformance.cases import STATICS, Sizes
 from mhc_conformance.subject import several

@@ -6,7 +6,7 @@ import contextlib
 import os
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,8 @@ pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels
 
 from mhc_backends import kernels
 from mhc_backends.kernels import launch as launches
-from mhc_backends.kernels import mlx as machinery
+from mhc_backends.kernels import program as programs
+from mhc_backends.kernels import text as texts
 from mhc_conformance import Subject, check
 
 from mhc_metal_simulator.coverage import Coverage, Ran, covered
@@ -98,39 +99,44 @@ class Fault(NamedTuple):
 WRONG = "is off by"
 RACE = r"\(race\)|nothing was written before"
 BOUNDS = r"out of bounds|\(race\)"  # beyond a row is the next one, which another thread stores
-SPACE = "CompileError|address space|cannot cast from type 'Aligned"
+SPACE = "CompileError|address space|cannot cast from type 'Aligned|no matching function|no viable"
 
 
 @contextlib.contextmanager
 def seeded(fault: Fault) -> Iterator[None]:
-    """Put a fault into the kernels."""
-    texts = (
-        [kernels.header("metal")]
-        if fault.kernel == "common"
-        else [kernels.function(fault.kernel), kernels.source(fault.kernel, "metal")]
-    )
-    assert any(fault.right in text for text in texts), "the kernel has changed: seed the fault anew"
+    """Put a fault into the kernels' headers; white space in it is any white space there."""
+    tokens = re.findall(r"\w+|[^\w\s]", fault.right)
+    right = re.compile(r"\s*".join(map(re.escape, tokens)))
+    read: Callable[[str], str] = vars(texts)["_read"]
+    folders = ("common/", "metal/") if fault.kernel == "common" else (f"bodies/{fault.kernel}.h",)
+    files = [path for path in headers() if path.startswith(folders)]
+    assert any(right.search(read(path)) for path in files), "the kernel has changed: seed it anew"
 
-    def slip(text: str) -> str:
-        return text.replace(fault.right, fault.wrong)
-
-    def function(name: str) -> str:
-        text = kernels.function(name)
-        return slip(text) if name == fault.kernel else text
-
-    def source(name: str, dialect: str) -> str:
-        text = kernels.source(name, dialect)
-        return slip(text) if name == fault.kernel else text
-
-    def header(dialect: str) -> str:
-        text = kernels.header(dialect)
-        return slip(text) if fault.kernel == "common" else text
+    def slip(path: str) -> str:
+        text = read(path)
+        return right.sub(lambda _: fault.wrong, text) if path in files else text
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machinery, "function", function)
-        patch.setattr(machinery, "source", source)
-        patch.setattr(machinery, "header", header)
-        yield
+        patch.setattr(texts, "_read", slip)
+        forget()
+        try:
+            yield
+        finally:
+            forget()
+
+
+def headers() -> list[str]:
+    """Return the paths of all headers."""
+    folder = Path(kernels.__file__).parent
+    return [str(path.relative_to(folder)) for path in folder.glob("**/*.h")]
+
+
+def forget() -> None:
+    """Have the texts made anew."""
+    for module in (texts, programs):
+        for made in vars(module).values():
+            if hasattr(made, "cache_clear"):
+                made.cache_clear()
 
 
 def assert_all_are_seeded(faults: Sequence[Fault], names: Sequence[str]) -> None:
@@ -138,7 +144,7 @@ def assert_all_are_seeded(faults: Sequence[Fault], names: Sequence[str]) -> None
     for kernel in names:
         kinds = {fault.what.split()[-1] for fault in faults if fault.kernel == kernel}
         assert kinds >= {"tail", "index", "sum"}, kernel
-        body = kernels.function(kernel) + kernels.source(kernel, "metal")
+        body = texts.flat("metal", f"bodies/{kernel}.h").partition(f"void {kernel}(")[2]
         # those within a simdgroup order nothing where each lane takes its own copies
         assert not re.search(r"\bBARRIER;", body) or "barrier" in " ".join(
             fault.what for fault in faults if fault.kernel == kernel

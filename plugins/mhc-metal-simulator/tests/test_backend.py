@@ -35,6 +35,7 @@ from kernel_checks import (  # noqa: E402
     seeded,
 )
 from mhc_backends import kernels  # noqa: E402
+from mhc_backends.kernels.text import flat  # noqa: E402
 from mhc_backends.mlx_common import as_tuple  # noqa: E402
 from mhc_conformance import BackendConformance, Subject  # noqa: E402
 from mhc_conformance.cases import cases, data  # noqa: E402
@@ -200,7 +201,7 @@ def test_vectors_begin_anywhere(dtype: Any, elements: int, start: int) -> None:
         ["a"],
         ["o"],
         f"store(o + {start}, load<{elements}>(a + {start}));",
-        kernels.header("metal"),
+        flat("metal", "common/load.h", "common/store.h"),
     )
     a = mx.arange(24).astype(dtype)
     with simulator.options(unwritten="ignore"):

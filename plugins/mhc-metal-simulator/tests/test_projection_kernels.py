@@ -47,18 +47,18 @@ def small(busy: int, threads: int = 64) -> Iterator[None]:
         patch.setattr(launches, "TABLE", shapes)
         patch.setattr(launches, "MOST_GRID", threads)
         patch.setattr(launches, "BUSY", busy)
-        patch.setattr(launches, "_strips", _all_strips)
+        patch.setattr(launches, "_n_tiles", _all_n_tiles)
         yield
 
 
-_strips = launches._strips
+_n_tiles = launches._n_tiles
 
 
-def _all_strips(*arguments: Any) -> launches.Launch:
-    """Launch at least one threadgroup for each strip, as the strips' kernels need."""
+def _all_n_tiles(*arguments: Any) -> launches.Launch:
+    """Launch at least one threadgroup for each N tile, as their kernels need."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launches, "MOST_GRID", 2**31 - 1)
-        return _strips(*arguments)
+        return _n_tiles(*arguments)
 
 
 # ---- the ops -------------------------------------------------------------------------------------
@@ -219,19 +219,19 @@ def _launched(busy: int, make: Callable[[], Any]) -> Any:
     return made
 
 
-SQUARES_UNIT = 2.0**-16  # squares_unit() of common.h, in which sums of squares are kept
+SQUARES_UNIT = 2.0**-16  # squares_unit() of common/norm.h, in which sums of squares are kept
 
 
-def _sums(parts: mx.array, x: mx.array, phi: mx.array) -> None:
-    """Compare parts with x . phi and x . x over their own channels."""
+def _sums(partials: mx.array, x: mx.array, phi: mx.array) -> None:
+    """Compare split-K partials with x . phi and x . x over their own channels."""
     products: list[Any] = []
     squares: list[Any] = []
     wide, across = _wide(x), _wide(phi).reshape(phi.shape[0], *x.shape[1:])
-    for begin in range(0, x.shape[2], launches.PART_CHANNELS):
-        own = slice(begin, begin + launches.PART_CHANNELS)
+    for begin in range(0, x.shape[2], launches.SPLIT_CHANNELS):
+        own = slice(begin, begin + launches.SPLIT_CHANNELS)
         products.append(np.einsum("tnc,mnc->tm", wide[..., own], across[..., own]))
         squares.append((wide[..., own] ** 2).sum(axis=(1, 2)))
-    summed = [parts[..., :-1], parts[..., -1] / SQUARES_UNIT]
+    summed = [partials[..., :-1], partials[..., -1] / SQUARES_UNIT]
     _close(summed, [np.stack(products, 1), np.stack(squares, 1)])
 
 
@@ -246,10 +246,10 @@ def _normal(shape: Sequence[int], dtype: Any = mx.float32, seed: int = 3) -> mx.
 def _project(size: Size, busy: int) -> None:
     x, phi, *_ = _draw("pre", size)
     x = _normal(x.shape, x.dtype)
-    parts = _launched(busy, lambda: _projection.project(KERNELS, x, phi))
-    _sums(parts, x, phi)
+    partials = _launched(busy, lambda: _projection.project(KERNELS, x, phi))
+    _sums(partials, x, phi)
     if busy == FEW:
-        _equal_bits(parts, _launched(MANY, lambda: _projection.project(KERNELS, x, phi)))
+        _equal_bits(partials, _launched(MANY, lambda: _projection.project(KERNELS, x, phi)))
 
 
 def _combine_project(size: Size, busy: int) -> None:
@@ -259,28 +259,28 @@ def _combine_project(size: Size, busy: int) -> None:
 
 def _combined(arrays: Sequence[mx.array], busy: int) -> None:
     x, y, h_post, h_res, phi = arrays
-    made, parts = _launched(busy, lambda: _projection.combine_project(KERNELS, *arrays))
+    made, partials = _launched(busy, lambda: _projection.combine_project(KERNELS, *arrays))
     mixed = np.einsum("...ij,...jc->...ic", _wide(h_res), _wide(x))
     _close([made], [mixed + _wide(h_post)[..., None] * _wide(y)[:, None]])
-    _sums(parts, made, phi)
+    _sums(partials, made, phi)
     if busy == FEW:
         many = _launched(MANY, lambda: _projection.combine_project(KERNELS, *arrays))
         _equal_bits(made, many[0])
-        _equal_bits(parts, many[1])
+        _equal_bits(partials, many[1])
 
 
 @contextlib.contextmanager
-def on_their_way(leaves: int) -> Iterator[None]:
-    """Prefetch leaves into slots, with room for them, as only CUDA does by itself."""
+def on_their_way(k_blocks: int) -> Iterator[None]:
+    """Prefetch K blocks into buffers, with room for them, as only CUDA does by itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(launches.AHEAD, "metal", leaves)
+        patch.setitem(launches.AHEAD, "metal", k_blocks)
         patch.setattr(KERNELS, "memory", 32768)
         yield
 
 
 def _project_ahead(size: Size, busy: int) -> None:
-    for leaves in (2, 1):
-        with on_their_way(leaves):
+    for k_blocks in (2, 1):
+        with on_their_way(k_blocks):
             _project(size, busy)
 
 
@@ -321,7 +321,7 @@ def _back(size: Size, busy: int) -> None:
 
 
 def _end(size: Size, busy: int) -> None:
-    """Check pre on parts that others might have made: more of them than a thread adds at a time."""
+    """Check pre on partials that others might have made: more of them than a thread adds at a time."""
     T, n, C, _ = size
     x, phi, scale, bias = _draw("pre", size)
     x, given = _normal(x.shape, x.dtype), _normal((T, n), seed=4)
@@ -330,15 +330,15 @@ def _end(size: Size, busy: int) -> None:
     numbers = np.concatenate([u, (wide**2).sum(axis=(1, 2))[:, None]], axis=1)
     shares = np.random.default_rng(1).uniform(size=(1, 11, 1))
     units = np.append(np.ones(columns), SQUARES_UNIT)
-    parts = mx.array((numbers[:, None] * units * shares / shares.sum()).astype(np.float32))
+    partials = mx.array((numbers[:, None] * units * shares / shares.sum()).astype(np.float32))
     arrays = [wide, *(_wide(array) for array in (phi, scale, bias))]
     h, h_post, h_res = mhc.pre(*arrays, VARIANT, backend="numpy")
     h_pre, *_ = mhc.mappings(*arrays, VARIANT, backend="numpy")
     r = 1 / np.sqrt(numbers[:, columns:] / (n * C) + VARIANT.norm_eps)
     with small(busy):
-        made = _projection.pre(KERNELS, x, parts, scale, bias, None, VARIANT)
+        made = _projection.pre(KERNELS, x, partials, scale, bias, None, VARIANT)
         _close([*made[:4], *made.saved], [h, h_pre, h_post, h_res, u, r])
-        other = _projection.pre(KERNELS, x, parts, scale, bias, given, VARIANT)
+        other = _projection.pre(KERNELS, x, partials, scale, bias, given, VARIANT)
         mixed = np.einsum("tn,tnc->tc", _wide(given), wide)
         _close([*other[:4], *other.saved], [mixed, h_pre, h_post, h_res, u, r])
 
@@ -369,8 +369,8 @@ def _projected(arrays: Sequence[Any]) -> tuple[Any, Any]:
     return flat @ arrays[1].T, 1 / np.sqrt(mean + VARIANT.norm_eps)
 
 
-AHEAD_SIZES = [  # phi of a part is put once, and then a stage at a time
-    Size(70, 1, 288, "bfloat16"),  # whose last leaf is half a one
+AHEAD_SIZES = [  # phi of a split is put once, and then a stage at a time
+    Size(70, 1, 288, "bfloat16"),  # whose last K block is half a one
     Size(70, 1, 256, "bfloat16"),
     Size(40, 2, 256, "bfloat16"),
     Size(37, 3, 320, "bfloat16"),
@@ -412,20 +412,20 @@ def test_each_kernel_by_itself(name: str) -> None:
         _try(name)
 
 
-@pytest.mark.parametrize("leaves", [1, 2])
+@pytest.mark.parametrize("k_blocks", [1, 2])
 @pytest.mark.parametrize("size", AHEAD_SIZES, ids=lambda size: "-".join(map(str, size)))
-def test_rows_on_their_way(size: Size, leaves: int) -> None:
-    """Check that what goes through slots gives right sums, and the bits of what does not."""
+def test_rows_on_their_way(size: Size, k_blocks: int) -> None:
+    """Check that what goes through buffers gives right sums, and the bits of what does not."""
     drawn = _draw("combine_pre", size)[:5]
     arrays = [_normal(array.shape, array.dtype) for array in drawn]
 
     def make() -> list[mx.array]:
-        parts = _projection.project(KERNELS, arrays[0], arrays[4])
-        return [parts, *_projection.combine_project(KERNELS, *arrays)]
+        partials = _projection.project(KERNELS, arrays[0], arrays[4])
+        return [partials, *_projection.combine_project(KERNELS, *arrays)]
 
     with small(MANY), simulator.options(schedules=["forward", "reversed"]):
         at_once = make()
-        with on_their_way(leaves):
+        with on_their_way(k_blocks):
             later = make()
             _project(size, MANY)
             _combine_project(size, MANY)
@@ -451,21 +451,21 @@ NO_SPACE = f"{SPACE}|no matching function"
 ANYWHERE = f"{BOUNDS}|{WRONG}|nothing was written before"
 BITS = "other bits"
 ROUNDED = _halved("", "sums.squares[0]", 2)
-LEAF = "put_sums(leaf, add_leaf(no_sums<TILES, 1>(), rows, right), tokens, lane);"
-HALF_LEAF = (
-    "auto sums = add_leaf(no_sums<TILES, 1>(), rows, right);"
-    f"{ROUNDED} put_sums(leaf, sums, tokens, lane);"
+K_BLOCK = "put_block_sums(k_block, add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands), tokens, lane);"
+HALF_K_BLOCK = (
+    "auto sums = add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands);"
+    f"{ROUNDED} put_block_sums(k_block, sums, tokens, lane);"
 )
 FEW_BARRIERS = [
     (
-        "barrier of the leaves",
+        "barrier of the K blocks",
         "BARRIER;\n            const int made",
         "const int made",
         RACE,
     ),
-    ("barrier of the totals", "BARRIER;  // the leaves", "// the leaves", RACE),
+    ("barrier of the totals", "BARRIER;  // the K blocks", "// the K blocks", RACE),
 ]
-SUMMED = "parts_shape[1], first, T, sums, here);"
+SUMMED = "partials_shape[1], first, T, sums, here);"
 
 
 def _half_sums(numbers: str) -> str:
@@ -482,25 +482,25 @@ FAULTS = (
     *_many(
         "project",
         ("tail", "C - begin - channel;", "C - begin - channel + 1;", ANYWHERE),
-        ("index", "[place * FACTOR]", "[(STAGE - AT_ONCE - place) * FACTOR]", WRONG),
+        ("index", "[staged * OPERAND]", "[(STAGE_STEPS - RUN - staged) * OPERAND]", WRONG),
         (
             "half sum",
-            "&factors[place * FACTOR], lane));",
-            f"&factors[place * FACTOR], lane));{ROUNDED}",
+            "&operands[staged * OPERAND], lane));",
+            f"&operands[staged * OPERAND], lane));{ROUNDED}",
             WRONG,
         ),
-        ("space", "(x + begin", f"({_device('x')} + begin", NO_SPACE),
+        ("space", "(x) + begin", f"({_device('x')}) + begin", NO_SPACE),
     ),
     *_many(
         "project",
-        ("phi of all turns", "(!once || turn", "(turn", WRONG),
+        ("phi of all iterations", "(!once || iteration", "(iteration", WRONG),
         ("barrier of the copies", "SIMD_BARRIER;\n                rows", "rows", RACE),
         ("barrier of what is taken", "SIMD_BARRIER;\n                if", "if", RACE),
-        ("slot of a leaf", "slots + leaf %", "slots + (leaf + 1) %", WRONG),
-        ("simdgroups' slots", "simdgroup * AHEAD * SLOT", "simdgroup * SLOT", RACE),
-        ("next channels", "C, ahead, rest", "C, leaf, rest", WRONG),
+        ("buffer of a K block", "buffers + k_block %", "buffers + (k_block + 1) %", WRONG),
+        ("simdgroups' buffers", "simdgroup * AHEAD * BUFFER", "simdgroup * BUFFER", RACE),
+        ("next channels", "C, ahead, rest", "C, k_block, rest", WRONG),
         ("next tokens", "channel, next, T", "channel, first, T", WRONG),
-        ("odd leaves", "once && leaves % (AHEAD + !AHEAD) == 0", "once", WRONG),
+        ("odd K blocks", "once && k_blocks % (AHEAD + !AHEAD) == 0", "once", WRONG),
         op="project, ahead",
     ),
     *_many(
@@ -508,24 +508,24 @@ FAULTS = (
         *FEW_BARRIERS,
         ("tail", "first, T, K", "first, T + 1, K", BOUNDS),
         ("tokens' tail", "T - first < TILE_TOKENS ? int(T - first) :", "", ANYWHERE),
-        ("index", "own * AT_ONCE, lane", "(own + 1) * AT_ONCE, lane", WRONG),
-        ("half sum", LEAF, HALF_LEAF, WRONG),
-        ("space", "(x + begin", f"({_device('x')} + begin", NO_SPACE),
+        ("index", "own * RUN, lane", "(own + 1) * RUN, lane", WRONG),
+        ("half sum", K_BLOCK, HALF_K_BLOCK, WRONG),
+        ("space", "(x) + begin", f"({_device('x')}) + begin", NO_SPACE),
     ),
     *_many(
         "combine_project",
         ("tail", "token < T ? token : T - 1", "token", BOUNDS),
         ("stores' tail", "stores[r] = token < T", "stores[r] = token <= T", ANYWHERE),
         ("index", "(i + stream) * N,", "i * N,", WRONG),
-        ("half sum", "at_leaf, lane));", f"at_leaf, lane));{ROUNDED}", WRONG),
-        ("space", "(y + channel, first", f"({_device('y')} + channel, first", NO_SPACE),
+        ("half sum", "operand, lane));", f"operand, lane));{ROUNDED}", WRONG),
+        ("space", "(y) + channel, first", f"({_device('y')}) + channel, first", NO_SPACE),
     ),
     *_many(
         "combine_project",
-        ("phi of all turns", "(!once || turn", "(turn", WRONG),
-        ("simdgroups' slots", "simdgroup * AHEAD * SLOT", "0", RACE),
-        ("next channels", "C, c + BLOCK_CHANNELS, lane", "C, c, lane", WRONG),
-        ("next tokens", "(y + channel, next, T", "(y + channel, first, T", WRONG),
+        ("phi of all iterations", "(!once || iteration", "(iteration", WRONG),
+        ("simdgroups' buffers", "simdgroup * AHEAD * BUFFER", "0", RACE),
+        ("next channels", "C, c + STEP_CHANNELS, lane", "C, c, lane", WRONG),
+        ("next tokens", "(y) + channel, next, T", "(y) + channel, first, T", WRONG),
         op="combine_project, ahead",
     ),
     *_many(
@@ -534,7 +534,7 @@ FAULTS = (
         ("tail", "own < tokens ? first + own : T - 1", "first + own", BOUNDS),
         ("stores' tail", "&& own < tokens)", "&& own <= tokens)", ANYWHERE),
         ("index", "token) * N + i]", "token) * N]", WRONG),
-        ("half sum", LEAF, HALF_LEAF, WRONG),
+        ("half sum", K_BLOCK, HALF_K_BLOCK, WRONG),
         ("space", "float(h_post[", f"float({_device('h_post')}[", NO_SPACE),
     ),
     *_many(
@@ -567,8 +567,8 @@ FAULTS = (
         ),
         (
             "half sum",
-            "multiply<TILES>(rows, shared));",
-            _halved("multiply<TILES>(rows, shared));", "sums[s].at[0].tile[0].in_half[0]", 2),
+            "multiply<COLUMN_TILES>(rows, shared));",
+            _halved("multiply<COLUMN_TILES>(rows, shared));", "sums[s].at[0].tile[0].in_half[0]", 2),
             WRONG,
         ),
         ("space", "(du, M", f"({_device('du')}, M", NO_SPACE),
@@ -581,11 +581,11 @@ FAULTS = (
         ("index", "(token * N + i) * C", "token * N * C", WRONG),
         (
             "half sum",
-            "add_dot(sums[i], load<W>(x + (token * N + i) * C + c), layer);",
-            "float(half(add_dot(sums[i], load<W>(x + (token * N + i) * C + c), layer)));",
+            "add_dot(sums[i], load<W>(ACCESS::at(x) + (token * N + i) * C + c), layer);",
+            "float(half(add_dot(sums[i], load<W>(ACCESS::at(x) + (token * N + i) * C + c), layer)));",
             WRONG,
         ),
-        ("space", "load<W>(dh +", f"load<W>({_device('dh')} +", NO_SPACE),
+        ("space", "ACCESS::at(dh) +", f"ACCESS::at({_device('dh')}) +", NO_SPACE),
     ),
     *_many(
         "pre",
@@ -598,7 +598,7 @@ FAULTS = (
         ),
         NEXT,
         ("tail", "first + TOKENS < T ? first + TOKENS : T", "first + TOKENS", ANYWHERE),
-        ("index", "x + next * N * C", "x + next * C", WRONG),
+        ("index", "(x) + next * N * C", "(x) + next * C", WRONG),
         ("next channels", "last ? own : c + step", "own", WRONG),
         ("index given", "token) * N + i]", "token) * N]", WRONG),
         ("half sum", SUMMED, _half_sums("M"), WRONG),
@@ -619,7 +619,7 @@ FAULTS = (
         ("barrier of what is mapped", "BARRIER;\n    mix_matrices", "mix_matrices", RACE),
         NEXT,
         ("tail", "CHANNELS, first, T,", "CHANNELS, first, T + 1,", ANYWHERE),
-        ("index", "parts_shape[1], first", "parts_shape[0], first", ANYWHERE),
+        ("index", "partials_shape[1], first", "partials_shape[0], first", ANYWHERE),
         ("half sum", SUMMED, _half_sums("M"), WRONG),
         ("space", "(sums, scale,", f"(sums, {_device('scale')},", NO_SPACE),
     ),
@@ -638,11 +638,11 @@ FAULTS = (
     ),
     *_many(
         "common",
-        ("half sum of the leaves", "totals[at] = sum;", "totals[at] = float(half(sum));", WRONG),
+        ("half sum of the K blocks", "totals[at] = sum;", "totals[at] = float(half(sum));", WRONG),
         (
-            "the order of the leaves",
-            "sum += leaves[leaf *",
-            "sum += leaves[(count - 1 - leaf) *",
+            "the order of the K blocks",
+            "sum += k_blocks[k_block *",
+            "sum += k_blocks[(count - 1 - k_block) *",
             BITS,
         ),
         ("columns of the totals", "k < PRODUCTS && column + k < M", "k < PRODUCTS", ANYWHERE),
@@ -657,10 +657,10 @@ FAULTS = (
     *_many(
         "common",
         ("copies' tail", "if (rest > c + more)", "if (c + more >= 0)", ANYWHERE),
-        ("nothing in a slot", "put_nothing(like, to, lane);", "{}", ANYWHERE),
-        ("copies' lanes", "row_lane(lane, four / COUNT)", "row_lane(lane, own)", ANYWHERE),
-        ("copies' quads", "(four - COUNT * own) * NUMBERS", "(four - own) * NUMBERS", ANYWHERE),
-        ("rows of a slot", "slot + k * RowQuads<R>::COUNT * SIMD, lane", "slot, lane", WRONG),
+        ("nothing in a buffer", "put_nothing(like, to, lane);", "{}", ANYWHERE),
+        ("copies' lanes", "row_lane(lane, frag / COUNT)", "row_lane(lane, own)", ANYWHERE),
+        ("copies' fragments", "(frag - COUNT * own) * NUMBERS", "(frag - own) * NUMBERS", ANYWHERE),
+        ("rows of a buffer", "buffer + k * RowFragments<R>::COUNT * SIMD, lane", "buffer, lane", WRONG),
         op="project, ahead",
     ),
     *_many(
@@ -673,7 +673,7 @@ FAULTS = (
         ("rows beyond phi", "row < M ? rest - channel : 0", "rest - channel", BOUNDS),
         ("columns beyond du", "at < M && token < T ?", "token < T ?", BOUNDS),
         ("tokens beyond du", "at < M && token < end ?", "at < M ?", BOUNDS),
-        ("a strip's channels", "* 2 + unit % 2) *", "* 2) *", ANYWHERE),
+        ("an N tile's channels", "* 2 + n_tile % 2) *", "* 2) *", ANYWHERE),
         op="back",
     ),
     *_many(
@@ -684,9 +684,9 @@ FAULTS = (
     # what they share: the last stage
     *_many(
         "common",
-        ("the last part", "for (; part < count;", "for (; part + 1 < count;", WRONG),
+        ("the last partial", "for (; partial < count;", "for (; partial + 1 < count;", WRONG),
         (
-            "half sum of the parts",
+            "half sum of the partials",
             "sums[item] = sum;",
             "sums[item] = float(half(sum));",
             WRONG,

@@ -207,7 +207,7 @@ def _host(rng: np.random.Generator, *shape: int) -> Any:
     return rng.normal(size=shape).astype(np.float32)
 
 
-PULL_UNIT = 2.0**-24  # pull_unit() of common.h, in which kernels hand on the pull
+PULL_UNIT = 2.0**-24  # pull_unit() of common/pull.h, in which kernels hand on the pull
 
 
 def _near(got: mx.array, want: Any) -> None:
@@ -345,14 +345,14 @@ FAULTS = (
     *_slips(
         "sinkhorn",
         "sinkhorn",
-        "const Floats<N> res = sinkhorn<N, LOG>(v, here, ITERATIONS, float(eps[0]));",
+        "const Floats<N> res = sinkhorn_matrix<N, LOG>(v, here, ITERATIONS, float(eps[0]));",
         LOADED,
         "logits",
     ),
     *_slips(
         "sinkhorn_vjp",
         "sinkhorn",
-        "const Floats<N> dv = sinkhorn_vjp<N, LOG>(v, dres, here, ITERATIONS, float(eps[0]), own);",
+        "const Floats<N> dv = sinkhorn_matrix_vjp<N, LOG>(v, dres, here, ITERATIONS, float(eps[0]), own);",
         LOADED,
         "logits",
         "g",
@@ -375,14 +375,14 @@ FAULTS = (
     *_slips(
         "static_mappings",
         "static_mappings",
-        "const Floats<N> res = sinkhorn<N, true>(v, here, ITERATIONS, 0.0f);",
+        "const Floats<N> res = sinkhorn_matrix<N, true>(v, here, ITERATIONS, 0.0f);",
         ("float(h_post_raw[at])", "float(h_pre_raw[at])"),
         "h_res_raw",
     ),
     *_slips(
         "static_mappings_vjp",
         "static_mappings",
-        "const Floats<N> dv = sinkhorn_vjp<N, true>(v, dres, here, ITERATIONS, 0.0f, own);",
+        "const Floats<N> dv = sinkhorn_matrix_vjp<N, true>(v, dres, here, ITERATIONS, 0.0f, own);",
         ("float(g_post[at])", "float(g_pre[at])"),
         "h_res_raw",
         "g_res",
@@ -390,7 +390,7 @@ FAULTS = (
     *_slips(
         "mappings_vjp",
         "mappings_vjp",
-        "const Floats<N> dz = sinkhorn_vjp<N, LOG>(z, dres, here, ITERATIONS, eps, own);",
+        "const Floats<N> dz = sinkhorn_matrix_vjp<N, LOG>(z, dres, here, ITERATIONS, sinkhorn_eps, own);",
         ("float(g_post[token * N + b])", "float(g_pre[token * N + b])"),
         "g_res",
     ),
@@ -451,7 +451,7 @@ FAULTS = (
     Fault("common", "padding", "active && inside<N>(here))", "active)", WRONG, "static_mappings"),
     Fault("common", "underflow", "NARROW = 40", "NARROW = 4000", "nan|NaN|finite", "sinkhorn"),
     Fault(
-        "common", "one choice for all", "if (!by_numbers) out =", "out =", ALONE, "static_mappings"
+        "common", "one choice for all", "if (!linear) out =", "out =", ALONE, "static_mappings"
     ),
     Fault(
         "common",
@@ -461,7 +461,7 @@ FAULTS = (
         RACE,
         "sinkhorn",
     ),
-    Fault("common", "own divisors", "% KEEPERS * DIVISORS", "* 0", RACE, "sinkhorn"),
+    Fault("common", "own divisors", "% DIVISOR_SIMDGROUPS * DIVISORS", "* 0", RACE, "sinkhorn"),
     Fault(
         "common", "segments", "if (end == most) out.G", "if (begin == 0) out.G", WRONG, "sinkhorn"
     ),
@@ -486,7 +486,7 @@ FAULTS = (
         "common",
         "lanes that leave",
         "active = active && !(error < epsilon);",
-        "active = active && !(largest_error(values<KIND>(out.v), here) < epsilon);",
+        "active = active && !(largest_error(values<SPACE>(out.v), here) < epsilon);",
         DIVERGENCE,
         KNOPP,
     ),

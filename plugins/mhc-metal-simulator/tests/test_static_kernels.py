@@ -25,8 +25,8 @@ from kernel_checks import (  # noqa: E402
     cramped,
     seeded,
 )
-from mhc_backends import kernels  # noqa: E402
 from mhc_backends.kernels import launch as launches  # noqa: E402
+from mhc_backends.kernels.text import KERNELS, signature  # noqa: E402
 
 from mhc_metal_simulator.launch import LaunchRecord  # noqa: E402
 
@@ -128,8 +128,9 @@ def test_what_registers_do_not_hold_is_read_again(
 @pytest.mark.parametrize("op", sorted(set(STATIC) - {"contract", "expand"}))
 def test_where_vectors_may_begin_anywhere(op: str) -> None:
     """Check that the code for misaligned arrays is right for aligned ones."""
-    for kernel in filter(kernels.function, (op, f"{op}_vjp")):
-        slow = Fault(kernel, "no fault", "if (vectors<", "if (false && vectors<", "")
+    for kernel in (op, f"{op}_vjp"):
+        assert signature(kernel).aligned
+        slow = Fault(kernel, "no fault", "return vectors<", "return false && vectors<", "")
         with cramped(), seeded(slow):
             _run(op, _draw(op, (3, 4, 520), mx.bfloat16), **STATIC[op](4)[0])
 
@@ -255,7 +256,7 @@ SHARED_SUMS = "    BARRIER;\n    Floats<COUNT> sums"
 
 FAULTS = (
     Fault("static_layer", "barrier", LOADED, UNSEEN, RACE),
-    Fault("static_layer", "halves' barrier", "turn = 1 - turn;", "", RACE),
+    Fault("static_layer", "halves' barrier", "buffer = 1 - buffer;", "", RACE),
     Fault("static_layer", "tail", "if (c < C) {", "if (c <= C) {", BOUNDS),
     Fault(
         "static_layer", "rest's tail", "c < C; c += step", "c <= C; c += step", f"{BOUNDS}|{WRONG}"
@@ -271,9 +272,9 @@ FAULTS = (
         _halved("squares.at[0] = add_squares(squares.at[0], h);", "squares.at[0]"),
         WRONG,
     ),
-    Fault("static_layer", "space", "= x + token", "= (const device float*)x + token", SPACE),
+    Fault("static_layer", "space", "at(x) + token", "at((const device float*)x) + token", SPACE),
     Fault("static_layer_vjp", "barrier", LOADED, UNSEEN, RACE),
-    Fault("static_layer_vjp", "halves' barrier", "turn = 1 - turn;", "", RACE),
+    Fault("static_layer_vjp", "halves' barrier", "buffer = 1 - buffer;", "", RACE),
     Fault("static_layer_vjp", "tail", "if (c < C) {", "if (c <= C) {", BOUNDS),
     Fault("static_layer_vjp", "share's tail", "if (token != here.group_x)", "if (token > 0)", RACE),
     Fault("static_layer_vjp", "share", "own[k] = 0.0f", "own[k] = 1.0f", WRONG),
@@ -306,9 +307,9 @@ FAULTS = (
         "float(((const device float*)h_pre)[k])",
         f"{SPACE}|nothing",
     ),
-    Fault("rms_norm", "halves' barrier", "turn = 1 - turn;", "", RACE, "rms_norm"),
+    Fault("rms_norm", "halves' barrier", "buffer = 1 - buffer;", "", RACE, "rms_norm"),
     Fault("rms_norm", "tail", LAST, BEYOND, BOUNDS, "rms_norm"),
-    Fault("rms_norm", "index", "y + token * C", "y + token", MISPLACED, "rms_norm"),
+    Fault("rms_norm", "index", "(y) + token * C", "(y) + token", MISPLACED, "rms_norm"),
     Fault(
         "rms_norm",
         "half sum",
@@ -325,10 +326,10 @@ FAULTS = (
         SPACE,
         "rms_norm",
     ),
-    Fault("rms_norm_vjp", "halves' barrier", "turn = 1 - turn;", "", RACE, "rms_norm"),
+    Fault("rms_norm_vjp", "halves' barrier", "buffer = 1 - buffer;", "", RACE, "rms_norm"),
     Fault("rms_norm_vjp", "tail", "if (c < C) {", "if (c <= C) {", BOUNDS, "rms_norm"),
     Fault(
-        "rms_norm_vjp", "index", "dweight + int64_t(here.group_x) * C", "dweight", RACE, "rms_norm"
+        "rms_norm_vjp", "index", "(dweight) + int64_t(here.group_x) * C", "(dweight)", RACE, "rms_norm"
     ),
     Fault(
         "rms_norm_vjp",
@@ -361,8 +362,8 @@ FAULTS = (
     Fault(
         "pre_scale",
         "space",
-        "hold<N>(h_pre",
-        "hold<N>((const device float*)h_pre",
+        "at(h_pre",
+        "at((const device float*)h_pre",
         SPACE,
         "pre_scale",
     ),
@@ -382,8 +383,8 @@ FAULTS = (
     Fault(
         "pre_scale_vjp",
         "space",
-        "hold<N>(h_pre",
-        "hold<N>((const device float*)h_pre",
+        "at(h_pre",
+        "at((const device float*)h_pre",
         SPACE,
         "pre_scale",
     ),
@@ -400,8 +401,8 @@ FAULTS = (
     Fault(
         "gated_combine",
         "space",
-        "N <= 4>(h_post",
-        "N <= 4>((const device float*)h_post",
+        "at(h_post",
+        "at((const device float*)h_post",
         SPACE,
         "gated_combine",
     ),
@@ -427,8 +428,8 @@ FAULTS = (
     Fault(
         "gated_combine_vjp",
         "space",
-        "const auto p = h_pre",
-        "const auto p = (const device float*)h_pre",
+        "p = ACCESS::at(h_pre",
+        "p = ACCESS::at((const device float*)h_pre",
         SPACE,
         "gated_combine",
     ),
@@ -443,8 +444,8 @@ FAULTS = (
     Fault(
         "residual_add_aggregate",
         "index",
-        "store(h + token * C",
-        "store(h + token",
+        "(h) + token * C",
+        "(h) + token",
         MISPLACED,
         "residual_add_aggregate",
     ),
@@ -460,8 +461,8 @@ FAULTS = (
     Fault(
         "residual_add_aggregate",
         "space",
-        "hold<N>(h_pre",
-        "hold<N>((const device float*)h_pre",
+        "at(h_pre",
+        "at((const device float*)h_pre",
         SPACE,
         "residual_add_aggregate",
     ),
@@ -484,8 +485,8 @@ FAULTS = (
     Fault(
         "residual_add_aggregate_vjp",
         "index",
-        "g_h + token * C",
-        "g_h + token",
+        "(g_h) + token * C",
+        "(g_h) + token",
         MISPLACED,
         "residual_add_aggregate",
     ),
@@ -500,8 +501,8 @@ FAULTS = (
     Fault(
         "residual_add_aggregate_vjp",
         "space",
-        "hold<N>(h_pre",
-        "hold<N>((const device float*)h_pre",
+        "at(h_pre",
+        "at((const device float*)h_pre",
         SPACE,
         "residual_add_aggregate",
     ),

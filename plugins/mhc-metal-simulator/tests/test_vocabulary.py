@@ -109,7 +109,7 @@ def with_slip(right: str, wrong: str) -> str:
 
 def test_a_name_of_metal_is_found() -> None:
     text = with_slip(
-        "struct Place {", "int distance;\nstruct ushort3_t { int uint; };\nstruct Place {"
+        "struct Position {", "int distance;\nstruct ushort3_t { int uint; };\nstruct Position {"
     )
     found, _ = front_ends.cxx14(text.replace("int distance;", "constant int distance = 1;"), "slip")
     assert {"uint"} <= {one.name for one in found} & RESERVED
@@ -124,7 +124,7 @@ def test_a_word_without_a_row_is_found() -> None:
 
 
 def test_an_overload_without_a_row_is_found() -> None:
-    body = "const Place here = {"
+    body = "const Position here = {"
     text = with_slip(
         body, f"(void)simd_sum(half(1)); (void)sin(1.0f);\n(void)ushort4(1, 2, 3, 4);\n{body}"
     )
@@ -136,7 +136,7 @@ def test_an_overload_without_a_row_is_found() -> None:
 def test_a_conversion_without_a_row_is_found(space: str) -> None:
     own = "float own = 0;\n" if space == "thread" else ""
     address = "&own" if space == "thread" else "logits_shape"
-    body = "const Place here = {"
+    body = "const Position here = {"
     text = with_slip(body, f"{own}(void)reinterpret_cast<ulong>({address});\n{body}")
     shape = "  const constant int* logits_shape [[buffer(9)]],\n  uint thread_index"
     text = text if "logits_shape [[" in text else text.replace("  uint thread_index", shape, 1)
@@ -146,7 +146,7 @@ def test_a_conversion_without_a_row_is_found(space: str) -> None:
 
 def test_what_is_later_than_cxx14_is_refused() -> None:
     text = with_slip(
-        "struct Place {", "inline int two() { if constexpr (true) return 2; }\nstruct Place {"
+        "struct Position {", "inline int two() { if constexpr (true) return 2; }\nstruct Position {"
     )
     with pytest.raises(CompileError, match=r"constexpr if is a C\+\+17 extension"):
         front_ends.cxx14(text, "slip")

@@ -29,11 +29,11 @@ __all__ = [
     "weights_vjp",
 ]
 
-DPHI_BLOCKS = 8  # of 32 tokens, whose du is in threadgroup memory at once
+DPHI_STEPS = 8  # K steps of 32 tokens, whose du is in threadgroup memory at once
 DPHI_COLUMNS = 32  # whose sums a simdgroup keeps in registers
 KEPT = 4  # streams, that combine_project keeps in registers
-LEAF = 4  # streams of a leaf of combine_project, at most
-WIDE = 32  # columns, from which on their factors fill threadgroup memory
+K_BLOCK = 4  # streams of a K block of combine_project, at most
+MOST_COLUMNS = 32  # whose B operands leave room for a second K step in threadgroup memory
 
 
 class Projected(NamedTuple):
@@ -43,10 +43,15 @@ class Projected(NamedTuple):
     r: mx.array
 
 
-def settings(variant: Variant) -> dict[str, Sequence[float]]:
+def settings(variant: Variant) -> dict[str, float]:
     """Return the variant's numbers, which are written into the text of its kernels."""
     v = variant
-    return {"settings": (v.norm_eps, v.pre_eps, v.post_scale, v.sinkhorn_eps)}
+    return {
+        "norm_eps": v.norm_eps,
+        "pre_eps": v.pre_eps,
+        "post_scale": v.post_scale,
+        "sinkhorn_eps": v.sinkhorn_eps,
+    }
 
 
 def constants(variant: Variant) -> dict[str, int]:
@@ -60,21 +65,21 @@ def constants(variant: Variant) -> dict[str, int]:
 
 
 def project(kernels: Kernels, x: mx.array, phi: mx.array) -> mx.array:
-    """Return the sums over all channels, in parts."""
+    """Return the sums over all channels, as split-K partials."""
     sizes = Sizes.of(x)
-    inputs, out = {"x": tokens(x, 2), "phi": phi}, _parts(sizes, phi)
-    at_once = 1 if phi.shape[0] > WIDE else _at_once(x)
+    inputs, out = {"x": tokens(x, 2), "phi": phi}, _partials(sizes, phi)
+    run = 1 if phi.shape[0] > MOST_COLUMNS else _run(x)
     tiles = _tiles(phi, launch.COLUMNS_AT_ONCE)
-    chosen = {"AT_ONCE": at_once, "TILES": tiles}
+    chosen = {"RUN": run, "COLUMN_TILES": tiles}
     if launch.few(sizes.T, sizes.C):
-        chosen["LEAF_NUMBERS"] = launch.LEAF_NUMBERS[kernels.dialect]
-        return kernels("project_few", inputs, {"parts": out}, sizes, **chosen)[0]
-    height = launch.HEIGHT[dtype_name(x.dtype)]
-    rows, most = 2 * height * at_once, launch.AHEAD[kernels.dialect]
-    blocks = sizes.n * launch.PART_BLOCKS
-    stage, ahead = _stage(kernels, "project", x, tiles, blocks, at_once, rows, most)
-    chosen |= {"HEIGHT": height, "AHEAD": ahead}
-    return kernels("project", inputs, {"parts": out}, sizes, None, stage, **chosen)[0]
+        chosen["SCRATCH"] = launch.SCRATCH[kernels.dialect]
+        return kernels("project_few", inputs, {"partials": out}, sizes, **chosen)[0]
+    token_tiles = launch.TOKEN_TILES[dtype_name(x.dtype)]
+    rows, most = 2 * token_tiles * run, launch.AHEAD[kernels.dialect]
+    steps = sizes.n * launch.SPLIT_STEPS
+    stage, ahead = _stage(kernels, "project", x, tiles, steps, run, rows, most)
+    chosen |= {"TOKEN_TILES": token_tiles, "AHEAD": ahead}
+    return kernels("project", inputs, {"partials": out}, sizes, None, stage, **chosen)[0]
 
 
 def combine_project(
@@ -85,35 +90,35 @@ def combine_project(
     h_res: mx.array,
     phi: mx.array,
 ) -> tuple[mx.array, mx.array]:
-    """Return x', and its sums over all channels, in parts."""
+    """Return x', and its sums over all channels, as split-K partials."""
     sizes = Sizes.of(x)
     inputs = {**combine.inputs(x, y, h_post, h_res), "phi": phi}
-    outputs = {"out": Out.like(x), "parts": _parts(sizes, phi)}
+    outputs = {"out": Out.like(x), "partials": _partials(sizes, phi)}
     tiles = _tiles(phi, launch.COLUMNS_AT_ONCE)
     narrow = x.dtype != mx.float32
-    chosen = {"TILES": tiles, "BLOCKS": math.gcd(sizes.n, LEAF) if narrow else 1}
+    chosen = {"COLUMN_TILES": tiles, "STEPS": math.gcd(sizes.n, K_BLOCK) if narrow else 1}
     # every simdgroup of the former reads all streams, so it is for a tile of tokens alone
     if sizes.T <= launch.TILE_TOKENS and launch.few(sizes.T, sizes.C):
-        chosen["LEAF_NUMBERS"] = launch.LEAF_NUMBERS[kernels.dialect]
-        x_new, parts = kernels("combine_project_few", inputs, outputs, sizes, **chosen)
+        chosen["SCRATCH"] = launch.SCRATCH[kernels.dialect]
+        x_new, partials = kernels("combine_project_few", inputs, outputs, sizes, **chosen)
     else:
         kept = sizes.n <= KEPT
         most = min(launch.AHEAD[kernels.dialect], 1) if narrow and kept else 0
-        unit, rows = sizes.n if kept else chosen["BLOCKS"], 2 * (sizes.n + 1)
-        blocks = sizes.n * launch.PART_BLOCKS
+        unit, rows = sizes.n if kept else chosen["STEPS"], 2 * (sizes.n + 1)
+        steps = sizes.n * launch.SPLIT_STEPS
         stage, chosen["AHEAD"] = _stage(
-            kernels, "combine_project", x, tiles, blocks, unit, rows, most
+            kernels, "combine_project", x, tiles, steps, unit, rows, most
         )
-        x_new, parts = kernels("combine_project", inputs, outputs, sizes, None, stage, **chosen)
-    return x_new, parts
+        x_new, partials = kernels("combine_project", inputs, outputs, sizes, None, stage, **chosen)
+    return x_new, partials
 
 
-def _parts(sizes: Sizes, phi: mx.array) -> Out:
-    return Out((sizes.T, launch.parts(sizes.C), phi.shape[0] + 1), mx.float32)
+def _partials(sizes: Sizes, phi: mx.array) -> Out:
+    return Out((sizes.T, launch.splits(sizes.C), phi.shape[0] + 1), mx.float32)
 
 
-def _at_once(x: mx.array) -> int:
-    """Return the number of blocks of channels or of tokens that are in flight together."""
+def _run(x: mx.array) -> int:
+    """Return the number of K steps of one stream in a K block."""
     return 1 if x.dtype == mx.float32 else 2
 
 
@@ -126,32 +131,33 @@ def _stage(
     kernel: str,
     x: mx.array,
     tiles: int,
-    blocks: int,
+    steps: int,
     unit: int,
     rows: int = 0,
     most: int = 0,
 ) -> tuple[Stage, int]:
-    """Choose how many blocks' factors are in threadgroup memory at a time, at least ``unit``, and
+    """Choose how many K steps' B operands are in threadgroup memory at a time, at least ``unit``, and
     how many times ``rows`` of each thread are in flight to it, ``most`` if there is room.
     """
     dtype = dtype_name(x.dtype)
-    each = launch.factor_bytes(tiles, dtype, kernels.dialect)
-    slot = launch.slot_bytes(rows, dtype, kernel, kernels.dialect)
-    fit = (k for k in range(most, 0, -1) if k * slot + unit * each <= kernels.memory)
+    each = launch.operand_bytes(tiles, dtype, kernels.dialect)
+    buffer = launch.buffer_bytes(rows, dtype, kernel, kernels.dialect)
+    fit = (k for k in range(most, 0, -1) if k * buffer + unit * each <= kernels.memory)
     ahead = next(fit, 0)
-    room = (kernels.memory - ahead * slot) // each
-    return Stage(launch.stage(blocks, unit, room), each, ahead * slot), ahead
+    room = (kernels.memory - ahead * buffer) // each
+    return Stage(launch.stage(steps, unit, room), each, ahead * buffer), ahead
 
 
 # ---- the last stage ------------------------------------------------------------------------------
 
 
-def mapped(ahead: Sequence[int], n: int, columns: int, saves: bool) -> dict[str, Out]:
+def mapped(ahead: Sequence[int], n: int, columns: int, saves: bool) -> dict[str, Out | None]:
     """Return the outputs for the mappings of all tokens and, with ``saves``, for their vjp."""
-    wanted = {"h_pre": (n,), "h_post": (n,), "h_res": (n, n)}
-    if saves:
-        wanted |= {"u": (columns,), "r": (1,)}
-    return {name: Out((*ahead, *last), mx.float32) for name, last in wanted.items()}
+    wanted = {"h_pre": (n,), "h_post": (n,), "h_res": (n, n), "u": (columns,), "r": (1,)}
+    return {
+        name: Out((*ahead, *last), mx.float32) if saves or name not in ("u", "r") else None
+        for name, last in wanted.items()
+    }
 
 
 class Pre(NamedTuple):
@@ -167,7 +173,7 @@ class Pre(NamedTuple):
 def pre(
     kernels: Kernels,
     x: mx.array,
-    parts: mx.array,
+    partials: mx.array,
     scale: mx.array,
     bias: mx.array,
     given: mx.array | None,
@@ -176,10 +182,17 @@ def pre(
 ) -> Pre:
     """Launch ``pre`` on the sums of x; h is weighted by ``given``, or else by H_pre."""
     sizes, ahead = Sizes.of(x), x.shape[:-2]
-    inputs = {"x": tokens(x, 2), "parts": parts, "scale": scale, "bias": bias}
-    if given is not None:
-        inputs["given"] = tokens(given, 1)
-    outputs = {"h": Out((*ahead, sizes.C), x.dtype), **mapped(ahead, sizes.n, bias.size, saves)}
+    inputs: dict[str, mx.array | None] = {
+        "x": tokens(x, 2),
+        "partials": partials,
+        "scale": scale,
+        "bias": bias,
+    }
+    inputs["given"] = None if given is None else tokens(given, 1)
+    outputs: dict[str, Out | None] = {
+        "h": Out((*ahead, sizes.C), x.dtype),
+        **mapped(ahead, sizes.n, bias.size, saves),
+    }
     chosen = {"GIVEN": given is not None, "SAVES": saves, **constants(variant)}
     h, h_pre, h_post, h_res, *saved = kernels(
         "pre", inputs, outputs, sizes, settings(variant), **chosen
@@ -216,7 +229,7 @@ def local_vjp(
     inputs: dict[str, mx.array],
     sizes: Sizes,
     groups: int,
-    numbers: Mapping[str, Sequence[float]] | None = None,
+    numbers: Mapping[str, float] | None = None,
     /,
     **constants: int,
 ) -> Local:
@@ -267,9 +280,9 @@ def back_projection(
     shares = launch.shares("project_dphi", *sizes, kernels.dialect)
     partial = Out((shares, *phi.shape), mx.float32)
     tiles = _tiles(phi, DPHI_COLUMNS)
-    stage, _ = _stage(kernels, "project_dphi", x, tiles, DPHI_BLOCKS, 2)
+    stage, _ = _stage(kernels, "project_dphi", x, tiles, DPHI_STEPS, 2)
     inputs = {"x": flat, "du": local.du}
-    chosen = {"TILES": tiles, "AHEAD": x.dtype != mx.float32}
+    chosen = {"COLUMN_TILES": tiles, "AHEAD": x.dtype != mx.float32}
     (dphi,) = kernels("project_dphi", inputs, {"dphi": partial}, sizes, None, stage, **chosen)
     return dx, kernels.sum_to(dphi, phi, 2)
 

@@ -31,8 +31,8 @@ def saving(
     saves: bool = True,
 ) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
     """Return the outputs and, for the vjp, x' and the projection of x'."""
-    x_new, parts = _projection.combine_project(kernels, x, y, h_post, h_res, phi)
-    made = _projection.pre(kernels, x_new, parts, scale, bias, h_pre, variant, saves)
+    x_new, partials = _projection.combine_project(kernels, x, y, h_post, h_res, phi)
+    made = _projection.pre(kernels, x_new, partials, scale, bias, h_pre, variant, saves)
     outputs = (x_new, made.h, made.h_pre, made.h_post, made.h_res)
     return outputs, (x_new, *made.saved, made.h_pre)
 

@@ -28,12 +28,11 @@ def saving(
 ) -> tuple[tuple[mx.array], tuple[mx.array, ...]]:
     """Return h and, for the vjp, the projection and the weights."""
     sizes, ahead = Sizes.of(x), x.shape[:-2]
-    parts = _projection.project(kernels, x, phi)
-    inputs = {"x": tokens(x, 2), "parts": parts, "scale": scale, "bias": bias}
-    outputs = {"h": Out((*ahead, sizes.C), x.dtype)}
-    if saves:
-        outputs |= {name: Out((*ahead, sizes.n), mx.float32) for name in ("u", "w")}
-        outputs["r"] = Out((*ahead, 1), mx.float32)
+    partials = _projection.project(kernels, x, phi)
+    inputs = {"x": tokens(x, 2), "partials": partials, "scale": scale, "bias": bias}
+    outputs: dict[str, Out | None] = {"h": Out((*ahead, sizes.C), x.dtype)}
+    for name, last in (("u", sizes.n), ("w", sizes.n), ("r", 1)):
+        outputs[name] = Out((*ahead, last), mx.float32) if saves else None
     h, *saved = kernels("head", inputs, outputs, sizes, _projection.settings(variant), SAVES=saves)
     return (h,), tuple(saved)
 

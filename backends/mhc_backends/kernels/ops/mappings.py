@@ -28,8 +28,8 @@ def saving(
 ) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
     """Return the outputs and, for the vjp, the projection."""
     sizes, ahead = Sizes.of(x), x.shape[:-2]
-    parts = _projection.project(kernels, x, phi)
-    inputs = {"parts": parts, "scale": scale, "bias": bias}
+    partials = _projection.project(kernels, x, phi)
+    inputs = {"partials": partials, "scale": scale, "bias": bias}
     outputs = _projection.mapped(ahead, sizes.n, bias.size, saves)
     chosen = {"CHANNELS": sizes.C, "SAVES": saves, **_projection.constants(variant)}
     made = kernels("mappings", inputs, outputs, sizes, _projection.settings(variant), **chosen)

@@ -29,8 +29,8 @@ def saving(
     saves: bool = True,
 ) -> tuple[tuple[mx.array, mx.array, mx.array], tuple[mx.array, ...]]:
     """Return the outputs and, for the vjp, the projection and H_pre."""
-    parts = _projection.project(kernels, x, phi)
-    made = _projection.pre(kernels, x, parts, scale, bias, None, variant, saves)
+    partials = _projection.project(kernels, x, phi)
+    made = _projection.pre(kernels, x, partials, scale, bias, None, variant, saves)
     return (made.h, made.h_post, made.h_res), (*made.saved, made.h_pre)
 
 

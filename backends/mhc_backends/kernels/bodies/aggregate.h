@@ -1,0 +1,40 @@
+// aggregate: h = sum_i h_pre_i x_i.
+//
+// x[T, n, C], h_pre[T or 1, n] -> h[T, C]. A threadgroup takes one token, or a stretch of its C.
+
+#pragma once
+
+#include "../common/channels.h"
+#include "../common/floats.h"
+#include "../common/held.h"
+#include "../common/load.h"
+#include "../common/position.h"
+#include "../common/store.h"
+#include "dialect/vectors.h"
+#include "dialect/words.h"
+
+// Whether whole vectors may be loaded and stored.
+template <int N, int W, typename X, typename HPre, typename H>
+FUNCTION bool aggregate_aligned(X x, HPre h_pre, H h) {
+    return vectors<W>(x) && vectors<W>(h) && vectors<N>(h_pre);
+}
+
+template <typename ACCESS, int N, int W, typename X, typename XShape, typename HPre,
+          typename HPreShape, typename H>
+FUNCTION void aggregate(X x, XShape x_shape, HPre h_pre, HPreShape h_pre_shape, H h,
+                        Position here) {
+    const int64_t T = x_shape[0];
+    const int C = x_shape[2];
+
+    for (int64_t token = here.group_x; token < T; token += here.groups_x) {
+        const auto streams = ACCESS::at(x) + token * N * C;
+        const auto weights = hold<N>(ACCESS::at(h_pre) + row(h_pre_shape[0], token) * N);
+
+        for (int c = first_channel<W>(here); c < C; c += next_channel<W>(here)) {
+            Floats<W> sum = zeros<W>();
+            UNROLL for (int i = 0; i < N; i++)
+                sum = add(sum, value(weights, i), load<W>(streams + i * C + c));
+            store(ACCESS::at(h) + token * C + c, sum);
+        }
+    }
+}

@@ -1,0 +1,38 @@
+// From the sums over n C to u, r, h_pre, h_post and the logits of H_res.
+
+#pragma once
+
+#include "norm.h"
+#include "position.h"
+#include "sigmoid.h"
+#include "dialect/words.h"
+
+// From the sums of TOKENS tokens, M = n n + 2 n products and the squares of each, to u (the
+// products), r (1 / rms), h_pre and h_post, which are stored where `stores` says so. What follows
+// reads h_pre and the logits of H_res where the products were, in `sums`: a BARRIER must come
+// first.
+template <int N, int TOKENS, bool SAVES, typename S, typename A, typename B, typename P, typename Q>
+FUNCTION void activate(S sums, A scale, B bias, float norm_eps, float pre_eps, float post_scale,
+                       float count, int64_t first, int64_t T, bool stores, Q u, Q r, P h_pre,
+                       P h_post, Position here) {
+    const int M = N * N + 2 * N;
+    const int tokens = T - first < TOKENS ? int(T - first) : TOKENS;
+    for (int item = here.id; item < tokens * M; item += here.threads) {
+        const int k = item / M, column = item % M;
+        const int64_t token = first + k;
+        const int group = column < N ? 0 : column < 2 * N ? 1 : 2;
+        const float product = sums[k * (M + 1) + column];
+        const float inverse = inverse_rms(sums[k * (M + 1) + M], count, norm_eps);
+        const float z = product * inverse * float(scale[group]) + float(bias[column]);
+        const float mapped = group == 0   ? sigmoid(z) + pre_eps
+                             : group == 1 ? post_scale * sigmoid(z)
+                                          : z;
+        if (stores) {
+            if (SAVES) u[token * M + column] = product;
+            if (SAVES && column == 0) r[token] = inverse;
+            if (group == 0) h_pre[token * N + column] = mapped;
+            if (group == 1) h_post[token * N + column - N] = mapped;
+        }
+        sums[k * (M + 1) + column] = mapped;
+    }
+}

@@ -1,0 +1,64 @@
+// Sums of K blocks that several simdgroups make, in threadgroup memory.
+
+#pragma once
+
+#include "../position.h"
+#include "layout.h"
+#include "sums.h"
+#include "dialect/lanes.h"
+#include "dialect/words.h"
+
+// Numbers of a token in threadgroup memory: its products, then its squares, a number for each of
+// the four lanes that have some.
+template <int COLUMN_TILES>
+struct Width {
+    enum { NUMBERS = COLUMN_TILES * TILE_COLUMNS + 4 };
+};
+
+// Puts the sums of one K block, where `tokens` of them belong.
+template <int COLUMN_TILES, typename S>
+FUNCTION void put_block_sums(S k_block, Sums<COLUMN_TILES, 1> sums, int tokens, int lane) {
+    UNROLL for (int h = 0; h < 2; h++) {
+        UNROLL for (int j = 0; j < 2; j++) {
+            const int token = 8 * h + sum_row(lane, j);
+            UNROLL for (int tile = 0; tile < COLUMN_TILES; tile++) {
+                const int at = tile * TILE_COLUMNS + sum_column(lane, j);
+                if (token < tokens)
+                    k_block[token * Width<COLUMN_TILES>::NUMBERS + at] =
+                        sums.products.at[0].tile[tile].in_half[h].at[j];
+            }
+        }
+        const int token = 8 * h + tile_row(lane),
+                  at = COLUMN_TILES * TILE_COLUMNS + tile_pair(lane) / 2;
+        if (token < tokens)
+            k_block[token * Width<COLUMN_TILES>::NUMBERS + at] = sums.squares[0].at[h];
+    }
+}
+
+// Adds `count` K blocks, one by one, to the totals of `tokens`; a thread has the same of them
+// always.
+template <int COLUMN_TILES, typename S>
+FUNCTION void add_k_blocks(S totals, S k_blocks, int count, int tokens, bool first, Position here) {
+    const int NUMBERS = Width<COLUMN_TILES>::NUMBERS;
+    for (int at = here.id; at < tokens * NUMBERS; at += here.threads) {
+        float sum = first ? 0.0f : totals[at];
+        for (int k_block = 0; k_block < count; k_block++)
+            sum += k_blocks[k_block * TILE_TOKENS * NUMBERS + at];
+        totals[at] = sum;
+    }
+}
+
+// Stores the totals, as store_sums does; `partials` is the first token's, and `stride` between
+// them.
+template <int COLUMN_TILES, typename S, typename P>
+FUNCTION void store_totals(S totals, P partials, int64_t stride, int column, int M, int tokens,
+                           Position here) {
+    const int NUMBERS = Width<COLUMN_TILES>::NUMBERS, PRODUCTS = COLUMN_TILES * TILE_COLUMNS;
+    for (int at = here.id; at < tokens * (PRODUCTS + 1); at += here.threads) {
+        const int own_token = at / (PRODUCTS + 1), k = at % (PRODUCTS + 1);
+        const auto own = totals + own_token * NUMBERS;
+        if (k < PRODUCTS && column + k < M) partials[own_token * stride + column + k] = own[k];
+        if (k == PRODUCTS && column == 0)
+            partials[own_token * stride + M] = (own[k] + own[k + 1]) + (own[k + 2] + own[k + 3]);
+    }
+}

@@ -1,0 +1,30 @@
+// Sums to memory, as split-K partials.
+
+#pragma once
+
+#include "sums.h"
+#include "dialect/lanes.h"
+#include "dialect/simd.h"
+#include "dialect/words.h"
+
+// Stores the sums of the tokens from `first` on in partials[T, P, M + 1]: of COLUMN_TILES tiles of
+// columns from `column` on, and once the squares, in the last place.
+template <int COLUMN_TILES, int TOKEN_TILES, typename P>
+FUNCTION void store_sums(P partials, int64_t first, int64_t T, int count, int split,
+                         Sums<COLUMN_TILES, TOKEN_TILES> sums, int column, int M, int lane) {
+    UNROLL for (int k = 0; k < 2 * TOKEN_TILES; k++) {
+        UNROLL for (int j = 0; j < 2; j++) {
+            const int64_t token = first + 8 * k + sum_row(lane, j);
+            const int64_t own = (token * count + split) * (M + 1);
+            UNROLL for (int tile = 0; tile < COLUMN_TILES; tile++) {
+                const int at = column + tile * TILE_COLUMNS + sum_column(lane, j);
+                if (at < M && token < T)
+                    partials[own + at] = sums.products.at[k / 2].tile[tile].in_half[k % 2].at[j];
+            }
+        }
+        const int64_t token = first + 8 * k + tile_row(lane);
+        const float squares = row_sum(sums.squares[k / 2].at[k % 2]);
+        if (column == 0 && tile_pair(lane) == 0 && token < T)
+            partials[(token * count + split) * (M + 1) + M] = squares;
+    }
+}

@@ -1,0 +1,39 @@
+// sinkhorn: a number of iterations.
+
+#pragma once
+
+#include "../floats.h"
+#include "../position.h"
+#include "iterate.h"
+#include "softmax.h"
+#include "start.h"
+#include "dialect/simd.h"
+#include "dialect/words.h"
+
+template <typename SPACE, int N>
+FUNCTION Floats<N> take_steps(Floats<N> v, int steps, float eps, Position here) {
+    for (int k = 0; k < steps; k++) v = iterate<SPACE>(v, eps, true, here).v;
+    return values<SPACE>(v);
+}
+
+// H_res of logits, at least one iteration. LOG: eps is 0, and a matrix whose entries might
+// underflow is kept as logarithms; the others take the same iterations on the numbers, which is
+// faster.
+template <int N, bool LOG>
+FUNCTION Floats<N> sinkhorn_matrix(Floats<N> logits, Position here, int iterations, float eps) {
+    Floats<N> out = zeros<N>();
+    if (LOG) {
+        const bool linear = narrow(logits, here);
+        if (simd_any(linear))
+            out = take_steps<LinearSpace>(powers(logits, here), iterations, 0.0f, here);
+        if (simd_any(!linear)) {
+            const Floats<N> start = logarithms(logits, here);
+            const Floats<N> other = take_steps<LogSpace>(start, iterations, 0.0f, here);
+            if (!linear) out = other;
+        }
+    } else {
+        const Floats<N> start = started(softmax(logits, here), eps, here);
+        out = take_steps<LinearSpace>(start, iterations - 1, eps, here);
+    }
+    return out;
+}

@@ -1,0 +1,55 @@
+// One product of fragments: [16, DEPTH] by [DEPTH, 8].
+
+#pragma once
+
+#include "../../common/floats.h"
+#include "../../common/fragments.h"
+#include "words.h"
+
+struct BFragment {
+    uint4 frag;
+};
+
+// The tensor cores multiply numbers of 11 significant bits (TF32), and of others leave off the last
+// 13. So a float is the sum of two of them, to float32's own rounding: its nearest, and the rest;
+// the product of two rests is below that and left out. (cvt.rna.tf32 takes 5 instructions. Where a
+// NaN's bits overflow here, the rest is one.)
+FUNCTION unsigned tensor_float(float v) { return (__float_as_uint(v) + 0x1000u) & 0xffffe000u; }
+
+FUNCTION unsigned tensor_rest(float v, unsigned upper) {
+    return __float_as_uint(v - __uint_as_float(upper));
+}
+
+FUNCTION Floats<4> tensor_multiply(Floats<4> sum, uint4 a, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum.at[0]), "+f"(sum.at[1]), "+f"(sum.at[2]), "+f"(sum.at[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+    return sum;
+}
+
+// The upper row's two numbers, then the lower row's.
+FUNCTION AFragment a_fragment(float upper, float upper_next, float lower, float lower_next) {
+    AFragment out;
+    out.frag[0] = make_uint4(tensor_float(upper), tensor_float(lower), tensor_float(upper_next),
+                             tensor_float(lower_next));
+    out.frag[1] =
+        make_uint4(tensor_rest(upper, out.frag[0].x), tensor_rest(lower, out.frag[0].y),
+                   tensor_rest(upper_next, out.frag[0].z), tensor_rest(lower_next, out.frag[0].w));
+    return out;
+}
+
+FUNCTION BFragment b_fragment(float first, float second) {
+    BFragment out;
+    out.frag.x = tensor_float(first), out.frag.y = tensor_float(second);
+    out.frag.z = tensor_rest(first, out.frag.x), out.frag.w = tensor_rest(second, out.frag.y);
+    return out;
+}
+
+// sum + a b, in full float32, and the smallest products first: a tensor core does not round a sum
+// but cuts it off.
+FUNCTION Floats<4> multiply(Floats<4> sum, AFragment a, BFragment b) {
+    sum = tensor_multiply(sum, a.frag[0], b.frag.z, b.frag.w);
+    sum = tensor_multiply(sum, a.frag[1], b.frag.x, b.frag.y);
+    return tensor_multiply(sum, a.frag[0], b.frag.x, b.frag.y);
+}

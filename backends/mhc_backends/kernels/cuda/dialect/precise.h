@@ -1,0 +1,14 @@
+// Functions that Metal has fast forms of.
+
+#pragma once
+
+#include "words.h"
+
+// The functions as the dialect for Metal has to call them, for floats.
+struct precise {
+    static FUNCTION float exp(float v) { return ::exp(v); }
+    static FUNCTION float log(float v) { return ::log(v); }
+    static FUNCTION float sqrt(float v) { return ::sqrt(v); }
+    static FUNCTION float max(float u, float v) { return ::max(u, v); }
+    static FUNCTION float min(float u, float v) { return ::min(u, v); }
+};

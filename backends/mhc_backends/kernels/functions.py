@@ -1,0 +1,120 @@
+"""From kernels to the functions of a backend: forwards and vjps that MLX can differentiate.
+
+:class:`Ops` makes them of the modules in ``mhc_backends.kernels.ops``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mhc_backends.mlx_common import as_tuple, distinct, placed
+from mhc_backends.kernels import ops
+from mhc_backends.kernels.mlx import Kernels
+from mhc_core import gradients
+from mhc_core import math as neutral_math
+
+__all__ = ["Ops"]
+
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Ops:
+    """The functions of a backend: an op per attribute, and ``vjp``.
+
+    An op consists of its forward kernels and its vjp kernels, joined by ``mx.custom_function`` with
+    every array as an argument: captured arrays would get zero gradients. ``compiled`` is
+    ``mx.compile``, which spares MLX building a kernel's text again at every call, or None where
+    kernels cannot be traced.
+    """
+
+    def __init__(self, kernels: Kernels, compiled: Compile | None = None) -> None:
+        self._kernels = kernels
+        self._compiled: Compile = compiled or (lambda function: function)
+        self._forward = functools.cache(self._make_forward)
+        self._inference = functools.cache(self._make_inference)
+        self._vjp = functools.cache(self._make_vjp)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name not in ops.OPS:
+            raise AttributeError(name)
+
+        def op(*arrays: mx.array, **static: Any) -> Any:
+            function = self._forward if gradients.wanted() else self._inference
+            outputs = function(name, tuple(static.items()))(*arrays)
+            count = ops.outputs(name)
+            return outputs[0] if count == 1 else tuple(outputs[:count])
+
+        return op
+
+    def vjp(
+        self, op: str, primals: Sequence[mx.array], cotangents: Sequence[mx.array], **static: Any
+    ) -> tuple[mx.array, ...]:
+        """Pull cotangents back by an op's vjp kernels."""
+        return tuple(self._vjp(op, tuple(static.items()))(tuple(primals), tuple(cotangents)))
+
+    def _make_forward(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+        """Return a function from the op's arrays to one tuple: outputs, then what its vjp saves."""
+        module, options, count = ops.load(op), dict(static), ops.outputs(op)
+        places: tuple[int, ...] = ()  # of what is saved, among the outputs and what follows them
+
+        # Without stop_gradient mx.jvp asks the kernels for their derivatives before our rule.
+
+        def forward(*primals: mx.array) -> tuple[mx.array, ...]:
+            nonlocal places
+            stopped = map(mx.stop_gradient, primals)
+            if not hasattr(module, "saving"):
+                return as_tuple(module.forward(self._kernels, *stopped, **options))
+            outputs, saved = module.saving(self._kernels, *stopped, **options)
+            places, every = placed(as_tuple(outputs), saved)
+            return every
+
+        def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
+            saved = tuple(as_tuple(outputs)[k] for k in places)
+            return pulled(as_tuple(primals), as_tuple(cotangents)[:count], saved)
+
+        def launches(primals: Any, cotangents: Any, saved: Any) -> Any:
+            given = [tuple(map(mx.stop_gradient, a)) for a in (primals, cotangents, saved)]
+            return tuple(module.vjp(self._kernels, *given[:2], given[2] or None, **options))
+
+        pulled = mx.custom_function(launches)
+        pulled.vjp(functools.partial(_second, op, options))
+        pulled.jvp(functools.partial(_no_forward_mode, op))
+        differentiable = mx.custom_function(forward)
+        differentiable.vjp(back)
+        differentiable.jvp(functools.partial(_no_forward_mode, op))
+        return self._compiled(differentiable)
+
+    def _make_inference(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+        """Return the same without a vjp: in MLX a custom function costs 2 us for each output."""
+        function = functools.partial(ops.load(op).forward, self._kernels, **dict(static))
+        return self._compiled(lambda *primals: as_tuple(function(*primals)))
+
+    def _make_vjp(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+        function = functools.partial(ops.load(op).vjp, self._kernels, **dict(static))
+        return self._compiled(function)
+
+
+def _second(op: str, options: dict[str, Any], given: Any, cotangents: Any, _: Any) -> Any:
+    """Differentiate a vjp through the neutral maths, since kernels have no derivatives.
+
+    It starts from the primals alone, so saved arrays get zero gradients.
+    """
+    primals, pulled, saved = map(as_tuple, given)
+    count, neutral = len(primals), neutral_math.load(op).vjp
+
+    def again(*arrays: mx.array) -> Any:
+        return distinct(neutral(arrays[:count], arrays[count:], **options))
+
+    _, gradients = mx.vjp(again, [*primals, *pulled], list(as_tuple(cotangents)))
+    return gradients[:count], gradients[count:], [mx.zeros_like(array) for array in saved]
+
+
+def _no_forward_mode(op: str, *_: Any) -> Any:
+    raise NotImplementedError(
+        f"{op}: kernels have no forward-mode derivatives (mx.jvp); pass backend='mlx-compiled', "
+        "which has them, or take gradients of gradients by mx.grad"
+    )

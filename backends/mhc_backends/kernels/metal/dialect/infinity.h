@@ -1,0 +1,5 @@
+// The largest of no numbers.
+
+#pragma once
+
+#define MINUS_INFINITY (-INFINITY)

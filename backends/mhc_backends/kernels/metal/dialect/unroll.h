@@ -1,0 +1,7 @@
+// Loops that are unrolled where they are short.
+
+#pragma once
+
+#define PRAGMA(text) _Pragma(#text)
+#define UNROLL_FEW(COUNT) PRAGMA(clang loop unroll_count(COUNT <= 4 ? COUNT : 1))
+#define UNROLL_SMALL UNROLL_FEW(N)
