@@ -296,9 +296,9 @@ def _launched(monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
 
     The products with phi have other kernels for many tokens, which run as well.
     """
-    from mhc_backends.mlx_common import as_tuple, from_host
     from mhc_backends.kernels.functions import Ops
     from mhc_backends.kernels.mlx import Kernels
+    from mhc_backends.mlx_common import as_tuple, from_host
     from mhc_conformance.cases import cases, data
 
     recorder = Recorder()

@@ -232,7 +232,10 @@ def tuning(scratch: Path) -> Reader:
         finally:
             del os.environ[launch.VARIABLE]
 
-    text = {"combine": {"threads": 128, "elements": 4}, "aggregate": {"iterations": 1, "resident": 2}}
+    text = {
+        "combine": {"threads": 128, "elements": 4},
+        "aggregate": {"iterations": 1, "resident": 2},
+    }
     good = {"tuning.json": json.dumps(text).encode()}
     return Reader(
         launch.VARIABLE, [good], read, (ValueError,), f"{launch.VARIABLE}={{folder}}/tuning.json"

@@ -11,9 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mhc_backends.mlx_common import as_tuple, distinct, placed
 from mhc_backends.kernels import ops
 from mhc_backends.kernels.mlx import Kernels
+from mhc_backends.mlx_common import as_tuple, distinct, placed
 from mhc_core import gradients
 from mhc_core import math as neutral_math
 

@@ -25,13 +25,13 @@ __all__ = [
     "VARIABLE",
     "Launch",
     "Shape",
-    "operand_bytes",
+    "buffer_bytes",
     "few",
     "launch",
     "occupancy",
-    "splits",
+    "operand_bytes",
     "shares",
-    "buffer_bytes",
+    "splits",
     "stage",
 ]
 
@@ -265,7 +265,7 @@ def splits(C: int) -> int:
 
 
 def few(T: int, C: int) -> bool:
-    """Return whether tokens are so few that simdgroups share a split's K blocks; sums stay equal."""
+    """Return whether tokens are so few that simdgroups share K blocks; sums stay equal."""
     return -(-T // (max(TOKEN_TILES.values()) * TILE_TOKENS)) * splits(C) < BUSY
 
 
@@ -297,7 +297,7 @@ def _split_k_few(shape: Shape, T: int, n: int, C: int, dialect: str) -> Launch:
 
 
 def operand_bytes(tiles: int, dtype: str, dialect: str) -> int:
-    """Return the bytes of a K step's B operand in threadgroup memory, as the dialects lay it out."""
+    """Return the bytes of a K step's B operand in threadgroup memory, in a dialect's layout."""
     fragments = 2 * tiles
     if dialect == "cuda":
         fragments = 2 * (-(-3 * tiles // 2)) if dtype == "bfloat16" else 4 * tiles

@@ -6,9 +6,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mhc_backends.mlx_common import checkpoint, compile, from_host, grad, to_host
 from mhc_backends.kernels.functions import Ops
 from mhc_backends.kernels.mlx import Kernels
+from mhc_backends.mlx_common import checkpoint, compile, from_host, grad, to_host
 from mhc_backends.mlx_cuda.launcher import cuda_kernel
 
 __all__ = ["checkpoint", "compile", "from_host", "grad", "to_host", "vjp"]

@@ -65,8 +65,8 @@ def _prove(call: Any, launcher: Any, tell: Any) -> None:
     """Run a call's kernels one by one."""
     import mlx.core as mx
 
-    from mhc_backends.mlx_common import as_tuple, to_host
     from mhc_backends.kernels.mlx import Kernels
+    from mhc_backends.mlx_common import as_tuple, to_host
     from mhc_backends.proof.launches import Launched, Watched, run
     from mhc_backends.proof.numbers import fault, inputs, wanted
 
@@ -108,9 +108,9 @@ def _prove_whole(call: Any, launcher: Any, compiled: bool, tell: Any) -> None:
     """Run a call and its gradients as users do, compiled and differentiated by MLX."""
     import mlx.core as mx
 
-    from mhc_backends.mlx_common import as_tuple, to_host
     from mhc_backends.kernels.functions import Ops
     from mhc_backends.kernels.mlx import Kernels
+    from mhc_backends.mlx_common import as_tuple, to_host
     from mhc_backends.proof.numbers import fault, inputs, wanted
 
     call = call.differentiated

@@ -34,9 +34,21 @@ def test_the_text_is_cpp_for_opencl(kernel: str) -> None:
 
 
 SLIPS = {
-    "half as a name": ("const Position here", "float half = 1;\nconst Position here", "cannot combine"),
-    "kernel as a name": ("const Position here", "float kernel = 1;\nconst Position here", "expected"),
-    "constant as a name": ("const Position here", "float constant = 1;\nconst Position here", "expected"),
+    "half as a name": (
+        "const Position here",
+        "float half = 1;\nconst Position here",
+        "cannot combine",
+    ),
+    "kernel as a name": (
+        "const Position here",
+        "float kernel = 1;\nconst Position here",
+        "expected",
+    ),
+    "constant as a name": (
+        "const Position here",
+        "float constant = 1;\nconst Position here",
+        "expected",
+    ),
     "a cast to another space": (
         "const Position here",
         "(void)(device int*)logits_shape;\nconst Position here",
@@ -81,7 +93,9 @@ def test_a_whole_file_passes_with_mlx_utilities_before_it() -> None:
 def test_a_name_of_mlx_utilities_would_be_found() -> None:
     text = chosen("sum_rows")
     assert "struct Limits" in utilities()
-    slip = complete(text).replace("struct Position {", "struct Limits { int k; };\nstruct Position {", 1)
+    slip = complete(text).replace(
+        "struct Position {", "struct Limits { int k; };\nstruct Position {", 1
+    )
     with pytest.raises(CompileError, match="Limits"):
         front_ends.metal(slip, text.kernel)
 

@@ -321,7 +321,7 @@ def _back(size: Size, busy: int) -> None:
 
 
 def _end(size: Size, busy: int) -> None:
-    """Check pre on partials that others might have made: more of them than a thread adds at a time."""
+    """Check pre on partials that others might have made: more than a thread adds at a time."""
     T, n, C, _ = size
     x, phi, scale, bias = _draw("pre", size)
     x, given = _normal(x.shape, x.dtype), _normal((T, n), seed=4)
@@ -451,7 +451,8 @@ NO_SPACE = f"{SPACE}|no matching function"
 ANYWHERE = f"{BOUNDS}|{WRONG}|nothing was written before"
 BITS = "other bits"
 ROUNDED = _halved("", "sums.squares[0]", 2)
-K_BLOCK = "put_block_sums(k_block, add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands), tokens, lane);"
+MULTIPLIED = "add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands)"
+K_BLOCK = f"put_block_sums(k_block, {MULTIPLIED}, tokens, lane);"
 HALF_K_BLOCK = (
     "auto sums = add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands);"
     f"{ROUNDED} put_block_sums(k_block, sums, tokens, lane);"
@@ -568,7 +569,9 @@ FAULTS = (
         (
             "half sum",
             "multiply<COLUMN_TILES>(rows, shared));",
-            _halved("multiply<COLUMN_TILES>(rows, shared));", "sums[s].at[0].tile[0].in_half[0]", 2),
+            _halved(
+                "multiply<COLUMN_TILES>(rows, shared));", "sums[s].at[0].tile[0].in_half[0]", 2
+            ),
             WRONG,
         ),
         ("space", "(du, M", f"({_device('du')}, M", NO_SPACE),
@@ -582,7 +585,8 @@ FAULTS = (
         (
             "half sum",
             "add_dot(sums[i], load<W>(ACCESS::at(x) + (token * N + i) * C + c), layer);",
-            "float(half(add_dot(sums[i], load<W>(ACCESS::at(x) + (token * N + i) * C + c), layer)));",
+            "float(half(add_dot(sums[i], load<W>(ACCESS::at(x) + (token * N + i) * C + c),"
+            " layer)));",
             WRONG,
         ),
         ("space", "ACCESS::at(dh) +", f"ACCESS::at({_device('dh')}) +", NO_SPACE),
@@ -660,7 +664,12 @@ FAULTS = (
         ("nothing in a buffer", "put_nothing(like, to, lane);", "{}", ANYWHERE),
         ("copies' lanes", "row_lane(lane, frag / COUNT)", "row_lane(lane, own)", ANYWHERE),
         ("copies' fragments", "(frag - COUNT * own) * NUMBERS", "(frag - own) * NUMBERS", ANYWHERE),
-        ("rows of a buffer", "buffer + k * RowFragments<R>::COUNT * SIMD, lane", "buffer, lane", WRONG),
+        (
+            "rows of a buffer",
+            "buffer + k * RowFragments<R>::COUNT * SIMD, lane",
+            "buffer, lane",
+            WRONG,
+        ),
         op="project, ahead",
     ),
     *_many(

@@ -352,7 +352,8 @@ FAULTS = (
     *_slips(
         "sinkhorn_vjp",
         "sinkhorn",
-        "const Floats<N> dv = sinkhorn_matrix_vjp<N, LOG>(v, dres, here, ITERATIONS, float(eps[0]), own);",
+        "const Floats<N> dv ="
+        " sinkhorn_matrix_vjp<N, LOG>(v, dres, here, ITERATIONS, float(eps[0]), own);",
         LOADED,
         "logits",
         "g",
@@ -390,7 +391,8 @@ FAULTS = (
     *_slips(
         "mappings_vjp",
         "mappings_vjp",
-        "const Floats<N> dz = sinkhorn_matrix_vjp<N, LOG>(z, dres, here, ITERATIONS, sinkhorn_eps, own);",
+        "const Floats<N> dz ="
+        " sinkhorn_matrix_vjp<N, LOG>(z, dres, here, ITERATIONS, sinkhorn_eps, own);",
         ("float(g_post[token * N + b])", "float(g_pre[token * N + b])"),
         "g_res",
     ),
@@ -450,9 +452,7 @@ FAULTS = (
     ),
     Fault("common", "padding", "active && inside<N>(here))", "active)", WRONG, "static_mappings"),
     Fault("common", "underflow", "NARROW = 40", "NARROW = 4000", "nan|NaN|finite", "sinkhorn"),
-    Fault(
-        "common", "one choice for all", "if (!linear) out =", "out =", ALONE, "static_mappings"
-    ),
+    Fault("common", "one choice for all", "if (!linear) out =", "out =", ALONE, "static_mappings"),
     Fault(
         "common",
         "the divisors' places",

@@ -26,7 +26,7 @@ from kernel_checks import (  # noqa: E402
     seeded,
 )
 from mhc_backends.kernels import launch as launches  # noqa: E402
-from mhc_backends.kernels.text import KERNELS, signature  # noqa: E402
+from mhc_backends.kernels.text import signature  # noqa: E402
 
 from mhc_metal_simulator.launch import LaunchRecord  # noqa: E402
 
@@ -329,7 +329,12 @@ FAULTS = (
     Fault("rms_norm_vjp", "halves' barrier", "buffer = 1 - buffer;", "", RACE, "rms_norm"),
     Fault("rms_norm_vjp", "tail", "if (c < C) {", "if (c <= C) {", BOUNDS, "rms_norm"),
     Fault(
-        "rms_norm_vjp", "index", "(dweight) + int64_t(here.group_x) * C", "(dweight)", RACE, "rms_norm"
+        "rms_norm_vjp",
+        "index",
+        "(dweight) + int64_t(here.group_x) * C",
+        "(dweight)",
+        RACE,
+        "rms_norm",
     ),
     Fault(
         "rms_norm_vjp",

@@ -136,8 +136,8 @@ def _stage(
     rows: int = 0,
     most: int = 0,
 ) -> tuple[Stage, int]:
-    """Choose how many K steps' B operands are in threadgroup memory at a time, at least ``unit``, and
-    how many times ``rows`` of each thread are in flight to it, ``most`` if there is room.
+    """Choose the K steps whose B operands are in threadgroup memory, at least ``unit``, and how
+    many times ``rows`` of each thread are in flight to it, ``most`` if there is room.
     """
     dtype = dtype_name(x.dtype)
     each = launch.operand_bytes(tiles, dtype, kernels.dialect)
