@@ -81,11 +81,11 @@ def test_that_rounding_is_the_cast(dtype: str) -> None:
     numbers = jnp.asarray(np.append(values, edges), jnp.float32)
     like = jnp.zeros(1, dtype)
     xp = array_namespace(like)
-    rounded = jax.jit(lambda x: _xp.cast(xp, x, like))(numbers)
+    rounded = jax.jit(lambda x: _xp.as_dtype_of(xp, x, like))(numbers)
     np.testing.assert_array_equal(
         np.asarray(rounded).view(np.uint16), np.asarray(numbers.astype(dtype)).view(np.uint16)
     )
-    slope = jax.grad(lambda x: jnp.sum(_xp.cast(xp, x, like).astype(jnp.float32)))(numbers)
+    slope = jax.grad(lambda x: jnp.sum(_xp.as_dtype_of(xp, x, like).astype(jnp.float32)))(numbers)
     assert (np.asarray(slope) == 1).all()
 
 

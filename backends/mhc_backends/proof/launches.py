@@ -231,11 +231,11 @@ def run(
     """Run an op in inference, then with gradients wanted, then its gradients."""
     module, options = ops.load(call.op), call.options
     plain = module.forward(kernels, *arrays, **options)
-    if not hasattr(module, "saving"):
+    if not hasattr(module, "forward_with_saved"):
         return plain, plain, module.vjp(kernels, tuple(arrays), tuple(cotangents), **options)
-    outputs, saved = module.saving(kernels, *arrays, **options)
-    back = module.vjp(kernels, tuple(arrays), tuple(cotangents), saved, **options)
-    return plain, outputs, back
+    outputs, saved = module.forward_with_saved(kernels, *arrays, **options)
+    gradients = module.vjp(kernels, tuple(arrays), tuple(cotangents), saved, **options)
+    return plain, outputs, gradients
 
 
 # ---- the calls -----------------------------------------------------------------------------------
