@@ -16,30 +16,11 @@ needed. Where no backend can run the call, :class:`mhc_core.BackendError` is rai
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from inspect import isfunction
+from typing import TYPE_CHECKING, Any, Literal
 
 from mhc_core._registry import call, call_vjp
 from mhc_core.variants import First, Variant
-
-__all__ = [
-    "aggregate",
-    "combine",
-    "combine_pre",
-    "contract",
-    "expand",
-    "gated_combine",
-    "head",
-    "mappings",
-    "pre",
-    "pre_scale",
-    "residual_add_aggregate",
-    "rms_norm",
-    "sinkhorn",
-    "sinkhorn_knopp",
-    "static_layer",
-    "static_mappings",
-    "vjp",
-]
 
 Array = Any
 
@@ -639,3 +620,11 @@ def vjp(
     [3.0, 3.0]
     """
     return call_vjp(op, primals, cotangents, static, backend)
+
+
+if not TYPE_CHECKING:  # which takes every public name of a module by itself
+    __all__ = sorted(
+        name
+        for name, value in globals().items()
+        if isfunction(value) and value.__module__ == __name__ and not name.startswith("_")
+    )
