@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pydoc
 import re
 import subprocess
 import sys
@@ -84,9 +85,13 @@ def test_every_environment_variable_is_in_the_table() -> None:
     assert used == listed
 
 
-def test_every_op_is_named() -> None:
+def test_help_has_every_op_with_its_formula() -> None:
+    assert "`help(mhc)` has every op" in README
+    text = " ".join(pydoc.plain(pydoc.render_doc(mhc_core)).replace("|", " ").split())
     for name in mhc_core.math.OPS:
-        assert f"`{name}`" in README
+        said = " ".join((getattr(mhc_core, name).__doc__ or "").split("Parameters")[0].split())
+        assert f"{name}(" in text
+        assert said in text
 
 
 @pytest.mark.parametrize("command", re.findall(r"`mhc (\w+)", README))
