@@ -21,10 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mhc_conformance.cases import (
+    APART,
     EITHER,
     MAPPED,
     PROJECTED,
     SMALL,
+    TAIL,
     Case,
     Draw,
     Sizes,
@@ -56,15 +58,6 @@ def _zero(_: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 # --- all constants apart ----------------------------------------------------------------------
 
-LARGE = Variant(
-    norm_eps=0.4,
-    pre_eps=0.2,
-    post_scale=1.5,
-    sinkhorn_iterations=7,
-    sinkhorn_eps=0.15,
-    sinkhorn_first="rows",
-    res_transposed=True,
-)
 MIDDLE = Variant(
     norm_eps=3e-5,
     pre_eps=4e-4,
@@ -115,8 +108,8 @@ def _of_size(size: float) -> Draws:
 
 SLOWLY: Draws = (("logits", _triangle), ("matrix", _triangle), ("h_res_raw", _triangle))
 
-APART: Sequence[tuple[str, Variant, Draws]] = (
-    ("large constants, all apart", LARGE, ()),
+# beside APART, which is among the variants of every op
+SMALLER: Sequence[tuple[str, Variant, Draws]] = (
     (
         "middling constants, all apart",
         MIDDLE,
@@ -145,7 +138,7 @@ BY_HAND: Sequence[Case] = (
     *(
         Case(op, label, SMALL, _static(variant=variant), draws, dtypes=PLAIN)
         for op in PROJECTED
-        for label, variant, draws in APART
+        for label, variant, draws in SMALLER
     ),
     # nearly closed gates, whose gradient reaches the streams through no other way
     *(
@@ -258,7 +251,6 @@ NORMED = (
     ("rms_norm", _static(eps=1e-5)),
     ("static_layer", _static(eps=1e-5, iterations=20)),
 )
-MANY = Sizes((2,), 4, 1028, "the squares of one token add up to more than a float holds")
 
 
 def _up_to(bound: float) -> Draw:
@@ -297,6 +289,12 @@ HUGE: Sequence[tuple[str, Callable[[str], Draw]]] = (
     ("a line below all floats", _far_below),
 )
 
+
+def _at(sizes: Sizes, op: str) -> Static:
+    """Return the static arguments with which an op is tried at one of the size classes."""
+    return next(case.static for case in cases(op) if case.sizes == sizes)
+
+
 RANGE: Sequence[Case] = (
     *(
         Case(
@@ -312,14 +310,14 @@ RANGE: Sequence[Case] = (
     *(
         Case(
             op,
-            "streams up to 1e18",
-            MANY,
-            static,
+            "streams up to 1e18",  # the squares of one token add up to more than a float holds
+            TAIL,
+            _at(TAIL, op),  # which is compiled for that size anyway
             (("x", _up_to(BOUND)), ("y", _up_to(BOUND))),
             dtypes=WIDE,
             usual=EITHER,
         )
-        for op, static in NORMED
+        for op, _ in NORMED
     ),
     *(
         Case(op, "streams of 1e-15, no eps", SMALL, static, _of_size(1e-15), dtypes=PLAIN)
@@ -365,7 +363,7 @@ def quick(op: str) -> Case:
 # --- second derivatives -----------------------------------------------------------------------
 
 # One of each op, and two of Sinkhorn, with eps and without: compilers take seconds for each.
-SHORT = replace(LARGE, norm_eps=1e-3, sinkhorn_iterations=3)
+SHORT = replace(APART, norm_eps=1e-3, sinkhorn_iterations=3)
 
 
 def _second(op: str, shared: bool = False, **values: Any) -> Case:
