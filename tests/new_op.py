@@ -1,18 +1,20 @@
 """The edits that CONTRIBUTING.md promises a new op, made in a copy of the tree.
 
-The op is ``stream_scale``: every stream times a number of its own, plus one that all share. Without
-kernels it takes four edits, two new files fewer than with them. Nothing else is touched.
+The op is ``stream_scale``: every stream times the sum of a number of its own and one for all.
+``add`` makes it without kernels, ``add_kernels`` gives it some. Its kernels are those of pre_scale
+under other names: both scale streams, and so the bodies are in whatever form bodies have.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["NAME", "ROOT", "add", "copy", "edits", "run"]
+__all__ = ["NAME", "ROOT", "add", "add_kernels", "copy", "edits", "promised", "run"]
 
 ROOT = Path(__file__).parent.parent
 NAME = "stream_scale"
@@ -92,6 +94,39 @@ def stream_scale(x: Value, s: Value, shift: float) -> Value:
 
 TOLERANCE = '    "stream_scale": (4, 16, 4),\n'
 
+GLUE = '''
+"""stream_scale: kernels ``stream_scale`` and ``stream_scale_vjp``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from mhc_backends.kernels.mlx import Kernels, Out, Sizes, tokens
+
+
+def forward(kernels: Kernels, x: mx.array, s: mx.array, *, shift: float) -> mx.array:
+    """x'_i = (s_i + shift) x_i."""
+    return kernels("stream_scale", _inputs(x, s, shift), {"out": Out.like(x)}, Sizes.of(x))[0]
+
+
+def vjp(
+    kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, shift: float
+) -> tuple[mx.array, mx.array]:
+    """dx_i = (s_i + shift) g_i; ds_i = x_i . g_i."""
+    (x, s), (g,) = primals, cotangents
+    sizes = Sizes.of(x)
+    inputs = {**_inputs(x, s, shift), "g": tokens(g, 2)}
+    outputs = {"dx": Out.like(x), "dh_pre": Out((sizes.T, sizes.n), mx.float32)}
+    dx, ds = kernels("stream_scale_vjp", inputs, outputs, sizes)
+    return dx, kernels.sum_to(ds, s, 1)
+
+
+def _inputs(x: mx.array, s: mx.array, shift: float) -> dict[str, mx.array]:
+    return {"x": tokens(x, 2), "h_pre": tokens(s.astype(mx.float32) + shift, 1)}
+'''
+
 
 def copy(to: Path) -> Path:
     """Copy the tree, without what git does not keep."""
@@ -111,6 +146,20 @@ def add(root: Path) -> None:
     _insert(root / "conformance/mhc_conformance/tolerances.py", '    "static_layer":', TOLERANCE)
 
 
+def add_kernels(root: Path) -> None:
+    """Add kernels for its forward and vjp, their launch shapes, and what launches them."""
+    kernels = root / "backends" / "mhc_backends" / "kernels"
+    for like in tuple(kernels.rglob("pre_scale*.h")):
+        text = like.read_text(encoding="utf-8").replace("pre_scale", NAME)
+        _write(like.with_name(like.name.replace("pre_scale", NAME)), text)
+    _write(kernels / "ops" / f"{NAME}.py", GLUE)
+    table = (kernels / "launch.py").read_text(encoding="utf-8")
+    lines = re.findall(r'^    "pre_scale(?:_vjp)?": .*\n', table, re.MULTILINE)
+    assert len(lines) == 2
+    added = "".join(lines).replace("pre_scale", NAME)
+    _insert(kernels / "launch.py", '    "sum_rows":', added)
+
+
 def edits(root: Path) -> set[str]:
     """Return the files of a copy that differ from the tree's, or are new."""
     changed: set[str] = set()
@@ -121,6 +170,21 @@ def edits(root: Path) -> set[str]:
             if not before.exists() or before.read_bytes() != path.read_bytes():
                 changed.add(name.as_posix())
     return changed
+
+
+def promised(*, kernels: bool) -> set[str]:
+    """Return the files that CONTRIBUTING.md says a new op needs, or one with kernels."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (found,) = re.findall(r"\*\*A new op\*\*.*?(?=^- )", text, re.DOTALL | re.MULTILINE)
+    without, _, beside = found.partition("With kernels")
+    files = re.findall(r"`([\w/<>]+/[\w<>]+\.(?:py|h))`", without + beside * kernels)
+    assert files
+    return {
+        file.replace("<op>", NAME).replace("<kernel>", kernel)
+        for file in files
+        for kernel in (NAME, f"{NAME}_vjp")
+        if "tests/" not in file
+    }
 
 
 def run(root: Path, *command: str) -> str:
