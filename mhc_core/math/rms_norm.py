@@ -26,8 +26,7 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None, *, eps: float) -> tupl
     """dx = r (w g) - r^3 x mean(x w g); dweight = sum_T g x r."""
     (x, weight), (g,) = primals, cotangents
     xp = _xp.namespace(x)
-    arrays = (_xp.upcast(xp, array) for array in (x, weight, g))
-    dx, dweight, _ = pullback(xp, *arrays, eps)
+    dx, dweight, _ = pullback(xp, _xp.upcast(xp, x), _xp.upcast(xp, weight), _xp.upcast(xp, g), eps)
     return _xp.as_dtype_of(xp, dx, x), _xp.sum_to(xp, dweight, weight)
 
 
