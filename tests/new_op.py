@@ -26,15 +26,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from mhc_core import _checks
-from mhc_core._signature import Op, Out
-from mhc_core.math import _xp
-
+IMPORTS
 OP = Op(
     name="stream_scale",
     arrays={"x": "... n C", "s": "... n | n"},
     outputs={"x": Out("... n C", "stream")},
-    static={"shift": _checks.non_negative},
+    static={"shift": NON_NEGATIVE},
 )
 
 
@@ -140,7 +137,11 @@ def copy(to: Path) -> Path:
 
 def add(root: Path) -> None:
     """Add the op without kernels."""
-    _write(root / "mhc_core" / "math" / f"{NAME}.py", MATH)
+    like = (root / "mhc_core" / "math" / "rms_norm.py").read_text(encoding="utf-8")
+    imports = "".join(re.findall(r"^from mhc_core.*\n", like, re.MULTILINE))
+    (check,) = re.findall(r'"eps": (\w+\.non_negative)', like)
+    text = MATH.replace("IMPORTS", imports).replace("NON_NEGATIVE", check)
+    _write(root / "mhc_core" / "math" / f"{NAME}.py", text)
     _insert(root / "mhc_core" / "_api.py", "def vjp(\n", API)
     _insert(root / "conformance/mhc_conformance/oracle.py", "def forward(op: str", ORACLE)
     _insert(root / "conformance/mhc_conformance/tolerances.py", '    "static_layer":', TOLERANCE)
