@@ -9,73 +9,34 @@ training; both are imported on first use.
 """
 
 import typing as _typing
+from types import ModuleType as _ModuleType
 
-from mhc_core._api import (
-    aggregate,
-    combine,
-    combine_pre,
-    contract,
-    expand,
-    gated_combine,
-    head,
-    mappings,
-    pre,
-    pre_scale,
-    residual_add_aggregate,
-    rms_norm,
-    sinkhorn,
-    sinkhorn_knopp,
-    static_layer,
-    static_mappings,
-    vjp,
-)
-from mhc_core.discovery import Backend, backends
-from mhc_core.errors import (
-    BackendError,
-    BackendUnavailableError,
-    UnknownBackendError,
-    UnsupportedError,
-)
-from mhc_core.gradients import no_grad
-from mhc_core.selection import use_backend
-from mhc_core.variants import DEEPSEEK_V4, DEEPSEEK_V41, LIGER, PAPER, Variant
+from mhc_core._api import *  # noqa: F403 - every op, and vjp
+from mhc_core.discovery import Backend as Backend
+from mhc_core.discovery import backends as backends
+from mhc_core.errors import BackendError as BackendError
+from mhc_core.errors import BackendUnavailableError as BackendUnavailableError
+from mhc_core.errors import UnknownBackendError as UnknownBackendError
+from mhc_core.errors import UnsupportedError as UnsupportedError
+from mhc_core.gradients import no_grad as no_grad
+from mhc_core.selection import use_backend as use_backend
+from mhc_core.variants import DEEPSEEK_V4 as DEEPSEEK_V4
+from mhc_core.variants import DEEPSEEK_V41 as DEEPSEEK_V41
+from mhc_core.variants import LIGER as LIGER
+from mhc_core.variants import PAPER as PAPER
+from mhc_core.variants import Variant as Variant
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "DEEPSEEK_V4",
-    "DEEPSEEK_V41",
-    "LIGER",
-    "PAPER",
-    "Backend",
-    "BackendError",
-    "BackendUnavailableError",
-    "UnknownBackendError",
-    "UnsupportedError",
-    "Variant",
-    "aggregate",
-    "backends",
-    "combine",
-    "combine_pre",
-    "contract",
-    "expand",
-    "gated_combine",
-    "head",
-    "mappings",
-    "no_grad",
-    "pre",
-    "pre_scale",
-    "residual_add_aggregate",
-    "rms_norm",
-    "sinkhorn",
-    "sinkhorn_knopp",
-    "static_layer",
-    "static_mappings",
-    "use_backend",
-    "vjp",
-]
-
-if not _typing.TYPE_CHECKING:
+if not _typing.TYPE_CHECKING:  # to a type checker, all names without an underscore are public
+    __all__ = sorted(
+        (
+            name
+            for name, value in globals().items()
+            if not name.startswith("_") and not isinstance(value, _ModuleType)
+        ),
+        key=lambda name: (not name.isupper(), not name[0].isupper(), name),
+    )
 
     def __getattr__(name: str) -> object:
         from importlib import import_module

@@ -16,30 +16,11 @@ needed. Where no backend can run the call, :class:`mhc_core.BackendError` is rai
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from inspect import isfunction
+from typing import TYPE_CHECKING, Any, Literal
 
 from mhc_core.dispatch import FUNCTIONS, call, call_vjp
 from mhc_core.variants import First, Variant
-
-__all__ = [
-    "aggregate",
-    "combine",
-    "combine_pre",
-    "contract",
-    "expand",
-    "gated_combine",
-    "head",
-    "mappings",
-    "pre",
-    "pre_scale",
-    "residual_add_aggregate",
-    "rms_norm",
-    "sinkhorn",
-    "sinkhorn_knopp",
-    "static_layer",
-    "static_mappings",
-    "vjp",
-]
 
 Array = Any
 
@@ -642,3 +623,10 @@ def vjp(
 
 
 FUNCTIONS.update(globals())  # a vjp's defaults are those of its op's function
+
+if not TYPE_CHECKING:  # which takes every public name of a module by itself
+    __all__ = sorted(
+        name
+        for name, value in globals().items()
+        if isfunction(value) and value.__module__ == __name__ and not name.startswith("_")
+    )

@@ -322,7 +322,7 @@ def _checked(name: str, array: Array) -> tuple[Any, Array]:
     from mhc_core.math import _xp
 
     xp = _xp.namespace(array)
-    return xp, _xp.up(xp, array)
+    return xp, _xp.upcast(xp, array)
 
 
 def _layers(name: str, h_res: Array | Sequence[Array]) -> tuple[Any, list[Array]]:

@@ -81,11 +81,11 @@ def test_that_rounding_is_the_cast(dtype: str) -> None:
     numbers = jnp.asarray(np.append(values, edges), jnp.float32)
     like = jnp.zeros(1, dtype)
     xp = array_namespace(like)
-    rounded = jax.jit(lambda x: _xp.cast(xp, x, like))(numbers)
+    rounded = jax.jit(lambda x: _xp.as_dtype_of(xp, x, like))(numbers)
     np.testing.assert_array_equal(
         np.asarray(rounded).view(np.uint16), np.asarray(numbers.astype(dtype)).view(np.uint16)
     )
-    slope = jax.grad(lambda x: jnp.sum(_xp.cast(xp, x, like).astype(jnp.float32)))(numbers)
+    slope = jax.grad(lambda x: jnp.sum(_xp.as_dtype_of(xp, x, like).astype(jnp.float32)))(numbers)
     assert (np.asarray(slope) == 1).all()
 
 
@@ -141,26 +141,17 @@ def test_parameters_that_become_arrays_are_taken() -> None:
 
 def _calls() -> dict[str, tuple[str, dict[str, Any], list[np.ndarray[Any, Any]], list[int]]]:
     """Return, by name, an op, its static arguments, arrays, and which of those have tokens."""
-    import mhc_core as mhc
     from mhc_conformance.cases import SMALL, Case, data, declaration
+    from mhc_conformance.telling import SECOND
     from mhc_core.math import OPS
 
-    statics: dict[str, dict[str, Any]] = {
-        **{op: {"variant": mhc.DEEPSEEK_V4} for op in ("mappings", "pre", "combine_pre", "head")},
-        "sinkhorn": {"iterations": 3, "eps": 0.0, "first": "rows"},
-        "expand": {"n": 4},
-        "contract": {"how": "mean"},
-        "rms_norm": {"eps": 1e-5},
-        "static_layer": {"eps": 1e-5, "iterations": 3},
-        "static_mappings": {"iterations": 3},
-        "sinkhorn_knopp": {"max_iterations": 3, "epsilon": 0.0, "log_space": True},
-    }
+    statics = {case.op: case.options for case in SECOND}  # short loops
     sizes = SMALL._replace(leading=(DEVICES, 2 * DEVICES))
     calls: dict[str, Any] = {}
     for op in OPS:
         patterns = declaration(op).patterns
         for shared in (False, True) if any(len(p) > 1 for p in patterns.values()) else (False,):
-            static = statics.get(op, {})
+            static = statics[op]
             case = Case(op, "sharded", sizes, tuple(static.items()), shared=shared)
             arrays = list(data(case, "float32", 0).primals)
             tokens = [k for k, array in enumerate(arrays) if array.shape[:2] == sizes.leading]

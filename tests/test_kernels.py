@@ -162,8 +162,9 @@ LARGEST = {
 
 
 def test_the_size_of_each_text() -> None:
-    assert set(LARGEST) == set(kernels.KERNELS)
+    assert set(LARGEST) <= set(kernels.KERNELS)
     sizes = {name: len(_text(name, "metal")) / 1024 for name in kernels.KERNELS}
+    assert max(sizes.values()) <= 32
     assert all(sizes[name] <= most <= sizes[name] * 1.15 + 0.5 for name, most in LARGEST.items())
 
 

@@ -10,7 +10,7 @@ import ast
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mhc_conformance import autodiff, oracle
+from mhc_conformance.cases import SMALL, cases, data
 
 Arrays = tuple[NDArray[Any], ...]
 Evaluate = Callable[[Sequence[NDArray[Any]]], Arrays]
@@ -160,7 +161,18 @@ def _static_cases(n: int, leading: tuple[int, ...]) -> list[Case]:
     return [layer, Case("static_mappings", _static_shapes(n), {"iterations": 3}, f"n{n}")]
 
 
-CASES = _cases()
+def _of_the_kit(op: str) -> Iterator[Case]:
+    """Yield the kit's small cases of an op, one per value of its static arguments."""
+    for case in {case.static: case for case in cases(op) if case.sizes == SMALL}.values():
+        shapes = tuple(primal.shape for primal in data(case, "float64", 0).primals)
+        yield Case(op, shapes, case.options, case.label)
+
+
+BY_HAND = _cases()
+CASES = [
+    *BY_HAND,
+    *(case for op in sorted({*oracle.OPS} - {c.op for c in BY_HAND}) for case in _of_the_kit(op)),
+]
 ONE_LEADING_AXIS = [case for case in CASES if case.shapes[0][0] == 3]
 
 

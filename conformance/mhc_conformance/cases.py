@@ -1,29 +1,51 @@
 """The cases that every op is tried on: sizes, static arguments and inputs, all from one seed.
 
-The shapes come from the ops' own declarations. The grid is pruned: each size class meets each
-variant of an op at least once (they are paired in turn), not every one with every other, because
-no backend's code depends on more than one of them at a time.
+They follow from the ops' declarations: every size class, every dtype, the values of each static
+argument, mappings per token and shared by all, parameters as narrow as the streams, NaN in some
+tokens. Beside these, ``SPECIAL`` has by hand what an op needs of its own.
+
+The grid is pruned: each size class meets each variant of an op at least once (they are paired in
+turn), not every one with every other, because no backend's code depends on more than one of them at
+a time.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+import mhc_core
 from mhc_conformance import oracle
-from mhc_core import DEEPSEEK_V4, DEEPSEEK_V41, LIGER, PAPER, math
+from mhc_core import DEEPSEEK_V4, DEEPSEEK_V41, LIGER, PAPER, Variant, math
 from mhc_core.backend import DTYPES
 from mhc_core.signature import Op, signature
+from mhc_core.variants import check_variant
 
-__all__ = ["SMALL", "Case", "Data", "Draw", "Sizes", "Static", "cases", "numpy_dtype"]
+__all__ = [
+    "APART",
+    "MAPPED",
+    "PROJECTED",
+    "SMALL",
+    "STATICS",
+    "TAIL",
+    "Case",
+    "Data",
+    "Draw",
+    "Sizes",
+    "Static",
+    "cases",
+    "chosen",
+    "numpy_dtype",
+]
 
 Array = NDArray[Any]
 Draw = Callable[[np.random.Generator, tuple[int, ...]], Array]
@@ -58,6 +80,7 @@ SIZES = (
     Sizes((1,), 64, 2, "two H_res of it take more than 32 KiB of threadgroup memory"),
 )
 SMALL = SIZES[0]
+TAIL = SIZES[6]
 # beside the others, as it shows nothing of a variant; n C is a multiple of 64, as in real models
 EMPTY = Sizes((0,), 4, 64, "no tokens at all")
 
@@ -94,7 +117,6 @@ DRAWS: Mapping[str, Draw] = {
     "rms_weight": _positive,
     "weight": _positive,
 }
-STREAMS = frozenset({"x", "y", "res", "h"})  # of the streams' dtype; everything else is float32
 
 
 # --- cases ------------------------------------------------------------------------------------
@@ -162,7 +184,7 @@ def data(case: Case, dtype: str, seed: int) -> Data:
     names = [name for name in op.arrays if case.optional or name != op.optional]
     primals: tuple[Array, ...] = tuple(
         draws.get(name, _normal(1))(rng, _shape(op, name, case)).astype(
-            numpy_dtype(_dtype(name, dtype, case.narrow))
+            numpy_dtype(_dtype(op, name, dtype, case.narrow))
         )
         for name in names
     )
@@ -191,8 +213,10 @@ def _shape(op: Op, name: str, case: Case) -> tuple[int, ...]:
     return (*ahead, *(known[w] if w in known else int(w) for w in words if w != "..."))
 
 
-def _dtype(name: str, dtype: str, narrow: bool) -> str:
-    if narrow or name in STREAMS or dtype == "float64" or name in ("logits", "matrix"):
+def _dtype(op: Op, name: str, dtype: str, narrow: bool) -> str:
+    """Return the dtype of streams, or of an op's only array; all others are float32."""
+    streams = op.patterns[name][0][0] == "..." and op.patterns[name][0][-1] in ("C", "D")
+    if narrow or streams or dtype == "float64" or len(op.arrays) == 1:
         return dtype
     return "float32"
 
@@ -219,7 +243,18 @@ def _undecided(matrices: Array, max_iterations: int, epsilon: float, log_space: 
     return close
 
 
-# --- the case list: a new op adds its lines here --------------------------------------------------
+# --- what follows from the declarations -------------------------------------------------------
+
+APART = Variant(
+    norm_eps=0.4,
+    pre_eps=0.2,
+    post_scale=1.5,
+    sinkhorn_iterations=7,
+    sinkhorn_eps=0.15,
+    sinkhorn_first="rows",
+    res_transposed=True,
+)
+"""Constants that all differ, from each other and from published ones, and show on any input."""
 
 VARIANTS = (
     ("DEEPSEEK_V4", DEEPSEEK_V4),
@@ -227,15 +262,24 @@ VARIANTS = (
     ("DEEPSEEK_V41", DEEPSEEK_V41),
     ("LIGER", LIGER),
     ("rows first, transposed, eps 0", replace(PAPER, sinkhorn_first="rows", res_transposed=True)),
-    (
-        "large eps everywhere",
-        replace(DEEPSEEK_V4, norm_eps=0.3, pre_eps=0.2, post_scale=1.5, sinkhorn_eps=0.1),
-    ),
+    ("large constants, all apart", APART),
     ("one iteration, eps", replace(LIGER, sinkhorn_iterations=1)),
     ("one iteration, eps 0", replace(PAPER, sinkhorn_iterations=1)),
 )
 
 Static = tuple[tuple[str, Any], ...]
+
+V4: Static = (("variant", DEEPSEEK_V4),)
+
+PROJECTED = tuple(op for op in math.OPS if "phi" in declaration(op).arrays)
+"""The ops that compute mappings from the streams."""
+
+MAPPED = tuple(
+    op
+    for op in math.OPS
+    if op not in PROJECTED and any(len(words) > 1 for words in declaration(op).patterns.values())
+)
+"""The ops that accept mappings, per token or shared by all tokens."""
 
 
 def _statics(**choices: Sequence[Any]) -> list[tuple[str, Static]]:
@@ -251,31 +295,75 @@ def _statics(**choices: Sequence[Any]) -> list[tuple[str, Static]]:
 
 _BY_VARIANT = [(label, (("variant", variant),)) for label, variant in VARIANTS]
 
+
+def chosen(op: str, name: str, count: Sequence[int], number: Sequence[float]) -> Sequence[Any]:
+    """Return values for a static argument, by its type in the public function.
+
+    These are all words or both booleans where there is a choice, else ``count`` or ``number``.
+    """
+    of = get_type_hints(getattr(mhc_core, op))[name]
+    if get_origin(of) is Literal:
+        return get_args(of)
+    known: Mapping[Any, Sequence[Any]] = {bool: (True, False), int: count, float: number}
+    if of not in known:
+        raise TypeError(f"{op}: no values of {name} follow from {of}; needs some in STATICS")
+    return known[of]
+
+
+def default(op: str, name: str, otherwise: Any) -> Any:
+    """Return the default of an argument of the public function, or ``otherwise``."""
+    found = inspect.signature(getattr(mhc_core, op)).parameters[name].default
+    return otherwise if found is inspect.Parameter.empty else found
+
+
+def _declared(op: str) -> list[tuple[str, Static]]:
+    """Return an op's static arguments in every combination; n follows from the size class."""
+    declared = declaration(op).static
+    if check_variant in declared.values():
+        return _BY_VARIANT
+    return _statics(
+        **{
+            name: chosen(op, name, (default(op, name, 20), 2), (default(op, name, 1e-5), 0.1))
+            for name in declared
+            if name != "n"
+        }
+    )
+
+
 STATICS: Mapping[str, list[tuple[str, Static]]] = {
+    **{op: _declared(op) for op in math.OPS},
     # each number of iterations with each eps, the axes in turn
     "sinkhorn": [
         one
         for at, first in enumerate(("columns", "rows"))
         for one in _statics(iterations=(20, 1, 3), eps=(0.0, 1e-6, 0.1), first=(first,))[at::2]
     ],
-    "mappings": _BY_VARIANT,
-    "pre": _BY_VARIANT,
-    "combine_pre": _BY_VARIANT,
     "head": [*_BY_VARIANT[:2], _BY_VARIANT[5]],  # the last has a pre_eps of its own
-    "expand": [],  # n follows from the size class
-    "contract": _statics(how=("sum", "mean")),
-    "rms_norm": _statics(eps=(1e-5, 0.1)),
     # With one stream or one channel, the norm undoes what its input's size did, but for eps: a
     # gradient of rounding alone, unless eps is large. So those size classes meet the large eps.
     "static_layer": [
         *_statics(eps=(1e-5,), iterations=(20, 2)),
         *_statics(eps=(0.1,), iterations=(20, 2)),
     ],
-    "static_mappings": _statics(iterations=(20, 2)),
+    # an epsilon that ends the loop early, and one that never does
     "sinkhorn_knopp": _statics(
         max_iterations=(20, 3), epsilon=(0.02, 0.0), log_space=(True, False)
     ),
 }
+"""The static arguments of each op, by the declarations; a few are chosen by hand."""
+
+
+def _first_static(op: str, sizes: Sizes) -> Static:
+    """Return an op's first static arguments, DEEPSEEK_V4 for a variant."""
+    return _sized(op, sizes, V4 if op in PROJECTED else STATICS[op][0][1])
+
+
+def _sized(op: str, sizes: Sizes, static: Static) -> Static:
+    """Return static arguments with n, where an op has it among them."""
+    return (("n", sizes.n), *static) if "n" in declaration(op).static else static
+
+
+# --- draws of special cases -------------------------------------------------------------------
 
 
 def _constant(value: float) -> Draw:
@@ -331,13 +419,12 @@ def _cancelling(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 
 def _shared_in_part(op: str) -> list[tuple[str, ...]]:
-    """Return every choice of which mappings all tokens share, the others being per token."""
+    """Return each of the mappings that all tokens may share, alone, the others being per token.
+
+    Beside none and all of them shared, any two are then tried in all four ways.
+    """
     either = [name for name, words in declaration(op).patterns.items() if len(words) > 1]
-    counts = range(1, len(either))
-    return [some for count in counts for some in itertools.combinations(either, count)]
-
-
-V4 = (("variant", DEEPSEEK_V4),)
+    return [(name,) for name in either] if len(either) > 1 else []
 
 
 def _some_wide(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
@@ -366,15 +453,13 @@ MORE_BLOCKS = Sizes((20,), 4, 96, "whole blocks, more than 16 tokens")
 BETWEEN = Sizes((16,), 6, 160, "streams between two powers of two")
 FULL = Sizes((8,), 4, 8, "as many matrices as fit side by side")
 MOST = SIZES[7]
-PROJECTED = ("mappings", "pre", "combine_pre", "head")
-ELEMENTWISE = ("aggregate", "combine", "gated_combine", "pre_scale", "residual_add_aggregate")
 LARGE: Sequence[tuple[Sizes, tuple[str, ...]]] = (
     (BLOCKS, PROJECTED),
     (MORE_BLOCKS, ("combine_pre",)),
     (Sizes((18,), 9, 288, "whole blocks, many streams, more than 16 tokens"), ("combine_pre",)),
     (Sizes((515,), 2, 64, "whole blocks, hundreds of tokens"), PROJECTED),
     (BETWEEN, ("static_layer",)),
-    (Sizes((257,), 2, 257, "hundreds of tokens, an odd number of channels"), ELEMENTWISE),
+    (Sizes((257,), 2, 257, "hundreds of tokens, an odd number of channels"), MAPPED),
     (
         Sizes((257,), 1, 257, "hundreds of tokens of one stream"),
         ("pre", "combine_pre", "head"),
@@ -392,10 +477,6 @@ TOKENS: Sequence[tuple[Sizes, str, tuple[str, ...]]] = (  # so many that product
     ),
     (Sizes((16385,), 3, 5, "tens of thousands of tokens"), "head", ("float32",)),
 )
-SOME_STATIC: Mapping[str, Static] = {
-    **{op: choices[0][1] for op, choices in STATICS.items() if choices},
-    **dict.fromkeys(PROJECTED, V4),
-}
 ONCE = (("variant", replace(DEEPSEEK_V4, sinkhorn_iterations=1)),)
 P20, P1 = ((("variant", variant),) for variant in (PAPER, replace(PAPER, sinkhorn_iterations=1)))
 NARROW = ("float16", "bfloat16")
@@ -407,7 +488,7 @@ SPECIAL: Sequence[Case] = (
             op,
             sizes.why,
             sizes,
-            SOME_STATIC.get(op, ()),
+            _first_static(op, sizes),
             usual=EITHER if sizes in (BLOCKS, MORE_BLOCKS) else ("float32",),
         )
         for sizes, ops in LARGE
@@ -475,14 +556,14 @@ SPECIAL: Sequence[Case] = (
     Case("combine_pre", "h_pre given, shared", SMALL, V4, optional=True, shared=True),
     # one H_pre, H_post, H_res for all tokens: their gradients are summed over the tokens
     *(
-        Case(op, "shared mappings", size, shared=True)
-        for op in ("aggregate", "combine", "gated_combine", "pre_scale", "residual_add_aggregate")
+        Case(op, "shared mappings", size, _first_static(op, size), shared=True)
+        for op in MAPPED
         for size in (SMALL, EMPTY, Sizes((33,), 3, 5, "odd"))
     ),
     # or of some of them, beside others per token
     *(
-        Case(op, f"{' and '.join(some)} shared", size, for_all=some)
-        for op in ("combine", "gated_combine")
+        Case(op, f"{' and '.join(some)} shared", size, _first_static(op, size), for_all=some)
+        for op in MAPPED
         for some in _shared_in_part(op)
         for size in (SMALL, SIZES[1])
     ),
@@ -513,20 +594,12 @@ SPECIAL: Sequence[Case] = (
             SMALL,
             static,
             _unknowns(op),
-            optional=op == "combine_pre",
+            optional=declaration(op).optional is not None,
         )
         for op, static in (
-            *((op, ()) for op in ("aggregate", "combine", "gated_combine", "pre_scale")),
-            ("residual_add_aggregate", ()),
-            ("expand", (("n", SMALL.n),)),
-            ("contract", (("how", "sum"),)),
-            ("rms_norm", (("eps", 1e-5),)),
-            *((op, V4) for op in ("mappings", "pre", "combine_pre", "head")),
-            ("sinkhorn", LOG),
+            *((op, _first_static(op, SMALL)) for op in math.OPS),
             ("sinkhorn", EPS),
-            *(("sinkhorn_knopp", static) for _, static in STATICS["sinkhorn_knopp"][:2]),
-            ("static_layer", STATICS["static_layer"][0][1]),
-            ("static_mappings", STATICS["static_mappings"][0][1]),
+            ("sinkhorn_knopp", STATICS["sinkhorn_knopp"][1][1]),
         )
     ),
     # what is rounded on the way shows where streams cancel
@@ -552,17 +625,19 @@ SPECIAL: Sequence[Case] = (
             ),
         )
     ),
-    # parameters in the streams' dtype
+    # parameters and mappings in the streams' dtype
     *(
-        Case(op, what, SMALL, static, narrow=True, dtypes=NARROW, usual=("bfloat16",))
-        for op, what, static in (
-            *((op, "parameters as narrow as streams", V4) for op in PROJECTED),
-            *(
-                (op, "mappings as narrow as streams", ())
-                for op in ("aggregate", "combine", "gated_combine", "residual_add_aggregate")
-            ),
-            ("rms_norm", "weight as narrow as x", (("eps", 1e-5),)),
+        Case(
+            op,
+            "all arrays as narrow as the streams",
+            SMALL,
+            _first_static(op, SMALL),
+            narrow=True,
+            dtypes=NARROW,
+            usual=("bfloat16",),
         )
+        for op in math.OPS
+        if len(declaration(op).arrays) > 1
     ),
 )
 
@@ -574,7 +649,7 @@ def cases(op: str, dtype: str = "float32", full: bool = False) -> Iterator[Case]
     loads of narrow numbers: they get the first case, bfloat16 the first two, and those that are
     about narrow numbers. ``full`` gives all in every dtype.
     """
-    choices = STATICS.get(op) or [("plain", ())]
+    choices = STATICS[op]
     count = max(len(SIZES), len(choices))
     if dtype != "float32" and not full:
         count = 2 if dtype == "bfloat16" else 1
@@ -582,7 +657,7 @@ def cases(op: str, dtype: str = "float32", full: bool = False) -> Iterator[Case]
     if full or dtype == "float32":
         pairs.append((EMPTY, choices[0]))
     for sizes, (label, static) in pairs:
-        yield Case(op, label, sizes, (("n", sizes.n),) if op == "expand" else static)
+        yield Case(op, label, sizes, _sized(op, sizes, static))
     from mhc_conformance.telling import CASES  # which are made of what is here
 
     for case in (*SPECIAL, *CASES):

@@ -11,8 +11,8 @@ arrays of any float dtype, which are raised to float64 exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,28 +33,7 @@ from mhc_conformance.autodiff import (
     where,
 )
 
-__all__ = [
-    "OPS",
-    "Variant",
-    "aggregate",
-    "combine",
-    "combine_pre",
-    "contract",
-    "expand",
-    "forward",
-    "gated_combine",
-    "gradients",
-    "head",
-    "mappings",
-    "pre",
-    "pre_scale",
-    "residual_add_aggregate",
-    "rms_norm",
-    "sinkhorn",
-    "sinkhorn_knopp",
-    "static_layer",
-    "static_mappings",
-]
+__all__ = ["OPS", "Variant", "forward", "gradients", "op"]
 
 
 class Variant(Protocol):
@@ -77,11 +56,22 @@ class Variant(Protocol):
 
 
 Result: TypeAlias = "Value | tuple[Value, ...]"
+Function = TypeVar("Function", bound=Callable[..., Result])
+
+OPS: dict[str, Callable[..., Result]] = {}
+"""Every op by its name."""
+
+
+def op(function: Function) -> Function:
+    """Register an op of the oracle, under its function's name."""
+    OPS[function.__name__] = function
+    return function
 
 
 # --- Sinkhorn ---------------------------------------------------------------------------------
 
 
+@op
 def sinkhorn(
     logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"
 ) -> Value:
@@ -111,6 +101,7 @@ def _lines(first: str) -> tuple[int, int]:
     return (-2, -1) if first == "columns" else (-1, -2)
 
 
+@op
 def sinkhorn_knopp(
     matrix: Value, max_iterations: int = 100, epsilon: float = 1e-6, log_space: bool = True
 ) -> Value:
@@ -148,6 +139,7 @@ def _converged(current: Value, epsilon: float, log_space: bool) -> NDArray[np.bo
 # --- mappings ---------------------------------------------------------------------------------
 
 
+@op
 def mappings(
     x: Value, phi: Value, scale: Value, bias: Value, variant: Variant
 ) -> tuple[Value, Value, Value]:
@@ -175,6 +167,7 @@ def _project(x: Value, phi: Value, norm_eps: float) -> Value:
     return (vec @ phi.swapaxes(0, 1) * r).reshape(*leading, phi.shape[0])
 
 
+@op
 def static_mappings(
     h_pre_raw: Value, h_post_raw: Value, h_res_raw: Value, iterations: int = 20
 ) -> tuple[Value, Value, Value]:
@@ -186,16 +179,19 @@ def static_mappings(
 # --- streams ----------------------------------------------------------------------------------
 
 
+@op
 def aggregate(x: Value, h_pre: Value) -> Value:
     """Return ``sum_i H_pre_i x_i``."""
     return _drop(total(h_pre[..., None] * x, -2))
 
 
+@op
 def combine(x: Value, y: Value, h_post: Value, h_res: Value) -> Value:
     """Return ``H_res x + H_post (outer) y``."""
     return h_res @ x + h_post[..., None] * y[..., None, :]
 
 
+@op
 def pre(
     x: Value, phi: Value, scale: Value, bias: Value, variant: Variant
 ) -> tuple[Value, Value, Value]:
@@ -204,6 +200,7 @@ def pre(
     return aggregate(x, H_pre), H_post, H_res
 
 
+@op
 def combine_pre(
     x: Value,
     y: Value,
@@ -230,17 +227,20 @@ def combine_pre(
     return x_next, h, H_pre, H_post, H_res
 
 
+@op
 def head(x: Value, phi: Value, scale: Value, bias: Value, variant: Variant) -> Value:
     """Return the streams collapsed before the output: one sigmoid weight for each."""
     weights = sigmoid(_project(x, phi, variant.norm_eps) * scale + bias) + variant.pre_eps
     return aggregate(x, weights)
 
 
+@op
 def expand(h: Value, n: int) -> Value:
     """Return the n equal streams that a model starts from."""
     return broadcast_to(h[..., None, :], (*h.shape[:-1], n, h.shape[-1]))
 
 
+@op
 def contract(x: Value, how: str = "sum") -> Value:
     """Return the sum or the mean of the streams."""
     if how not in ("sum", "mean"):
@@ -254,11 +254,13 @@ def _drop(summed: Value) -> Value:
     return summed[..., 0, :]
 
 
+@op
 def rms_norm(x: Value, weight: Value, eps: float) -> Value:
     """Return ``x * rsqrt(mean(x^2) + eps) * weight`` along the last axis."""
     return x * (total(x * x, -1) / x.shape[-1] + eps) ** -0.5 * weight
 
 
+@op
 def residual_add_aggregate(x: Value, res: Value, h_pre: Value) -> tuple[Value, Value]:
     """Return ``x + res`` and its aggregate."""
     added = x + res
@@ -268,6 +270,7 @@ def residual_add_aggregate(x: Value, res: Value, h_pre: Value) -> tuple[Value, V
 # --- static forms -----------------------------------------------------------------------------
 
 
+@op
 def static_layer(
     x: Value,
     h_pre_raw: Value,
@@ -282,6 +285,7 @@ def static_layer(
     return combine(x, rms_norm(aggregate(x, H_pre), rms_weight, eps), H_post, H_res)
 
 
+@op
 def gated_combine(x: Value, y: Value, h_pre: Value, h_post: Value, h_res: Value) -> Value:
     """Return ``H_post * (y + H_res (H_pre * x))``; the streams are n slices of the last axis."""
     n = h_pre.shape[-1]
@@ -290,6 +294,7 @@ def gated_combine(x: Value, y: Value, h_pre: Value, h_post: Value, h_res: Value)
     return mixed.reshape(*x.shape)
 
 
+@op
 def pre_scale(x: Value, h_pre: Value) -> Value:
     """Return ``H_pre * x``, where the streams are n slices of the last axis."""
     return (h_pre[..., None] * _slices(x, h_pre.shape[-1])).reshape(*x.shape)
@@ -300,28 +305,6 @@ def _slices(x: Value, n: int) -> Value:
 
 
 # --- by name ----------------------------------------------------------------------------------
-
-OPS: Mapping[str, Callable[..., Result]] = {
-    op.__name__: op
-    for op in (
-        sinkhorn,
-        mappings,
-        aggregate,
-        combine,
-        pre,
-        combine_pre,
-        head,
-        expand,
-        contract,
-        rms_norm,
-        residual_add_aggregate,
-        static_layer,
-        gated_combine,
-        pre_scale,
-        static_mappings,
-        sinkhorn_knopp,
-    )
-}
 
 
 def forward(op: str, primals: Sequence[NDArray[Any]], **static: Any) -> tuple[Array, ...]:

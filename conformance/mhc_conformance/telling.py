@@ -5,27 +5,44 @@ input: a backend that takes one for another, or a number of its own, computes th
 all static arguments of an op differ, from each other and from all published values, and each input
 is of the size at which every one of them decides the result: streams whose mean square is of the
 size of norm_eps, gates that are nearly closed, lines of H_res that are faint or converge slowly.
+An op that has no case here by hand gets some from its declaration. They do for an argument whose
+values all show on ordinary numbers in float64; another, as the eps of a norm or the iterations of
+Sinkhorn, needs inputs of its own to show in float32 or at all, and so a case by hand.
 :mod:`mhc_conformance.generated` makes the wrong backends that must not pass them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mhc_conformance.cases import EITHER, SMALL, Case, Draw, Sizes, Static, cases
-from mhc_core import DEEPSEEK_V4, PAPER, Variant
+from mhc_conformance.cases import (
+    APART,
+    EITHER,
+    MAPPED,
+    PROJECTED,
+    SMALL,
+    TAIL,
+    Case,
+    Draw,
+    Sizes,
+    Static,
+    cases,
+    chosen,
+    declaration,
+)
+from mhc_core import DEEPSEEK_V4, PAPER, Variant, math
+from mhc_core.variants import check_variant
 
 __all__ = ["BOUND", "CASES", "SECOND", "quick"]
 
 Array = NDArray[Any]
 Draws = tuple[tuple[str, Draw], ...]
 
-MAPPED = ("mappings", "pre", "combine_pre", "head")  # the ops that take a variant
 WIDE = ("float32", "bfloat16", "float64")  # float16 ends at 65504
 SLOW = 130  # iterations: beyond any number that a loop is likely to be unrolled to
 PLAIN = ("float32",)
@@ -41,15 +58,6 @@ def _zero(_: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 # --- all constants apart ----------------------------------------------------------------------
 
-LARGE = Variant(
-    norm_eps=0.4,
-    pre_eps=0.2,
-    post_scale=1.5,
-    sinkhorn_iterations=7,
-    sinkhorn_eps=0.15,
-    sinkhorn_first="rows",
-    res_transposed=True,
-)
 MIDDLE = Variant(
     norm_eps=3e-5,
     pre_eps=4e-4,
@@ -100,8 +108,8 @@ def _of_size(size: float) -> Draws:
 
 SLOWLY: Draws = (("logits", _triangle), ("matrix", _triangle), ("h_res_raw", _triangle))
 
-APART: Sequence[tuple[str, Variant, Draws]] = (
-    ("large constants, all apart", LARGE, ()),
+# beside APART, which is among the variants of every op
+SMALLER: Sequence[tuple[str, Variant, Draws]] = (
     (
         "middling constants, all apart",
         MIDDLE,
@@ -126,11 +134,11 @@ def _static(**values: Any) -> Static:
     return tuple(values.items())
 
 
-CONSTANTS: Sequence[Case] = (
+BY_HAND: Sequence[Case] = (
     *(
         Case(op, label, SMALL, _static(variant=variant), draws, dtypes=PLAIN)
-        for op in MAPPED
-        for label, variant, draws in APART
+        for op in PROJECTED
+        for label, variant, draws in SMALLER
     ),
     # nearly closed gates, whose gradient reaches the streams through no other way
     *(
@@ -145,7 +153,7 @@ CONSTANTS: Sequence[Case] = (
         )
         for label, variant, ops in (
             ("closed gates", LITTLE, ("pre", "combine_pre", "head")),
-            ("closed gates, no eps", NOTHING, MAPPED),
+            ("closed gates, no eps", NOTHING, PROJECTED),
         )
         for op in ops
     ),
@@ -208,17 +216,41 @@ CONSTANTS: Sequence[Case] = (
 )
 
 
+COUNTS = (7, 33, SLOW, 2)
+NUMBERS = (0.3, 4e-7, 3e-4, 0.0)
+
+
+def _declared(op: str) -> Iterator[Case]:
+    """Yield cases in which all static arguments differ, if any is a count or a number."""
+    names = [name for name in declaration(op).static if name != "n"]
+    values = [chosen(op, name, COUNTS, NUMBERS) for name in names]
+    if not {COUNTS, NUMBERS} & {*values}:
+        return
+    for at in range(len(NUMBERS)):
+        static = {
+            name: some[(at + shift) % len(some)]
+            for shift, (name, some) in enumerate(zip(names, values, strict=True))
+        }
+        label = ", ".join(f"{name}={value}" for name, value in static.items())
+        yield Case(op, label, SMALL, _static(**static), usual=("float32", "float64"))
+
+
+CONSTANTS: Sequence[Case] = (
+    *BY_HAND,
+    *(case for op in math.OPS if op not in {case.op for case in BY_HAND} for case in _declared(op)),
+)
+
+
 # --- the ends of float32's range --------------------------------------------------------------
 
 BOUND = 1e18
 """The largest size of streams that are compared with the oracle, forward and gradient."""
 
 NORMED = (
-    *((op, _static(variant=DEEPSEEK_V4)) for op in MAPPED),
+    *((op, _static(variant=DEEPSEEK_V4)) for op in PROJECTED),
     ("rms_norm", _static(eps=1e-5)),
     ("static_layer", _static(eps=1e-5, iterations=20)),
 )
-MANY = Sizes((2,), 4, 1028, "the squares of one token add up to more than a float holds")
 
 
 def _up_to(bound: float) -> Draw:
@@ -257,6 +289,12 @@ HUGE: Sequence[tuple[str, Callable[[str], Draw]]] = (
     ("a line below all floats", _far_below),
 )
 
+
+def _at(sizes: Sizes, op: str) -> Static:
+    """Return the static arguments with which an op is tried at one of the size classes."""
+    return next(case.static for case in cases(op) if case.sizes == sizes)
+
+
 RANGE: Sequence[Case] = (
     *(
         Case(
@@ -272,19 +310,19 @@ RANGE: Sequence[Case] = (
     *(
         Case(
             op,
-            "streams up to 1e18",
-            MANY,
-            static,
+            "streams up to 1e18",  # the squares of one token add up to more than a float holds
+            TAIL,
+            _at(TAIL, op),  # which is compiled for that size anyway
             (("x", _up_to(BOUND)), ("y", _up_to(BOUND))),
             dtypes=WIDE,
             usual=EITHER,
         )
-        for op, static in NORMED
+        for op, _ in NORMED
     ),
     *(
         Case(op, "streams of 1e-15, no eps", SMALL, static, _of_size(1e-15), dtypes=PLAIN)
         for op, static in (
-            *((op, _static(variant=NOTHING)) for op in MAPPED),
+            *((op, _static(variant=NOTHING)) for op in PROJECTED),
             ("rms_norm", _static(eps=0.0)),
             ("static_layer", _static(eps=0.0, iterations=2)),
         )
@@ -325,7 +363,7 @@ def quick(op: str) -> Case:
 # --- second derivatives -----------------------------------------------------------------------
 
 # One of each op, and two of Sinkhorn, with eps and without: compilers take seconds for each.
-SHORT = replace(LARGE, norm_eps=1e-3, sinkhorn_iterations=3)
+SHORT = replace(APART, norm_eps=1e-3, sinkhorn_iterations=3)
 
 
 def _second(op: str, shared: bool = False, **values: Any) -> Case:
@@ -333,19 +371,24 @@ def _second(op: str, shared: bool = False, **values: Any) -> Case:
     return Case(op, label, SMALL, _static(**values), shared=shared)
 
 
+def _short(op: str) -> dict[str, Any]:
+    """Return static arguments of a second derivative: short loops, a number that counts."""
+    declared = declaration(op).static
+    if check_variant in declared.values():
+        return {"variant": SHORT}
+    sized = {"n": SMALL.n}
+    return {name: sized.get(name) or chosen(op, name, (3,), (1e-3,))[-1] for name in declared}
+
+
 SECOND: Sequence[Case] = (
-    *(_second(op, variant=SHORT) for op in MAPPED),
     *(
-        _second(op, shared=True)
-        for op in ("aggregate", "combine", "gated_combine", "pre_scale", "residual_add_aggregate")
+        _second(op, shared=op in MAPPED, **_short(op))
+        for op in math.OPS
+        if op not in ("sinkhorn", "sinkhorn_knopp")
     ),
-    _second("contract", how="mean"),
-    _second("expand", n=SMALL.n),
-    _second("rms_norm", eps=1e-3),
     _second("sinkhorn", iterations=3, eps=0.0, first="columns"),
     _second("sinkhorn", iterations=3, eps=0.1, first="rows"),
+    # where its loop ends early, it jumps
     _second("sinkhorn_knopp", max_iterations=3, epsilon=0.0, log_space=True),
-    _second("static_layer", eps=1e-3, iterations=3),
-    _second("static_mappings", iterations=3),
 )
 """The cases of the check ``second``."""

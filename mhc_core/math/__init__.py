@@ -2,8 +2,9 @@
 
 Every module has ``OP`` (the declaration), ``forward(*arrays, **static)``, and
 ``vjp(primals, cotangents, saved=None, **static)``. Where a forward has values that its vjp would
-otherwise recompute, the module also has ``saving(*arrays, **static) -> (outputs, saved)``; ``vjp``
-takes ``saved`` or, without it, recomputes them from the primals.
+otherwise recompute, the module also has
+``forward_with_saved(*arrays, **static) -> (outputs, saved)``; ``vjp`` takes ``saved`` or, without
+it, recomputes them from the primals.
 
 Sizes in comments: T tokens (any leading shape), n streams, C channels, m = n * n + 2 * n.
 Sums, mappings and Sinkhorn are computed in float32 (float64 for float64 streams); streams and h

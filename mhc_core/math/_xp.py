@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 __all__ = [
-    "cast",
+    "as_dtype_of",
     "collapse",
     "dot",
     "doubled",
@@ -27,7 +27,7 @@ __all__ = [
     "outer",
     "project",
     "scan",
-    "scan_back",
+    "scan_reverse",
     "scan_while",
     "shift",
     "sigmoid",
@@ -36,7 +36,7 @@ __all__ = [
     "swap",
     "tokens",
     "unproject",
-    "up",
+    "upcast",
 ]
 
 Array = Any
@@ -66,17 +66,17 @@ def _is(xp: Any, library: str) -> bool:
     return xp.__name__.startswith(library)
 
 
-def up(xp: Any, array: Array) -> Array:
+def upcast(xp: Any, array: Array) -> Array:
     """Convert an array to the dtype of computation: float32, or float64 for float64.
 
     An array that has that dtype is returned itself, not copied: no caller writes into the result.
     """
-    wide = str(array.dtype).endswith("float64")
-    return _as(xp, array, xp.float64 if wide else xp.float32)
+    is_float64 = str(array.dtype).endswith("float64")
+    return _as(xp, array, xp.float64 if is_float64 else xp.float32)
 
 
-def cast(xp: Any, array: Array, like: Array) -> Array:
-    """Convert a result to the dtype of ``like``; one that has it already is returned itself.
+def as_dtype_of(xp: Any, array: Array, like: Array) -> Array:
+    """Return a result in the dtype of ``like``, as asarray would: itself where it has it already.
 
     So the result must be a new array: if it may be a view of a caller's array, copy it by
     ``xp.astype``, which copies in libraries whose arrays are writable.
@@ -187,7 +187,7 @@ def sum_to(xp: Any, gradient: Array, like: Array) -> Array:
     """Sum a gradient over the tokens that shared ``like``, and cast it to its dtype."""
     if gradient.ndim > like.ndim:
         gradient = sum_tokens(xp, gradient, like.ndim)
-    return cast(xp, gradient, like)
+    return as_dtype_of(xp, gradient, like)
 
 
 def sigmoid(xp: Any, z: Array) -> Array:
@@ -320,13 +320,13 @@ def _product_by_halves() -> Callable[..., Array]:
 
     product = mx.custom_function(functools.partial(_matmul_by_halves, mx))
 
-    def back(primals: Any, cotangent: Array, _: Any) -> tuple[Array, Array]:
+    def pullback(primals: Any, cotangent: Array, _: Any) -> tuple[Array, Array]:
         a, b = primals
         da = matmul(mx, cotangent, swap(mx, b))
         db = matmul(mx, swap(mx, a), cotangent)
         return _summed_to(mx, da, a.shape), _summed_to(mx, db, b.shape)
 
-    product.vjp(back)
+    product.vjp(pullback)
     return product
 
 
@@ -545,8 +545,8 @@ def _explicit_sharding(array: Array) -> Any:
     jax = import_module("jax")
     typeof = getattr(jax, "typeof", None)  # JAX 0.6
     sharding = getattr(typeof(array), "sharding", None) if typeof else None
-    kinds = getattr(getattr(sharding, "mesh", None), "axis_types", ())
-    return sharding if any(kind.name == "Explicit" for kind in kinds) else None
+    axis_types = getattr(getattr(sharding, "mesh", None), "axis_types", ())
+    return sharding if any(axis_type.name == "Explicit" for axis_type in axis_types) else None
 
 
 def _split_last(sharding: Any) -> Any:
@@ -609,10 +609,10 @@ def scan(xp: Any, step: Callable[[Any], tuple[Any, Any]], state: Any, length: in
     """
     if _is(xp, "jax"):
 
-        def forth(state: Any, _: Any) -> Any:
+        def forward(state: Any, _: Any) -> Any:
             return step(state)
 
-        return _lax().scan(forth, state, None, length=length)
+        return _lax().scan(forward, state, None, length=length)
     kept: list[Any] = []
     for _ in range(length):
         state, keep = step(state)
@@ -620,14 +620,14 @@ def scan(xp: Any, step: Callable[[Any], tuple[Any, Any]], state: Any, length: in
     return state, kept
 
 
-def scan_back(xp: Any, step: Callable[[Any, Any], Any], state: Any, kept: Any) -> Any:
+def scan_reverse(xp: Any, step: Callable[[Any, Any], Any], state: Any, kept: Any) -> Any:
     """Apply ``state = step(state, keep)`` to all that :func:`scan` kept, last first."""
     if _is(xp, "jax"):
 
-        def back(state: Any, keep: Any) -> Any:
+        def backward(state: Any, keep: Any) -> Any:
             return step(state, keep), None
 
-        return _lax().scan(back, state, kept, reverse=True)[0]
+        return _lax().scan(backward, state, kept, reverse=True)[0]
     for keep in reversed(kept):
         state = step(state, keep)
     return state

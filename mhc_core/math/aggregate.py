@@ -22,17 +22,17 @@ def forward(x: Any, h_pre: Any) -> Any:
 @_xp.fused
 def weighted(xp: Any, x: Any, h_pre: Any) -> Any:
     """Return h in x's dtype."""
-    return _xp.cast(xp, _xp.collapse(xp, _xp.up(xp, h_pre), _xp.up(xp, x)), x)
+    return _xp.as_dtype_of(xp, _xp.collapse(xp, _xp.upcast(xp, h_pre), _xp.upcast(xp, x)), x)
 
 
 def vjp(primals: Any, cotangents: Any, saved: Any = None) -> tuple[Any, Any]:
     """dx_i = h_pre_i dh; dh_pre_i = sum_C x_i dh."""
     (x, h_pre), (g,) = primals, cotangents
     xp = _xp.namespace(x)
-    dx, dh_pre = back(xp, _xp.up(xp, x), _xp.up(xp, h_pre), _xp.up(xp, g))
-    return _xp.cast(xp, dx, x), _xp.sum_to(xp, dh_pre, h_pre)
+    dx, dh_pre = pullback(xp, _xp.upcast(xp, x), _xp.upcast(xp, h_pre), _xp.upcast(xp, g))
+    return _xp.as_dtype_of(xp, dx, x), _xp.sum_to(xp, dh_pre, h_pre)
 
 
-def back(xp: Any, x: Any, h_pre: Any, g: Any) -> tuple[Any, Any]:
+def pullback(xp: Any, x: Any, h_pre: Any, g: Any) -> tuple[Any, Any]:
     """Return dx and dh_pre in the dtype of computation."""
     return h_pre[..., None] * g[..., None, :], _xp.dot(xp, x, g[..., None, :], like=h_pre)

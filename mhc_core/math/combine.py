@@ -21,18 +21,20 @@ def forward(x: Any, y: Any, h_post: Any, h_res: Any) -> Any:
 
 @_xp.fused
 def _forward(xp: Any, x: Any, y: Any, h_post: Any, h_res: Any) -> Any:
-    return _xp.cast(xp, mixed(xp, *(_xp.up(xp, array) for array in (x, y, h_post, h_res))), x)
+    return _xp.as_dtype_of(
+        xp, mixed(xp, *(_xp.upcast(xp, array) for array in (x, y, h_post, h_res))), x
+    )
 
 
 def vjp(primals: Any, cotangents: Any, saved: Any = None) -> tuple[Any, Any, Any, Any]:
     """dx = H_res^T g; dy = sum_i h_post_i g_i; dh_post_i = g_i . y; dH_res[i, j] = g_i . x_j."""
     (x, y, h_post, h_res), (g,) = primals, cotangents
     xp = _xp.namespace(x)
-    wide = (_xp.up(xp, array) for array in (x, y, h_post, h_res, g))
-    dx, dy, dh_post, dh_res = back(xp, *wide)
+    arrays = (_xp.upcast(xp, array) for array in (x, y, h_post, h_res, g))
+    dx, dy, dh_post, dh_res = pullback(xp, *arrays)
     return (
-        _xp.cast(xp, dx, x),
-        _xp.cast(xp, dy, y),
+        _xp.as_dtype_of(xp, dx, x),
+        _xp.as_dtype_of(xp, dy, y),
         _xp.sum_to(xp, dh_post, h_post),
         _xp.sum_to(xp, dh_res, h_res),
     )
@@ -44,13 +46,13 @@ def mixed(xp: Any, x: Any, y: Any, h_post: Any, h_res: Any) -> Any:
     return _xp.mix(xp, h_res, x, h_post[..., None] * y[..., None, :])
 
 
-def back(xp: Any, x: Any, y: Any, h_post: Any, h_res: Any, g: Any) -> tuple[Any, Any, Any, Any]:
+def pullback(xp: Any, x: Any, y: Any, h_post: Any, h_res: Any, g: Any) -> tuple[Any, Any, Any, Any]:
     """Return all four gradients in the dtype of computation."""
-    dx, dy = _back_streams(xp, g, h_post, h_res)
+    dx, dy = _streams_pullback(xp, g, h_post, h_res)
     dh_post = _xp.dot(xp, g, y[..., None, :], like=h_post)
     return dx, dy, dh_post, _xp.outer(xp, g, x, like=h_res)
 
 
 @_xp.fused
-def _back_streams(xp: Any, g: Any, h_post: Any, h_res: Any) -> tuple[Any, Any]:
+def _streams_pullback(xp: Any, g: Any, h_post: Any, h_res: Any) -> tuple[Any, Any]:
     return _xp.mix(xp, _xp.swap(xp, h_res), g), _xp.collapse(xp, h_post, g)

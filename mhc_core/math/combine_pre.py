@@ -40,10 +40,10 @@ def forward(
     variant: Variant,
 ) -> tuple[Any, Any, Any, Any, Any]:
     """(x', h', h_pre', h_post', h_res'); h' uses ``h_pre`` where given, else h_pre'."""
-    return saving(x, y, h_post, h_res, phi, scale, bias, h_pre, variant=variant)[0]
+    return forward_with_saved(x, y, h_post, h_res, phi, scale, bias, h_pre, variant=variant)[0]
 
 
-def saving(
+def forward_with_saved(
     x: Any,
     y: Any,
     h_post: Any,
@@ -57,7 +57,7 @@ def saving(
 ):
     """Return the outputs and, for the vjp, x' and the projection of x'."""
     x_new = combine.forward(x, y, h_post, h_res)
-    mapped, projected = mappings.saving(x_new, phi, scale, bias, variant=variant)
+    mapped, projected = mappings.forward_with_saved(x_new, phi, scale, bias, variant=variant)
     h = aggregate.forward(x_new, mapped[0] if h_pre is None else h_pre)
     return (x_new, h, *mapped), (x_new, *projected, mapped[0])
 
@@ -74,23 +74,23 @@ def vjp(
     x, y, h_post, h_res, phi, scale, bias, *given = primals
     xp = _xp.namespace(x)
     if not saved:
-        _, saved = saving(*primals, variant=variant)
+        _, saved = forward_with_saved(*primals, variant=variant)
     x_new, u, r, h_pre = saved
-    x_new = _xp.up(xp, x_new)
-    g_x, g_h, g_pre, g_post, g_res = (_xp.up(xp, g) for g in cotangents)
-    used = _xp.up(xp, given[0]) if given else h_pre
-    dx_new, dh_pre = aggregate.back(xp, x_new, used, g_h)
+    x_new = _xp.upcast(xp, x_new)
+    g_x, g_h, g_pre, g_post, g_res = (_xp.upcast(xp, g) for g in cotangents)
+    used = _xp.upcast(xp, given[0]) if given else h_pre
+    dx_new, dh_pre = aggregate.pullback(xp, x_new, used, g_h)
     if not given:
         g_pre = g_pre + dh_pre
     of_projected = None
     if saved_cotangents:  # x' and h_pre' are outputs, and have theirs there
         _, g_u, g_r, _ = saved_cotangents
         of_projected = Projected(g_u, g_r)
-    phi, scale, bias = (_xp.up(xp, array) for array in (phi, scale, bias))
-    more, dphi, dscale, dbias = mappings.back(
+    phi, scale, bias = (_xp.upcast(xp, array) for array in (phi, scale, bias))
+    more, dphi, dscale, dbias = mappings.pullback(
         xp, x_new, phi, scale, bias, Projected(u, r), (g_pre, g_post, g_res), variant, of_projected
     )
-    x, y, h_post, h_res = (_xp.up(xp, array) for array in (x, y, h_post, h_res))
-    streams = combine.back(xp, x, y, h_post, h_res, g_x + dx_new + more)
+    x, y, h_post, h_res = (_xp.upcast(xp, array) for array in (x, y, h_post, h_res))
+    streams = combine.pullback(xp, x, y, h_post, h_res, g_x + dx_new + more)
     gradients = (*streams, dphi, dscale, dbias, *([dh_pre] if given else []))
     return tuple(_xp.sum_to(xp, d, p) for d, p in zip(gradients, primals, strict=True))

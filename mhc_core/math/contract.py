@@ -19,15 +19,15 @@ OP = Op(
 def forward(x: Any, *, how: str) -> Any:
     """h = sum_i x_i, or their mean."""
     xp = _xp.namespace(x)
-    summed = xp.sum(_xp.up(xp, x), axis=-2)
-    return _xp.cast(xp, summed / x.shape[-2] if how == "mean" else summed, x)
+    summed = xp.sum(_xp.upcast(xp, x), axis=-2)
+    return _xp.as_dtype_of(xp, summed / x.shape[-2] if how == "mean" else summed, x)
 
 
 def vjp(primals: Any, cotangents: Any, saved: Any = None, *, how: str) -> tuple[Any]:
     """dx_i = g, or g / n."""
     (x,), (g,) = primals, cotangents
     xp = _xp.namespace(x)
-    g = _xp.up(xp, g)
+    g = _xp.upcast(xp, g)
     each = g / x.shape[-2] if how == "mean" else g
-    # not cast: it would leave a view of the cotangent
+    # not as_dtype_of: it would leave a view of the cotangent
     return (xp.astype(xp.broadcast_to(each[..., None, :], x.shape), x.dtype),)

@@ -27,4 +27,4 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None, *, n: int) -> tuple[An
     """dh = sum_i g_i."""
     (h,), (g,) = primals, cotangents
     xp = _xp.namespace(h)
-    return (_xp.cast(xp, xp.sum(_xp.up(xp, g), axis=-2), h),)
+    return (_xp.as_dtype_of(xp, xp.sum(_xp.upcast(xp, g), axis=-2), h),)

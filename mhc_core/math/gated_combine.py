@@ -30,10 +30,10 @@ def forward(x: Any, y: Any, h_pre: Any, h_post: Any, h_res: Any) -> Any:
 @_xp.fused
 def _forward(xp: Any, x: Any, y: Any, h_pre: Any, h_post: Any, h_res: Any) -> Any:
     n = h_pre.shape[-1]
-    h_pre, h_post, h_res = (_xp.up(xp, a) for a in (h_pre, h_post, h_res))
-    gated = h_pre[..., None] * slices(xp, _xp.up(xp, x), n)
-    out = h_post[..., None] * _xp.mix(xp, h_res, gated, slices(xp, _xp.up(xp, y), n))
-    return _xp.cast(xp, xp.reshape(out, x.shape), x)
+    h_pre, h_post, h_res = (_xp.upcast(xp, a) for a in (h_pre, h_post, h_res))
+    gated = h_pre[..., None] * slices(xp, _xp.upcast(xp, x), n)
+    out = h_post[..., None] * _xp.mix(xp, h_res, gated, slices(xp, _xp.upcast(xp, y), n))
+    return _xp.as_dtype_of(xp, xp.reshape(out, x.shape), x)
 
 
 def vjp(primals: Any, cotangents: Any, saved: Any = None):
@@ -41,28 +41,28 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None):
     x, y, h_pre, h_post, h_res = primals
     xp = _xp.namespace(x)
     n = h_pre.shape[-1]
-    wide_x, wide_y, wide_g = (slices(xp, _xp.up(xp, a), n) for a in (x, y, cotangents[0]))
-    wide_pre, wide_post, wide_res = (_xp.up(xp, a) for a in (h_pre, h_post, h_res))
-    gated, z = _again(xp, wide_x, wide_y, wide_pre, wide_res)
-    dz, d_gated, dx = _back_streams(xp, wide_g, wide_pre, wide_post, wide_res)
+    x_n, y_n, g_n = (slices(xp, _xp.upcast(xp, a), n) for a in (x, y, cotangents[0]))
+    pre, post, res = (_xp.upcast(xp, a) for a in (h_pre, h_post, h_res))
+    gated, z = _recomputed(xp, x_n, y_n, pre, res)
+    dz, d_gated, dx = _streams_pullback(xp, g_n, pre, post, res)
     return (
-        _xp.cast(xp, xp.reshape(dx, x.shape), x),
-        _xp.cast(xp, xp.reshape(dz, y.shape), y),
-        _xp.sum_to(xp, _xp.dot(xp, d_gated, wide_x, like=h_pre), h_pre),
-        _xp.sum_to(xp, _xp.dot(xp, wide_g, z, like=h_post), h_post),
+        _xp.as_dtype_of(xp, xp.reshape(dx, x.shape), x),
+        _xp.as_dtype_of(xp, xp.reshape(dz, y.shape), y),
+        _xp.sum_to(xp, _xp.dot(xp, d_gated, x_n, like=h_pre), h_pre),
+        _xp.sum_to(xp, _xp.dot(xp, g_n, z, like=h_post), h_post),
         _xp.sum_to(xp, _xp.outer(xp, dz, gated, like=h_res), h_res),
     )
 
 
 @_xp.fused
-def _again(xp: Any, x: Any, y: Any, h_pre: Any, h_res: Any) -> tuple[Any, Any]:
+def _recomputed(xp: Any, x: Any, y: Any, h_pre: Any, h_res: Any) -> tuple[Any, Any]:
     """Return H_pre * x and z."""
     gated = h_pre[..., None] * x
     return gated, _xp.mix(xp, h_res, gated, y)
 
 
 @_xp.fused
-def _back_streams(xp: Any, g: Any, h_pre: Any, h_post: Any, h_res: Any) -> tuple[Any, Any, Any]:
+def _streams_pullback(xp: Any, g: Any, h_pre: Any, h_post: Any, h_res: Any) -> tuple[Any, Any, Any]:
     """Return dz, d(H_pre * x) and dx."""
     dz = h_post[..., None] * g
     d_gated = _xp.mix(xp, _xp.swap(xp, h_res), dz)

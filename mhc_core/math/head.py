@@ -19,16 +19,16 @@ OP = Op(
 
 def forward(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant) -> Any:
     """h = sum_i w_i x_i with w = sigmoid(vec(x) @ phi.T r scale + bias) + pre_eps."""
-    return saving(x, phi, scale, bias, variant=variant)[0][0]
+    return forward_with_saved(x, phi, scale, bias, variant=variant)[0][0]
 
 
-def saving(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant):
+def forward_with_saved(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant):
     """Return h and the projection behind its weights."""
     xp = _xp.namespace(x)
-    wide, phi, scale, bias = (_xp.up(xp, array) for array in (x, phi, scale, bias))
-    projected = mappings.projection(xp, wide, phi, variant.norm_eps)
+    streams, phi, scale, bias = (_xp.upcast(xp, array) for array in (x, phi, scale, bias))
+    projected = mappings.projection(xp, streams, phi, variant.norm_eps)
     w = _sigmoid(xp, projected, scale, bias) + variant.pre_eps
-    return (_xp.cast(xp, _xp.collapse(xp, w, wide), x),), projected
+    return (_xp.as_dtype_of(xp, _xp.collapse(xp, w, streams), x),), projected
 
 
 def vjp(
@@ -41,18 +41,18 @@ def vjp(
 ):
     """Pull back through the weighted sum, then the sigmoid and the projection."""
     xp = _xp.namespace(primals[0])
-    x, phi, scale, bias = (_xp.up(xp, array) for array in primals)
-    g = _xp.up(xp, cotangents[0])
+    x, phi, scale, bias = (_xp.upcast(xp, array) for array in primals)
+    g = _xp.upcast(xp, cotangents[0])
     projected = Projected(*saved) if saved else mappings.projection(xp, x, phi, variant.norm_eps)
     s = _sigmoid(xp, projected, scale, bias)
-    dx, dw = aggregate.back(xp, x, s + variant.pre_eps, g)
+    dx, dw = aggregate.pullback(xp, x, s + variant.pre_eps, g)
     dz = dw * s * (1 - s)
     dscale = xp.reshape(xp.sum(dz * (projected.u * projected.r)), (1,))
     dbias = _xp.sum_tokens(xp, dz, 1)
     given = Projected(*saved_cotangents) if saved_cotangents else None
-    more, dphi = mappings.back_projection(xp, x, phi, projected, dz * scale, given)
+    more, dphi = mappings.projection_pullback(xp, x, phi, projected, dz * scale, given)
     gradients = (dx + more, dphi, dscale, dbias)
-    return tuple(_xp.cast(xp, d, p) for d, p in zip(gradients, primals, strict=True))
+    return tuple(_xp.as_dtype_of(xp, d, p) for d, p in zip(gradients, primals, strict=True))
 
 
 def _sigmoid(xp: Any, projected: Projected, scale: Any, bias: Any) -> Any:

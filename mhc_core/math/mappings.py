@@ -34,13 +34,15 @@ class Projected(NamedTuple):
 
 def forward(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant) -> tuple[Any, Any, Any]:
     """Compute eqs. (7-8) and (14-19)."""
-    return saving(x, phi, scale, bias, variant=variant)[0]
+    return forward_with_saved(x, phi, scale, bias, variant=variant)[0]
 
 
-def saving(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant) -> tuple[Any, Projected]:
+def forward_with_saved(
+    x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant
+) -> tuple[Any, Projected]:
     """Return the mappings and the projection behind them."""
     xp = _xp.namespace(x)
-    x, phi, scale, bias = (_xp.up(xp, array) for array in (x, phi, scale, bias))
+    x, phi, scale, bias = (_xp.upcast(xp, array) for array in (x, phi, scale, bias))
     projected = projection(xp, x, phi, variant.norm_eps)
     return activated(xp, x.shape[-2], projected, scale, bias, variant), projected
 
@@ -55,11 +57,11 @@ def vjp(
 ):
     """Pull back through the activations, the division by the RMS and the projection."""
     xp = _xp.namespace(primals[0])
-    x, phi, scale, bias = (_xp.up(xp, array) for array in primals)
+    x, phi, scale, bias = (_xp.upcast(xp, array) for array in primals)
     projected = Projected(*saved) if saved else projection(xp, x, phi, variant.norm_eps)
     more = Projected(*saved_cotangents) if saved_cotangents else None
-    gradients = back(xp, x, phi, scale, bias, projected, cotangents, variant, more)
-    return tuple(_xp.cast(xp, g, p) for g, p in zip(gradients, primals, strict=True))
+    gradients = pullback(xp, x, phi, scale, bias, projected, cotangents, variant, more)
+    return tuple(_xp.as_dtype_of(xp, g, p) for g, p in zip(gradients, primals, strict=True))
 
 
 def projection(xp: Any, x: Any, phi: Any, norm_eps: float) -> Projected:
@@ -98,7 +100,7 @@ def activated(xp: Any, n: int, projected: Projected, scale: Any, bias: Any, vari
     return pre + variant.pre_eps, variant.post_scale * post, h_res
 
 
-def back(
+def pullback(
     xp: Any,
     x: Any,
     phi: Any,
@@ -115,7 +117,7 @@ def back(
     """
     n = x.shape[-2]
     pre, post, logits = _activate(xp, n, projected, scale, bias, variant)
-    g_pre, g_post, g_res = (_xp.up(xp, g) for g in cotangents)
+    g_pre, g_post, g_res = (_xp.upcast(xp, g) for g in cotangents)
     (d_logits,) = sinkhorn.vjp((logits,), (g_res,), **_sinkhorn(variant))
     if variant.res_transposed:
         d_logits = _xp.swap(xp, d_logits)
@@ -130,11 +132,11 @@ def back(
     summed = _xp.sum_tokens(xp, dz * (projected.u * projected.r), 1)
     dscale = xp.stack([xp.sum(summed[:n]), xp.sum(summed[n : 2 * n]), xp.sum(summed[2 * n :])])
     dbias = _xp.sum_tokens(xp, dz, 1)
-    dx, dphi = back_projection(xp, x, phi, projected, dz * groups(xp, scale, n), more)
+    dx, dphi = projection_pullback(xp, x, phi, projected, dz * groups(xp, scale, n), more)
     return dx, dphi, dscale, dbias
 
 
-def back_projection(
+def projection_pullback(
     xp: Any, x: Any, phi: Any, projected: Projected, d_product: Any, more: Projected | None = None
 ):
     """Return dx and dphi from the cotangent of u * r, and from ``more``, those of u and r.

@@ -23,12 +23,14 @@ OP = Op(
 
 def forward(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant) -> tuple[Any, Any, Any]:
     """(aggregate(x, h_pre), h_post, h_res) with the mappings of x."""
-    return saving(x, phi, scale, bias, variant=variant)[0]
+    return forward_with_saved(x, phi, scale, bias, variant=variant)[0]
 
 
-def saving(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant):
+def forward_with_saved(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Variant):
     """Return the outputs and, for the vjp, the projection and h_pre."""
-    (h_pre, h_post, h_res), projected = mappings.saving(x, phi, scale, bias, variant=variant)
+    (h_pre, h_post, h_res), projected = mappings.forward_with_saved(
+        x, phi, scale, bias, variant=variant
+    )
     return (aggregate.forward(x, h_pre), h_post, h_res), (*projected, h_pre)
 
 
@@ -42,13 +44,13 @@ def vjp(
 ):
     """Pull back through the aggregate, then through the mappings with the cotangent of h_pre."""
     xp = _xp.namespace(primals[0])
-    x, phi, scale, bias = (_xp.up(xp, array) for array in primals)
+    x, phi, scale, bias = (_xp.upcast(xp, array) for array in primals)
     given = cotangents, saved, saved_cotangents
-    gradients = back(xp, x, phi, scale, bias, *given, variant)
-    return tuple(_xp.cast(xp, g, p) for g, p in zip(gradients, primals, strict=True))
+    gradients = pullback(xp, x, phi, scale, bias, *given, variant)
+    return tuple(_xp.as_dtype_of(xp, g, p) for g, p in zip(gradients, primals, strict=True))
 
 
-def back(
+def pullback(
     xp: Any,
     x: Any,
     phi: Any,
@@ -60,16 +62,16 @@ def back(
     variant: Variant,
 ) -> tuple[Any, Any, Any, Any]:
     """Return dx, dphi, dscale and dbias in the dtype of computation."""
-    g_h, g_post, g_res = (_xp.up(xp, g) for g in cotangents)
+    g_h, g_post, g_res = (_xp.upcast(xp, g) for g in cotangents)
     if not saved:
-        (_, _, _), saved = saving(x, phi, scale, bias, variant=variant)
+        (_, _, _), saved = forward_with_saved(x, phi, scale, bias, variant=variant)
     u, r, h_pre = saved
-    dx, dh_pre = aggregate.back(xp, x, h_pre, g_h)
+    dx, dh_pre = aggregate.pullback(xp, x, h_pre, g_h)
     of_projected = None
     if saved_cotangents:
         g_u, g_r, g_pre = saved_cotangents
         of_projected, dh_pre = Projected(g_u, g_r), dh_pre + g_pre
-    more, dphi, dscale, dbias = mappings.back(
+    more, dphi, dscale, dbias = mappings.pullback(
         xp, x, phi, scale, bias, Projected(u, r), (dh_pre, g_post, g_res), variant, of_projected
     )
     return dx + more, dphi, dscale, dbias

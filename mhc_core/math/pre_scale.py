@@ -27,18 +27,18 @@ OP = Op(
 def forward(x: Any, h_pre: Any) -> Any:
     """H_pre * x on the [n, D / n] view."""
     xp = _xp.namespace(x)
-    scaled = _xp.up(xp, h_pre)[..., None] * slices(xp, _xp.up(xp, x), h_pre.shape[-1])
-    return _xp.cast(xp, xp.reshape(scaled, x.shape), x)
+    scaled = _xp.upcast(xp, h_pre)[..., None] * slices(xp, _xp.upcast(xp, x), h_pre.shape[-1])
+    return _xp.as_dtype_of(xp, xp.reshape(scaled, x.shape), x)
 
 
 def vjp(primals: Any, cotangents: Any, saved: Any = None) -> tuple[Any, Any]:
     """dx = H_pre * g; dh_pre_i = x_i . g_i."""
     (x, h_pre), (g,) = primals, cotangents
     xp = _xp.namespace(x)
-    g = slices(xp, _xp.up(xp, g), h_pre.shape[-1])
-    dh_pre = _xp.dot(xp, slices(xp, _xp.up(xp, x), h_pre.shape[-1]), g, like=h_pre)
-    dx = xp.reshape(_xp.up(xp, h_pre)[..., None] * g, x.shape)
-    return _xp.cast(xp, dx, x), _xp.sum_to(xp, dh_pre, h_pre)
+    g = slices(xp, _xp.upcast(xp, g), h_pre.shape[-1])
+    dh_pre = _xp.dot(xp, slices(xp, _xp.upcast(xp, x), h_pre.shape[-1]), g, like=h_pre)
+    dx = xp.reshape(_xp.upcast(xp, h_pre)[..., None] * g, x.shape)
+    return _xp.as_dtype_of(xp, dx, x), _xp.sum_to(xp, dh_pre, h_pre)
 
 
 def slices(xp: Any, x: Any, n: int) -> Any:

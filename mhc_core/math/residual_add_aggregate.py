@@ -21,17 +21,17 @@ def forward(x: Any, res: Any, h_pre: Any) -> tuple[Any, Any]:
 
 @_xp.fused
 def _forward(xp: Any, x: Any, res: Any, h_pre: Any) -> tuple[Any, Any]:
-    total = _xp.up(xp, x) + _xp.up(xp, res)
-    h = _xp.collapse(xp, _xp.up(xp, h_pre), total)
-    return _xp.cast(xp, total, x), _xp.cast(xp, h, x)
+    total = _xp.upcast(xp, x) + _xp.upcast(xp, res)
+    h = _xp.collapse(xp, _xp.upcast(xp, h_pre), total)
+    return _xp.as_dtype_of(xp, total, x), _xp.as_dtype_of(xp, h, x)
 
 
 def vjp(primals: Any, cotangents: Any, saved: Any = None) -> tuple[Any, Any, Any]:
     """dx = dres = g_x + h_pre (outer) g_h; dh_pre_i = (x + res)_i . g_h."""
     (x, res, h_pre), (g_x, g_h) = primals, cotangents
     xp = _xp.namespace(x)
-    total = _xp.up(xp, x) + _xp.up(xp, res)
-    d_total, dh_pre = aggregate.back(xp, total, _xp.up(xp, h_pre), _xp.up(xp, g_h))
-    d_total = d_total + _xp.up(xp, g_x)
-    dres = xp.astype(d_total, res.dtype)  # not cast: it must not be the array that dx is
-    return _xp.cast(xp, d_total, x), dres, _xp.sum_to(xp, dh_pre, h_pre)
+    total = _xp.upcast(xp, x) + _xp.upcast(xp, res)
+    d_total, dh_pre = aggregate.pullback(xp, total, _xp.upcast(xp, h_pre), _xp.upcast(xp, g_h))
+    d_total = d_total + _xp.upcast(xp, g_x)
+    dres = xp.astype(d_total, res.dtype)  # a copy: not the array that dx is
+    return _xp.as_dtype_of(xp, d_total, x), dres, _xp.sum_to(xp, dh_pre, h_pre)

@@ -19,16 +19,15 @@ OP = Op(
 def forward(x: Any, weight: Any, *, eps: float) -> Any:
     """y = x / sqrt(mean(x^2) + eps) weight."""
     xp = _xp.namespace(x)
-    return _xp.cast(xp, normalised(xp, _xp.up(xp, x), _xp.up(xp, weight), eps), x)
+    return _xp.as_dtype_of(xp, normalised(xp, _xp.upcast(xp, x), _xp.upcast(xp, weight), eps), x)
 
 
 def vjp(primals: Any, cotangents: Any, saved: Any = None, *, eps: float) -> tuple[Any, Any]:
     """dx = r (w g) - r^3 x mean(x w g); dweight = sum_T g x r."""
     (x, weight), (g,) = primals, cotangents
     xp = _xp.namespace(x)
-    wide_x, wide_weight, wide_g = (_xp.up(xp, array) for array in (x, weight, g))
-    dx, dweight, _ = back(xp, wide_x, wide_weight, wide_g, eps)
-    return _xp.cast(xp, dx, x), _xp.sum_to(xp, dweight, weight)
+    dx, dweight, _ = pullback(xp, _xp.upcast(xp, x), _xp.upcast(xp, weight), _xp.upcast(xp, g), eps)
+    return _xp.as_dtype_of(xp, dx, x), _xp.sum_to(xp, dweight, weight)
 
 
 def normalised(xp: Any, x: Any, weight: Any, eps: float) -> Any:
@@ -36,7 +35,7 @@ def normalised(xp: Any, x: Any, weight: Any, eps: float) -> Any:
     return x * _inverse(xp, x, eps) * weight
 
 
-def back(xp: Any, x: Any, weight: Any, g: Any, eps: float) -> tuple[Any, Any, Any]:
+def pullback(xp: Any, x: Any, weight: Any, g: Any, eps: float) -> tuple[Any, Any, Any]:
     """Return dx, each token's dweight, and y, in the dtype of computation."""
     r = _inverse(xp, x, eps)
     scaled = x * r

@@ -28,7 +28,7 @@ OP = Op(
 def forward(logits: Any, *, iterations: int, eps: float, first: str) -> Any:
     """Compute eq. (9), ``M_t = T_r(T_c(M_{t-1}))``, in float32."""
     xp = _xp.namespace(logits)
-    inside = enter(xp, _xp.up(xp, logits), first)
+    inside = enter(xp, _xp.upcast(xp, logits), first)
     matrix, _ = _normalise(xp, inside, iterations, eps, keep=False)
     return leave(xp, matrix, logits.shape, first)
 
@@ -42,11 +42,11 @@ def vjp(
     """
     (logits,), (g,) = primals, cotangents
     xp = _xp.namespace(logits)
-    inside = enter(xp, _xp.up(xp, logits), first)
+    inside = enter(xp, _xp.upcast(xp, logits), first)
     matrix, kept = _normalise(xp, inside, iterations, eps, keep=True)
-    carried = matrix * enter(xp, _xp.up(xp, g), first)
-    back = _back_log if eps == 0 else _back_eps
-    return (_xp.cast(xp, leave(xp, back(xp, inside, carried, kept), logits.shape, first), logits),)
+    carried = matrix * enter(xp, _xp.upcast(xp, g), first)
+    g = (_pullback_log if eps == 0 else _pullback_eps)(xp, inside, carried, kept)
+    return (_xp.as_dtype_of(xp, leave(xp, g, logits.shape, first), logits),)
 
 
 def enter(xp: Any, matrix: Any, first: str) -> Any:
@@ -89,7 +89,7 @@ def _normalise_log(xp: Any, logits: Any, iterations: int, _: float, keep: bool) 
     return xp.exp(logs), (start, logs, kept)
 
 
-def _back_log(xp: Any, _: Any, carried: Any, kept: Any) -> Any:
+def _pullback_log(xp: Any, _: Any, carried: Any, kept: Any) -> Any:
     start, logs, divisors = kept
 
     def step(state: Any, divisor: Any) -> Any:
@@ -99,7 +99,7 @@ def _back_log(xp: Any, _: Any, carried: Any, kept: Any) -> Any:
         g = g - xp.exp(logs) * xp.sum(g, axis=0, keepdims=True)
         return g, logs + a
 
-    g, _ = _xp.scan_back(xp, step, (carried, logs), divisors)
+    g, _ = _xp.scan_reverse(xp, step, (carried, logs), divisors)
     g = g - xp.exp(_xp.doubled(xp, start[1])) * xp.sum(g, axis=1, keepdims=True)
     return g - xp.exp(_xp.doubled(xp, start[0])) * xp.sum(g, axis=0, keepdims=True)
 
@@ -131,7 +131,7 @@ def _normalise_eps(xp: Any, logits: Any, iterations: int, eps: float, keep: bool
     return matrix, (matrix, eps, kept)
 
 
-def _back_eps(xp: Any, logits: Any, carried: Any, kept: Any) -> Any:
+def _pullback_eps(xp: Any, logits: Any, carried: Any, kept: Any) -> Any:
     matrix, eps, divisors = kept
 
     def step(state: Any, divisor: Any) -> Any:
@@ -141,7 +141,7 @@ def _back_eps(xp: Any, logits: Any, carried: Any, kept: Any) -> Any:
         g = g - matrix * xp.sum(g, axis=0, keepdims=True)
         return g, matrix * a
 
-    g, matrix = _xp.scan_back(xp, step, (carried, matrix), divisors)
+    g, matrix = _xp.scan_reverse(xp, step, (carried, matrix), divisors)
     g = g - matrix * xp.sum(g, axis=1, keepdims=True)
     # the start, log(S + eps) with S a softmax along a
     start = _softmax(xp, logits)

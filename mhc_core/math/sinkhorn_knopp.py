@@ -35,7 +35,7 @@ class _State(NamedTuple):
 def forward(matrix: Any, *, max_iterations: int, epsilon: float, log_space: bool) -> Any:
     """Stop each matrix after its first full step that leaves the largest error under epsilon."""
     xp = _xp.namespace(matrix)
-    inside = enter(xp, _xp.up(xp, matrix), "rows")
+    inside = enter(xp, _xp.upcast(xp, matrix), "rows")
     state, _ = _iterate(xp, inside, max_iterations, epsilon, log_space)
     return leave(xp, xp.exp(_xp.doubled(xp, state.half)), matrix.shape, "rows")
 
@@ -52,9 +52,9 @@ def vjp(
     """Reverse the steps that were taken: with G = P g, each is G -= P sum(G)."""
     (matrix,), (g,) = primals, cotangents
     xp = _xp.namespace(matrix)
-    inside = enter(xp, _xp.up(xp, matrix), "rows")
+    inside = enter(xp, _xp.upcast(xp, matrix), "rows")
     state, kept = _iterate(xp, inside, max_iterations, epsilon, log_space)
-    carried = xp.exp(_xp.doubled(xp, state.half)) * enter(xp, _xp.up(xp, g), "rows")
+    carried = xp.exp(_xp.doubled(xp, state.half)) * enter(xp, _xp.upcast(xp, g), "rows")
 
     def undo(state: Any, step: Any) -> Any:
         (g, half), (*terms, active) = state, step
@@ -64,10 +64,10 @@ def vjp(
             half = (half + log) + largest
         return g, half
 
-    g, _ = _xp.scan_back(xp, undo, (carried, state.half), kept)
+    g, _ = _xp.scan_reverse(xp, undo, (carried, state.half), kept)
     if not log_space:
         g = xp.where(inside <= math.log(FLOOR), xp.zeros_like(g), g)
-    return (_xp.cast(xp, leave(xp, g, matrix.shape, "rows"), matrix),)
+    return (_xp.as_dtype_of(xp, leave(xp, g, matrix.shape, "rows"), matrix),)
 
 
 def _iterate(xp: Any, logits: Any, max_iterations: int, epsilon: float, log_space: bool):

@@ -34,10 +34,10 @@ def forward(
 ) -> Any:
     """H_res x + H_post (outer) rms_norm(aggregate(x, H_pre))."""
     primals = (x, h_pre_raw, h_post_raw, h_res_raw, rms_weight)
-    return saving(*primals, eps=eps, iterations=iterations)[0][0]
+    return forward_with_saved(*primals, eps=eps, iterations=iterations)[0][0]
 
 
-def saving(
+def forward_with_saved(
     x: Any,
     h_pre_raw: Any,
     h_post_raw: Any,
@@ -49,11 +49,11 @@ def saving(
 ):
     """Return the output and, for the vjp, the aggregate and the mappings."""
     xp = _xp.namespace(x)
-    wide, raw = _up(xp, x, (h_pre_raw, h_post_raw, h_res_raw))
+    streams, raw = _upcast(xp, x, (h_pre_raw, h_post_raw, h_res_raw))
     h_pre, h_post, h_res = static_mappings.forward(*raw, iterations=iterations)
-    h = aggregate.weighted(xp, wide, h_pre)
-    y = rms_norm.normalised(xp, h, _xp.up(xp, rms_weight), eps)
-    out = _xp.cast(xp, combine.mixed(xp, wide, y, h_post, h_res), x)
+    h = aggregate.weighted(xp, streams, h_pre)
+    y = rms_norm.normalised(xp, h, _xp.upcast(xp, rms_weight), eps)
+    out = _xp.as_dtype_of(xp, combine.mixed(xp, streams, y, h_post, h_res), x)
     return (out,), (h, h_pre, h_post, h_res)
 
 
@@ -69,11 +69,11 @@ def vjp(
     """Pull back through combine, norm, aggregate and static mappings; y is recomputed."""
     xp = _xp.namespace(primals[0])
     if not saved:
-        _, saved = saving(*primals, eps=eps, iterations=iterations)
+        _, saved = forward_with_saved(*primals, eps=eps, iterations=iterations)
     h, h_pre, h_post, h_res = saved
-    x, raw = _up(xp, primals[0], primals[1:4])
-    weight, g = _xp.up(xp, primals[4]), _xp.up(xp, cotangents[0])
-    dh, dweight, y = rms_norm.back(xp, h, weight, _xp.collapse(xp, h_post, g), eps)
+    x, raw = _upcast(xp, primals[0], primals[1:4])
+    weight, g = _xp.upcast(xp, primals[4]), _xp.upcast(xp, cotangents[0])
+    dh, dweight, y = rms_norm.pullback(xp, h, weight, _xp.collapse(xp, h_post, g), eps)
     if saved_cotangents:
         dh = dh + saved_cotangents[0]
     d_mapped = (
@@ -84,17 +84,17 @@ def vjp(
     if saved_cotangents:
         d_mapped = tuple(d + g for d, g in zip(d_mapped, saved_cotangents[1:], strict=True))
     d_raw = static_mappings.vjp(raw, d_mapped, iterations=iterations)
-    gradients = (_back_streams(xp, g, dh, h_pre, h_res), *d_raw, dweight)
+    gradients = (_streams_pullback(xp, g, dh, h_pre, h_res), *d_raw, dweight)
     return tuple(_xp.sum_to(xp, d, p) for d, p in zip(gradients, primals, strict=True))
 
 
 @_xp.fused
-def _back_streams(xp: Any, g: Any, dh: Any, h_pre: Any, h_res: Any) -> Any:
+def _streams_pullback(xp: Any, g: Any, dh: Any, h_pre: Any, h_res: Any) -> Any:
     """dx = H_res^T g + H_pre (outer) dh."""
     return _xp.mix(xp, _xp.swap(xp, h_res), g, h_pre[..., None] * dh[..., None, :])
 
 
-def _up(xp: Any, x: Any, raw: Any) -> tuple[Any, list[Any]]:
+def _upcast(xp: Any, x: Any, raw: Any) -> tuple[Any, list[Any]]:
     """Convert x, and the raw parameters of any dtype, to the dtype of computation of x."""
-    wide = _xp.up(xp, x)
-    return wide, [xp.astype(array, wide.dtype) for array in raw]
+    streams = _xp.upcast(xp, x)
+    return streams, [xp.astype(array, streams.dtype) for array in raw]

@@ -66,10 +66,10 @@ def _varying_alike(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
 
 def _varying_axes(array: jax.Array) -> frozenset[str]:
     typeof = getattr(jax, "typeof", None)  # JAX 0.6
-    kind: Any = typeof(array) if typeof else None
-    axes: frozenset[str] | None = getattr(kind, "vma", None)  # JAX 0.7
+    aval: Any = typeof(array) if typeof else None
+    axes: frozenset[str] | None = getattr(aval, "vma", None)  # JAX 0.7
     if axes is None:  # JAX 0.10
-        axes = getattr(getattr(kind, "manual_axis_type", None), "varying", None)
+        axes = getattr(getattr(aval, "manual_axis_type", None), "varying", None)
     return axes or frozenset()
 
 
@@ -106,20 +106,20 @@ def _forward(op: str, static: Static) -> Callable[..., Any]:
     def forward(*primals: jax.Array) -> Any:
         return module.forward(*primals, **options)
 
-    def saving(*primals: jax.Array) -> Any:
-        if not hasattr(module, "saving"):
+    def with_saved(*primals: jax.Array) -> Any:
+        if not hasattr(module, "forward_with_saved"):
             return forward(*primals), (primals, ())
-        outputs, saved = module.saving(*primals, **options)
+        outputs, saved = module.forward_with_saved(*primals, **options)
         return outputs if len(outputs) > 1 else outputs[0], (primals, tuple(saved))
 
-    def back(kept: Any, cotangents: Any) -> Any:
+    def pullback(kept: Any, cotangents: Any) -> Any:
         primals, saved = kept
         several = isinstance(cotangents, tuple)
         return module.vjp(primals, cotangents if several else (cotangents,), saved, **options)
 
     custom_vjp: Any = jax.custom_vjp  # its own stubs leave the type open
     differentiable = custom_vjp(_by_our_rules(forward))
-    differentiable.defvjp(_by_our_rules(saving), _by_our_rules(back))
+    differentiable.defvjp(_by_our_rules(with_saved), _by_our_rules(pullback))
     return jax.jit(differentiable)
 
 

@@ -66,9 +66,9 @@ class Ops:
         def forward(*primals: mx.array) -> tuple[mx.array, ...]:
             nonlocal places
             stopped = map(mx.stop_gradient, primals)
-            if not hasattr(module, "saving"):
+            if not hasattr(module, "forward_with_saved"):
                 return as_tuple(module.forward(self._kernels, *stopped, **options))
-            outputs, saved = module.saving(self._kernels, *stopped, **options)
+            outputs, saved = module.forward_with_saved(self._kernels, *stopped, **options)
             places, every = placed(as_tuple(outputs), saved)
             return every
 

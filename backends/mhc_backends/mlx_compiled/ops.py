@@ -65,13 +65,13 @@ def _forward(op: str, static: Static, device: Any) -> Callable[..., Any]:
 
     def forward(*primals: mx.array) -> Any:
         nonlocal places
-        if not hasattr(module, "saving"):
+        if not hasattr(module, "forward_with_saved"):
             return as_tuple(module.forward(*primals, **options))
-        outputs, saved = module.saving(*primals, **options)
+        outputs, saved = module.forward_with_saved(*primals, **options)
         places, every = placed(outputs, saved)
         return every
 
-    def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
+    def pullback(primals: Any, cotangents: Any, outputs: Any) -> Any:
         # the cotangent of a sum is one number, broadcast: every pass over it would be strided
         cotangents, outputs = as_tuple(cotangents), as_tuple(outputs)
         given = tuple(mx.contiguous(c) for c in cotangents[:count])
@@ -81,7 +81,7 @@ def _forward(op: str, static: Static, device: Any) -> Callable[..., Any]:
     def again(*arrays: mx.array) -> Any:
         return _forward(op, static, device)(*arrays)
 
-    return _compiled(differentiable(forward, back, module.OP, again), op, device)
+    return _compiled(differentiable(forward, pullback, module.OP, again), op, device)
 
 
 @functools.cache

@@ -93,10 +93,10 @@ def _prove(call: Any, launcher: Any, tell: Any) -> None:
         for result, count in zip(run(kernels, call, arrays, cotangents), _counts(call), strict=True)
     ]
     tell(at="the oracle")
-    plain, saving, back = results
+    plain, with_saved, pulled = results
     outputs = wanted(call, "forward", given, _stored(call, plain))
     gradients = wanted(call, "gradient", given, _stored(call, plain))
-    for got, want in ((plain, outputs), (saving, outputs), (back, gradients)):
+    for got, want in ((plain, outputs), (with_saved, outputs), (pulled, gradients)):
         if wrong := fault(call, got, want):
             names = ", ".join(dict.fromkeys(one.kernel for one in ran))
             tell(failed=sorted({one.class_ for one in ran}))

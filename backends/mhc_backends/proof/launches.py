@@ -26,6 +26,7 @@ import mlx.core as mx
 from mhc_backends.kernels import launch as table
 from mhc_backends.kernels import ops
 from mhc_backends.kernels.mlx import Kernels, dtype_name
+from mhc_conformance import cases
 from mhc_core import DEEPSEEK_V4, LIGER, PAPER
 from mhc_core.math import load
 from mhc_core.signature import signature
@@ -231,11 +232,11 @@ def run(
     """Run an op in inference, then with gradients wanted, then its gradients."""
     module, options = ops.load(call.op), call.options
     plain = module.forward(kernels, *arrays, **options)
-    if not hasattr(module, "saving"):
+    if not hasattr(module, "forward_with_saved"):
         return plain, plain, module.vjp(kernels, tuple(arrays), tuple(cotangents), **options)
-    outputs, saved = module.saving(kernels, *arrays, **options)
-    back = module.vjp(kernels, tuple(arrays), tuple(cotangents), saved, **options)
-    return plain, outputs, back
+    outputs, saved = module.forward_with_saved(kernels, *arrays, **options)
+    gradients = module.vjp(kernels, tuple(arrays), tuple(cotangents), saved, **options)
+    return plain, outputs, gradients
 
 
 # ---- the calls -----------------------------------------------------------------------------------
@@ -259,7 +260,9 @@ def calls(op: str, dtypes: tuple[str, ...], n: int | None) -> list[Call]:
 def candidates(op: str, dtypes: tuple[str, ...], n: int | None) -> Iterator[Call]:
     """Yield calls of every size class; static arguments take turns, but for the smallest sizes."""
     declared = load(op).OP
-    statics = STATICS.get(op, ({},)) if op != "expand" else ({"n": n},)
+    statics = [
+        {**static, **({"n": n} if "n" in declared.static else {})} for static in _statics(op)
+    ]
     has_channels = any(
         word in ("C", "D", "nC") for patterns in declared.patterns.values() for word in patterns[0]
     )
@@ -277,6 +280,11 @@ def candidates(op: str, dtypes: tuple[str, ...], n: int | None) -> Iterator[Call
                 yield replace(call, shared=True)
             if T == 3 or C == table.BLOCK_CHANNELS:
                 yield replace(call, offset=1)
+
+
+def _statics(op: str) -> Sequence[dict[str, Any]]:
+    """Return the static arguments to try: those of the kit's cases, where none are chosen here."""
+    return STATICS.get(op) or [dict(static) for _, static in cases.STATICS[op]]
 
 
 def _largest(call: Call) -> int:

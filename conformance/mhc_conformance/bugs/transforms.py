@@ -105,14 +105,14 @@ def dropping_saved(*arrays: Any, variant: Any) -> Any:
     """
     import mlx.core as mx
 
-    def saving(*primals: Any) -> Any:
-        outputs, saved = load("pre").saving(*primals, variant=variant)
+    def forward(*primals: Any) -> Any:
+        outputs, saved = load("pre").forward_with_saved(*primals, variant=variant)
         return (*outputs, *saved)
 
     def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
         return load("pre").vjp(primals, cotangents[:3], outputs[3:], variant=variant)
 
-    function = mx.custom_function(saving)
+    function = mx.custom_function(forward)
     function.vjp(back)
     return tuple(cast("Sequence[Any]", function(*arrays))[:3])
 

@@ -102,7 +102,7 @@ MUTANTS = {
     ),
     # constants and roundings
     "head takes norm_eps for pre_eps": _mutant(
-        "head", "settings[1]", "settings[0]", "head", "forward", "large eps everywhere"
+        "head", "settings[1]", "settings[0]", "head", "forward", "large constants, all apart"
     ),
     **{
         f"residual_add_aggregate rounds before it sums, {dtype}": _mutant(

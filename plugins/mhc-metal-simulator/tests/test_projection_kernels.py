@@ -346,7 +346,7 @@ def _end(size: Size, busy: int) -> None:
 def _mappings(size: Size, busy: int) -> None:
     primals = _draw("mappings", size)
     with small(busy):
-        outputs, saved = mappings.saving(KERNELS, *primals, variant=VARIANT)
+        outputs, saved = mappings.forward_with_saved(KERNELS, *primals, variant=VARIANT)
     arrays = [_wide(array) for array in primals]
     truth = mhc.mappings(*arrays, VARIANT, backend="numpy")
     _close([*outputs, *saved], [*truth, *_projected(arrays)])
@@ -355,7 +355,7 @@ def _mappings(size: Size, busy: int) -> None:
 def _head(size: Size, busy: int) -> None:
     primals = _draw("head", size)
     with small(busy):
-        (h,), (u, w, r) = head.saving(KERNELS, *primals, variant=VARIANT)
+        (h,), (u, w, r) = head.forward_with_saved(KERNELS, *primals, variant=VARIANT)
     arrays = [_wide(array) for array in primals]
     products, inverse = _projected(arrays)
     weights = 1 / (1 + np.exp(-(products * inverse * arrays[2] + arrays[3]))) + VARIANT.pre_eps

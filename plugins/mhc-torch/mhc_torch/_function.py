@@ -83,8 +83,8 @@ def _run(op: str, static: dict[str, Any], primals: Tensors) -> tuple[Tensors, Te
         return (_knopp.sinkhorn_knopp(*primals, **static),), ()
     module = math.load(op)
     with full_float32(primals[0]):
-        if hasattr(module, "saving"):
-            outputs, saved = module.saving(*primals, **static)
+        if hasattr(module, "forward_with_saved"):
+            outputs, saved = module.forward_with_saved(*primals, **static)
             return tuple(outputs), tuple(saved)
         outputs: Any = module.forward(*primals, **static)
     return (outputs if len(module.OP.outputs) > 1 else (outputs,)), ()

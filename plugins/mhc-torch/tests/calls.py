@@ -1,14 +1,16 @@
-"""One small call of every op, in float64 so that gradients can be compared closely."""
+"""One small call of every op, from the kit's cases; in float64, to compare gradients closely."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 import mhc_core as mhc
+from mhc_conformance.cases import Sizes, data
+from mhc_conformance.telling import SECOND
 from mhc_core import math
 
 N, C, T = 3, 5, 2
@@ -42,26 +44,20 @@ class Call:
         return [torch.randn(shape).to(dtype).requires_grad_(grad) for shape in self.shapes]
 
 
-KNOPP = Call("sinkhorn_knopp", [RES], {"max_iterations": 5, "epsilon": 0.0, "log_space": True})
-CALLS = [
-    Call("aggregate", [STREAMS, PRE]),
-    Call("combine", [STREAMS, LAYER, PRE, RES]),
-    Call("combine_pre", [STREAMS, LAYER, PRE, RES, *PROJECTION], {"variant": VARIANT}),
-    Call("contract", [STREAMS], {"how": "mean"}),
-    Call("expand", [LAYER], {"n": N}),
-    Call("gated_combine", [HIDDEN, HIDDEN, PRE, PRE, RES]),
-    Call("head", [STREAMS, (N, N * C), (1,), (N,)], {"variant": VARIANT}),
-    Call("mappings", [STREAMS, *PROJECTION], {"variant": LOG}),
-    Call("pre", [STREAMS, *PROJECTION], {"variant": VARIANT}),
-    Call("pre_scale", [HIDDEN, PRE]),
-    Call("residual_add_aggregate", [STREAMS, STREAMS, PRE]),
-    Call("rms_norm", [LAYER, (C,)], {"eps": 1e-5}),
-    Call("sinkhorn", [RES], {"iterations": 3, "eps": 0.0, "first": "columns"}),
-    KNOPP,
-    Call("static_layer", [STREAMS, (N,), (N,), (N, N), (C,)], {"eps": 1e-5, "iterations": 3}),
-    Call("static_mappings", [(N,), (N,), (N, N)], {"iterations": 3}),
-]
-assert tuple(call.op for call in CALLS) == math.OPS
+SMALL = Sizes((T,), N, C, "small, as gradients are compared with differences")
+OTHER = {"mappings": {"variant": LOG}}  # beside the variant of the others
+
+
+def _call(op: str) -> Call:
+    """Return the call of an op that the kit takes second derivatives of, in these sizes."""
+    case = next(case for case in SECOND if case.op == op)
+    static = {**case.options, **({"n": N} if "n" in case.options else {}), **OTHER.get(op, {})}
+    case = replace(case, sizes=SMALL, shared=False, static=tuple(static.items()))
+    return Call(op, [array.shape for array in data(case, "float64", 0).primals], static)
+
+
+CALLS = [_call(op) for op in math.OPS]
+(KNOPP,) = (call for call in CALLS if call.op == "sinkhorn_knopp")
 
 
 def several(outputs: Any) -> tuple[torch.Tensor, ...]:

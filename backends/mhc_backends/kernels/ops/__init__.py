@@ -2,8 +2,8 @@
 
 ``forward(kernels, *arrays, **static)`` and
 ``vjp(kernels, primals, cotangents, saved=None, **static)`` return the same as the functions of
-these names in ``mhc_core.math.<op>``, and so does ``saving``, where a vjp needs more than the
-primals. ``kernels`` is a :class:`mhc_backends.kernels.mlx.Kernels`.
+these names in ``mhc_core.math.<op>``, and so does ``forward_with_saved``, where a vjp needs more
+than the primals. ``kernels`` is a :class:`mhc_backends.kernels.mlx.Kernels`.
 
 Listing the ops imports nothing heavy; loading one imports MLX.
 """

@@ -13,10 +13,10 @@ from mhc_core.variants import Variant
 
 def forward(kernels: Kernels, *primals: mx.array, variant: Variant) -> tuple[mx.array, ...]:
     """(x', h', H_pre', H_post', H_res'); h' uses h_pre where given, else H_pre'."""
-    return saving(kernels, *primals, variant=variant, saves=False)[0]
+    return forward_with_saved(kernels, *primals, variant=variant, saves=False)[0]
 
 
-def saving(
+def forward_with_saved(
     kernels: Kernels,
     x: mx.array,
     y: mx.array,
@@ -43,7 +43,7 @@ def vjp(
     """Pull back through the next pre, for the cotangent of x', then through combine."""
     x, y, h_post, h_res, phi, scale, bias, *given = primals
     if saved is None:
-        _, saved = saving(kernels, *primals, variant=variant)
+        _, saved = forward_with_saved(kernels, *primals, variant=variant)
     x_new, u, r, h_pre = saved
     g_x, g_h, g_pre, g_post, g_res = cotangents
     dh_pre = _projection.weights_vjp(kernels, x_new, g_h)

@@ -13,10 +13,10 @@ from mhc_core.variants import Variant
 
 def forward(kernels: Kernels, *primals: mx.array, variant: Variant) -> mx.array:
     """h = sum_i w_i x_i with w = sigmoid(vec(x) @ phi.T r scale + bias) + pre_eps."""
-    return saving(kernels, *primals, variant=variant, saves=False)[0][0]
+    return forward_with_saved(kernels, *primals, variant=variant, saves=False)[0][0]
 
 
-def saving(
+def forward_with_saved(
     kernels: Kernels,
     x: mx.array,
     phi: mx.array,
@@ -43,7 +43,7 @@ def vjp(
     """Pull back through the weighted sum, then the sigmoid and the projection."""
     (x, phi, scale, bias), (g,) = primals, cotangents
     if saved is None:
-        _, saved = saving(kernels, *primals, variant=variant)
+        _, saved = forward_with_saved(kernels, *primals, variant=variant)
     u, w, r = saved
     sizes = Sizes.of(x)
     inputs = {

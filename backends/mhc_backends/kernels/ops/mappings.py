@@ -13,10 +13,10 @@ from mhc_core.variants import Variant
 
 def forward(kernels: Kernels, *primals: mx.array, variant: Variant) -> tuple[mx.array, ...]:
     """(H_pre, H_post, H_res) of z = u r scale + bias."""
-    return saving(kernels, *primals, variant=variant, saves=False)[0]
+    return forward_with_saved(kernels, *primals, variant=variant, saves=False)[0]
 
 
-def saving(
+def forward_with_saved(
     kernels: Kernels,
     x: mx.array,
     phi: mx.array,
@@ -42,6 +42,6 @@ def vjp(
     """Pull back through the activations, the division by the RMS and the projection."""
     x, phi, scale, bias = primals
     if saved is None:
-        _, saved = saving(kernels, *primals, variant=variant)
+        _, saved = forward_with_saved(kernels, *primals, variant=variant)
     given, projected = _projection.Cotangents(*cotangents), _projection.Projected(*saved)
     return _projection.back(kernels, x, phi, scale, bias, projected, given, variant, Out.like(x))

@@ -15,10 +15,10 @@ def forward(
     kernels: Kernels, *primals: mx.array, variant: Variant
 ) -> tuple[mx.array, mx.array, mx.array]:
     """(aggregate(x, H_pre), H_post, H_res) with the mappings of x."""
-    return saving(kernels, *primals, variant=variant, saves=False)[0]
+    return forward_with_saved(kernels, *primals, variant=variant, saves=False)[0]
 
 
-def saving(
+def forward_with_saved(
     kernels: Kernels,
     x: mx.array,
     phi: mx.array,
@@ -40,7 +40,7 @@ def vjp(
     """Pull back through the aggregate, then through the mappings with the cotangent of H_pre."""
     (x, phi, scale, bias), (g_h, g_post, g_res) = primals, cotangents
     if saved is None:
-        _, saved = saving(kernels, *primals, variant=variant)
+        _, saved = forward_with_saved(kernels, *primals, variant=variant)
     u, r, h_pre = saved
     given = _projection.Cotangents(
         _projection.weights_vjp(kernels, x, g_h), g_post, g_res, h_pre, g_h

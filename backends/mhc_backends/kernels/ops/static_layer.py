@@ -20,10 +20,10 @@ MOST_IN_REGISTERS = 4  # streams whose 2 n + n * n sums a thread can keep
 
 def forward(kernels: Kernels, *primals: mx.array, eps: float, iterations: int) -> mx.array:
     """H_res x + H_post (outer) rms_norm(aggregate(x, H_pre))."""
-    return saving(kernels, *primals, eps=eps, iterations=iterations)[0]
+    return forward_with_saved(kernels, *primals, eps=eps, iterations=iterations)[0]
 
 
-def saving(
+def forward_with_saved(
     kernels: Kernels, *primals: mx.array, eps: float, iterations: int
 ) -> tuple[mx.array, tuple[mx.array, ...]]:
     """Return the output and, for the vjp, the mappings."""
