@@ -95,10 +95,14 @@ def test_both_dialects_have_the_same_headers() -> None:
 
 
 def test_dialects_hold_only_differences() -> None:
-    """Check that no definition of four lines or more is the same in both."""
+    """Check that no four meaningful lines that follow one another stand in both."""
     for metal, cuda in zip(*DIALECT.values(), strict=True):
         lines = [
-            [line.strip() for line in _code(path.read_text()).splitlines() if line.strip()]
+            [
+                line.strip()
+                for line in _code(path.read_text()).splitlines()
+                if len(line.strip()) > 12 and not line.startswith("#")
+            ]
             for path in (metal, cuda)
         ]
         runs = [set(zip(*(own[k:] for k in range(4)), strict=False)) for own in lines]
@@ -139,24 +143,28 @@ def _text(name: str, dialect: str) -> str:
 LARGEST = {
     **dict.fromkeys(("sum_rows",), 2),
     **dict.fromkeys(("head_vjp",), 3.5),
-    **dict.fromkeys(("combine_vjp_wide", "static_layer_vjp_wide"), 4),
-    **dict.fromkeys(("weights_vjp",), 7.5),
-    **dict.fromkeys(("aggregate",), 8),
+    **dict.fromkeys(("combine_vjp_wide",), 4),
+    **dict.fromkeys(("static_layer_vjp_wide",), 4.5),
+    **dict.fromkeys(("weights_vjp",), 8),
+    **dict.fromkeys(("aggregate",), 8.5),
     **dict.fromkeys(("combine", "pre_scale"), 9),
     **dict.fromkeys(("aggregate_vjp", "residual_add_aggregate"), 9.5),
-    **dict.fromkeys(("gated_combine", "head", "pre_scale_vjp"), 10),
-    **dict.fromkeys(("combine_vjp", "residual_add_aggregate_vjp", "rms_norm"), 10.5),
-    **dict.fromkeys(("gated_combine_vjp", "rms_norm_vjp", "static_layer"), 12),
-    **dict.fromkeys(("static_layer_vjp",), 14.5),
-    **dict.fromkeys(("sinkhorn",), 17.5),
-    **dict.fromkeys(("project_dphi", "sinkhorn_knopp", "static_mappings"), 18),
-    **dict.fromkeys(("project_dx",), 18.5),
+    **dict.fromkeys(("gated_combine",), 10),
+    **dict.fromkeys(("combine_vjp", "head", "pre_scale_vjp", "rms_norm"), 10.5),
+    **dict.fromkeys(("residual_add_aggregate_vjp",), 11),
+    **dict.fromkeys(("rms_norm_vjp", "static_layer"), 12),
+    **dict.fromkeys(("gated_combine_vjp",), 12.5),
+    **dict.fromkeys(("static_layer_vjp",), 15),
+    **dict.fromkeys(("project_dphi", "sinkhorn", "static_mappings"), 18),
+    **dict.fromkeys(("sinkhorn_knopp",), 18.5),
+    **dict.fromkeys(("project_dx",), 19),
     **dict.fromkeys(("sinkhorn_vjp",), 20),
-    **dict.fromkeys(("project_few", "sinkhorn_knopp_vjp", "static_mappings_vjp"), 20.5),
-    **dict.fromkeys(("mappings",), 21.5),
-    **dict.fromkeys(("mappings_vjp",), 22),
-    **dict.fromkeys(("pre", "project"), 24),
-    **dict.fromkeys(("combine_project_few",), 25.5),
+    **dict.fromkeys(("project_few",), 20.5),
+    **dict.fromkeys(("sinkhorn_knopp_vjp", "static_mappings_vjp"), 21),
+    **dict.fromkeys(("mappings", "mappings_vjp"), 22),
+    **dict.fromkeys(("project",), 24),
+    **dict.fromkeys(("pre",), 24.5),
+    **dict.fromkeys(("combine_project_few",), 25),
     **dict.fromkeys(("combine_project",), 30),
 }
 

@@ -1,4 +1,4 @@
-"""What a launch runs: a kernel's text, its launch shape and its limits, from one call."""
+"""The program of a launch: a kernel's text, its launch shape and its limits, from one call."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def program(
     stage: Stage | None = None,
     constants: Mapping[str, int] | None = None,
 ) -> Program:
-    """Return what a launch of a kernel runs.
+    """Return the program of a launch.
 
     Parameters
     ----------

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 DIALECTS = ("metal", "cuda")
-_FOLDER = files(__package__)
+_FOLDER = files("mhc_backends.kernels")
 
 KERNELS = tuple(
     sorted(

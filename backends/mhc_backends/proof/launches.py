@@ -193,10 +193,10 @@ def _in_its_sizes(call: Call, launched: Launched, arguments: Any) -> Launched:
     W = dict(arguments["template"]).get("W", 1)
     (threads, *_), (_, tiles, _) = arguments["threadgroup"], arguments["grid"]
     facts: set[tuple[Any, ...]] = {
-        ("whole blocks", call.C % table.BLOCK_CHANNELS == 0),
-        ("parts", call.C > table.PART_CHANNELS),
+        ("whole K steps", call.C % table.STEP_CHANNELS == 0),
+        ("partials", call.C > table.SPLIT_CHANNELS),
     }
-    facts |= {("several turns",)} if W * threads * tiles < call.C else set()
+    facts |= {("several iterations",)} if W * threads * tiles < call.C else set()
     facts |= {("begins anywhere", W)} if call.offset else set()
     more = {(launched.kernel, *fact) for fact in facts}
     return launched._replace(proves=launched.proves | more)
@@ -272,13 +272,13 @@ def candidates(op: str, dtypes: tuple[str, ...], n: int | None) -> Iterator[Call
         call = Call(op, dtypes, T, n or 1, C)
         if _largest(call) > MOST_NUMBERS:
             continue
-        small = T <= 3 and C <= table.BLOCK_CHANNELS
+        small = T <= 3 and C <= table.STEP_CHANNELS
         for static in statics if small else (next(turns),):
             call = replace(call, static=tuple(static.items()))
             yield call
             if may_share and T <= PERIOD:
                 yield replace(call, shared=True)
-            if T == 3 or C == table.BLOCK_CHANNELS:
+            if T == 3 or C == table.STEP_CHANNELS:
                 yield replace(call, offset=1)
 
 

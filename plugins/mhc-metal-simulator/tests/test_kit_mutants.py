@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels these are")
 
 from kernel_checks import BACKEND, Fault, seeded
-from mhc_conformance import Subject, check, checks
+from mhc_conformance import Subject, check, trials
 from mhc_conformance.cases import Case, cases
 
 
@@ -70,7 +70,7 @@ MUTANTS = {
     # a kernel that nothing launched
     **{
         f"project takes the wrong tokens, {dtype}": _mutant(
-            "project", "store_sums(parts, first,", "store_sums(parts, first + (first > 999),",
+            "project", "store_sums(partials, first,", "store_sums(partials, first + (first > 999),",
             "mappings", "forward", "thousands of tokens, whole blocks", dtype,
         )
         for dtype in ("float32", "bfloat16")
@@ -102,7 +102,7 @@ MUTANTS = {
     ),
     # constants and roundings
     "head takes norm_eps for pre_eps": _mutant(
-        "head", "settings[1]", "settings[0]", "head", "forward", "large constants, all apart"
+        "head", ") + pre_eps", ") + norm_eps", "head", "forward", "large constants, all apart"
     ),
     **{
         f"residual_add_aggregate rounds before it sums, {dtype}": _mutant(
@@ -132,7 +132,7 @@ def test_the_kit_sees_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def alone(op: str, dtype: str = "float32", full: bool = False) -> Iterator[Case]:
         return (case for case in cases(op, dtype, full) if case.name.startswith(mutant.case))
 
-    monkeypatch.setattr(checks, "cases", alone)
+    monkeypatch.setattr(trials, "cases", alone)
     with seeded(mutant.fault):
         subject: Any = Subject(BACKEND)
         record = check(subject, mutant.fault.op, mutant.dtype, mutant.kind)

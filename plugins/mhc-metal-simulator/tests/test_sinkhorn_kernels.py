@@ -26,6 +26,7 @@ from kernel_checks import (  # noqa: E402
 )
 from mhc_backends.kernels import launch as launches  # noqa: E402
 from mhc_backends.kernels.mlx import Kernels, Out, Sizes  # noqa: E402
+from mhc_backends.kernels.ops import _projection  # noqa: E402
 from mhc_conformance import Subject, check  # noqa: E402
 from mhc_core.math import mappings  # noqa: E402
 
@@ -238,7 +239,7 @@ def _mappings_vjp(T: int, n: int, variant: Any, dtype: Any = mx.float32) -> None
             inputs,
             {name: Out(shape, mx.float32) for name, shape in outputs.items()},
             Sizes(T, n, C),
-            {"settings": (v.norm_eps, v.pre_eps, v.post_scale, v.sinkhorn_eps)},
+            _projection.settings(v),
             K=n * C,
             ITERATIONS=v.sinkhorn_iterations,
             LOG=v.sinkhorn_eps == 0,
@@ -252,7 +253,7 @@ def _mappings_vjp(T: int, n: int, variant: Any, dtype: Any = mx.float32) -> None
     x, phi = np.zeros((T, n, C)), np.eye(m, n * C)
     x.reshape(T, n * C)[:, m] = 1.0
     xp = mappings._xp.namespace(x)
-    dx, _, dscale, dbias = mappings.back(
+    dx, _, dscale, dbias = mappings.pullback(
         xp, x, phi, scale, bias, mappings.Projected(u, r), cotangents, variant
     )
     dx = dx.reshape(T, n * C)

@@ -20,18 +20,17 @@ template <int COLUMN_TILES, typename S>
 FUNCTION void put_block_sums(S k_block, Sums<COLUMN_TILES, 1> sums, int tokens, int lane) {
     UNROLL for (int h = 0; h < 2; h++) {
         UNROLL for (int j = 0; j < 2; j++) {
-            const int token = 8 * h + sum_row(lane, j);
+            const int row = 8 * h + sum_row(lane, j);
             UNROLL for (int tile = 0; tile < COLUMN_TILES; tile++) {
                 const int at = tile * TILE_COLUMNS + sum_column(lane, j);
-                if (token < tokens)
-                    k_block[token * Width<COLUMN_TILES>::NUMBERS + at] =
+                if (row < tokens)
+                    k_block[row * Width<COLUMN_TILES>::NUMBERS + at] =
                         sums.products.at[0].tile[tile].in_half[h].at[j];
             }
         }
-        const int token = 8 * h + tile_row(lane),
+        const int row = 8 * h + tile_row(lane),
                   at = COLUMN_TILES * TILE_COLUMNS + tile_pair(lane) / 2;
-        if (token < tokens)
-            k_block[token * Width<COLUMN_TILES>::NUMBERS + at] = sums.squares[0].at[h];
+        if (row < tokens) k_block[row * Width<COLUMN_TILES>::NUMBERS + at] = sums.squares[0].at[h];
     }
 }
 
@@ -55,10 +54,10 @@ FUNCTION void store_totals(S totals, P partials, int64_t stride, int column, int
                            Position here) {
     const int NUMBERS = Width<COLUMN_TILES>::NUMBERS, PRODUCTS = COLUMN_TILES * TILE_COLUMNS;
     for (int at = here.id; at < tokens * (PRODUCTS + 1); at += here.threads) {
-        const int own_token = at / (PRODUCTS + 1), k = at % (PRODUCTS + 1);
-        const auto own = totals + own_token * NUMBERS;
-        if (k < PRODUCTS && column + k < M) partials[own_token * stride + column + k] = own[k];
+        const int row = at / (PRODUCTS + 1), k = at % (PRODUCTS + 1);
+        const auto own = totals + row * NUMBERS;
+        if (k < PRODUCTS && column + k < M) partials[row * stride + column + k] = own[k];
         if (k == PRODUCTS && column == 0)
-            partials[own_token * stride + M] = (own[k] + own[k + 1]) + (own[k + 2] + own[k + 3]);
+            partials[row * stride + M] = (own[k] + own[k + 1]) + (own[k + 2] + own[k + 3]);
     }
 }
