@@ -26,6 +26,7 @@ from mhc_conformance.bugs import right as right_forward_of
 from mhc_conformance.bugs.transforms import dropping_saved
 from mhc_conformance.cases import cases
 from mhc_conformance.generated import MUTANTS, get, paths, published
+from mhc_conformance.telling import quick
 from mhc_core import math
 from mhc_core.backend import DTYPES, TRANSFORMS
 from mhc_core.cli import app
@@ -435,3 +436,10 @@ def test_a_wrong_sign_in_a_plugin_fails_and_is_seen_again(elsewhere: Callable[..
     again = elsewhere(str(Path(sys.executable).with_name(command)), *options)
     assert again.code == 1, again.text
     assert "combine gradient float32 on mine: d x of " in again.text.replace("\n", " ")
+
+
+@pytest.mark.parametrize("op", math.OPS)
+def test_the_quick_case_is_within_a_backend_s_streams(op: str) -> None:
+    """Check kernels too: expand's first case had more streams than any kernel takes."""
+    assert quick(op, 32).sizes.n <= 32
+    assert quick(op, 1).sizes.n == 1

@@ -13,6 +13,7 @@ Sinkhorn, needs inputs of its own to show in float32 or at all, and so a case by
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -355,9 +356,13 @@ RANGE: Sequence[Case] = (
 CASES: Sequence[Case] = (*CONSTANTS, *RANGE)
 
 
-def quick(op: str) -> Case:
-    """Return the case of an op that shows most, for runs with time for only one."""
-    return next((case for case in CONSTANTS if case.op == op), next(cases(op)))
+def quick(op: str, most: int | None = None) -> Case:
+    """Return the case of an op that shows most, with ``most`` streams or fewer.
+
+    It is for runs with time for only one.
+    """
+    every = itertools.chain((case for case in CONSTANTS if case.op == op), cases(op))
+    return next(case for case in every if most is None or case.sizes.n <= most)
 
 
 # --- second derivatives -----------------------------------------------------------------------
