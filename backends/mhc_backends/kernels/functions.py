@@ -72,7 +72,7 @@ class Ops:
             places, every = placed(as_tuple(outputs), saved)
             return every
 
-        def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        def pullback(primals: Any, cotangents: Any, outputs: Any) -> Any:
             saved = tuple(as_tuple(outputs)[k] for k in places)
             return pulled(as_tuple(primals), as_tuple(cotangents)[:count], saved)
 
@@ -84,7 +84,7 @@ class Ops:
         pulled.vjp(functools.partial(_second, op, options))
         pulled.jvp(functools.partial(_no_forward_mode, op))
         differentiable = mx.custom_function(forward)
-        differentiable.vjp(back)
+        differentiable.vjp(pullback)
         differentiable.jvp(functools.partial(_no_forward_mode, op))
         return self._compiled(differentiable)
 
@@ -106,10 +106,10 @@ def _second(op: str, options: dict[str, Any], given: Any, cotangents: Any, _: An
     primals, pulled, saved = map(as_tuple, given)
     count, neutral = len(primals), neutral_math.load(op).vjp
 
-    def again(*arrays: mx.array) -> Any:
+    def neutral_vjp(*arrays: mx.array) -> Any:
         return distinct(neutral(arrays[:count], arrays[count:], **options))
 
-    _, gradients = mx.vjp(again, [*primals, *pulled], list(as_tuple(cotangents)))
+    _, gradients = mx.vjp(neutral_vjp, [*primals, *pulled], list(as_tuple(cotangents)))
     return gradients[:count], gradients[count:], [mx.zeros_like(array) for array in saved]
 
 

@@ -311,7 +311,7 @@ def _back(size: Size, busy: int) -> None:
     local = _projection.Local(du, pull, du)
     out = Out(x.shape, mx.float32)
     with small(busy):
-        dx, dphi = _projection.back_projection(KERNELS, x, phi, local, out, w, dh, g)
+        dx, dphi = _projection.projection_pullback(KERNELS, x, phi, local, out, w, dh, g)
     flat, wide = _wide(x).reshape(T, n * C), _wide(du)
     through = (wide @ _wide(phi) - _wide(pull) * 2.0**-24 * flat).reshape(x.shape)
     _close(

@@ -82,7 +82,7 @@ FUNCTION void rms_norm_vjp(X x, XShape x_shape, Weight weight, Eps eps, G g, Dx 
             if (c < C) {
                 const Floats<W> v = floats(xs[k]).at[0], dy = floats(gs[k]).at[0];
                 store(ACCESS::at(dx) + at + c,
-                      rms_norm_back(v, load<W>(ACCESS::at(weight) + c), dy, r, pulled));
+                      rms_norm_pullback(v, load<W>(ACCESS::at(weight) + c), dy, r, pulled));
                 dweights[k] = add(dweights[k], 1.0f, product(dy, times(r, v)));
             }
         }
@@ -90,7 +90,7 @@ FUNCTION void rms_norm_vjp(X x, XShape x_shape, Weight weight, Eps eps, G g, Dx 
             const Floats<W> again = load<W>(ACCESS::at(x) + at + c),
                             dy = load<W>(ACCESS::at(g) + at + c);
             store(ACCESS::at(dx) + at + c,
-                  rms_norm_back(again, load<W>(ACCESS::at(weight) + c), dy, r, pulled));
+                  rms_norm_pullback(again, load<W>(ACCESS::at(weight) + c), dy, r, pulled));
             // no register has an index: what earlier tokens gave is where this thread left it
             Floats<W> sum = product(dy, times(r, again));
             if (token != here.group_x) sum = add(sum, 1.0f, load<W>(row_of_dweight + c));

@@ -109,8 +109,8 @@ FUNCTION void static_layer_vjp(X x, XShape x_shape, HPre h_pre, HPost h_post, HR
             if (c < C) {
                 const Streams<N, W> x_c = floats(xs[k]), g_c = floats(gs[k]);
                 const Floats<W> dweight =
-                    static_back<N, W>(ACCESS::at(dx) + at + c, C, x_c, g_c, r, pulled,
-                                      load<W>(ACCESS::at(weight) + c), own, pre, post, res);
+                    static_pullback<N, W>(ACCESS::at(dx) + at + c, C, x_c, g_c, r, pulled,
+                                          load<W>(ACCESS::at(weight) + c), own, pre, post, res);
                 dweights[k] = add(dweights[k], 1.0f, dweight);
             }
         }
@@ -118,8 +118,8 @@ FUNCTION void static_layer_vjp(X x, XShape x_shape, HPre h_pre, HPost h_post, HR
             const Streams<N, W> x_c = load_streams<N, W>(ACCESS::at(x) + at, C, c);
             const Streams<N, W> g_c = load_streams<N, W>(ACCESS::at(g) + at, C, c);
             Floats<W> dweight =
-                static_back<N, W>(ACCESS::at(dx) + at + c, C, x_c, g_c, r, pulled,
-                                  load<W>(ACCESS::at(weight) + c), own, pre, post, res);
+                static_pullback<N, W>(ACCESS::at(dx) + at + c, C, x_c, g_c, r, pulled,
+                                      load<W>(ACCESS::at(weight) + c), own, pre, post, res);
             // no register has an index: what earlier tokens gave is where this thread left it
             if (token != here.group_x) dweight = add(dweight, 1.0f, load<W>(row_of_dweight + c));
             store(row_of_dweight + c, dweight);

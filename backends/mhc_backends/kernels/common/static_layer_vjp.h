@@ -12,11 +12,11 @@
 // dx_j = sum_i H_res[i, j] g_i + h_pre_j dh; to the sums, of dh_pre, dh_post and dH_res in turn,
 // are added x_j . dh, g_i . y and g_i . x_j. Return dweight = dy h r.
 template <int N, int W, typename P, typename V, typename H>
-FUNCTION Floats<W> static_back(P dx, int C, Streams<N, W> x, Streams<N, W> g, float r, float pulled,
-                               Floats<W> weight, V sums, H pre, H post, H res) {
+FUNCTION Floats<W> static_pullback(P dx, int C, Streams<N, W> x, Streams<N, W> g, float r,
+                                   float pulled, Floats<W> weight, V sums, H pre, H post, H res) {
     const Floats<W> h = collapse(pre, x), dy = collapse(post, g);
     const Floats<W> scaled = times(r, h), y = product(scaled, weight);
-    const Floats<W> dh = rms_norm_back(h, weight, dy, r, pulled);
+    const Floats<W> dh = rms_norm_pullback(h, weight, dy, r, pulled);
 
     UNROLL for (int j = 0; j < N; j++) {
         Floats<W> dx_j = times(pre[j], dh);

@@ -16,14 +16,14 @@ from mhc_core.variants import Variant
 __all__ = [
     "Cotangents",
     "Projected",
-    "back",
-    "back_projection",
     "combine_project",
     "constants",
     "local_vjp",
     "mapped",
     "pre",
     "project",
+    "projection_pullback",
+    "pullback",
     "settings",
     "summed",
     "weights_vjp",
@@ -200,7 +200,7 @@ def pre(
     return Pre(h, h_pre, h_post, h_res, tuple(saved))
 
 
-# ---- the way back --------------------------------------------------------------------------------
+# ---- pullbacks -----------------------------------------------------------------------------------
 
 
 def weights_vjp(kernels: Kernels, x: mx.array, dh: mx.array) -> mx.array:
@@ -252,7 +252,7 @@ def summed(
     return total[bias.size :].astype(scale.dtype), total[: bias.size].astype(bias.dtype)
 
 
-def back_projection(
+def projection_pullback(
     kernels: Kernels,
     x: mx.array,
     phi: mx.array,
@@ -298,7 +298,7 @@ class Cotangents(NamedTuple):
     x: mx.array | None = None
 
 
-def back(
+def pullback(
     kernels: Kernels,
     x: mx.array,
     phi: mx.array,
@@ -321,5 +321,5 @@ def back(
     }
     own, chosen = settings(variant), constants(variant)
     local = local_vjp(kernels, "mappings_vjp", inputs, Sizes.of(x), 3, own, **chosen)
-    dx, dphi = back_projection(kernels, x, phi, local, out, given.w, given.h, given.x)
+    dx, dphi = projection_pullback(kernels, x, phi, local, out, given.w, given.h, given.x)
     return dx, dphi, *summed(kernels, local, scale, bias)

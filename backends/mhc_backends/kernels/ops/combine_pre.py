@@ -51,7 +51,7 @@ def vjp(
     used = _projection.Cotangents(through, g_post, g_res, given[0] if given else h_pre, g_h, g_x)
     # the cotangent of x' stays in float32 between the two vjps, as nothing rounds it there
     between = Out(x.shape, mx.float32)
-    dx_new, dphi, dscale, dbias = _projection.back(
+    dx_new, dphi, dscale, dbias = _projection.pullback(
         kernels, x_new, phi, scale, bias, _projection.Projected(u, r), used, variant, between
     )
     streams = combine.vjp(kernels, (x, y, h_post, h_res), (dx_new,))

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from mhc_backends.kernels.mlx import Kernels, Out, Sizes, tokens
-from mhc_backends.kernels.ops.pre_scale import scaled_back, slices
+from mhc_backends.kernels.ops.pre_scale import scale_pullback, slices
 
 MOST_IN_REGISTERS = 4  # streams whose n + n * n sums a thread can keep
 
@@ -25,8 +25,8 @@ def forward(
 def vjp(kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None) -> tuple[mx.array, ...]:
     """With z = y + H_res (H_pre * x): dy = H_post * g, and the rest through z's two products."""
     *_, h_pre, h_post, h_res = primals
-    back = _back if h_pre.shape[-1] <= MOST_IN_REGISTERS else _back_wide
-    dx, dy, dh_pre, dh_post, dh_res = back(kernels, *primals, *cotangents)
+    pullback = _pullback if h_pre.shape[-1] <= MOST_IN_REGISTERS else _pullback_wide
+    dx, dy, dh_pre, dh_post, dh_res = pullback(kernels, *primals, *cotangents)
     return (
         dx,
         dy,
@@ -36,7 +36,7 @@ def vjp(kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None) -> t
     )
 
 
-def _back(kernels: Kernels, *arrays: mx.array) -> list[mx.array]:
+def _pullback(kernels: Kernels, *arrays: mx.array) -> list[mx.array]:
     """Return dx, dy and each token's gradients of the mappings."""
     x, y, *_, g = arrays
     sizes, inputs = _inputs(*arrays[:-1])
@@ -51,7 +51,7 @@ def _back(kernels: Kernels, *arrays: mx.array) -> list[mx.array]:
     return kernels("gated_combine_vjp", inputs, outputs, sizes)
 
 
-def _back_wide(
+def _pullback_wide(
     kernels: Kernels,
     x: mx.array,
     y: mx.array,
@@ -64,7 +64,7 @@ def _back_wide(
 
     With G[i, j] = g_i . x_j and Y_i = g_i . y_i the sums over C; see gated_combine_vjp.h.
     """
-    dy, Y = scaled_back(kernels, y, h_post, g)
+    dy, Y = scale_pullback(kernels, y, h_post, g)
     pre, post, res = (a.astype(mx.float32) for a in (h_pre, h_post, h_res))
     columns, rows = pre[..., None, :], post[..., :, None]
     streams = slices(x, h_pre.shape[-1])

@@ -44,4 +44,6 @@ def vjp(
     if saved is None:
         _, saved = forward_with_saved(kernels, *primals, variant=variant)
     given, projected = _projection.Cotangents(*cotangents), _projection.Projected(*saved)
-    return _projection.back(kernels, x, phi, scale, bias, projected, given, variant, Out.like(x))
+    return _projection.pullback(
+        kernels, x, phi, scale, bias, projected, given, variant, Out.like(x)
+    )

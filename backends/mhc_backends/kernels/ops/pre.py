@@ -45,6 +45,6 @@ def vjp(
     given = _projection.Cotangents(
         _projection.weights_vjp(kernels, x, g_h), g_post, g_res, h_pre, g_h
     )
-    return _projection.back(
+    return _projection.pullback(
         kernels, x, phi, scale, bias, _projection.Projected(u, r), given, variant, Out.like(x)
     )

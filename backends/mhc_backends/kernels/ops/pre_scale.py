@@ -20,11 +20,11 @@ def vjp(
 ) -> tuple[mx.array, mx.array]:
     """dx = H_pre * g; dh_pre_i = x_i . g_i."""
     (x, h_pre), (g,) = primals, cotangents
-    dx, dh_pre = scaled_back(kernels, x, h_pre, g)
+    dx, dh_pre = scale_pullback(kernels, x, h_pre, g)
     return dx, kernels.sum_to(dh_pre, h_pre, 1)
 
 
-def scaled_back(
+def scale_pullback(
     kernels: Kernels, x: mx.array, h_pre: mx.array, g: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Return dx, and each token's dh_pre."""

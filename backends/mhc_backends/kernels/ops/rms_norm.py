@@ -20,7 +20,7 @@ def vjp(
 ) -> tuple[mx.array, mx.array]:
     """dx = r (w g) - r^3 x mean(x w g); dweight = sum_T g x r."""
     (x, weight), (g,) = primals, cotangents
-    dx, dweight = back(kernels, x, weight, g, eps)
+    dx, dweight = pullback(kernels, x, weight, g, eps)
     return dx, dweight.reshape(weight.shape).astype(weight.dtype)
 
 
@@ -30,7 +30,7 @@ def normalised(kernels: Kernels, x: mx.array, weight: mx.array, eps: float) -> m
     return kernels("rms_norm", inputs, {"y": Out.like(x)}, _sizes(x))[0]
 
 
-def back(
+def pullback(
     kernels: Kernels, x: mx.array, weight: mx.array, g: mx.array, eps: float
 ) -> tuple[mx.array, mx.array]:
     """Return dx in the dtype of x, and dweight[1, C] in float32."""

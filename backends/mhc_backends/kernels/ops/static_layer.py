@@ -46,13 +46,13 @@ def vjp(
     """Pull back through combine, norm and aggregate in one pass, then the static mappings."""
     (x, *raw, weight), (g,) = primals, cotangents
     mapped = saved or static_mappings.forward(kernels, *raw, iterations=iterations)
-    back = _back if x.shape[-2] <= MOST_IN_REGISTERS else _back_wide
-    dx, d_mapped, dweight = back(kernels, x, mapped, weight, g, eps)
+    pullback = _pullback if x.shape[-2] <= MOST_IN_REGISTERS else _pullback_wide
+    dx, d_mapped, dweight = pullback(kernels, x, mapped, weight, g, eps)
     d_raw = static_mappings.vjp(kernels, raw, d_mapped, iterations=iterations)
     return dx, *d_raw, dweight.astype(weight.dtype)
 
 
-def _back(
+def _pullback(
     kernels: Kernels, x: mx.array, mapped: Any, weight: mx.array, g: mx.array, eps: float
 ) -> tuple[mx.array, list[mx.array], mx.array]:
     sizes = Sizes.of(x)
@@ -64,7 +64,7 @@ def _back(
     return dx, d_mapped, dweight
 
 
-def _back_wide(
+def _pullback_wide(
     kernels: Kernels, x: mx.array, mapped: Any, weight: mx.array, g: mx.array, eps: float
 ) -> tuple[mx.array, list[mx.array], mx.array]:
     sizes = Sizes.of(x)
@@ -72,7 +72,7 @@ def _back_wide(
     h_pre, h_post, h_res = mapped
     h = _collapsed(kernels, x, h_pre)
     y = rms_norm.normalised(kernels, h, weight, eps)
-    dh, dweight = rms_norm.back(kernels, h, weight, _collapsed(kernels, g, h_post), eps)
+    dh, dweight = rms_norm.pullback(kernels, h, weight, _collapsed(kernels, g, h_post), eps)
     inputs = {
         "x": tokens(x, 2),
         "g": tokens(g, 2),
