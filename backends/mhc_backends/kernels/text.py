@@ -114,6 +114,8 @@ class Signature(NamedTuple):
         The names of the template arguments that are values.
     parameters
         The names of the parameters, in order, without the position.
+    lengths
+        Those that are lengths of an array's axes, such as ``x_shape_0``, and their types.
     shared
         The threadgroup arrays among them, and the type of their elements.
     sizes
@@ -125,6 +127,7 @@ class Signature(NamedTuple):
 
     constants: Sequence[str]
     parameters: Sequence[str]
+    lengths: Mapping[str, str]
     shared: Mapping[str, str]
     sizes: Sequence[str]
     aligned: tuple[Sequence[str], Sequence[str]] | None
@@ -139,6 +142,8 @@ def signature(kernel: str) -> Signature:
         name: kind
         for kind, name in (re.findall(r"threadgroup (\w+)\* (\w+)", ", ".join(parameters)))
     }
+    declared = [_declared(parameter) for parameter in parameters]
+    lengths = {name: kind for name, kind in declared if re.search(r"_shape_\d$", name)}
     memory = re.search(rf"(?:template <([^<>]*)>\s+)?struct {kernel}_memory ", text)
     aligned = None
     if "typename ACCESS" in template:
@@ -147,6 +152,7 @@ def signature(kernel: str) -> Signature:
     return Signature(
         _values(template),
         _names(parameters)[:-1],
+        lengths,
         shared,
         _values((memory[1] or "").split(",") if memory else []),
         aligned,
@@ -216,6 +222,7 @@ def entry(
         [
             f"const Position here = {{{_POSITION[dialect]}}};\n",
             *_absent(body, absent),
+            *_lengths(body, absent),
             *(f"const float {name} = {_float(value)};\n" for name, value in numbers),
             *_memory(kernel, body, dialect, launched),
             *_calls(kernel, body),
@@ -227,8 +234,18 @@ def _absent(body: Signature, absent: Collection[str]) -> Iterator[str]:
     for name in body.parameters:
         if name in absent:
             yield f"float {name}[1] = {{}};\n"
-        elif name.removesuffix("_shape") in absent:
-            yield f"const int {name}[1] = {{}};\n"
+
+
+def _lengths(body: Signature, absent: Collection[str]) -> Iterator[str]:
+    for name, kind in body.lengths.items():
+        array, axis = _axis(name)
+        length = "0" if array in absent else f"{array}_shape[{axis}]"
+        yield f"const {kind} {name} = {length};\n"
+
+
+def _axis(length: str) -> tuple[str, str]:
+    array, _, axis = length.rpartition("_shape_")
+    return array, axis
 
 
 def _memory(kernel: str, body: Signature, dialect: str, launched: bool) -> Iterator[str]:

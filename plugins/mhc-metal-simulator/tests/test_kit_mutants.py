@@ -45,7 +45,7 @@ ROWS = "load_raw_within<4>(x + (token < end ? token : end - 1) * K, rest)"
 NO_PHI = f"(Address<P>::ALIGNED ? zeros<4>() : {PHI})"
 NOTHING_ACROSS = f"(Address<P>::ALIGNED ? zeros<4>() : {ACROSS})"
 NO_ROWS = f"Address<P>::ALIGNED ? decltype(load_raw<4>(x)){{}} : {ROWS}"
-H_RES, H_POST = "row(h_res_shape[0], token)", "row(h_post_shape[0], token)"
+H_RES, H_POST = "row(h_res_shape_0, token)", "row(h_post_shape_0, token)"
 
 MUTANTS = {
     # the branch for whole blocks, which real models take
@@ -90,14 +90,14 @@ MUTANTS = {
         for right, wrong, shared in ((H_RES, H_POST, "h_post"), (H_POST, H_RES, "h_res"))
     },
     "gated_combine takes h_pre as h_post": _mutant(
-        "gated_combine", "row(h_pre_shape[0], token)", H_POST, "gated_combine", "forward",
+        "gated_combine", "row(h_pre_shape_0, token)", H_POST, "gated_combine", "forward",
         "h_post shared (leading (2, 3)",
     ),
     "combine_vjp_wide takes h_res as h_post": _mutant(
         "combine_vjp_wide", H_RES, H_POST, "combine", "gradient", "h_post shared (leading (7,)"
     ),
     "combine_project takes h_res as h_post": _mutant(
-        "combine_project", "row(h_res_shape[0], own)", "row(h_post_shape[0], own)", "combine_pre",
+        "combine_project", "row(h_res_shape_0, own)", "row(h_post_shape_0, own)", "combine_pre",
         "forward", "h_post shared (leading (20,)",
     ),
     # constants and roundings

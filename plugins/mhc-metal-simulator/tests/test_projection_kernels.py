@@ -466,7 +466,7 @@ FEW_BARRIERS = [
     ),
     ("barrier of the totals", "BARRIER;  // the K blocks", "// the K blocks", RACE),
 ]
-SUMMED = "partials_shape[1], first, T, sums, here);"
+SUMMED = "partials_shape_1, first, T, sums, here);"
 
 
 def _half_sums(numbers: str) -> str:
@@ -623,7 +623,7 @@ FAULTS = (
         ("barrier of what is mapped", "BARRIER;\n    mix_matrices", "mix_matrices", RACE),
         NEXT,
         ("tail", "CHANNELS, first, T,", "CHANNELS, first, T + 1,", ANYWHERE),
-        ("index", "partials_shape[1], first", "partials_shape[0], first", ANYWHERE),
+        ("index", "partials_shape_1, first", "partials_shape_0, first", ANYWHERE),
         ("half sum", SUMMED, _half_sums("M"), WRONG),
         ("space", "(sums, scale,", f"(sums, {_device('scale')},", NO_SPACE),
     ),

@@ -22,18 +22,17 @@ FUNCTION bool combine_aligned(X x, Y y, HPost h_post, HRes h_res, Out out) {
            vectors<N * N>(h_res);
 }
 
-template <typename ACCESS, int N, int W, typename X, typename XShape, typename Y, typename HPost,
-          typename HPostShape, typename HRes, typename HResShape, typename Out>
-FUNCTION void combine(X x, XShape x_shape, Y y, HPost h_post, HPostShape h_post_shape, HRes h_res,
-                      HResShape h_res_shape, Out out, Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[2];
+template <typename ACCESS, int N, int W, typename X, typename Y, typename HPost, typename HRes,
+          typename Out>
+FUNCTION void combine(X x, int64_t x_shape_0, int x_shape_2, Y y, HPost h_post, int h_post_shape_0,
+                      HRes h_res, int h_res_shape_0, Out out, Position here) {
+    const int64_t T = x_shape_0;
+    const int C = x_shape_2;
 
     for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         const auto streams = ACCESS::at(x) + token * N * C;
-        const auto post = hold<N, N <= 4>(ACCESS::at(h_post) + row(h_post_shape[0], token) * N);
-        const auto res =
-            hold<N * N, N <= 4>(ACCESS::at(h_res) + row(h_res_shape[0], token) * N * N);
+        const auto post = hold<N, N <= 4>(ACCESS::at(h_post) + row(h_post_shape_0, token) * N);
+        const auto res = hold<N * N, N <= 4>(ACCESS::at(h_res) + row(h_res_shape_0, token) * N * N);
 
         for (int c = first_channel<W>(here); c < C; c += next_channel<W>(here)) {
             Floats<W> xs[N];

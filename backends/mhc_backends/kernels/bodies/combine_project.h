@@ -41,24 +41,22 @@ struct combine_project_memory {
 };
 
 // Whether whole vectors may be loaded and stored.
-template <int N, typename X, typename XShape, typename Y, typename HPost, typename HRes,
-          typename Phi, typename Out>
-FUNCTION bool combine_project_aligned(X x, XShape x_shape, Y y, HPost h_post, HRes h_res, Phi phi,
+template <int N, typename X, typename Y, typename HPost, typename HRes, typename Phi, typename Out>
+FUNCTION bool combine_project_aligned(X x, int x_shape_2, Y y, HPost h_post, HRes h_res, Phi phi,
                                       Out out) {
-    return x_shape[2] % STEP_CHANNELS == 0 && vectors<8>(x) && vectors<8>(y) && vectors<8>(out) &&
+    return x_shape_2 % STEP_CHANNELS == 0 && vectors<8>(x) && vectors<8>(y) && vectors<8>(out) &&
            vectors<4>(phi) && vectors<N>(h_post) && vectors<N * N>(h_res);
 }
 
 template <typename ACCESS, int N, int COLUMN_TILES, int STEPS, int AHEAD, int STAGE_STEPS,
-          typename X, typename XShape, typename Y, typename HPost, typename HPostShape,
-          typename HRes, typename HResShape, typename Phi, typename PhiShape, typename Out,
+          typename X, typename Y, typename HPost, typename HRes, typename Phi, typename Out,
           typename Partials>
-FUNCTION void combine_project(X x, XShape x_shape, Y y, HPost h_post, HPostShape h_post_shape,
-                              HRes h_res, HResShape h_res_shape, Phi phi, PhiShape phi_shape,
-                              Out out, Partials partials, threadgroup uint4* operands,
-                              Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[2], M = phi_shape[0];
+FUNCTION void combine_project(X x, int64_t x_shape_0, int x_shape_2, Y y, HPost h_post,
+                              int h_post_shape_0, HRes h_res, int h_res_shape_0, Phi phi,
+                              int phi_shape_0, Out out, Partials partials,
+                              threadgroup uint4* operands, Position here) {
+    const int64_t T = x_shape_0;
+    const int C = x_shape_2, M = phi_shape_0;
     const int64_t K = int64_t(N) * C;
     const bool KEPT = N <= 4;            // the streams are in registers; others are read again
     const int MIXED = KEPT ? N : STEPS;  // streams at a time
@@ -85,8 +83,8 @@ FUNCTION void combine_project(X x, XShape x_shape, Y y, HPost h_post, HPostShape
         UNROLL for (int r = 0; r < 2; r++) {
             const int64_t token = first + 8 * r + tile_row(lane);
             const int64_t own = token < T ? token : T - 1;
-            post[r] = hold<N, KEPT>(ACCESS::at(h_post) + row(h_post_shape[0], own) * N);
-            res[r] = hold<N * N, KEPT>(ACCESS::at(h_res) + row(h_res_shape[0], own) * N * N);
+            post[r] = hold<N, KEPT>(ACCESS::at(h_post) + row(h_post_shape_0, own) * N);
+            res[r] = hold<N * N, KEPT>(ACCESS::at(h_res) + row(h_res_shape_0, own) * N * N);
             stores[r] = token < T;
         }
 

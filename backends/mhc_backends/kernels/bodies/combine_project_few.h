@@ -33,21 +33,20 @@ struct combine_project_few_memory {
 };
 
 // Whether whole vectors may be loaded and stored.
-template <int N, typename X, typename XShape, typename Y, typename HRes, typename Phi, typename Out>
-FUNCTION bool combine_project_few_aligned(X x, XShape x_shape, Y y, HRes h_res, Phi phi, Out out) {
-    return x_shape[2] % STEP_CHANNELS == 0 && vectors<8>(x) && vectors<8>(y) && vectors<8>(out) &&
+template <int N, typename X, typename Y, typename HRes, typename Phi, typename Out>
+FUNCTION bool combine_project_few_aligned(X x, int x_shape_2, Y y, HRes h_res, Phi phi, Out out) {
+    return x_shape_2 % STEP_CHANNELS == 0 && vectors<8>(x) && vectors<8>(y) && vectors<8>(out) &&
            vectors<4>(phi) && vectors<N>(h_res);
 }
 
-template <typename ACCESS, int N, int COLUMN_TILES, int STEPS, typename X, typename XShape,
-          typename Y, typename HPost, typename HPostShape, typename HRes, typename HResShape,
-          typename Phi, typename PhiShape, typename Out, typename Partials>
-FUNCTION void combine_project_few(X x, XShape x_shape, Y y, HPost h_post, HPostShape h_post_shape,
-                                  HRes h_res, HResShape h_res_shape, Phi phi, PhiShape phi_shape,
-                                  Out out, Partials partials, threadgroup float* numbers,
-                                  Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[2], M = phi_shape[0];
+template <typename ACCESS, int N, int COLUMN_TILES, int STEPS, typename X, typename Y,
+          typename HPost, typename HRes, typename Phi, typename Out, typename Partials>
+FUNCTION void combine_project_few(X x, int64_t x_shape_0, int x_shape_2, Y y, HPost h_post,
+                                  int h_post_shape_0, HRes h_res, int h_res_shape_0, Phi phi,
+                                  int phi_shape_0, Out out, Partials partials,
+                                  threadgroup float* numbers, Position here) {
+    const int64_t T = x_shape_0;
+    const int C = x_shape_2, M = phi_shape_0;
     const int64_t K = int64_t(N) * C;
 
     typedef decltype(load_raw<8>(ACCESS::at(x))) Row;
@@ -78,9 +77,9 @@ FUNCTION void combine_project_few(X x, XShape x_shape, Y y, HPost h_post, HPostS
                         const int own = tile_row(lane) + k % 2 * 8;
                         const int i = step_stream<N, 1>(k_step + k / 2);
                         const int64_t token = own < tokens ? first + own : T - 1;
-                        const float post = float(h_post[row(h_post_shape[0], token) * N + i]);
-                        const auto res = hold<N, (N <= 4)>(
-                            ACCESS::at(h_res) + (row(h_res_shape[0], token) * N + i) * N);
+                        const float post = float(h_post[row(h_post_shape_0, token) * N + i]);
+                        const auto res = hold<N, (N <= 4)>(ACCESS::at(h_res) +
+                                                           (row(h_res_shape_0, token) * N + i) * N);
                         const auto from = ACCESS::at(x) + token * K + c + channel;
                         const Floats<8> layer = floats(
                             load_raw_within<8>(ACCESS::at(y) + token * C + c + channel, rest));

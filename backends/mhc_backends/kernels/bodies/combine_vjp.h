@@ -33,20 +33,19 @@ FUNCTION bool combine_vjp_aligned(X x, Y y, HPost h_post, HRes h_res, G g, Dx dx
            vectors<N>(h_post) && vectors<N * N>(h_res);
 }
 
-template <typename ACCESS, int N, int W, typename X, typename XShape, typename Y, typename HPost,
-          typename HPostShape, typename HRes, typename HResShape, typename G, typename Dx,
-          typename Dy, typename DhPost, typename DhRes>
-FUNCTION void combine_vjp(X x, XShape x_shape, Y y, HPost h_post, HPostShape h_post_shape,
-                          HRes h_res, HResShape h_res_shape, G g, Dx dx, Dy dy, DhPost dh_post,
-                          DhRes dh_res, threadgroup float* shared, Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[2];
+template <typename ACCESS, int N, int W, typename X, typename Y, typename HPost, typename HRes,
+          typename G, typename Dx, typename Dy, typename DhPost, typename DhRes>
+FUNCTION void combine_vjp(X x, int64_t x_shape_0, int x_shape_2, Y y, HPost h_post,
+                          int h_post_shape_0, HRes h_res, int h_res_shape_0, G g, Dx dx, Dy dy,
+                          DhPost dh_post, DhRes dh_res, threadgroup float* shared, Position here) {
+    const int64_t T = x_shape_0;
+    const int C = x_shape_2;
     const int SUMS = N + N * N;  // dh_post, then dH_res
 
     for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         const int64_t streams = token * N * C;
-        const auto post = hold<N>(ACCESS::at(h_post) + row(h_post_shape[0], token) * N);
-        const auto res = hold<N * N>(ACCESS::at(h_res) + row(h_res_shape[0], token) * N * N);
+        const auto post = hold<N>(ACCESS::at(h_post) + row(h_post_shape_0, token) * N);
+        const auto res = hold<N * N>(ACCESS::at(h_res) + row(h_res_shape_0, token) * N * N);
 
         float sums[SUMS];  // of this thread's channels
         UNROLL for (int k = 0; k < SUMS; k++)

@@ -23,24 +23,24 @@ struct combine_vjp_wide_memory {
     };
 };
 
-template <int N, typename X, typename XShape, typename Y, typename HPost, typename HPostShape,
-          typename HRes, typename HResShape, typename G, typename Dx, typename Dy, typename DhPost,
-          typename DhRes>
-FUNCTION void combine_vjp_wide(X x, XShape x_shape, Y y, HPost h_post, HPostShape h_post_shape,
-                               HRes h_res, HResShape h_res_shape, G g, Dx dx, Dy dy, DhPost dh_post,
-                               DhRes dh_res, threadgroup float* xs, threadgroup float* gs,
-                               threadgroup float* ys, threadgroup float* post,
-                               threadgroup float* res, threadgroup float* sums, Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[2];
+template <int N, typename X, typename Y, typename HPost, typename HRes, typename G, typename Dx,
+          typename Dy, typename DhPost, typename DhRes>
+FUNCTION void combine_vjp_wide(X x, int64_t x_shape_0, int x_shape_2, Y y, HPost h_post,
+                               int h_post_shape_0, HRes h_res, int h_res_shape_0, G g, Dx dx, Dy dy,
+                               DhPost dh_post, DhRes dh_res, threadgroup float* xs,
+                               threadgroup float* gs, threadgroup float* ys,
+                               threadgroup float* post, threadgroup float* res,
+                               threadgroup float* sums, Position here) {
+    const int64_t T = x_shape_0;
+    const int C = x_shape_2;
     const int TILE = combine_vjp_wide_memory<N>::TILE;
     const int SUMS = N + N * N;  // dh_post, then dH_res
     const int first = here.id, step = here.threads;
 
     for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         const int64_t streams = token * N * C;
-        const auto token_post = h_post + row(h_post_shape[0], token) * N;
-        const auto token_res = h_res + row(h_res_shape[0], token) * N * N;
+        const auto token_post = h_post + row(h_post_shape_0, token) * N;
+        const auto token_res = h_res + row(h_res_shape_0, token) * N * N;
         for (int k = first; k < N; k += step) post[k] = float(token_post[k]);
         for (int k = first; k < N * N; k += step) res[k] = float(token_res[k]);
         for (int k = first; k < SUMS; k += step) sums[k] = 0.0f;

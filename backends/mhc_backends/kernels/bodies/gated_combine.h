@@ -25,22 +25,20 @@ FUNCTION bool gated_combine_aligned(X x, Y y, HPre h_pre, HPost h_post, HRes h_r
            vectors<N>(h_post) && vectors<N * N>(h_res);
 }
 
-template <typename ACCESS, int N, int W, typename X, typename XShape, typename Y, typename HPre,
-          typename HPreShape, typename HPost, typename HPostShape, typename HRes,
-          typename HResShape, typename Out>
-FUNCTION void gated_combine(X x, XShape x_shape, Y y, HPre h_pre, HPreShape h_pre_shape,
-                            HPost h_post, HPostShape h_post_shape, HRes h_res,
-                            HResShape h_res_shape, Out out, Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[2];
+template <typename ACCESS, int N, int W, typename X, typename Y, typename HPre, typename HPost,
+          typename HRes, typename Out>
+FUNCTION void gated_combine(X x, int64_t x_shape_0, int x_shape_2, Y y, HPre h_pre,
+                            int h_pre_shape_0, HPost h_post, int h_post_shape_0, HRes h_res,
+                            int h_res_shape_0, Out out, Position here) {
+    const int64_t T = x_shape_0;
+    const int C = x_shape_2;
     const int YS = N <= 4 ? N : 1;  // streams of y that are loaded together with those of x
 
     for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         const int64_t at = token * N * C;
-        const auto pre = hold<N, N <= 4>(ACCESS::at(h_pre) + row(h_pre_shape[0], token) * N);
-        const auto post = hold<N, N <= 4>(ACCESS::at(h_post) + row(h_post_shape[0], token) * N);
-        const auto res =
-            hold<N * N, N <= 4>(ACCESS::at(h_res) + row(h_res_shape[0], token) * N * N);
+        const auto pre = hold<N, N <= 4>(ACCESS::at(h_pre) + row(h_pre_shape_0, token) * N);
+        const auto post = hold<N, N <= 4>(ACCESS::at(h_post) + row(h_post_shape_0, token) * N);
+        const auto res = hold<N * N, N <= 4>(ACCESS::at(h_res) + row(h_res_shape_0, token) * N * N);
 
         for (int c = first_channel<W>(here); c < C; c += next_channel<W>(here)) {
             const auto raw_x = load_raw_streams<N, W>(ACCESS::at(x) + at, C, c);

@@ -36,24 +36,22 @@ FUNCTION bool gated_combine_vjp_aligned(X x, Y y, HPre h_pre, HPost h_post, HRes
            vectors<N>(h_pre) && vectors<N>(h_post) && vectors<N * N>(h_res);
 }
 
-template <typename ACCESS, int N, int W, typename X, typename XShape, typename Y, typename HPre,
-          typename HPreShape, typename HPost, typename HPostShape, typename HRes,
-          typename HResShape, typename G, typename Dx, typename Dy, typename DhPre, typename DhPost,
+template <typename ACCESS, int N, int W, typename X, typename Y, typename HPre, typename HPost,
+          typename HRes, typename G, typename Dx, typename Dy, typename DhPre, typename DhPost,
           typename DhRes>
-FUNCTION void gated_combine_vjp(X x, XShape x_shape, Y y, HPre h_pre, HPreShape h_pre_shape,
-                                HPost h_post, HPostShape h_post_shape, HRes h_res,
-                                HResShape h_res_shape, G g, Dx dx, Dy dy, DhPre dh_pre,
-                                DhPost dh_post, DhRes dh_res, threadgroup float* shared,
-                                Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[2];
+FUNCTION void gated_combine_vjp(X x, int64_t x_shape_0, int x_shape_2, Y y, HPre h_pre,
+                                int h_pre_shape_0, HPost h_post, int h_post_shape_0, HRes h_res,
+                                int h_res_shape_0, G g, Dx dx, Dy dy, DhPre dh_pre, DhPost dh_post,
+                                DhRes dh_res, threadgroup float* shared, Position here) {
+    const int64_t T = x_shape_0;
+    const int C = x_shape_2;
     const int SUMS = N + N * N;  // Y, then G
 
     for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         const int64_t at = token * N * C;
-        const auto pre = hold<N>(ACCESS::at(h_pre) + row(h_pre_shape[0], token) * N);
-        const auto post = hold<N>(ACCESS::at(h_post) + row(h_post_shape[0], token) * N);
-        const auto res = hold<N * N>(ACCESS::at(h_res) + row(h_res_shape[0], token) * N * N);
+        const auto pre = hold<N>(ACCESS::at(h_pre) + row(h_pre_shape_0, token) * N);
+        const auto post = hold<N>(ACCESS::at(h_post) + row(h_post_shape_0, token) * N);
+        const auto res = hold<N * N>(ACCESS::at(h_res) + row(h_res_shape_0, token) * N * N);
 
         float sums[SUMS];  // of this thread's channels
         UNROLL for (int k = 0; k < SUMS; k++)
@@ -83,9 +81,9 @@ FUNCTION void gated_combine_vjp(X x, XShape x_shape, Y y, HPre h_pre, HPreShape 
 
         group_sums<SUMS>(sums, shared, here);
         BARRIER;
-        const auto p = ACCESS::at(h_pre) + row(h_pre_shape[0], token) * N;
-        const auto q = ACCESS::at(h_post) + row(h_post_shape[0], token) * N;
-        const auto h = ACCESS::at(h_res) + row(h_res_shape[0], token) * N * N;
+        const auto p = ACCESS::at(h_pre) + row(h_pre_shape_0, token) * N;
+        const auto q = ACCESS::at(h_post) + row(h_post_shape_0, token) * N;
+        const auto h = ACCESS::at(h_res) + row(h_res_shape_0, token) * N * N;
         for (int j = here.id; j < N; j += here.threads) {
             float dpre = 0.0f, dpost = shared[j];
             for (int i = 0; i < N; i++) {

@@ -26,18 +26,17 @@ FUNCTION bool head_aligned(X x, H h) {
     return vectors<W>(x) && vectors<W>(h);
 }
 
-template <typename ACCESS, int N, int W, int TOKENS, bool SAVES, typename X, typename XShape,
-          typename Partials, typename PartialsShape, typename Scale, typename Bias, typename H,
-          typename U, typename Weights, typename R>
-FUNCTION void head(X x, XShape x_shape, Partials partials, PartialsShape partials_shape,
-                   Scale scale, Bias bias, H h, U u, Weights w, R r, float norm_eps, float pre_eps,
-                   threadgroup float* sums, Position here) {
-    const int64_t T = partials_shape[0];
-    const int C = x_shape[2];
+template <typename ACCESS, int N, int W, int TOKENS, bool SAVES, typename X, typename Partials,
+          typename Scale, typename Bias, typename H, typename U, typename Weights, typename R>
+FUNCTION void head(X x, int x_shape_2, Partials partials, int64_t partials_shape_0,
+                   int partials_shape_1, Scale scale, Bias bias, H h, U u, Weights w, R r,
+                   float norm_eps, float pre_eps, threadgroup float* sums, Position here) {
+    const int64_t T = partials_shape_0;
+    const int C = x_shape_2;
 
     for (int64_t first = int64_t(here.group_x) * TOKENS; first < T;
          first += int64_t(here.groups_x) * TOKENS) {
-        sum_partials<TOKENS, N + 1>(partials, partials_shape[1], first, T, sums, here);
+        sum_partials<TOKENS, N + 1>(partials, partials_shape_1, first, T, sums, here);
         BARRIER;
         for (int k = 0; k < TOKENS && first + k < T; k++) {
             const int64_t token = first + k;

@@ -15,11 +15,11 @@
 #include "../common/sinkhorn/lanes.h"
 #include "dialect/words.h"
 
-template <int N, int K, typename U, typename UShape, typename R, typename Scale, typename Bias,
-          typename GW, typename Du, typename Pull, typename Terms>
-FUNCTION void head_vjp(U u, UShape u_shape, R r, Scale scale, Bias bias, GW g_w, Du du, Pull pull,
-                       Terms terms, Position here) {
-    const int64_t T = u_shape[0];
+template <int N, int K, typename U, typename R, typename Scale, typename Bias, typename GW,
+          typename Du, typename Pull, typename Terms>
+FUNCTION void head_vjp(U u, int64_t u_shape_0, R r, Scale scale, Bias bias, GW g_w, Du du,
+                       Pull pull, Terms terms, Position here) {
+    const int64_t T = u_shape_0;
     const int b = line<N>(here);
     const float by = float(scale[0]);
 

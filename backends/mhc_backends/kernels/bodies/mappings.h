@@ -20,18 +20,18 @@ struct mappings_memory {
 };
 
 template <int N, int TOKENS, int CHANNELS, bool SAVES, int ITERATIONS, bool LOG, bool FIRST_COLUMNS,
-          bool TRANSPOSED, typename Partials, typename PartialsShape, typename Scale, typename Bias,
-          typename HPre, typename HPost, typename HRes, typename U, typename R>
-FUNCTION void mappings(Partials partials, PartialsShape partials_shape, Scale scale, Bias bias,
-                       HPre h_pre, HPost h_post, HRes h_res, U u, R r, float norm_eps,
-                       float pre_eps, float post_scale, float sinkhorn_eps, threadgroup float* sums,
-                       Position here) {
-    const int64_t T = partials_shape[0];
+          bool TRANSPOSED, typename Partials, typename Scale, typename Bias, typename HPre,
+          typename HPost, typename HRes, typename U, typename R>
+FUNCTION void mappings(Partials partials, int64_t partials_shape_0, int partials_shape_1,
+                       Scale scale, Bias bias, HPre h_pre, HPost h_post, HRes h_res, U u, R r,
+                       float norm_eps, float pre_eps, float post_scale, float sinkhorn_eps,
+                       threadgroup float* sums, Position here) {
+    const int64_t T = partials_shape_0;
     const int M = N * N + 2 * N;
 
     for (int64_t first = int64_t(here.group_x) * TOKENS; first < T;
          first += int64_t(here.groups_x) * TOKENS) {
-        sum_partials<TOKENS, M + 1>(partials, partials_shape[1], first, T, sums, here);
+        sum_partials<TOKENS, M + 1>(partials, partials_shape_1, first, T, sums, here);
         BARRIER;
         activate<N, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale,
                                    float(N) * CHANNELS, first, T, true, u, r, h_pre, h_post, here);

@@ -27,13 +27,13 @@ struct mappings_vjp_memory {
 };
 
 template <int N, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED, int K, typename U,
-          typename UShape, typename R, typename Scale, typename Bias, typename GPre, typename GPost,
-          typename GRes, typename Du, typename Pull, typename Terms>
-FUNCTION void mappings_vjp(U u, UShape u_shape, R r, Scale scale, Bias bias, GPre g_pre,
+          typename R, typename Scale, typename Bias, typename GPre, typename GPost, typename GRes,
+          typename Du, typename Pull, typename Terms>
+FUNCTION void mappings_vjp(U u, int64_t u_shape_0, R r, Scale scale, Bias bias, GPre g_pre,
                            GPost g_post, GRes g_res, Du du, Pull pull, Terms terms,
                            float post_scale, float sinkhorn_eps, threadgroup float* kept,
                            Position here) {
-    const int64_t T = u_shape[0];
+    const int64_t T = u_shape_0;
     const int M = N * N + 2 * N;
     const auto own = own_divisors(&kept[0], here);
     const int b = line<N>(here);

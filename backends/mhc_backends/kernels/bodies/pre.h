@@ -34,16 +34,15 @@ FUNCTION bool pre_aligned(X x, H h, HRes h_res) {
 }
 
 template <typename ACCESS, int N, int W, int TOKENS, bool GIVEN, bool SAVES, int ITERATIONS,
-          bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED, typename X, typename XShape,
-          typename Partials, typename PartialsShape, typename Scale, typename Bias, typename Given,
-          typename GivenShape, typename H, typename HPre, typename HPost, typename HRes, typename U,
-          typename R>
-FUNCTION void pre(X x, XShape x_shape, Partials partials, PartialsShape partials_shape, Scale scale,
-                  Bias bias, Given given, GivenShape given_shape, H h, HPre h_pre, HPost h_post,
-                  HRes h_res, U u, R r, float norm_eps, float pre_eps, float post_scale,
-                  float sinkhorn_eps, threadgroup float* sums, Position here) {
-    const int64_t T = partials_shape[0];
-    const int C = x_shape[2], M = N * N + 2 * N;
+          bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED, typename X, typename Partials,
+          typename Scale, typename Bias, typename Given, typename H, typename HPre, typename HPost,
+          typename HRes, typename U, typename R>
+FUNCTION void pre(X x, int x_shape_2, Partials partials, int64_t partials_shape_0,
+                  int partials_shape_1, Scale scale, Bias bias, Given given, int given_shape_0, H h,
+                  HPre h_pre, HPost h_post, HRes h_res, U u, R r, float norm_eps, float pre_eps,
+                  float post_scale, float sinkhorn_eps, threadgroup float* sums, Position here) {
+    const int64_t T = partials_shape_0;
+    const int C = x_shape_2, M = N * N + 2 * N;
 
     const int own = first_channel<W>(here), step = next_channel<W>(here);
     // from the last tokens back to the first: the last ones may still be in the cache
@@ -53,7 +52,7 @@ FUNCTION void pre(X x, XShape x_shape, Partials partials, PartialsShape partials
         const int64_t end = first + TOKENS < T ? first + TOKENS : T;
         auto coming = load_raw_streams<N, W>(ACCESS::at(x) + first * N * C, C,
                                              own);  // which the sums need not wait for
-        sum_partials<TOKENS, M + 1>(partials, partials_shape[1], first, T, sums, here);
+        sum_partials<TOKENS, M + 1>(partials, partials_shape_1, first, T, sums, here);
         BARRIER;
         activate<N, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale, float(N) * C,
                                    first, T, here.group_y == 0, u, r, h_pre, h_post, here);
@@ -64,7 +63,7 @@ FUNCTION void pre(X x, XShape x_shape, Partials partials, PartialsShape partials
         for (int64_t token = first; token < end; token++) {
             float weights[N];
             UNROLL for (int i = 0; i < N; i++)
-                weights[i] = GIVEN ? float(given[row(given_shape[0], token) * N + i])
+                weights[i] = GIVEN ? float(given[row(given_shape_0, token) * N + i])
                                    : sums[(token - first) * (M + 1) + i];
             for (int c = own; c < C; c += step) {
                 const auto streams = coming;

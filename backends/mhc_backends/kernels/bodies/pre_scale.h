@@ -20,16 +20,15 @@ FUNCTION bool pre_scale_aligned(X x, HPre h_pre, Out out) {
     return vectors<W>(x) && vectors<W>(out) && vectors<N>(h_pre);
 }
 
-template <typename ACCESS, int N, int W, typename X, typename XShape, typename HPre,
-          typename HPreShape, typename Out>
-FUNCTION void pre_scale(X x, XShape x_shape, HPre h_pre, HPreShape h_pre_shape, Out out,
-                        Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[2];
+template <typename ACCESS, int N, int W, typename X, typename HPre, typename Out>
+FUNCTION void pre_scale(X x, int64_t x_shape_0, int x_shape_2, HPre h_pre, int h_pre_shape_0,
+                        Out out, Position here) {
+    const int64_t T = x_shape_0;
+    const int C = x_shape_2;
 
     for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         const int64_t at = token * N * C;
-        const auto weights = hold<N>(ACCESS::at(h_pre) + row(h_pre_shape[0], token) * N);
+        const auto weights = hold<N>(ACCESS::at(h_pre) + row(h_pre_shape_0, token) * N);
 
         for (int c = first_channel<W>(here); c < C; c += next_channel<W>(here)) {
             const Streams<N, W> xs = load_streams<N, W>(ACCESS::at(x) + at, C, c);

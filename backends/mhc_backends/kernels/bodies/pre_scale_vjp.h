@@ -28,16 +28,16 @@ FUNCTION bool pre_scale_vjp_aligned(X x, HPre h_pre, G g, Dx dx) {
     return vectors<W>(x) && vectors<W>(g) && vectors<W>(dx) && vectors<N>(h_pre);
 }
 
-template <typename ACCESS, int N, int W, typename X, typename XShape, typename HPre,
-          typename HPreShape, typename G, typename Dx, typename DhPre>
-FUNCTION void pre_scale_vjp(X x, XShape x_shape, HPre h_pre, HPreShape h_pre_shape, G g, Dx dx,
-                            DhPre dh_pre, threadgroup float* shared, Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[2];
+template <typename ACCESS, int N, int W, typename X, typename HPre, typename G, typename Dx,
+          typename DhPre>
+FUNCTION void pre_scale_vjp(X x, int64_t x_shape_0, int x_shape_2, HPre h_pre, int h_pre_shape_0,
+                            G g, Dx dx, DhPre dh_pre, threadgroup float* shared, Position here) {
+    const int64_t T = x_shape_0;
+    const int C = x_shape_2;
 
     for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         const int64_t at = token * N * C;
-        const auto weights = hold<N>(ACCESS::at(h_pre) + row(h_pre_shape[0], token) * N);
+        const auto weights = hold<N>(ACCESS::at(h_pre) + row(h_pre_shape_0, token) * N);
 
         float dweights[N];  // of this thread's channels
         UNROLL for (int i = 0; i < N; i++)

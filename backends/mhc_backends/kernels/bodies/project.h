@@ -36,18 +36,17 @@ struct project_memory {
 };
 
 // Whether whole vectors may be loaded and stored.
-template <typename X, typename XShape, typename Phi>
-FUNCTION bool project_aligned(X x, XShape x_shape, Phi phi) {
-    return x_shape[2] % STEP_CHANNELS == 0 && vectors<8>(x) && vectors<4>(phi);
+template <typename X, typename Phi>
+FUNCTION bool project_aligned(X x, int x_shape_2, Phi phi) {
+    return x_shape_2 % STEP_CHANNELS == 0 && vectors<8>(x) && vectors<4>(phi);
 }
 
 template <typename ACCESS, int N, int RUN, int COLUMN_TILES, int TOKEN_TILES, int AHEAD,
-          int STAGE_STEPS, typename X, typename XShape, typename Phi, typename PhiShape,
-          typename Partials>
-FUNCTION void project(X x, XShape x_shape, Phi phi, PhiShape phi_shape, Partials partials,
-                      threadgroup uint4* operands, Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[2], M = phi_shape[0];
+          int STAGE_STEPS, typename X, typename Phi, typename Partials>
+FUNCTION void project(X x, int64_t x_shape_0, int x_shape_2, Phi phi, int phi_shape_0,
+                      Partials partials, threadgroup uint4* operands, Position here) {
+    const int64_t T = x_shape_0;
+    const int C = x_shape_2, M = phi_shape_0;
     const int64_t K = int64_t(N) * C;
 
     typedef decltype(load_raw<8>(ACCESS::at(x))) Row;

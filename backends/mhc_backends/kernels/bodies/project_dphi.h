@@ -30,17 +30,17 @@ struct project_dphi_memory {
 };
 
 // Whether whole vectors may be loaded and stored.
-template <typename X, typename XShape, typename Dphi>
-FUNCTION bool project_dphi_aligned(X x, XShape x_shape, Dphi dphi) {
-    return x_shape[2] % STEP_CHANNELS == 0 && vectors<4>(x) && vectors<4>(dphi);
+template <typename X, typename Dphi>
+FUNCTION bool project_dphi_aligned(X x, int x_shape_2, Dphi dphi) {
+    return x_shape_2 % STEP_CHANNELS == 0 && vectors<4>(x) && vectors<4>(dphi);
 }
 
 template <typename ACCESS, int N, int COLUMN_TILES, int AHEAD, int STAGE_STEPS, typename X,
-          typename XShape, typename Du, typename DuShape, typename Dphi>
-FUNCTION void project_dphi(X x, XShape x_shape, Du du, DuShape du_shape, Dphi dphi,
+          typename Du, typename Dphi>
+FUNCTION void project_dphi(X x, int64_t x_shape_0, int x_shape_2, Du du, int du_shape_1, Dphi dphi,
                            threadgroup uint4* operands, Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[2], M = du_shape[1];
+    const int64_t T = x_shape_0;
+    const int C = x_shape_2, M = du_shape_1;
     const int64_t K = int64_t(N) * C;
 
     typedef decltype(load_raw<8>(ACCESS::at(x))) Row;

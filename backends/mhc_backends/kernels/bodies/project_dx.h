@@ -40,21 +40,19 @@ struct project_dx_memory {
 };
 
 // Whether whole vectors may be loaded and stored.
-template <bool WITH_H, bool WITH_G, typename X, typename XShape, typename Phi, typename Dh,
-          typename G, typename Dx>
-FUNCTION bool project_dx_aligned(X x, XShape x_shape, Phi phi, Dh dh, G g, Dx dx) {
-    return x_shape[2] % STEP_CHANNELS == 0 && vectors<8>(x) && vectors<4>(phi) && vectors<8>(dx) &&
+template <bool WITH_H, bool WITH_G, typename X, typename Phi, typename Dh, typename G, typename Dx>
+FUNCTION bool project_dx_aligned(X x, int x_shape_2, Phi phi, Dh dh, G g, Dx dx) {
+    return x_shape_2 % STEP_CHANNELS == 0 && vectors<8>(x) && vectors<4>(phi) && vectors<8>(dx) &&
            (!WITH_H || vectors<8>(dh)) && (!WITH_G || vectors<8>(g));
 }
 
-template <typename ACCESS, int N, int COLUMNS, bool WITH_H, bool WITH_G, typename X,
-          typename XShape, typename Phi, typename Du, typename Pull, typename Weights,
-          typename WeightsShape, typename Dh, typename G, typename Dx>
-FUNCTION void project_dx(X x, XShape x_shape, Phi phi, Du du, Pull pull, Weights w,
-                         WeightsShape w_shape, Dh dh, G g, Dx dx, threadgroup uint4* operands,
+template <typename ACCESS, int N, int COLUMNS, bool WITH_H, bool WITH_G, typename X, typename Phi,
+          typename Du, typename Pull, typename Weights, typename Dh, typename G, typename Dx>
+FUNCTION void project_dx(X x, int64_t x_shape_0, int x_shape_2, Phi phi, Du du, Pull pull,
+                         Weights w, int w_shape_0, Dh dh, G g, Dx dx, threadgroup uint4* operands,
                          Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[2];
+    const int64_t T = x_shape_0;
+    const int C = x_shape_2;
     const int64_t K = int64_t(N) * C;
     typedef project_dx_memory<COLUMNS> Memory;
     const int M = COLUMNS, DEPTHS = Memory::DEPTHS, STAGE_TILES = Memory::STAGE_TILES;
@@ -104,7 +102,7 @@ FUNCTION void project_dx(X x, XShape x_shape, Phi phi, Du du, Pull pull, Weights
                         load_raw_within<8>(ACCESS::at(dh) + tokens[r] * C + c + channel, rest);
                 if (WITH_G) gs[r] = load_raw_within<8>(ACCESS::at(g) + from, rest);
                 pulls[r] = pull[tokens[r]];
-                if (WITH_H) weights[r] = float(w[row(w_shape[0], tokens[r]) * N + i]);
+                if (WITH_H) weights[r] = float(w[row(w_shape_0, tokens[r]) * N + i]);
             }
 
             Floats<4> products[4];

@@ -23,16 +23,16 @@ FUNCTION bool residual_add_aggregate_aligned(X x, Res res, HPre h_pre, Total tot
            vectors<N>(h_pre);
 }
 
-template <typename ACCESS, int N, int W, typename X, typename XShape, typename Res, typename HPre,
-          typename HPreShape, typename Total, typename H>
-FUNCTION void residual_add_aggregate(X x, XShape x_shape, Res res, HPre h_pre,
-                                     HPreShape h_pre_shape, Total total, H h, Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[2];
+template <typename ACCESS, int N, int W, typename X, typename Res, typename HPre, typename Total,
+          typename H>
+FUNCTION void residual_add_aggregate(X x, int64_t x_shape_0, int x_shape_2, Res res, HPre h_pre,
+                                     int h_pre_shape_0, Total total, H h, Position here) {
+    const int64_t T = x_shape_0;
+    const int C = x_shape_2;
 
     for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         const int64_t at = token * N * C;
-        const auto weights = hold<N>(ACCESS::at(h_pre) + row(h_pre_shape[0], token) * N);
+        const auto weights = hold<N>(ACCESS::at(h_pre) + row(h_pre_shape_0, token) * N);
 
         for (int c = first_channel<W>(here); c < C; c += next_channel<W>(here)) {
             const auto raw_x = load_raw_streams<N, W>(ACCESS::at(x) + at, C, c);

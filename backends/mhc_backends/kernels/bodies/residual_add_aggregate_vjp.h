@@ -32,17 +32,17 @@ FUNCTION bool residual_add_aggregate_vjp_aligned(X x, Res res, HPre h_pre, G g, 
            vectors<N>(h_pre);
 }
 
-template <typename ACCESS, int N, int W, typename X, typename XShape, typename Res, typename HPre,
-          typename HPreShape, typename G, typename GH, typename Dx, typename DhPre>
-FUNCTION void residual_add_aggregate_vjp(X x, XShape x_shape, Res res, HPre h_pre,
-                                         HPreShape h_pre_shape, G g, GH g_h, Dx dx, DhPre dh_pre,
+template <typename ACCESS, int N, int W, typename X, typename Res, typename HPre, typename G,
+          typename GH, typename Dx, typename DhPre>
+FUNCTION void residual_add_aggregate_vjp(X x, int64_t x_shape_0, int x_shape_2, Res res, HPre h_pre,
+                                         int h_pre_shape_0, G g, GH g_h, Dx dx, DhPre dh_pre,
                                          threadgroup float* shared, Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[2];
+    const int64_t T = x_shape_0;
+    const int C = x_shape_2;
 
     for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         const int64_t at = token * N * C;
-        const auto weights = hold<N>(ACCESS::at(h_pre) + row(h_pre_shape[0], token) * N);
+        const auto weights = hold<N>(ACCESS::at(h_pre) + row(h_pre_shape_0, token) * N);
 
         float dweights[N];  // of this thread's channels
         UNROLL for (int i = 0; i < N; i++)

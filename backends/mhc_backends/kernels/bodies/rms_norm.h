@@ -29,12 +29,12 @@ FUNCTION bool rms_norm_aligned(X x, Weight weight, Y y) {
     return vectors<W>(x) && vectors<W>(weight) && vectors<W>(y);
 }
 
-template <typename ACCESS, int W, int HELD, bool REST, typename X, typename XShape, typename Weight,
-          typename Eps, typename Y>
-FUNCTION void rms_norm(X x, XShape x_shape, Weight weight, Eps eps, Y y, threadgroup float* shared,
-                       Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[1];
+template <typename ACCESS, int W, int HELD, bool REST, typename X, typename Weight, typename Eps,
+          typename Y>
+FUNCTION void rms_norm(X x, int64_t x_shape_0, int x_shape_1, Weight weight, Eps eps, Y y,
+                       threadgroup float* shared, Position here) {
+    const int64_t T = x_shape_0;
+    const int C = x_shape_1;
 
     const int first = first_channel<W>(here), step = next_channel<W>(here);
     const int rest = REST ? first + HELD * step : C;

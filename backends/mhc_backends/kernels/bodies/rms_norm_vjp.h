@@ -31,12 +31,12 @@ FUNCTION bool rms_norm_vjp_aligned(X x, Weight weight, G g, Dx dx, Dweight dweig
            vectors<W>(dweight);
 }
 
-template <typename ACCESS, int W, int HELD, bool REST, typename X, typename XShape, typename Weight,
-          typename Eps, typename G, typename Dx, typename Dweight>
-FUNCTION void rms_norm_vjp(X x, XShape x_shape, Weight weight, Eps eps, G g, Dx dx, Dweight dweight,
-                           threadgroup float* shared, Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[1];
+template <typename ACCESS, int W, int HELD, bool REST, typename X, typename Weight, typename Eps,
+          typename G, typename Dx, typename Dweight>
+FUNCTION void rms_norm_vjp(X x, int64_t x_shape_0, int x_shape_1, Weight weight, Eps eps, G g,
+                           Dx dx, Dweight dweight, threadgroup float* shared, Position here) {
+    const int64_t T = x_shape_0;
+    const int C = x_shape_1;
 
     const int first = first_channel<W>(here), step = next_channel<W>(here);
     const int rest = REST ? first + HELD * step : C;

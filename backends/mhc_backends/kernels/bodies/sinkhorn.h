@@ -12,10 +12,10 @@
 #include "../common/sinkhorn/sinkhorn.h"
 #include "dialect/words.h"
 
-template <int N, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, typename Logits,
-          typename LogitsShape, typename Eps, typename Out>
-FUNCTION void sinkhorn(Logits logits, LogitsShape logits_shape, Eps eps, Out out, Position here) {
-    const int64_t T = logits_shape[0];
+template <int N, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, typename Logits, typename Eps,
+          typename Out>
+FUNCTION void sinkhorn(Logits logits, int64_t logits_shape_0, Eps eps, Out out, Position here) {
+    const int64_t T = logits_shape_0;
 
     for (int64_t tokens = first_tokens<N>(T, here); tokens < T; tokens += next_tokens<N>(here)) {
         const int64_t token = tokens + own_token<N>(here);

@@ -13,11 +13,10 @@
 #include "../common/sinkhorn/lines.h"
 #include "dialect/words.h"
 
-template <int N, int ITERATIONS, bool LOG_SPACE, typename Logits, typename LogitsShape,
-          typename Epsilon, typename Out>
-FUNCTION void sinkhorn_knopp(Logits logits, LogitsShape logits_shape, Epsilon epsilon, Out out,
+template <int N, int ITERATIONS, bool LOG_SPACE, typename Logits, typename Epsilon, typename Out>
+FUNCTION void sinkhorn_knopp(Logits logits, int64_t logits_shape_0, Epsilon epsilon, Out out,
                              Position here) {
-    const int64_t T = logits_shape[0];
+    const int64_t T = logits_shape_0;
 
     for (int64_t tokens = first_tokens<N>(T, here); tokens < T; tokens += next_tokens<N>(here)) {
         const int64_t token = tokens + own_token<N>(here);

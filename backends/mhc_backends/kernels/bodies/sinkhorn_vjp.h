@@ -19,11 +19,11 @@ struct sinkhorn_vjp_memory {
     enum { kept = DIVISORS * DIVISOR_SIMDGROUPS };
 };
 
-template <int N, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, typename Logits,
-          typename LogitsShape, typename G, typename Eps, typename Out>
-FUNCTION void sinkhorn_vjp(Logits logits, LogitsShape logits_shape, G g, Eps eps, Out out,
+template <int N, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, typename Logits, typename G,
+          typename Eps, typename Out>
+FUNCTION void sinkhorn_vjp(Logits logits, int64_t logits_shape_0, G g, Eps eps, Out out,
                            threadgroup float* kept, Position here) {
-    const int64_t T = logits_shape[0];
+    const int64_t T = logits_shape_0;
     const auto own = own_divisors(&kept[0], here);
 
     for (int64_t tokens = first_tokens<N, DIVISOR_SIMDGROUPS>(T, here); tokens < T;

@@ -37,13 +37,14 @@ FUNCTION bool static_layer_aligned(X x, Weight weight, Out out) {
     return vectors<W>(x) && vectors<W>(weight) && vectors<W>(out);
 }
 
-template <typename ACCESS, int N, int W, int HELD, bool REST, typename X, typename XShape,
-          typename HPre, typename HPost, typename HRes, typename Weight, typename Eps, typename Out>
-FUNCTION void static_layer(X x, XShape x_shape, HPre h_pre, HPost h_post, HRes h_res, Weight weight,
-                           Eps eps, Out out, threadgroup float* pre, threadgroup float* post,
-                           threadgroup float* res, threadgroup float* shared, Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[2];
+template <typename ACCESS, int N, int W, int HELD, bool REST, typename X, typename HPre,
+          typename HPost, typename HRes, typename Weight, typename Eps, typename Out>
+FUNCTION void static_layer(X x, int64_t x_shape_0, int x_shape_2, HPre h_pre, HPost h_post,
+                           HRes h_res, Weight weight, Eps eps, Out out, threadgroup float* pre,
+                           threadgroup float* post, threadgroup float* res,
+                           threadgroup float* shared, Position here) {
+    const int64_t T = x_shape_0;
+    const int C = x_shape_2;
     for (int k = here.id; k < N; k += here.threads) {
         pre[k] = float(h_pre[k]);
         post[k] = float(h_post[k]);

@@ -43,16 +43,16 @@ FUNCTION bool static_layer_vjp_aligned(X x, Weight weight, G g, Dx dx, SumRows s
            SUMS % W == 0 && vectors<W>(sums + SUMS);
 }
 
-template <typename ACCESS, int N, int W, int HELD, bool REST, typename X, typename XShape,
-          typename HPre, typename HPost, typename HRes, typename Weight, typename Eps, typename G,
-          typename Dx, typename SumRows>
-FUNCTION void static_layer_vjp(X x, XShape x_shape, HPre h_pre, HPost h_post, HRes h_res,
-                               Weight weight, Eps eps, G g, Dx dx, SumRows sums,
+template <typename ACCESS, int N, int W, int HELD, bool REST, typename X, typename HPre,
+          typename HPost, typename HRes, typename Weight, typename Eps, typename G, typename Dx,
+          typename SumRows>
+FUNCTION void static_layer_vjp(X x, int64_t x_shape_0, int x_shape_2, HPre h_pre, HPost h_post,
+                               HRes h_res, Weight weight, Eps eps, G g, Dx dx, SumRows sums,
                                threadgroup float* pre, threadgroup float* post,
                                threadgroup float* res, threadgroup float* shared,
                                threadgroup float* norms, Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[2];
+    const int64_t T = x_shape_0;
+    const int C = x_shape_2;
     const int SUMS = 2 * N + N * N;  // those that end over C
     for (int k = here.id; k < N; k += here.threads) {
         pre[k] = float(h_pre[k]);

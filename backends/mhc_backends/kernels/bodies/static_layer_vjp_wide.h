@@ -30,14 +30,15 @@ struct static_layer_vjp_wide_memory {
     };
 };
 
-template <int N, typename X, typename XShape, typename G, typename Y, typename Dh, typename HPre,
-          typename HRes, typename Dx, typename SumRows>
-FUNCTION void static_layer_vjp_wide(X x, XShape x_shape, G g, Y y, Dh dh, HPre h_pre, HRes h_res,
-                                    Dx dx, SumRows sums, threadgroup float* xs,
-                                    threadgroup float* gs, threadgroup float* pre,
-                                    threadgroup float* res, threadgroup float* own, Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[2];
+template <int N, typename X, typename G, typename Y, typename Dh, typename HPre, typename HRes,
+          typename Dx, typename SumRows>
+FUNCTION void static_layer_vjp_wide(X x, int64_t x_shape_0, int x_shape_2, G g, Y y, Dh dh,
+                                    HPre h_pre, HRes h_res, Dx dx, SumRows sums,
+                                    threadgroup float* xs, threadgroup float* gs,
+                                    threadgroup float* pre, threadgroup float* res,
+                                    threadgroup float* own, Position here) {
+    const int64_t T = x_shape_0;
+    const int C = x_shape_2;
     const int TILE = static_layer_vjp_wide_memory<N>::TILE;
     const int STRIDE = static_layer_vjp_wide_memory<N>::STRIDE;
     const int SUMS = 2 * N + N * N;

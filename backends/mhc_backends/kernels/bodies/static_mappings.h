@@ -16,11 +16,11 @@
 #include "dialect/words.h"
 
 template <int N, int ITERATIONS, typename HPreRaw, typename HPostRaw, typename HResRaw,
-          typename HResRawShape, typename HPre, typename HPost, typename HRes>
+          typename HPre, typename HPost, typename HRes>
 FUNCTION void static_mappings(HPreRaw h_pre_raw, HPostRaw h_post_raw, HResRaw h_res_raw,
-                              HResRawShape h_res_raw_shape, HPre h_pre, HPost h_post, HRes h_res,
+                              int64_t h_res_raw_shape_0, HPre h_pre, HPost h_post, HRes h_res,
                               Position here) {
-    const int64_t T = h_res_raw_shape[0];
+    const int64_t T = h_res_raw_shape_0;
 
     for (int64_t tokens = first_tokens<N>(T, here); tokens < T; tokens += next_tokens<N>(here)) {
         const int64_t token = tokens + own_token<N>(here);

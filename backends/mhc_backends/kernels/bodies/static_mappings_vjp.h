@@ -22,13 +22,13 @@ struct static_mappings_vjp_memory {
 };
 
 template <int N, int ITERATIONS, typename HPreRaw, typename HPostRaw, typename HResRaw,
-          typename HResRawShape, typename GPre, typename GPost, typename GRes, typename DPre,
-          typename DPost, typename DRes>
+          typename GPre, typename GPost, typename GRes, typename DPre, typename DPost,
+          typename DRes>
 FUNCTION void static_mappings_vjp(HPreRaw h_pre_raw, HPostRaw h_post_raw, HResRaw h_res_raw,
-                                  HResRawShape h_res_raw_shape, GPre g_pre, GPost g_post,
-                                  GRes g_res, DPre d_pre, DPost d_post, DRes d_res,
-                                  threadgroup float* kept, Position here) {
-    const int64_t T = h_res_raw_shape[0];
+                                  int64_t h_res_raw_shape_0, GPre g_pre, GPost g_post, GRes g_res,
+                                  DPre d_pre, DPost d_post, DRes d_res, threadgroup float* kept,
+                                  Position here) {
+    const int64_t T = h_res_raw_shape_0;
     const auto own = own_divisors(&kept[0], here);
 
     for (int64_t tokens = first_tokens<N, DIVISOR_SIMDGROUPS>(T, here); tokens < T;

@@ -14,10 +14,11 @@ struct sum_rows_memory {
     enum { shared = SIMD * MOST_SIMDGROUPS };
 };
 
-template <typename A, typename AShape, typename Out>
-FUNCTION void sum_rows(A a, AShape a_shape, Out out, threadgroup float* shared, Position here) {
-    const int64_t R = a_shape[0];
-    const int K = a_shape[1];
+template <typename A, typename Out>
+FUNCTION void sum_rows(A a, int64_t a_shape_0, int a_shape_1, Out out, threadgroup float* shared,
+                       Position here) {
+    const int64_t R = a_shape_0;
+    const int K = a_shape_1;
     const int64_t share = (R + here.groups_x - 1) / here.groups_x;
     const int64_t begin = here.group_x * share, end = begin + share < R ? begin + share : R;
     const int width = K < int(here.threads) ? K : int(here.threads);

@@ -24,11 +24,11 @@ FUNCTION bool weights_vjp_aligned(X x, Dh dh) {
     return vectors<W>(x) && vectors<W>(dh);
 }
 
-template <typename ACCESS, int N, int W, typename X, typename XShape, typename Dh, typename Dw>
-FUNCTION void weights_vjp(X x, XShape x_shape, Dh dh, Dw dw, threadgroup float* shared,
-                          Position here) {
-    const int64_t T = x_shape[0];
-    const int C = x_shape[2];
+template <typename ACCESS, int N, int W, typename X, typename Dh, typename Dw>
+FUNCTION void weights_vjp(X x, int64_t x_shape_0, int x_shape_2, Dh dh, Dw dw,
+                          threadgroup float* shared, Position here) {
+    const int64_t T = x_shape_0;
+    const int C = x_shape_2;
 
     for (int64_t token = here.group_x; token < T; token += here.groups_x) {
         float sums[N];  // of this thread's channels
