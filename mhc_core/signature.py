@@ -32,13 +32,33 @@ class Out(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """The declaration of an op, from which its checks, cases and tables are made."""
+    """The declaration of an op, from which its checks, cases and tables are made.
+
+    Attributes
+    ----------
+    name
+        The op's name, which its module and its public function have too.
+    arrays
+        The arrays in the order of the arguments, each with its shape in words. The conformance kit
+        has sizes for n, C, m, nC and D, the last axis of n slices; by the name of an array it
+        chooses numbers for it.
+    outputs
+        The outputs, in order.
+    static
+        The other arguments, each with its check: one of :mod:`mhc_core.checks`, or any function
+        that takes the op's name, the argument's name and the value, and returns the plain value
+        or raises.
+    optional
+        The last array, where it may be left out.
+    constraint
+        A function that takes the sizes and returns what is wrong with them, or None.
+    """
 
     name: str
     arrays: Mapping[str, str]
     outputs: Mapping[str, Out]
     static: Mapping[str, Check] = field(default_factory=dict[str, Check])
-    optional: str | None = None  # the last array, where it may be left out
+    optional: str | None = None
     constraint: Callable[[Mapping[str, int]], str | None] | None = None
 
     @cached_property

@@ -143,9 +143,10 @@ def assert_all_are_seeded(faults: Sequence[Fault], names: Sequence[str]) -> None
     """Check that each kernel has a wrong tail, index and sum, and, with barriers, a missing one."""
     for kernel in names:
         kinds = {fault.what.split()[-1] for fault in faults if fault.kernel == kernel}
-        assert kinds >= {"tail", "index", "sum"}, kernel
+        missing = sorted({"tail", "index", "sum"} - kinds)
+        assert not missing, f"{kernel}: no FAULTS are seeded of the kind {', '.join(missing)}"
         body = texts.flat("metal", f"bodies/{kernel}.h").partition(f"void {kernel}(")[2]
         # those within a simdgroup order nothing where each lane takes its own copies
         assert not re.search(r"\bBARRIER;", body) or "barrier" in " ".join(
             fault.what for fault in faults if fault.kernel == kernel
-        ), kernel
+        ), f"{kernel}: no FAULTS are seeded of the kind barrier"
