@@ -45,7 +45,7 @@ DEFAULTS = Size()
 # ---- what is counted -----------------------------------------------------------------------------
 
 PHI = frozenset({"phi", "dphi"})
-SUMS = frozenset({"parts", "terms", "sums", "dweight"})
+SUMS = frozenset({"partials", "terms", "sums", "dweight"})
 """The partial sums that one launch writes and another adds up."""
 
 SMALL = re.compile(

@@ -279,7 +279,7 @@ FAULTS = (
     Fault("aggregate", "index", "streams + i * C + c", "streams + c * N + i", PLACE, "aggregate"),
     Fault("aggregate", "half sum", ADD, HALVED.format(ADD, "sum"), WRONG, "aggregate"),
     Fault(
-        "aggregate", "space", "= x + token", "= (const device float*)x + token", SPACE, "aggregate"
+        "aggregate", "space", "(x) + token", "((const device float*)x) + token", SPACE, "aggregate"
     ),
     Fault("aggregate_vjp", "barrier", "    BARRIER;  //", "    //", RACE, "aggregate"),
     Fault("aggregate_vjp", "tail", CHANNELS, TOO_FAR, BOUNDS, "aggregate"),
@@ -295,15 +295,15 @@ FAULTS = (
     Fault(
         "aggregate_vjp",
         "space",
-        "= x + token",
-        "= (const device float*)x + token",
+        "(x) + token",
+        "((const device float*)x) + token",
         SPACE,
         "aggregate",
     ),
     Fault("combine", "tail", CHANNELS, TOO_FAR, BOUNDS),
     Fault("combine", "index", "i * N + j", "j * N + i", WRONG),
     Fault("combine", "half sum", MIX, HALVED.format(MIX, "sum"), WRONG),
-    Fault("combine", "space", "= x + token", "= (const device float*)x + token", SPACE),
+    Fault("combine", "space", "(x) + token", "((const device float*)x) + token", SPACE),
     Fault("combine_vjp", "barrier", "    BARRIER;  //", "    //", RACE),
     Fault("combine_vjp", "tail", CHANNELS, TOO_FAR, BOUNDS),
     Fault("combine_vjp", "index", "value(res, i * N + j)", "value(res, j * N + i)", WRONG),
@@ -314,20 +314,20 @@ FAULTS = (
         "sums[i] = float(half(add_dot(sums[i], g_i, layer)));",
         WRONG,
     ),
-    Fault("combine_vjp", "space", "load<W>(y + ", "load<W>((const device float*)y + ", SPACE),
-    Fault("combine_vjp_wide", "first barrier", "        BARRIER;\n", "", RACE),
-    Fault("combine_vjp_wide", "last barrier", "        BARRIER;  //", "        //", RACE),
+    Fault("combine_vjp", "space", "at(y) + ", "at((const device float*)y) + ", SPACE),
+    Fault("combine_vjp_wide", "first barrier", "BARRIER;\n\n// dx_j", "// dx_j", RACE),
+    Fault("combine_vjp_wide", "last barrier", "BARRIER;  // the", "// the", RACE),
     Fault("combine_vjp_wide", "tail", "tile + k < C", "tile + k <= C", BOUNDS),
     Fault("combine_vjp_wide", "index", "res[i * N + j]", "res[j * N + i]", WRONG),
     Fault("combine_vjp_wide", "half sum", "sums[k] = sum;", "sums[k] = float(half(sum));", WRONG),
     Fault("combine_vjp_wide", "space", "= h_post +", "= (const device float*)h_post +", SPACE),
     Fault("sum_rows", "first barrier", "sum;\nBARRIER;", "sum;", RACE),
-    Fault("sum_rows", "barrier of the tree", "    BARRIER;\n", "", RACE),
+    Fault("sum_rows", "barrier of the tree", "BARRIER;\ncount", "count", RACE),
     Fault("sum_rows", "tail", "r < end;", "r <= end;", f"{BOUNDS}|{WRONG}"),
     Fault("sum_rows", "index", "a[r * K + column]", "a[column * R + r]", WRONG),
     Fault("sum_rows", "half sum", "sum += float", "sum = half(sum) + float", WRONG),
     Fault("sum_rows", "an odd tree", "(count + 1) / 2", "count / 2", RACE),
-    Fault("common", "barrier", "    BARRIER;\n    for", "    for", RACE),
+    Fault("common", "barrier", "BARRIER;\nfor (int k = here.id;", "for (int k = here.id;", RACE),
 )
 
 

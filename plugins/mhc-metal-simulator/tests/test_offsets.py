@@ -19,7 +19,8 @@ pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels
 
 from mhc_backends import kernels
 from mhc_backends.kernels import launch as launches
-from mhc_backends.kernels import mlx as machinery
+from mhc_backends.kernels.functions import Ops
+from mhc_backends.kernels.mlx import Kernels
 from mhc_backends.kernels.ops import OPS
 from mhc_backends.mlx_common import as_tuple, from_host
 from mhc_conformance.cases import Case, Sizes, cases, data
@@ -32,8 +33,8 @@ from mhc_metal_simulator.source import prepare
 NUMBERS = ("uint group_x, group_y;", "uint groups_x, groups_y;")
 # Whole numbers of tokens and threadgroups that are small, and say so by a cast.
 SMALL = (
-    r"int\(T - first\)|int\(item % P\)|int\(tile - stage\)|int\(here\.group_x % strips\)"
-    r"|int\(here\.group_x % out\.parts\)|int\(here\.group_y \* here\.threads \+ here\.id\)"
+    r"int\(T - first\)|int\(item % P\)|int\(tile - stage\)|int\(here\.group_x % n_tiles\)"
+    r"|int\(here\.group_x % out\.splits\)|int\(here\.group_y \* here\.threads \+ here\.id\)"
     r"|int\(here\.groups_y \* here\.threads\)"
 )
 
@@ -52,7 +53,7 @@ def texts() -> dict[str, str]:
         patch.setattr(simulated, "simulate", note)
         for busy, n in ((launches.BUSY, 4), (launches.BUSY, 9), (0, 4)):
             patch.setattr(launches, "BUSY", busy)
-            own = machinery.Ops(machinery.Kernels(simulator.metal_kernel, "metal"))
+            own = Ops(Kernels(simulator.metal_kernel, "metal"))
             for op in OPS:
                 case = Case(
                     op, "texts", Sizes((3,), n, 8, ""), next(iter(cases(op, "float32"))).static
@@ -83,9 +84,9 @@ def narrowed(name: str, text: str, folder: Path) -> list[str]:
     cast = [
         line
         for line in lines
-        if re.search(r"\bint\([^()]*\b(token|T|first|group_x|item|tile|turn)\b", line)
+        if re.search(r"\bint\([^()]*\b(token|T|first|group_x|item|tile|iteration)\b", line)
     ]
-    cast += re.findall(r"const int (?!M\b)\w+ = \w+_shape\[0\]", text)
+    cast += re.findall(r"const int (?!M\b|\w+_shape_0\b)\w+ = \w+_shape(?:\[0\]|_0\b)", text)
     return [lines[int(line) - 1] for line in told] + [
         line for line in cast if not re.search(SMALL, line)
     ]
@@ -100,12 +101,12 @@ def test_every_offset_has_64_bits(texts: dict[str, str], tmp_path: Path) -> None
     ("kernel", "right", "wrong"),
     [
         ("combine", "for (int64_t token =", "for (int token ="),
-        ("combine", "const int64_t T = x_shape[0];", "const int T = x_shape[0];"),
+        ("combine", "const int64_t T = x_shape_0;", "const int T = x_shape_0;"),
         ("combine_vjp", "const int64_t streams = token", "const int streams = token"),
         ("pre_scale", "const int64_t at = token * N * C;", "const int at = int(token) * N * C;"),
         ("mappings", "for (int64_t first =", "for (int first ="),
         ("sinkhorn", "const int64_t token = tokens +", "const int token = tokens +"),
-        ("project", "const int64_t first = turn +", "const int first = turn +"),
+        ("project", "const int64_t first = iteration +", "const int first = iteration +"),
     ],
 )
 def test_an_int_where_a_token_needs_more_is_seen(

@@ -655,7 +655,7 @@ FAULTS = (
     *_many(
         "common",
         ("streams mixed", "value(res, first + j)", "value(res, first)", WRONG),
-        ("barrier of the phi", "    }\n    BARRIER;\n", "    }\n", RACE),
+        ("barrier of the phi", "}\n}\nBARRIER;\n}", "}\n}\n}", RACE),
         op="combine_project",
     ),
     *_many(

@@ -42,7 +42,7 @@ FUNCTION void static_layer_vjp_wide(X x, int64_t x_shape_0, int x_shape_2, G g, 
     const int TILE = static_layer_vjp_wide_memory<N>::TILE;
     const int STRIDE = static_layer_vjp_wide_memory<N>::STRIDE;
     const int SUMS = 2 * N + N * N;
-    const int ROWS = 4, STEPS = (N + ROWS - 1) / ROWS;  // beyond N the last stream is taken again
+    const int ROWS = 4, BLOCKS = (N + ROWS - 1) / ROWS;  // beyond N the last stream is taken again
     const int first = here.id, step = here.threads;
     for (int k = first; k < N; k += step) pre[k] = float(h_pre[k]);
     for (int k = first; k < N * N; k += step) res[k] = float(h_res[k]);
@@ -66,7 +66,7 @@ FUNCTION void static_layer_vjp_wide(X x, int64_t x_shape_0, int x_shape_2, G g, 
             BARRIER;
 
             // dx_j = sum_i H_res[i, j] g_i + h_pre_j dh
-            for (int k = first; k < STEPS * TILE; k += step) {
+            for (int k = first; k < BLOCKS * TILE; k += step) {
                 const int j0 = k / TILE * ROWS, c = k % TILE;
                 if (tile + c >= C) continue;
                 float dxs[ROWS];
@@ -83,7 +83,7 @@ FUNCTION void static_layer_vjp_wide(X x, int64_t x_shape_0, int x_shape_2, G g, 
             }
             // x_j . dh, g_i . y, g_i . x_j: block b is of column b % (N + 2) of [dh, y, x_0, x_1,
             // ...]
-            for (int b = first; b < STEPS * (N + 2); b += step) {
+            for (int b = first; b < BLOCKS * (N + 2); b += step) {
                 const int i0 = b / (N + 2) * ROWS, column = b % (N + 2);
                 const auto rows = column == 0 ? xs : gs;
                 const auto other = column == 0   ? xs + N * STRIDE
