@@ -46,8 +46,8 @@ FUNCTION float sum_lines(float v, Position here) {
 }
 
 // The tokens of a simdgroup: MATRICES adjacent tokens from first_tokens on, then as many every
-// next_tokens further on. This lane's token is own_token after the first of them. At most SIMDGROUPS
-// simdgroups of a threadgroup take part; the others get T, past the last token.
+// next_tokens further on. This lane's token is own_token after the first of them. At most
+// SIMDGROUPS simdgroups of a threadgroup take part; the others get T, past the last token.
 template <int N, int SIMDGROUPS = MOST_SIMDGROUPS>
 FUNCTION int64_t next_tokens(Position here) {
     const int simdgroups = here.threads / SIMD;
