@@ -1,7 +1,7 @@
-"""static_layer: kernels ``static_layer`` and ``static_layer_vjp``, or for many streams
-``aggregate``, ``rms_norm`` and their vjps, and ``static_layer_vjp_wide``.
+"""static_layer: the kernel ``static_layer``, and for its vjp ``static_layer_vjp``.
 
-The mappings, which are the same for all tokens, are those of static_mappings.
+With many streams the vjp runs ``aggregate``, ``rms_norm``, ``rms_norm_vjp`` and
+``static_layer_vjp_wide``. All tokens share the mappings, which static_mappings computes.
 """
 
 from __future__ import annotations
