@@ -1,8 +1,8 @@
 """The coverage of the conformance kit: which cases run which kernel and sides of its choices.
 
 ``python -m mhc_metal_simulator.coverage`` runs the default kit's cases on the simulator, forward
-and back, and prints each kernel with its launches' classes and each side of its choices with a case
-that runs it, and at the end those that no case runs, with the reasons.
+and back. It prints each kernel, class of its launches and side of its choices, with a case that
+runs it, and at the end the sides that no case runs, with the reasons.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 BACKEND = "mlx-metal-simulator"
-DTYPES = ("float32", "bfloat16")  # which stands for narrow numbers
+DTYPES = ("float32", "bfloat16")  # bfloat16 for all narrow numbers
 KINDS = ("forward", "gradient", "strided", "repeated")  # checks
 
 
@@ -72,7 +72,7 @@ class Place(NamedTuple):
 class Coverage(NamedTuple):
     """The kernels, classes of launches and sides of choices that ran, each with its first case.
 
-    ``sides`` are all that the texts have, of functions that any launch of the kernel calls.
+    ``sides`` are all sides in the texts, of functions that any launch of the kernel calls.
     """
 
     kernels: Mapping[str, Ran]
@@ -184,7 +184,7 @@ _VALUES = re.compile(r"decltype\(\w+<([^<>]*)>\)")
 
 
 def classes(one: LaunchRecord) -> set[str]:
-    """Return the names of a launch's classes: how the launch table has the kernel do its work."""
+    """Return the names of a launch's classes: the launch table's choices for the kernel."""
     names, values = _TEMPLATE.search(one.source), _VALUES.search(one.source)
     words: dict[str, str] = {}
     if names and values:
@@ -216,7 +216,7 @@ def _classes(
 
 
 def possible(kernel: str, words: Iterable[str]) -> set[str]:
-    """Return the classes that the launch table has for a kernel, of the kinds in ``words``."""
+    """Return all classes that the launch table has for a kernel, of the kinds in ``words``."""
     channels = (1, 2, 4, 8, 37, 257, 1028, 4096, 4100, 8192, 16388, 32768)
     made: set[str] = set()
     for T in (1, 5, 257, 515, 1031, 16385):
@@ -240,7 +240,7 @@ def _kind(word: str) -> str:
 
 
 class Unreached(NamedTuple):
-    """The sides that no case runs, by what their names match, and the reason."""
+    """The sides that no case runs: a pattern of their names, and the reason."""
 
     pattern: str
     reason: str
@@ -320,7 +320,7 @@ UNREACHED: Sequence[Unreached] = (
 
 
 def reasons(missing: Iterable[Place]) -> dict[Unreached | None, list[Place]]:
-    """Sort sides by why no case runs them; None for those without a reason."""
+    """Sort sides by the reason why no case runs them; None for those without a reason."""
     found: dict[Unreached | None, list[Place]] = defaultdict(list)
     for place in missing:
         why = (one for one in UNREACHED if re.search(one.pattern, str(place)))
