@@ -116,7 +116,7 @@ def _replayable() -> Generator[None]:
     method has another name, such as those before this feature, nothing is changed.
     """
     owner: Any = None
-    with contextlib.suppress(ImportError):  # a module of its own since 6.123, and nobody's promise
+    with contextlib.suppress(ImportError):  # a separate, private module since 6.123
         owner = import_module("hypothesis.internal.conjecture.providers")
     owner, name = getattr(owner, "HypothesisProvider", None), "_maybe_draw_constant"
     kept = cast("Callable[..., Any] | None", getattr(owner, name, None))

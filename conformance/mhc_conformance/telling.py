@@ -267,9 +267,9 @@ def _far_apart(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 
 def _far_below(first: str) -> Draw:
-    """Make logits of which one line lies below every float once the others are normalised.
+    """Return a draw of logits with one line that underflows once the other lines are normalised.
 
-    Only the differences within that line are left of it.
+    Only the differences within that line then matter.
     """
 
     def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:

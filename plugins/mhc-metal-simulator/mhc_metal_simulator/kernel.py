@@ -196,7 +196,7 @@ def _from_host(host: HostArray, dtype: Any) -> Any:
 
 
 def _without_gradient(run: Any) -> Any:
-    """Give ``run`` the derivatives of a custom kernel, which raise."""
+    """Replace the derivatives of ``run`` by those of a custom kernel, which raise."""
     wrapped: Any = mx.custom_function(run)
 
     def vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:

@@ -98,7 +98,7 @@ def _collapsed(kernels: Kernels, x: mx.array, weights: mx.array) -> mx.array:
 
 
 def _split(sums: mx.array, n: int) -> tuple[mx.array, ...]:
-    """Return dh_pre, dh_post, dH_res and what comes after them."""
+    """Return dh_pre, dh_post, dH_res and the rest of the sums."""
     dh_pre, dh_post, dh_res, rest = mx.split(sums.reshape(-1), [n, 2 * n, 2 * n + n * n])
     return dh_pre, dh_post, dh_res.reshape(n, n), rest
 
