@@ -38,7 +38,7 @@ class Op:
     arrays: Mapping[str, str]
     outputs: Mapping[str, Out]
     static: Mapping[str, Check] = field(default_factory=dict[str, Check])
-    optional: str | None = None  # the last array, where it may be left out
+    optional: str | None = None  # the last array, if callers may leave it out
     constraint: Callable[[Mapping[str, int]], str | None] | None = None
 
     @cached_property
@@ -58,8 +58,8 @@ class Signature(NamedTuple):
     sizes: Mapping[str, int]
     names: tuple[str, ...]  # of the arrays, for messages
     dtypes: tuple[str, ...]  # of the arrays, by name
-    n: int | None  # streams; None for an op that has none
-    key: tuple[str, tuple[str, ...], int | None]  # op, dtypes and n: all that a selection sees
+    n: int | None  # streams; None for an op without streams
+    key: tuple[str, tuple[str, ...], int | None]  # op, dtypes and n: the input of a selection
     static: Mapping[str, Any]
 
     @property
