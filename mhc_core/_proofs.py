@@ -46,7 +46,7 @@ def advice(spec: BackendSpec, call: Signature) -> str:
     return (
         "Please send this project the report that `mhc conformance "
         f"{spec.name} --op {call.op.name} --report report.html` writes; MHC_TRUST={spec.name} "
-        "takes the backend in spite of this."
+        "makes it run anyway."
     )
 
 

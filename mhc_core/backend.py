@@ -201,7 +201,7 @@ class BackendSpec:
     def refuses(self, op: str, dtypes: tuple[str, ...], n: int | None) -> str | None:
         """Return why it does not accept this op, these dtypes or n streams, or None.
 
-        ``n`` is None for an op that has no streams, such as rms_norm.
+        ``n`` is None for an op without streams, such as rms_norm.
         """
         smallest, largest = self.sizes
         if op not in self.ops:

@@ -111,7 +111,7 @@ _discovering: ContextVar[bool] = ContextVar("mhc_discovering", default=False)
 
 
 def discover() -> Discovered:
-    """Return what there is, found at the first call of the process."""
+    """Return the plugins and backends, found at the first call of the process."""
     global _discovered
     if _discovered is None:
         if _discovering.get():

@@ -33,8 +33,8 @@ __all__ = ["registered", "select", "use_backend", "without_proofs"]
 _chosen: ContextVar[str | None] = ContextVar("mhc_backend", default=None)
 _SELECTED: dict[Any, Callable[..., Any]] = {}
 
-# os.environ.get costs 0.7 us for an absent name, more than all the rest of a selection;
-# the dict behind it answers in 0.04. Where there is none, os.environ itself serves.
+# os.environ.get costs 0.7 us for an absent name, more than the rest of a selection; the dict
+# behind it costs 0.04 us. Without such a dict, os.environ itself is used.
 _environ: Any = getattr(os.environ, "_data", os.environ)
 _encode: Callable[[str], Any] = getattr(os.environ, "encodekey", str)
 _getenv: Callable[[Any], Any] = _environ.get

@@ -78,8 +78,8 @@ class Signature(NamedTuple):
     sizes: Mapping[str, int]
     names: tuple[str, ...]  # of the arrays, for messages
     dtypes: tuple[str, ...]  # of the arrays, by name
-    n: int | None  # streams; None for an op that has none
-    key: tuple[str, tuple[str, ...], int | None]  # op, dtypes and n: all that a selection sees
+    n: int | None  # streams; None for an op without streams
+    key: tuple[str, tuple[str, ...], int | None]  # op, dtypes and n: the input of a selection
     static: Mapping[str, Any]
 
     @property

@@ -1,7 +1,7 @@
-"""Text from outside in messages and reports: literal, in one line, and nothing about its user.
+"""Text from outside in messages and reports: literal, in one line, and nothing about the user.
 
-Names of backends, reasons and errors come from other people's plugins. None of it moves a cursor,
-breaks a table or tells whose machine it was.
+Names of backends, reasons and errors come from other people's plugins. They must not move the
+cursor, break a table or reveal whose machine it was.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The common parts of all MLX backends: whether and where MLX runs, host arrays, the transforms.
+"""The common parts of all MLX backends: the checks of MLX and its device, host arrays, transforms.
 
 Imports nothing heavy; the functions that need MLX import it.
 """
@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, cast
 
-OLDEST = "0.32.3"  # the first that transposes right, and takes the max of no numbers
+OLDEST = "0.32.3"  # the first with right transposes and a max of empty arrays
 
 WHEEL = "mlx" if sys.platform == "darwin" else "'mlx[cpu]'"
 # `pip install mlx` on Linux installs no backend at all.

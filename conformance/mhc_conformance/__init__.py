@@ -9,8 +9,8 @@ From pytest, two lines make the suite of a backend::
 
 From a shell, ``mhc conformance mine``, with ``--report mine.html`` for a page to show.
 
-Each check is seen failing: :mod:`mhc_conformance.bugs` has every bug that shipped in this field,
-and ``mhc conformance --mutations`` shows which check fails for it.
+Every check has been seen to fail: :mod:`mhc_conformance.bugs` has every bug known to have shipped
+in this field, and ``mhc conformance --mutations`` shows the check that fails for each.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,7 @@
 """The oracle's answers to a case, and how well its input determines them.
 
-Every answer is computed twice: for the input, and for the input moved by one rounding. How far the
-answer moves is the condition by which its tolerance is larger.
+Every answer is computed twice: for the input, and for the input moved by one rounding. The distance
+between the two is the condition, which multiplies the tolerance.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Kept", "answers", "condition", "directions", "distance", "of_case", 
 
 Array = NDArray[Any]
 
-STEP = 2e-3  # of the differences in float64 that second derivatives are held to
+STEP = 2e-3  # step of the float64 differences that second derivatives are compared with
 
 
 def directions(primals: Sequence[Array], seed: int) -> tuple[Array, ...]:

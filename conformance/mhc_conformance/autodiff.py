@@ -1,4 +1,4 @@
-"""Reverse-mode differentiation of NumPy arrays, small enough to be read whole.
+"""Reverse-mode differentiation of NumPy arrays, in few enough lines to be read completely.
 
 A Value is an array together with the values that it was computed from and a pullback: the
 function that turns the cotangent of the array into those of its parents. Every primitive below

@@ -1,12 +1,11 @@
-"""The cases that every op is tried on: sizes, static arguments and inputs, all from one seed.
+"""The cases of every op: sizes, static arguments and inputs, all from one seed.
 
 They follow from the ops' declarations: every size class, every dtype, the values of each static
 argument, mappings per token and shared by all, parameters as narrow as the streams, NaN in some
-tokens. Beside these, ``SPECIAL`` has by hand what an op needs of its own.
+tokens. ``SPECIAL`` adds cases written by hand for single ops.
 
-The grid is pruned: each size class meets each variant of an op at least once (they are paired in
-turn), not every one with every other, because no backend's code depends on more than one of them at
-a time.
+The grid is pruned: size classes and static arguments are paired in turn, so that each occurs at
+least once. Not every pair occurs, because no backend's code depends on both at a time.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def numpy_dtype(name: str) -> Any:
 
 
 class Sizes(NamedTuple):
-    """One size class, with the bug that it is there to catch."""
+    """One size class, with the bug that it is meant to catch."""
 
     leading: tuple[int, ...]
     n: int
@@ -81,7 +80,7 @@ SIZES = (
 )
 SMALL = SIZES[0]
 TAIL = SIZES[6]
-# beside the others, as it shows nothing of a variant; n C is a multiple of 64, as in real models
+# not in SIZES, because it tests no variant; n C is a multiple of 64, as in real models
 EMPTY = Sizes((0,), 4, 64, "no tokens at all")
 
 
@@ -101,7 +100,7 @@ def _projection(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 
 def _mixing(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Draw positive entries of a doubly stochastic matrix's size, not symmetric in any way."""
+    """Draw positive entries as large as a doubly stochastic matrix's, without any symmetry."""
     return rng.uniform(0.05, 1.95, shape) / shape[-1]
 
 
@@ -132,13 +131,13 @@ class Case:
     static: tuple[tuple[str, Any], ...] = ()
     draws: tuple[tuple[str, Draw], ...] = ()  # instead of DRAWS
     shared: bool = False  # one H_pre, H_post, H_res for all tokens
-    for_all: tuple[str, ...] = ()  # or of these arguments alone, beside others per token
+    for_all: tuple[str, ...] = ()  # or these arguments for all tokens, the others per token
     optional: bool = False  # with the op's optional array
     narrow: bool = False  # parameters and mappings in the streams' dtype too
     gradient_scale: float = 1.0
     quiet: tuple[str, ...] = ()  # outputs whose cotangent is 0
-    dtypes: tuple[str, ...] = ()  # all in which it can be tried, where its values decide that
-    usual: tuple[str, ...] = ("float32",)  # those of them in which it is tried without ``full``
+    dtypes: tuple[str, ...] = ()  # the dtypes that its values allow; () for all
+    usual: tuple[str, ...] = ("float32",)  # the dtypes in which it runs without ``full``
 
     @property
     def name(self) -> str:
@@ -151,7 +150,7 @@ class Case:
         """Return the largest number of Sinkhorn iterations that the case asks for; 0 for none."""
         op = declaration(self.op)
         if not {"h_res", "h_res_raw"} & {*op.outputs, *op.arrays}:
-            return 0  # head's variant says nothing of it
+            return 0  # head does not use its variant's Sinkhorn
         static = {name: getattr(value, "sinkhorn_iterations", value) for name, value in self.static}
         named = ("iterations", "max_iterations", "variant")
         return max((static[name] for name in named if name in static), default=0)
@@ -163,7 +162,7 @@ class Case:
 
 
 class Data(NamedTuple):
-    """A case's arrays, and the oracle's results where they can be known beforehand."""
+    """A case's arrays: the primals, and a cotangent for each output."""
 
     primals: tuple[Array, ...]
     cotangents: tuple[Array, ...]
@@ -419,9 +418,9 @@ def _cancelling(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 
 def _shared_in_part(op: str) -> list[tuple[str, ...]]:
-    """Return each of the mappings that all tokens may share, alone, the others being per token.
+    """Return each of the mappings that all tokens may share, to be shared alone.
 
-    Beside none and all of them shared, any two are then tried in all four ways.
+    With the cases that share none or all of them, any two mappings occur in all four ways.
     """
     either = [name for name, words in declaration(op).patterns.items() if len(words) > 1]
     return [(name,) for name in either] if len(either) > 1 else []
@@ -435,7 +434,7 @@ def _some_wide(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 
 def _far_apart(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Draw matrices with one line so far below the others that exp of both leaves its range."""
+    """Draw matrices with one line so far below the others that its shifted exp underflows."""
     values = rng.normal(0, 2, shape)
     values[..., 0, :] -= 100
     return values
@@ -446,8 +445,8 @@ LOG = (("iterations", 20), ("eps", 0.0), ("first", "columns"))
 EPS = (("iterations", 20), ("eps", 1e-6), ("first", "columns"))
 ZERO = _constant(0.0)
 
-# Beside SIZES, for the ops whose backends may do otherwise there: they split work by the number of
-# tokens, and channels into blocks, which many kernels take in whole ones where they can.
+# Further sizes, for ops whose backends may run other code there: they split work by the number of
+# tokens, and channels into blocks, with a separate path for whole blocks.
 BLOCKS = Sizes((5,), 4, 288, "channels in whole blocks of 32, as in real models")
 MORE_BLOCKS = Sizes((20,), 4, 96, "whole blocks, more than 16 tokens")
 BETWEEN = Sizes((16,), 6, 160, "streams between two powers of two")
@@ -470,7 +469,7 @@ LARGE: Sequence[tuple[Sizes, tuple[str, ...]]] = (
     (Sizes((2,), 32, 40, "the most streams, each longer than a tile"), ("static_layer",)),
     (Sizes((2,), 1, 17412, "more channels than a thread can keep"), ("rms_norm",)),
 )
-TOKENS: Sequence[tuple[Sizes, str, tuple[str, ...]]] = (  # so many that products go another way
+TOKENS: Sequence[tuple[Sizes, str, tuple[str, ...]]] = (  # so many that products run other code
     (
         Sizes((8192,), 1, 288, "thousands of tokens, whole blocks"),
         *("mappings", ("float32", "bfloat16")),
@@ -498,7 +497,7 @@ SPECIAL: Sequence[Case] = (
         Case(op, sizes.why, sizes, ONCE, dtypes=dtypes, usual=dtypes)
         for sizes, op, dtypes in TOKENS
     ),
-    # some matrices beyond exp's range, beside others: a backend may treat them in another way
+    # some matrices beyond exp's range, next to others: a backend may treat the two differently
     *(
         Case(op, f"some beyond exp's range, {sizes.why}", sizes, static, ((name, _some_wide),))
         for op, static, name in (
@@ -526,7 +525,7 @@ SPECIAL: Sequence[Case] = (
             ("combine_pre", BETWEEN, P20),
         )
     ),
-    # by what tokens have of their own: some of those side by side
+    # the same where the streams of each token decide which matrix is beyond exp's range
     Case("mappings", "some beyond exp's range", FULL, P20, (("scale", _constant(11)),)),
     # exp without a max shift overflows above 88; a line that underflows is 0 / 0 by division
     Case("sinkhorn", "logits far beyond exp's range, eps 0", SMALL, LOG, (("logits", _dominated),)),
@@ -538,7 +537,7 @@ SPECIAL: Sequence[Case] = (
     Case("sinkhorn", "identity start", SMALL, EPS, (("logits", _identity_init),)),
     Case("mappings", "all parameters zero", SMALL, V4, (("phi", ZERO), ("bias", ZERO))),
     Case("pre", "small scale, as trained from", SMALL, V4, (("scale", _constant(0.01)),)),
-    # real streams and gradients are not of size one
+    # real streams and gradients are larger or smaller than one
     Case("mappings", "large streams", SMALL, V4, (("x", _normal(300)),)),
     Case("mappings", "tiny streams", SMALL, (("variant", PAPER),), (("x", _normal(1e-3)),)),
     Case("pre", "large gradients", SMALL, V4, gradient_scale=3e3),
@@ -560,7 +559,7 @@ SPECIAL: Sequence[Case] = (
         for op in MAPPED
         for size in (SMALL, EMPTY, Sizes((33,), 3, 5, "odd"))
     ),
-    # or of some of them, beside others per token
+    # some mappings shared, the others per token
     *(
         Case(op, f"{' and '.join(some)} shared", size, _first_static(op, size), for_all=some)
         for op in MAPPED
@@ -583,7 +582,7 @@ SPECIAL: Sequence[Case] = (
             (("h_res",), False, MORE_BLOCKS),
         )
     ),
-    # NaN comes out, where it came in: in no other token
+    # NaN in one token must not reach another token
     *(
         Case(
             op,
@@ -602,7 +601,7 @@ SPECIAL: Sequence[Case] = (
             ("sinkhorn_knopp", STATICS["sinkhorn_knopp"][1][1]),
         )
     ),
-    # what is rounded on the way shows where streams cancel
+    # where streams cancel, a rounding before the end of the sum shows
     *(
         Case(op, "streams that cancel", SMALL, static, draws, usual=DTYPES)
         for op, static, draws in (
@@ -645,9 +644,9 @@ SPECIAL: Sequence[Case] = (
 def cases(op: str, dtype: str = "float32", full: bool = False) -> Iterator[Case]:
     """Return an op's cases: its sizes paired with static choices in turn, then the special ones.
 
-    Other dtypes than float32 differ from it in rounding alone, and bfloat16 stands for vector
-    loads of narrow numbers: they get the first case, bfloat16 the first two, and those that are
-    about narrow numbers. ``full`` gives all in every dtype.
+    Dtypes other than float32 differ from it in rounding alone, so they get the first case and the
+    cases about narrow numbers; bfloat16, which also tests vector loads of narrow numbers, gets the
+    first two. ``full`` yields all cases in every dtype.
     """
     choices = STATICS[op]
     count = max(len(SIZES), len(choices))
@@ -658,7 +657,7 @@ def cases(op: str, dtype: str = "float32", full: bool = False) -> Iterator[Case]
         pairs.append((EMPTY, choices[0]))
     for sizes, (label, static) in pairs:
         yield Case(op, label, sizes, _sized(op, sizes, static))
-    from mhc_conformance.telling import CASES  # which are made of what is here
+    from mhc_conformance.telling import CASES  # which imports this module
 
     for case in (*SPECIAL, *CASES):
         if case.op == op and _tried(case, dtype, full):

@@ -113,8 +113,8 @@ class _Run:
     def product(self, a: Any, b: Any) -> Any:
         """Multiply matrices as a sum of products, in full float32.
 
-        F is not what is held to the oracle here, and a library's own matmul may be in TF32 on a
-        GPU by default, in JAX as in MLX: 10 bits.
+        F is not under test, and the matmul of JAX or MLX may by default use TF32 on a GPU, with 10
+        bits.
         """
         return self.xp.sum(a[:, :, None] * b[None, :, :], axis=1)
 

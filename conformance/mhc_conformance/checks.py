@@ -252,18 +252,18 @@ CHECKS: Mapping[str, Check] = {
     "updated": updated,
     "properties": properties,
 }
-ONE_DTYPE = "float32"  # of the checks that look at structure and not at rounding
+ONE_DTYPE = "float32"  # for checks of structure, which do not depend on rounding
 
 
 def dtypes_of(kind: str, dtypes: Sequence[str]) -> list[str]:
-    """Return those of a backend's dtypes in which a check is made."""
+    """Return the backend's dtypes in which a check runs."""
     one = ONE_DTYPE if ONE_DTYPE in dtypes else dtypes[0]
     made = {
         "forward": dtypes,
         "gradient": dtypes,
         "grad": (one, "bfloat16"),
-        "strided": (one, "bfloat16"),  # narrow numbers make other vectors
-        "properties": ("float64",) if "float64" in dtypes else (one,),  # the rounding is not it
+        "strided": (one, "bfloat16"),  # vectors of narrow numbers have another length
+        "properties": ("float64",) if "float64" in dtypes else (one,),  # with the least rounding
     }
     return [dtype for dtype in dtypes if dtype in made.get(kind, (one,))]
 
@@ -276,7 +276,7 @@ def applies(subject: Subject, op: str, dtype: str, kind: str) -> str | None:
         return f"{subject.name} has no {dtype}"
     if kind in ("checkpoint", "second") and subject.lacks("grad"):
         return subject.lacks("grad")
-    if kind == "second":  # where it is declared not to be there, an error must be
+    if kind == "second":  # without second derivatives, it checks the error
         return None
     if kind == "properties":
         return lacks(subject, op, dtype)
@@ -320,7 +320,7 @@ def comparisons(
     try:
         with without_proofs(), subject.dtype_context(dtype):
             yield from CHECKS[kind](subject, op, dtype, seed)
-    except (Exception, SystemExit) as error:  # whatever a backend does, the report goes on
+    except (Exception, SystemExit) as error:  # whatever a backend does, the run continues
         raised = f"raised {type(error).__name__}: {error}"
         yield Comparison(subject.trying, math.nan, math.nan, raised)
 
@@ -328,7 +328,7 @@ def comparisons(
 def check(subject: Subject, op: str, dtype: str, kind: str, seed: int = 0) -> Record:
     """Run one check and keep the worst of its comparisons."""
     found = list(comparisons(subject, op, dtype, kind, seed))
-    if found and found[-1].problem:  # where it raised, nothing else is said
+    if found and found[-1].problem:  # an exception is reported alone
         found = found[-1:]
     if not found:
         found = [Comparison(op, math.nan, math.nan, f"has no case with {subject.spec.sizes=}")]

@@ -66,7 +66,7 @@ def put(static: Static, path: Path, value: Any) -> Static:
 
 @cache
 def published(op: str, path: Path) -> tuple[Any, ...]:
-    """Return the values that an argument has in the field: its default's, and those of variants."""
+    """Return the published values of an argument: its default, and those of the variants."""
     variants = [v for v in vars(mhc_core).values() if isinstance(v, Variant)]
     if path == ("variant",):
         return tuple(variants)

@@ -94,13 +94,13 @@ class _Worker(Generic[Task]):
         self._process = context.Process(target=_serve, args=(theirs, function))
         with _signals_held_back():
             self._process.start()
-        theirs.close()  # so that its end is seen here
+        theirs.close()  # so that the end of the process closes the pipe
 
     def begin(self, left: list[Task]) -> Iterator[Began[Task]]:
         """Send the worker the next task, if there is one."""
         if left:
             self.task = left.pop()
-            with contextlib.suppress(OSError):  # it died between two tasks: its end tells so
+            with contextlib.suppress(OSError):  # it died between two tasks, which news() reports
                 self.pipe.send(self.task)
             yield Began(self.task)
 
@@ -142,9 +142,9 @@ def _signals_held_back() -> Generator[None]:
     handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not None:  # None: it is not Python's to put back
+            if signal.getsignal(number) is not None:  # None: Python cannot restore it
                 handlers[number] = signal.signal(number, lambda number, _: heard.append(number))
-    # what is blocked stays so in the process that is started; here, any thread may still hear it
+    # the new process inherits the blocked signal; here, another thread may still receive it
     block: Any = getattr(signal, "pthread_sigmask", None)  # Windows has none
     before = block(signal.SIG_BLOCK, {signal.SIGINT}) if block else ()
     try:

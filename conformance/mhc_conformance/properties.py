@@ -1,8 +1,8 @@
-"""The laws of mHC, which hold for every input, tried on inputs that hypothesis chooses.
+"""The laws of mHC, which hold for every input, tested on inputs that hypothesis chooses.
 
-A law compares results of the backend with each other, or with what is known of them, and not with
-the oracle. A failure is shrunk to the simplest input that breaks it. The same seed draws the same
-inputs; every law has two shapes, since a compiler would take seconds for each more.
+A law compares the backend's results with each other or with known values, not with the oracle.
+hypothesis shrinks a failure to the simplest input that breaks the law. The same seed draws the same
+inputs. Every law has two shapes, because a compiler takes seconds for each further one.
 """
 
 from __future__ import annotations
@@ -111,12 +111,12 @@ def _tried(law: Property, subject: Subject, dtype: str, seed: int) -> Comparison
 def _replayable() -> Generator[None]:
     """Keep hypothesis from drawing constants that it finds in the source of loaded modules.
 
-    They would make a seed mean something else wherever other modules are loaded, and leave a
-    folder of them where the kit is run. It has no setting for that; where the method that draws
-    them has another name, as in versions that did not yet do so, nothing is changed.
+    With them, a seed would draw other inputs when other modules are loaded, and hypothesis would
+    leave a folder of them where the kit runs. It has no setting to turn this off. In versions whose
+    method has another name, such as those before this feature, nothing is changed.
     """
     owner: Any = None
-    with contextlib.suppress(ImportError):  # a module of its own since 6.123, and nobody's promise
+    with contextlib.suppress(ImportError):  # a separate, private module since 6.123
         owner = import_module("hypothesis.internal.conjecture.providers")
     owner, name = getattr(owner, "HypothesisProvider", None), "_maybe_draw_constant"
     kept = cast("Callable[..., Any] | None", getattr(owner, name, None))

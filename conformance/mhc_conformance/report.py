@@ -157,7 +157,7 @@ def _device(backend: str) -> str:
         library = subject.spec.array_types[0].partition(".")[0]
         found = machine.devices((library,))
         return found.get(library) or _device_of_array(subject)
-    except Exception as error:  # a report is not lost for want of a name
+    except Exception as error:  # a missing name must not lose the report
         return safe(f"unknown ({type(error).__name__}: {error})")
 
 

@@ -173,7 +173,7 @@ def _chain_records(backend: str, seed: int) -> list[Record]:
         with without_proofs():
             errors = compare(run_chain(backend, chain), reference)
         problem = ""
-    except (Exception, SystemExit) as error:  # whatever a backend does, the report goes on
+    except (Exception, SystemExit) as error:  # whatever a backend does, the run continues
         errors, problem = (float("nan"),) * 2, f"raised {type(error).__name__}: {error}"
     return [
         Record(

@@ -37,8 +37,8 @@ class Subject:
         self.name = name
         self.full = full
         self.quick = quick
-        self.wants: Callable[[Any], bool] = lambda _: True  # of a case: whether to try it
-        self.trying = ""  # the case that a check is at, for what the backend may raise there
+        self.wants: Callable[[Any], bool] = lambda _: True  # whether to run a case
+        self.trying = ""  # the case that is running, for the record of an exception
         self.spec: BackendSpec = backend.spec
         self.module: Any = backend_module(backend.spec)
 

@@ -1,14 +1,15 @@
-"""Cases that tell one constant from another, and those at the ends of float32's range.
+"""Cases in which a wrong constant changes the result, and cases at the ends of float32's range.
 
-In every released model some constants are equal, and most are too small to be seen in an ordinary
-input: a backend that takes one for another, or a number of its own, computes the same there. Here
-all static arguments of an op differ, from each other and from all published values, and each input
-is of the size at which every one of them decides the result: streams whose mean square is of the
-size of norm_eps, gates that are nearly closed, lines of H_res that are faint or converge slowly.
-An op that has no case here by hand gets some from its declaration. They do for an argument whose
-values all show on ordinary numbers in float64; another, as the eps of a norm or the iterations of
-Sinkhorn, needs inputs of its own to show in float32 or at all, and so a case by hand.
-:mod:`mhc_conformance.generated` makes the wrong backends that must not pass them.
+In every released model some constants are equal, and most are too small to change the result on an
+ordinary input: a backend that confuses two of them, or hard-codes one, computes the same there.
+Here all static arguments of an op differ, from each other and from all published values, and the
+inputs have the size at which each of them changes the result: streams whose mean square is as large
+as norm_eps, gates that are nearly closed, lines of H_res that are faint or converge slowly.
+
+An op without a case in ``BY_HAND`` gets cases from its declaration. They suffice for an argument
+whose value changes results on ordinary inputs in float64. An argument such as the eps of a norm or
+the iterations of Sinkhorn needs a case by hand, with inputs on which it does.
+:mod:`mhc_conformance.generated` makes the wrong backends that these cases must fail.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ Array = NDArray[Any]
 Draws = tuple[tuple[str, Draw], ...]
 
 WIDE = ("float32", "bfloat16", "float64")  # float16 ends at 65504
-SLOW = 130  # iterations: beyond any number that a loop is likely to be unrolled to
+SLOW = 130  # iterations: more than any loop is likely to be unrolled to
 PLAIN = ("float32",)
 
 
@@ -77,13 +78,13 @@ LITTLE = Variant(
     sinkhorn_first="rows",
     res_transposed=False,
 )
-NOTHING = replace(PAPER, norm_eps=0.0, post_scale=0.0)  # every number of it is 0
+NOTHING = replace(PAPER, norm_eps=0.0, post_scale=0.0)  # all of its numbers are 0
 
 
 def _triangle(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Return logits with one triangle out of sight: Sinkhorn nears its limit only as 1 / t.
+    """Draw logits with one triangle at exp(-60): Sinkhorn then converges only as 1 / t.
 
-    That triangle holds only what eps adds.
+    The result's entries in that triangle come from eps alone.
     """
     n = shape[-1]
     return rng.normal(0, 0.5, shape) - 60 * np.tril(np.ones((n, n)), -1)
@@ -109,7 +110,7 @@ def _of_size(size: float) -> Draws:
 
 SLOWLY: Draws = (("logits", _triangle), ("matrix", _triangle), ("h_res_raw", _triangle))
 
-# beside APART, which is among the variants of every op
+# in addition to APART, one of the variants of every op
 SMALLER: Sequence[tuple[str, Variant, Draws]] = (
     (
         "middling constants, all apart",
@@ -124,7 +125,7 @@ SMALLER: Sequence[tuple[str, Variant, Draws]] = (
 )
 
 
-# In the last, the streams are so small beside what is normed that H_res does not show.
+# In the last, the streams are so small beside the norm's output that H_res does not show.
 NORMS = (("large", 0.4, 1.0, SLOW), ("middling", 3e-5, 5e-3, 33), ("little", 2e-21, 4e-11, 7))
 
 
@@ -141,7 +142,7 @@ BY_HAND: Sequence[Case] = (
         for op in PROJECTED
         for label, variant, draws in SMALLER
     ),
-    # nearly closed gates, whose gradient reaches the streams through no other way
+    # nearly closed gates: with phi = 0 and no cotangent of x, only they carry the streams' gradient
     *(
         Case(
             op,
@@ -158,7 +159,7 @@ BY_HAND: Sequence[Case] = (
         )
         for op in ops
     ),
-    # Sinkhorn by itself: more iterations than the usual 20, where they still change something
+    # Sinkhorn alone: more iterations than the usual 20, on inputs that have not converged by then
     *(
         Case("sinkhorn", label, SMALL, _static(iterations=iterations, eps=eps, first=first), draws)
         for label, iterations, eps, first, draws in (
@@ -198,7 +199,7 @@ BY_HAND: Sequence[Case] = (
         for epsilon in (1e-9, 0.0)
     ),
     Case("expand", "more streams than models have", MOST, _static(n=MOST.n)),
-    # the norms, with Sinkhorn beside them
+    # the norms, and static_layer's norm together with Sinkhorn
     *(
         Case("rms_norm", f"{label} eps", SMALL, _static(eps=eps), _of_size(size), dtypes=PLAIN)
         for label, eps, size, _ in NORMS
@@ -266,9 +267,9 @@ def _far_apart(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 
 def _far_below(first: str) -> Draw:
-    """Make logits of which one line lies below every float once the others are normalised.
+    """Return a draw of logits with one line that underflows once the other lines are normalised.
 
-    Only the differences within that line are left of it.
+    Only the differences within that line then matter.
     """
 
     def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
@@ -357,9 +358,9 @@ CASES: Sequence[Case] = (*CONSTANTS, *RANGE)
 
 
 def quick(op: str, most: int | None = None) -> Case:
-    """Return the case of an op that shows most, with ``most`` streams or fewer.
+    """Return the one case of an op that detects most, with ``most`` streams or fewer.
 
-    It is for runs with time for only one.
+    ``mhc conformance --quick`` runs only this case.
     """
     every = itertools.chain((case for case in CONSTANTS if case.op == op), cases(op))
     return next(case for case in every if most is None or case.sizes.n <= most)
@@ -377,7 +378,7 @@ def _second(op: str, shared: bool = False, **values: Any) -> Case:
 
 
 def _short(op: str) -> dict[str, Any]:
-    """Return static arguments of a second derivative: short loops, a number that counts."""
+    """Return static arguments of a second derivative: short loops, and an eps that matters."""
     declared = declaration(op).static
     if check_variant in declared.values():
         return {"variant": SHORT}
@@ -393,7 +394,7 @@ SECOND: Sequence[Case] = (
     ),
     _second("sinkhorn", iterations=3, eps=0.0, first="columns"),
     _second("sinkhorn", iterations=3, eps=0.1, first="rows"),
-    # where its loop ends early, it jumps
+    # without an early end of the loop, where the result jumps
     _second("sinkhorn_knopp", max_iterations=3, epsilon=0.0, log_space=True),
 )
 """The cases of the check ``second``."""

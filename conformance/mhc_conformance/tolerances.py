@@ -4,15 +4,16 @@ The error of an array is ``max |got - want| / max |want|``. What is allowed is::
 
     K[op, quantity] * eps(computation) * condition + eps(array) / 2
 
-The computation is in float32 (float64 for float64 streams). The second term is there only for an
-array that is narrower than the computation, which is rounded once, at the end: H_res of bfloat16
-streams is float32 and is held to float32, and a sum taken in bfloat16 fails. The condition is 1
-plus how far the oracle's own result moves, in roundings, when all input moves by one rounding: a
-sum that happens to cancel is not blamed on the backend.
+The computation is in float32 (float64 for float64 streams). The second term applies only to an
+array that is narrower than the computation, which is rounded once, at the end. H_res of bfloat16
+streams is float32, so it must be right to float32, and a sum taken in bfloat16 fails. The condition
+is 1 plus how far the oracle's own result moves, in roundings, when every input moves by one
+rounding: a sum that happens to cancel is not blamed on the backend.
 
-The factors were measured with up to 20 iterations of Sinkhorn, those of a released model. Each
-iteration rounds anew: 130 that do not converge were seen to need 2.2 times as much (the gradient of
-sinkhorn_knopp on mlx-compiled, ten seeds). The condition of more than 20 is that many times larger.
+The factors were measured with up to 20 iterations of Sinkhorn, as in released models. Each
+iteration adds roundings: 130 iterations that do not converge needed 2.2 times as much (the gradient
+of sinkhorn_knopp on mlx-compiled, ten seeds). With more than 20 iterations, the condition is
+multiplied by iterations / 20.
 
 The factors were measured on the built-in backends, the worst of ten seeds rounded up to a power of
 two and doubled, at least 4. Those of second derivatives were measured on mlx-compiled and torch. A
@@ -60,7 +61,7 @@ DIFFERENCES = 1e-8
 
 
 def rounds(iterations: int) -> float:
-    """Return how many times as many roundings there are as in the iterations of the factors."""
+    """Return the factor by which more iterations than the measured 20 add roundings."""
     return max(1.0, iterations / ITERATIONS)
 
 

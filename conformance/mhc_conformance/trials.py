@@ -128,10 +128,10 @@ class Trial:
     def loss(self, function: Callable[..., Any], curved: bool = False) -> Callable[..., Any]:
         """Return sum(cotangent * output) as a function of the primals.
 
-        A curved one has sum(cotangent * output^2 / 2) beside it, whose gradient depends on the
-        outputs: what a vjp makes of cotangents that are being differentiated counts too.
+        A curved loss adds sum(cotangent * output^2 / 2), whose gradient depends on the outputs: so
+        it also tests how a vjp differentiates through its cotangents.
         """
-        own = self.subject.take(self.cotangents)  # outside, where no compiler traces it
+        own = self.subject.take(self.cotangents)  # here, where no compiler traces it
 
         def loss(*arrays: Any) -> Any:
             outputs = several(function(*arrays))

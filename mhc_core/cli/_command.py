@@ -20,7 +20,7 @@ __all__ = ["INTERRUPTED", "JSON", "Command", "Group", "Stopped", "stoppable", "w
 
 JSON = "--json"
 GRACE = 3.0  # seconds
-INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
+INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended, in shells
 
 # typer has its own copy of click, or click itself, and names neither
 CLICK_ERROR: Any = next(k for k in typer.BadParameter.__mro__ if k.__name__ == "ClickException")

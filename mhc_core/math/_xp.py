@@ -95,18 +95,18 @@ def _as(xp: Any, array: Array, dtype: Any) -> Array:
 
 
 def _bits_kept(array: Array) -> Array:
-    """Return the tensor, whose rounding torch.compile must keep.
+    """Return a narrow tensor in such a way that torch.compile keeps its rounding.
 
     Its generated code computes bfloat16 in float32 and leaves out a rounding that is cast back
-    (emulate_precision_casts is off in torch/_inductor/config.py). A look at the bits needs the
-    rounded number; what it takes away, which is 0 in eager code, is a constant to derivatives.
+    (emulate_precision_casts is off in torch/_inductor/config.py). Reading the bits forces the
+    rounding. The difference that it makes, 0 in eager code, is added as a constant to autograd.
     """
     import torch
     from torch._subclasses.fake_tensor import is_fake  # the compiler's later stages have no flag
 
     if array.dtype not in (torch.bfloat16, torch.float16) or not is_fake(array):
         return array
-    # two views alone are dropped
+    # without the bitwise_or, the compiler drops both views
     rounded = array.view(torch.int16).bitwise_or(0).view(array.dtype)
     away = (rounded - array).detach()
     return array + torch.where(away.isnan(), 0.0, away)  # NaN where both are infinite
@@ -116,7 +116,7 @@ def _rounded(array: Array, dtype: Any) -> Array:
     """Round a JAX array to what a narrower dtype can hold, in a way that XLA must keep.
 
     XLA drops the rounding of float32 -> bfloat16 -> float32 on GPUs (xla_allow_excess_precision is
-    on by default there); jax.lax.reduce_precision is the cast that it must keep
+    on by default there), but it must keep jax.lax.reduce_precision
     (https://docs.jax.dev/en/latest/_autosummary/jax.lax.reduce_precision.html).
     """
     if str(dtype) not in _NARROW or str(array.dtype) not in ("float32", "float64"):
@@ -124,8 +124,8 @@ def _rounded(array: Array, dtype: Any) -> Array:
     return _narrowing()(array, str(dtype))
 
 
-# exponent and mantissa bits, and the step of float16's numbers below 2^-14, which reduce_precision
-# would take for 0; bfloat16's are float32's own
+# exponent bits, mantissa bits, and the exponent of the step between float16's numbers below 2^-14,
+# which reduce_precision rounds to 0; bfloat16's smallest numbers are float32's own
 _NARROW = {"bfloat16": (8, 7, 0), "float16": (5, 10, 24)}
 
 
@@ -160,8 +160,8 @@ def swap(xp: Any, array: Array) -> Array:
     return xp.matrix_transpose(array)
 
 
-# JAX may have sharded any axis over devices. Axes that are sharded apart cannot be merged without a
-# gather, and its Explicit meshes refuse to: there, leading axes stay as they are.
+# JAX may have sharded any axis over devices. Separately sharded axes cannot be merged without a
+# gather, which Explicit meshes refuse: in JAX, leading axes are not merged.
 
 
 def keeps_axes(xp: Any) -> bool:
@@ -197,9 +197,9 @@ def sigmoid(xp: Any, z: Array) -> Array:
 
 
 def shift(xp: Any, logits: Array, axis: int) -> Array:
-    """Return the largest entry along an axis that is kept, as a constant to autodiff.
+    """Return the largest entry along an axis, which stays with size 1, as a constant to autodiff.
 
-    The shift cancels out of the result, but through a library's gradient of max it may not cancel
+    The shift cancels out of the result, but with a library's gradient of max it might not cancel
     exactly.
     """
     largest = xp.max(logits, axis=axis, keepdims=True)
@@ -217,14 +217,14 @@ def doubled(xp: Any, half: Array) -> Array:
 
 
 def log_sum_exp(xp: Any, logits: Array, axis: int) -> Array:
-    """log(sum(exp(logits))) along an axis that is kept, shifted by its largest entry."""
+    """log(sum(exp(logits))) along an axis, which stays with size 1; the largest entry shifts it."""
     largest = shift(xp, logits, axis)
     return largest + xp.log(xp.sum(xp.exp(logits - largest), axis=axis, keepdims=True))
 
 
 # --------------------------------------------------------------------------------- fusion in MLX
-# MLX computes operation by operation unless mx.compile fuses them, and it ignores what is compiled
-# inside mx.grad. So a formula has two forms: unrolled sums of products, which fuse into one pass
+# MLX computes operation by operation unless mx.compile fuses them, and inside mx.grad it ignores
+# mx.compile. So a formula has two forms: unrolled sums of products, which fuse into one pass
 # over the streams (half the time of a matmul on a CPU), and matmuls, which are twice as fast as
 # the sums where nothing fuses. On a GPU the sums are always taken: a float32 matmul may be TF32.
 
@@ -399,11 +399,11 @@ def _dot_all(xp: Any, a: Array, b: Array) -> Array:
 
 
 def mean_square(xp: Any, x: Array, axes: int = 1) -> Array:
-    """mean(x^2) over the last axis, or the last two, as one that is kept.
+    """mean(x^2) over the last axis, or the last two, which become one axis of size 1.
 
-    Streams of 1e18 have squares of 1e36, of which float32 cannot hold the sum of 341. So either
-    the squares are divided by their number before they are added up, where that fuses, or the sums
-    of some, at most 256.
+    Streams of 1e18 have squares of 1e36, and float32 cannot hold the sum of 341 such squares. So
+    the division by their number comes before the sum where that fuses, else after partial sums of
+    at most 256 squares.
     """
     count = math.prod(x.shape[x.ndim - axes :])
     if keeps_axes(xp):

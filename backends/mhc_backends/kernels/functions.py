@@ -1,6 +1,6 @@
-"""From kernels to the functions of a backend: forwards and vjps that MLX can differentiate.
+"""The functions of a kernel backend: forwards and vjps that MLX can differentiate.
 
-:class:`Ops` makes them of the modules in ``mhc_backends.kernels.ops``.
+:class:`Ops` makes them from the modules in ``mhc_backends.kernels.ops``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Ops:
 
     An op consists of its forward kernels and its vjp kernels, joined by ``mx.custom_function`` with
     every array as an argument: captured arrays would get zero gradients. ``compiled`` is
-    ``mx.compile``, which spares MLX building a kernel's text again at every call, or None where
+    ``mx.compile``, with which MLX builds a kernel's text once and not at every call, or None if
     kernels cannot be traced.
     """
 
@@ -59,7 +59,7 @@ class Ops:
     def _make_forward(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
         """Return a function from the op's arrays to one tuple: outputs, then what its vjp saves."""
         module, options, count = ops.load(op), dict(static), ops.outputs(op)
-        places: tuple[int, ...] = ()  # of what is saved, among the outputs and what follows them
+        places: tuple[int, ...] = ()  # the indices of the saved arrays in the tuple
 
         # Without stop_gradient mx.jvp asks the kernels for their derivatives before our rule.
 
@@ -89,7 +89,7 @@ class Ops:
         return self._compiled(differentiable)
 
     def _make_inference(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-        """Return the same without a vjp: in MLX a custom function costs 2 us for each output."""
+        """Return the forward without a vjp: a custom function of MLX costs 2 us per output."""
         function = functools.partial(ops.load(op).forward, self._kernels, **dict(static))
         return self._compiled(lambda *primals: as_tuple(function(*primals)))
 

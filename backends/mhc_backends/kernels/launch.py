@@ -38,29 +38,29 @@ __all__ = [
 VARIABLE = "MHC_KERNEL_TUNING"
 
 SIMD = 32
-# Of a threadgroup. An Apple GPU refuses more threads than it has registers for: with the most that
-# one can have, 256 of 16 bits, there are 384 (dougallj.github.io/applegpu/docs.html).
+# The most threads of a threadgroup. An Apple GPU refuses more than it has registers for: 384
+# threads if each has the most, 256 registers of 16 bits (dougallj.github.io/applegpu/docs.html).
 MOST_THREADS = {"metal": 256, "cuda": 1024}
 MOST_GRID = 2**31 - 1  # threads along one axis, which MLX takes as an int
 ACCESS_BYTES = 16  # the widest access to memory
 REGISTERS = 64  # numbers of the streams that a thread may hold
-FILLED = 256  # threadgroups from which on a GPU is busy, so that each may have several iterations
-ROWS = 256  # that a threadgroup sums at least, where there are more
-SHARES = 256  # of large tokens, at most, each with its sums over them
-SHARE_NUMBERS = 8192  # of a large token; smaller ones have up to four times as many shares
-KEPT_WORDS = {"metal": 64, "cuda": 128}  # of 32 bits, that a thread keeps between two uses
-TILE_TOKENS, STEP_CHANNELS, SPLIT_CHANNELS = 16, 32, 256  # as common/project/layout.h has them
-SPLIT_STEPS = SPLIT_CHANNELS // STEP_CHANNELS  # of a stream
-TILE_COLUMNS = 8  # as the dialects have it
-COLUMNS_AT_ONCE = 64  # of phi, whose sums a simdgroup keeps in registers
-# tiles of tokens that a simdgroup of `project` multiplies with the same phi
+FILLED = 256  # threadgroups that keep a GPU busy; with more, each may have several iterations
+ROWS = 256  # the least rows that a threadgroup sums, unless there are fewer
+SHARES = 256  # the most shares of the tokens, if a token is large
+SHARE_NUMBERS = 8192  # numbers of a large token; smaller tokens have up to 4 times as many shares
+KEPT_WORDS = {"metal": 64, "cuda": 128}  # words of 32 bits that a thread keeps between two uses
+TILE_TOKENS, STEP_CHANNELS, SPLIT_CHANNELS = 16, 32, 256  # the same as in common/project/layout.h
+SPLIT_STEPS = SPLIT_CHANNELS // STEP_CHANNELS  # K steps of one stream in a split
+TILE_COLUMNS = 8  # the same as in the dialects
+COLUMNS_AT_ONCE = 64  # columns of phi whose sums a simdgroup keeps in registers
+# tiles of tokens that a simdgroup of `project` multiplies by the same phi
 TOKEN_TILES = {"float32": 1, "float16": 2, "bfloat16": 2}
-AHEAD = {"metal": 0, "cuda": 2}  # pipeline buffers: K blocks of the streams on their way
-BUSY = 512  # simdgroups from which on a GPU is busy with products
-MOST_GROUPS = {"metal": MOST_GRID // 1024, "cuda": 128}  # with a part of phi each
-MOST_TOKENS = 4  # whose partials a threadgroup adds up
+AHEAD = {"metal": 0, "cuda": 2}  # pipeline buffers: K blocks of the streams being copied
+BUSY = 512  # simdgroups that keep a GPU busy with products
+MOST_GROUPS = {"metal": MOST_GRID // 1024, "cuda": 128}  # threadgroups, each with a split of phi
+MOST_TOKENS = 4  # tokens whose partials a threadgroup adds up
 SHARED = 2048  # floats of threadgroup memory for the sums of some tokens
-SHARE_TOKENS = 128  # that the simdgroup of an N tile takes at least, where there are more
+SHARE_TOKENS = 128  # the least tokens of an N tile's simdgroup, unless there are fewer
 SCRATCH = {
     "metal": 8192,
     "cuda": 10240,
@@ -78,15 +78,16 @@ class Shape:
     groups
         The work of a threadgroup:
 
-        - ``"tile"``: a stretch of a token's channels
-        - ``"token"``: whole tokens, as sums over C end in it
-        - ``"share"``: a share of the tokens, whose sums it gives
+        - ``"tile"``: some channels of a token
+        - ``"token"``: whole tokens, because it computes sums over C
+        - ``"share"``: a share of the tokens, and the sums over them
         - ``"rows"``: a share of the rows to be summed
-        - ``"matrices"``: [n, n] of as many tokens as its lanes hold, n lanes rounded up to a power
-          of two for each
+        - ``"matrices"``: [n, n] matrices of as many tokens as its lanes hold; a matrix takes n
+          lanes, rounded up to a power of two
         - ``"split_k"``: a split of the channels, for tiles of 16 tokens in each simdgroup
-        - ``"k_blocks"``: the same for one tile, with the split's K blocks shared by the simdgroups
-        - ``"several"``: some tokens, whose partials it adds up; ``"sums"``: without their channels
+        - ``"k_blocks"``: the same for one tile; its simdgroups share the split's K blocks
+        - ``"several"``: some tokens, with their partials and channels
+        - ``"sums"``: some tokens, with their partials alone
         - ``"n_tiles"``: N tiles of 32 channels of a stream, one in each simdgroup, for a share of
           the tokens
     threads
@@ -94,18 +95,19 @@ class Shape:
         than MOST_THREADS.
     elements
         The most elements that a thread loads and stores at a time; fewer where C, the dtype or
-        many streams ask for it.
+        many streams require it.
     iterations
         How many such accesses a thread of a ``"tile"`` makes, if the GPU is busy anyway.
     keeps
         The number of stream arrays whose first accesses a thread keeps in registers between two
         uses.
     streams
-        Whether the streams are spread over the threads, beside the channels.
+        Whether the threads share the streams, not the channels alone.
     resident
-        In CUDA, the threadgroups for which a multiprocessor must have registers, so that each waits
-        while another computes; ``resident_float32`` is that for float32, where it is
-        another.
+        In CUDA, the threadgroups for which a multiprocessor must have registers, so that one
+        computes while another waits.
+    resident_float32
+        The same for float32, if it differs.
     """
 
     groups: Literal[
@@ -173,9 +175,9 @@ TABLE: Mapping[str, Shape] = {
 class Launch:
     """The parameters of a launch: the grid in threads, and template arguments of the kernel.
 
-    The latter are the elements per thread and access (W), the tokens that a threadgroup takes
-    together (TOKENS), the accesses that a thread keeps in registers (HELD), and whether there are
-    more (REST).
+    The template arguments are the elements per thread and access (W), the tokens that a threadgroup
+    takes together (TOKENS), the accesses that a thread keeps in registers (HELD), and whether there
+    are more (REST).
     """
 
     grid: tuple[int, int, int]
@@ -213,7 +215,7 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
     groups = _token_shares(shape, T, n * C) if shape.groups == "share" else T
     if shape.keeps:
         turns = -(-accesses // threads)
-        words = max(elements * ITEMSIZE[dtype] // 4, 1)  # narrow numbers are kept as they came
+        words = max(elements * ITEMSIZE[dtype] // 4, 1)  # narrow numbers are kept unconverted
         held = min(turns, KEPT_WORDS[dialect] // (shape.keeps * n * words))
         return replace(_launch(groups, 1, threads, elements), held=held, rest=held < turns)
     tiles = -(-accesses // threads) if shape.groups == "tile" else 1
@@ -223,7 +225,7 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
 
 
 def occupancy(kernel: str, dtype: str) -> tuple[int, int]:
-    """Return the most threads of a kernel's threadgroup, and how many of those must fit at once."""
+    """Return the most threads of a kernel's threadgroup, and how many threadgroups must fit."""
     shape = _shape(kernel, "cuda")
     float32 = shape.resident_float32 or shape.resident
     return shape.threads, float32 if dtype == "float32" else shape.resident
@@ -265,7 +267,7 @@ def splits(C: int) -> int:
 
 
 def few(T: int, C: int) -> bool:
-    """Return whether tokens are so few that simdgroups share K blocks; sums stay equal."""
+    """Return whether tokens are so few that simdgroups share K blocks; this changes no bit."""
     return -(-T // (max(TOKEN_TILES.values()) * TILE_TOKENS)) * splits(C) < BUSY
 
 
@@ -282,7 +284,7 @@ def _split_k(shape: Shape, T: int, C: int, token_tiles: int, dialect: str) -> La
     simdgroups, most = shape.threads // SIMD, MOST_GROUPS[dialect]
     while simdgroups > 1 and -(-tiles // simdgroups) * splits(C) < min(most, FILLED):
         simdgroups //= 2
-    # a persistent threadgroup: it keeps to one split, whose phi it has, for all of its tokens
+    # a persistent threadgroup: it keeps one split, and the split's phi, for all of its tokens
     most = min(most, MOST_GRID // (simdgroups * SIMD)) // splits(C)
     groups = max(min(-(-tiles // simdgroups), most), 1) * splits(C)
     return Launch((groups * simdgroups * SIMD, 1, 1), (simdgroups * SIMD, 1, 1), 1)
@@ -290,7 +292,7 @@ def _split_k(shape: Shape, T: int, C: int, token_tiles: int, dialect: str) -> La
 
 def _split_k_few(shape: Shape, T: int, n: int, C: int, dialect: str) -> Launch:
     width = TILE_COLUMNS * -(-min(n * n + 2 * n, COLUMNS_AT_ONCE) // TILE_COLUMNS) + 4
-    # whose sums have room, beside their total
+    # K blocks whose sums fit into threadgroup memory beside their total
     k_blocks = SCRATCH[dialect] // (TILE_TOKENS * width) - 1
     threads = min(shape.threads, k_blocks * SIMD)
     return _launch(-(-T // TILE_TOKENS) * splits(C), 1, threads, 1)
@@ -312,7 +314,7 @@ def buffer_bytes(rows: int, dtype: str, kernel: str, dialect: str) -> int:
 def stage(steps: int, unit: int, most: int) -> int:
     """Return how many K steps' B operands are in threadgroup memory at a time.
 
-    The count divides them all, is a multiple of ``unit``, and at most ``most`` where that can be.
+    The count divides ``steps``, is a multiple of ``unit`` and, if possible, at most ``most``.
     """
     fit = (k for k in range(unit, steps + 1, unit) if steps % k == 0 and k <= most)
     return max(fit, default=unit)
@@ -332,7 +334,7 @@ def _n_tile_groups(shape: Shape, n: int, C: int) -> int:
 
 
 def _several(T: int, n: int, accesses: int, threads: int, elements: int) -> Launch:
-    """Choose the tokens of a threadgroup, and share one token's channels where there are few."""
+    """Choose the tokens of a threadgroup; with few tokens, threadgroups share their channels."""
     tokens = 1
     while tokens < MOST_TOKENS and 2 * tokens * FILLED <= T and 2 * tokens * (n + 1) ** 2 <= SHARED:
         tokens *= 2

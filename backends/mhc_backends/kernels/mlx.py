@@ -71,12 +71,12 @@ class Kernels:
     ) -> list[mx.array]:
         """Launch a kernel and return its outputs; without tokens, nothing is launched.
 
-        Inputs are read in row-major order: MLX copies those that are strided. An input or output
-        that is None is absent: the kernel's constants disable the code that mentions it.
-        ``numbers`` become part of the kernel's text, ``stage`` is the threadgroup memory whose size
-        the launch determines, and ``constants`` are template arguments in addition to those of the
-        sizes and the launch. Each new value of these compiles the kernel again, so values that vary
-        are passed as inputs; an input costs a launch 1 us in MLX's CUDA build, and an output 2.
+        Inputs are read in row-major order: MLX copies strided ones. An input or output that is None
+        is absent: the kernel's constants disable the code that mentions it. ``numbers`` are written
+        into the kernel's text, ``stage`` is the threadgroup memory whose size the launch
+        determines, and ``constants`` are template arguments in addition to those of the sizes and
+        the launch. Each new value of these compiles the kernel again, so pass values that vary as
+        inputs; in MLX's CUDA build an input costs a launch 1 us, and an output 2.
         """
         given = {name: array for name, array in inputs.items() if array is not None}
         made = {name: out for name, out in outputs.items() if out is not None}
@@ -118,8 +118,8 @@ class Kernels:
     ) -> Callable[..., Sequence[mx.array]]:
         """Return MLX's object for a kernel, under a separate name for each generated text.
 
-        The text depends on the dtypes, and in Metal on which inputs are in constant memory. MLX
-        releases that look for a compiled kernel by its name alone must not find another's.
+        The text depends on the dtypes, and in Metal on which inputs are in constant memory. Some
+        MLX releases look up a compiled kernel by its name alone, and must not find another one.
         """
         words = [f"{dtype_name(a.dtype)}{'c' if a.size < 8 else ''}" for a in arrays]
         parts = ["mhc", name, runs.digest, *words, *map(dtype_name, dtypes)]
@@ -146,7 +146,7 @@ class Kernels:
         gradient
             float32, one row per token.
         like
-            The primal: one per token, or one for all, whose gradients are summed.
+            The primal. If all tokens share it, their gradients are summed.
         last
             The number of the primal's axes, without leading ones.
         """

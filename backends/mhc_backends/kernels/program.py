@@ -132,7 +132,7 @@ def program(
         texts.digest,
         template,
         made,
-        memory if dialect == "cuda" else 0,  # in Metal the text says how much it takes
+        memory if dialect == "cuda" else 0,  # in Metal the text has the size
     )
 
 
@@ -154,7 +154,7 @@ def _texts(
 ) -> _Texts:
     source = entry(kernel, dialect, absent, numbers, launched)
     before = header(kernel, dialect)
-    if dialect == "cuda":  # else it may need more registers than its threads have
+    if dialect == "cuda":  # without bounds it may need more registers than its threads have
         before += bounds(*occupancy(kernel, dtype))
     digest = f"{zlib.crc32(source.encode()):x}" if absent or numbers else ""
     return _Texts(before, source, digest, frozenset(re.findall(r"\w+", source)))

@@ -1,9 +1,9 @@
 """The texts of the kernels: a body's header with all that it includes, and the lines that call it.
 
-``bodies/<kernel>.h`` has the function template of a kernel; ``common`` has what several bodies use,
-and ``metal/dialect`` and ``cuda/dialect`` the same words in either language, found as
-``#include "dialect/..."``. MLX writes the function around a text: its arguments from the names of
-the inputs and outputs, ``x_shape`` and the like where the text says so, and template arguments.
+``bodies/<kernel>.h`` has the function template of a kernel. ``common`` has the functions that
+several bodies use. ``metal/dialect`` and ``cuda/dialect`` define the same words in the two
+languages, found as ``#include "dialect/..."``. MLX writes the function around a text: its
+parameters are the inputs and outputs, and ``x_shape`` and the like where the text mentions them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _INCLUDE = re.compile(r'#include "(.*)"')
 
 @functools.cache
 def header(kernel: str, dialect: str) -> str:
-    """Return a kernel's body and all that it includes, in their order, without comments."""
+    """Return a kernel's body after all that it includes, without comments."""
     _known(kernel, dialect)
     return flat(dialect, f"bodies/{kernel}.h")
 
@@ -59,10 +59,10 @@ def flat(dialect: str, *paths: str) -> str:
 
 @functools.cache
 def headers(path: str, dialect: str) -> tuple[str, ...]:
-    """Return a header's path and before it those of all that it includes, each once.
+    """Return the paths of all headers that a header includes, each once, and then its own.
 
-    Paths are relative to the folder of the kernels. Both ways of ``#include "..."`` are followed:
-    from the folder of the header that says it, else from the folder of the dialect.
+    Paths are relative to the folder of the kernels. An ``#include "..."`` is looked up in the
+    folder of the including header, then in the folder of the dialect.
     """
     found: list[str] = []
     for line in _read(path).splitlines():
@@ -84,7 +84,7 @@ def _resolved(path: str, included: str, dialect: str) -> str:
 
 @functools.cache
 def _compact(path: str) -> str:
-    """Return a header without comments, indentation, empty lines and what was followed."""
+    """Return a header without comments, indentation, empty lines and ``#include "..."``."""
     lines = (line.partition("//")[0].strip() for line in _read(path).splitlines())
     return "".join(
         f"{line}\n" for line in lines if line and not re.match(r'#pragma once|#include "', line)
@@ -113,16 +113,16 @@ class Signature(NamedTuple):
     constants
         The names of the template arguments that are values.
     parameters
-        The names of the parameters, in order, without the position.
+        The names of the parameters, in order, except the last one, the position.
     lengths
         Those that are lengths of an array's axes, such as ``x_shape_0``, and their types.
     shared
-        The threadgroup arrays among them, and the type of their elements.
+        The threadgroup arrays among the parameters, each with the type of its elements.
     sizes
-        The template arguments of ``<kernel>_memory``, which has a size for each of these arrays.
+        The template arguments of ``<kernel>_memory``, which has the size of each of these arrays.
     aligned
-        The template arguments and the parameters of ``<kernel>_aligned``; None if a body is not
-        compiled for aligned arrays.
+        The template arguments and the parameters of ``<kernel>_aligned``; None if the body has no
+        access policy.
     """
 
     constants: Sequence[str]
@@ -208,13 +208,13 @@ def entry(
     dialect
         ``"metal"`` or ``"cuda"``.
     absent
-        Inputs and outputs that this launch does not have. An empty array takes the place of each:
-        the body mentions it in code that its constants disable.
+        Inputs and outputs that this launch does not have. The text declares an empty array for
+        each: the body's constants disable the code that mentions it.
     numbers
-        The values of the body's parameters that are numbers, which become part of the text.
+        The values of the body's parameters that are numbers; they are written into the text.
     launched
-        Whether the launch determines the size of the threadgroup memory. CUDA then says it in the
-        launch alone.
+        Whether the launch determines the size of the threadgroup memory. In CUDA the text then does
+        not contain the size.
     """
     _known(kernel, dialect)
     body = signature(kernel)
@@ -276,10 +276,10 @@ def _float(value: float) -> str:
 
 
 def bounds(threads: int, groups: int) -> str:
-    """Return the end of a CUDA header: it limits registers so that ``groups`` groups fit at once.
+    """Return the end of a CUDA header: it limits registers so that ``groups`` threadgroups fit.
 
-    MLX writes the kernel's first line, and launch bounds stand nowhere but there; so they go into
-    the definition of its ``__global__``.
+    Launch bounds belong into the kernel's first line, which MLX writes. So they go into the
+    definition of its ``__global__``.
     """
     words = f"__attribute__((global)) __launch_bounds__({threads}, {groups})"
     return f"#undef __global__\n#define __global__ {words}\n"

@@ -61,7 +61,7 @@ def _forward(op: str, static: Static, device: Any) -> Callable[..., Any]:
     module, options = math.load(op), dict(static)
     count = len(module.OP.outputs)
 
-    places: tuple[int, ...] = ()  # of what is saved, among the outputs and what follows them
+    places: tuple[int, ...] = ()  # the indices of the saved arrays in the tuple
 
     def forward(*primals: mx.array) -> Any:
         nonlocal places
@@ -72,7 +72,7 @@ def _forward(op: str, static: Static, device: Any) -> Callable[..., Any]:
         return every
 
     def pullback(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        # the cotangent of a sum is one number, broadcast: every pass over it would be strided
+        # the cotangent of a sum is one number, broadcast: without a copy every pass is strided
         cotangents, outputs = as_tuple(cotangents), as_tuple(outputs)
         given = tuple(mx.contiguous(c) for c in cotangents[:count])
         kept = ([a[k] for k in places] for a in (outputs, cotangents)) if places else ()

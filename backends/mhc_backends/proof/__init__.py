@@ -52,7 +52,7 @@ class KernelProof:
     def verdict(self, op: str, dtypes: tuple[str, ...], n: int | None) -> str | None:
         """Return None if all kernels of a kind of call are right, else what is wrong with one."""
         kind = (op, dtypes, n)
-        with self._lock:  # two threads would prove the same
+        with self._lock:  # else two threads would prove the same kind
             if kind not in self._verdicts:
                 self._verdicts[kind] = self._kept_or_new(kind)
             return self._verdicts[kind]
@@ -86,7 +86,7 @@ class KernelProof:
         )
         found = prove(kind, self._launcher, self._compiled, self._limit)
         if found.timed_out:
-            # a kernel that hangs once may always hang: nobody should wait for every op
+            # a kernel that hangs once may always hang: do not wait again for every op
             self._hopeless = f"not tried, as {found.reason} for {kind[0]}"
         if found.classes:  # else no kernel ran, and another process may get further
             cache.write(kind, found.reason, found.classes, found.final)

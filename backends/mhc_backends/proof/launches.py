@@ -1,17 +1,17 @@
 """The launches that an op can make, and a few small calls that cover one of each kind.
 
-Nothing here repeats how kernels are launched: an op's launches run with a launcher that computes
-nothing and records its arguments. So this follows ``mhc_backends.kernels.launch`` and the ops.
+Nothing here repeats how kernels are launched: the ops run with a launcher that computes nothing and
+records its arguments, so changes of ``mhc_backends.kernels.launch`` and the ops need none here.
 
 A kernel is proven for
 
 - its **launch class**: the elements of an access, the tokens of a threadgroup, and whether a thread
   keeps one access, several, or not all of them (W, TOKENS, HELD, REST), together;
-- every input in each address space that it comes in, as fewer than 8 elements are ``constant``;
+- every input in each address space that it can have (with fewer than 8 elements, ``constant``);
 - every other choice that is compiled in, such as a variant's;
 - one simdgroup in a threadgroup, several, and the most that the table allows; one threadgroup for a
-  token's channels, or several; several turns of a thread;
-- both sides of a choice by address: arrays that begin where vectors may, and that do not.
+  token's channels, or several; several iterations of a thread;
+- both access policies: arrays that begin where vectors may, and elsewhere.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from mhc_core.signature import signature
 __all__ = ["Call", "Launched", "Watched", "calls", "candidates", "launches", "run"]
 
 PERIOD = 61  # distinct tokens; any more repeat them, so the oracle computes these alone
-FEW_CHANNELS = 264  # a part of a product (256), and less than a block (32) more
-# one access more than so many turns of a threadgroup; then whole and partial blocks
+FEW_CHANNELS = 264  # a split (256), and less than a K step (32) more
+# one access more than so many iterations of a threadgroup; then whole and partial K steps
 MOST_CHANNELS = 40_000
 CHANNELS = (
     *(W * (256 * turns + 1) for turns in (0, 1, 4, 16, 32, 64) for W in (1, 2, 4, 8)),
@@ -48,7 +48,7 @@ SIZES = (  # tokens and channels
     (PERIOD, 2056),
     (134 * PERIOD, FEW_CHANNELS),
 )
-MOST_NUMBERS = 1 << 25  # of the largest array of a call
+MOST_NUMBERS = 1 << 25  # in the largest array of a call
 NUMBERS = frozenset({"K", "CHANNELS", "ITERATIONS"})  # template arguments that are only numbers
 
 VARIANTS = (
@@ -157,7 +157,7 @@ def _launched(full: str, names: Sequence[str], arguments: Any) -> Launched:
     size = "one" if threads == table.SIMD else "most" if threads == shape.threads else "several"
     class_ = {word: words.pop(word) for word in ("W", "TOKENS", "HELD", "REST") if word in words}
     if "HELD" in class_:
-        class_["HELD"] = min(class_["HELD"], 2)  # a loop of several is one of two
+        class_["HELD"] = min(class_["HELD"], 2)  # all loops of several accesses are one class
     spelt = ", ".join([kernel, *(f"{word}={int(value)}" for word, value in class_.items())])
     facts: set[tuple[Any, ...]] = {("class", spelt), ("threads", size)}
     facts.add(("threadgroups for a token", arguments["grid"][1] > 1))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["Found", "prove"]
 
-KILLED = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")  # by somebody, which says nothing of a kernel
+KILLED = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")  # sent by others: no kernel is at fault
 
 # The interpreter is started alone, so that no json.py in the current folder comes first, and gets
 # the path of the process that asks, so that both import the same.
@@ -62,7 +62,7 @@ def prove(kind: Any, launcher: str, compiled: bool, limit: float) -> Found:
         "n": n,
         "launcher": launcher,
         "compiled": compiled,
-        "limit": limit + 10,  # it ends itself, should this process be gone by then
+        "limit": limit + 10,  # it ends itself if this process is gone by then
         "path": [folder for folder in sys.path if isinstance(folder, str)],  # pyright: ignore[reportUnnecessaryIsInstance]
         "user_site": site.getusersitepackages() if site.ENABLE_USER_SITE else None,
     }
@@ -107,7 +107,7 @@ def _end(child: subprocess.Popen[bytes]) -> bytes:
         return getattr(error, "output", None) or b""
 
 
-# ---- what it told --------------------------------------------------------------------------------
+# ---- its output ----------------------------------------------------------------------------------
 
 
 def _judge(code: int, told: bytes, said: bytes) -> Found:

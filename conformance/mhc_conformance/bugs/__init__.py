@@ -1,7 +1,7 @@
-"""Every bug that shipped in this field, and others, each with the check and the case that see it.
+"""Every bug that shipped in this field, and others, each with the check and case that detect it.
 
-``@bug(...)`` stands on the wrong code. Each bug is put into a backend that is right otherwise, and
-the kit must fail that backend in the checks that the bug names and in no other. ``mhc conformance
+``@bug(...)`` decorates the wrong code. Each bug is put into an otherwise right backend, and the kit
+must fail that backend in the checks that the bug names and in no other. ``mhc conformance
 --mutations`` prints the table, and ``mhc conformance bug:NAME`` runs the kit on one of these
 backends, like on any other.
 """

@@ -41,7 +41,7 @@ class Bug:
     name
         What people write after ``bug:``.
     what
-        The bug in words; of those that shipped, this project's list of them.
+        The bug in words; for a shipped bug, those of this project's list.
     op
         The op that is wrong.
     fails
@@ -55,11 +55,11 @@ class Bug:
     dtype
         The dtype of the check.
     library
-        The backend that the bug is put into, and that is right otherwise.
+        The otherwise right backend that the bug is put into.
     shipped
-        Whether a released library had it, rather than that it was only thought of.
+        Whether a released library had the bug; otherwise it was only thought of.
     note
-        Which other tests look for the bug.
+        The other tests that look for the bug.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Bugs of memory: strides, aliases, inputs that are overwritten, results that vary."""
+"""Bugs of memory: strides, aliases, overwritten inputs, results that vary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bugs of transforms, in MLX, which has the transforms."""
+"""Bugs of transforms, put into the MLX backend, since NumPy has no transforms."""
 
 from __future__ import annotations
 
@@ -100,8 +100,7 @@ def through_where(op: str, primals: Any, cotangents: Any, **static: Any) -> Any:
 def dropping_saved(*arrays: Any, variant: Any) -> Any:
     """Save what the vjp needs as outputs of an MLX custom function, and drop their cotangents.
 
-    First gradients are right. Where those are differentiated, what flows back into u, r and h_pre
-    is lost.
+    First gradients are right. Second derivatives lose the cotangents of u, r and h_pre.
     """
     import mlx.core as mx
 

@@ -31,7 +31,7 @@ class Library:
     issue
         Starts it without waiting.
     holds
-        Whether results must be kept until they have been waited for.
+        Whether results must be kept until the wait is over.
     at_once
         The bytes of results that may be in flight: no further calls are issued beyond that.
         Starting and ending a turn costs time, 0.3 ms with MLX on an NVIDIA H200, which is small

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Measured", "Plan", "measure"]
 
 DRAWS = 2  # sets of inputs, used in turn: a side that caches results must compute them again
-COMPARED = 32  # tokens at each end whose results are compared: those of all tokens may be GBs
+COMPARED = 32  # tokens at each end whose results are compared: the results of all may be GBs
 
 TIMERS = {"latency": one_call, "throughput": stream_of_calls}
 

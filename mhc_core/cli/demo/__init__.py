@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["demo"]
 
 MOST = 1_000_000_000  # of any size
-STOPPED = 130  # what a shell says of a command that Ctrl-C ended
+STOPPED = 130  # the exit code of a command that Ctrl-C ended, in shells
 ALL = ",".join(VARIANTS)
 STANDARD_LIBRARY = "the sources of Python's standard library"
 

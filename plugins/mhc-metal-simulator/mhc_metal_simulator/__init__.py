@@ -1,8 +1,8 @@
 """A simulator that runs kernels of ``mx.fast.metal_kernel`` on a Linux machine without a GPU.
 
-:func:`metal_kernel` takes the place of ``mx.fast.metal_kernel``. The text that MLX would hand to
-Apple's compiler is compiled by clang and run thread by thread, and what a GPU leaves undefined is
-an error that names the kernel, the thread and the array.
+:func:`metal_kernel` takes the place of ``mx.fast.metal_kernel``. clang compiles the text that
+MLX would pass to Apple's compiler, and it runs thread by thread. Behaviour that a GPU leaves
+undefined raises an error that names the kernel, the thread and the array.
 """
 
 import importlib
@@ -37,7 +37,7 @@ __all__ = [
     "simulate",
 ]
 
-# Nothing is imported, MLX least of all, until a name is used.
+# Nothing is imported until a name is used, above all not MLX.
 _HOMES = ("errors", "kernel", "launch")
 
 

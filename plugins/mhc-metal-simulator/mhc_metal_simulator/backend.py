@@ -24,7 +24,7 @@ _NO_COMPILE = (
 
 def missing() -> str | None:
     """Return what the simulator lacks here, or None."""
-    if sys.platform != "linux":  # its fibers, and the loading of what it compiles
+    if sys.platform != "linux":  # its fibers, and how it loads the libraries that it compiles
         return f"the simulator runs on Linux, and this is {sys.platform}"
     if reason := mlx_common.missing():
         return reason

@@ -1,10 +1,10 @@
 """The marks that record, while a kernel runs, which side each of its choices takes.
 
 The choices are those of the text: ``if``, ``?:`` and loops that are not unrolled, whether their
-conditions are known when they are compiled or when they run. Each gets a call around its condition,
-which returns it; an expression that must be a constant keeps it, and its choices are marked by a
-statement of their own. Those in template arguments, enums and the lengths of arrays are not marked:
-they make types, and other choices follow from them.
+conditions are known at compile time or at run time. Each condition is wrapped in a call that marks
+the side and returns the condition. An expression that must be a constant stays unchanged, and a
+statement of its own marks its choices. Choices in template arguments, enums and the lengths of
+arrays are not marked: they make types, and other choices follow from those.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OPEN = {")": "(", "]": "[", "}": "{"}
 
 
 class Token(Protocol):
-    """The fields that are read of a token of the text."""
+    """The fields of a token that are read."""
 
     @property
     def kind(self) -> str: ...
@@ -47,7 +47,7 @@ class Token(Protocol):
 
 @dataclass(frozen=True)
 class Branch:
-    """One choice: the function it stands in ("" for the kernel's own), its kind and condition."""
+    """One choice: its function ("" for the kernel's own), its kind and its condition."""
 
     function: str
     kind: str
@@ -67,7 +67,7 @@ def find(text: str, tokenise: Tokenise) -> tuple[Edits, tuple[Branch, ...]]:
     found = _Finder(text)
     for start, part in _parts(text):
         found.read(start, tokenise(part))
-    # of those that begin together, the one that ends last is around the others
+    # of edits that begin together, the one that ends last encloses the others
     begins: dict[int, str] = {}
     for start, _, call in sorted(found.calls):
         begins[start] = begins.get(start, "") + call
@@ -80,7 +80,7 @@ def _parts(text: str) -> Iterator[tuple[int, str]]:
     yield 0, text
     for macro in re.finditer(r"^[ \t]*#define \w+(?:\([^)]*\))?((?:\\\n|[^\n])*)", text, re.M):
         body = macro[1].replace("\\\n", " \n")
-        if "{" in body:  # it makes a function
+        if "{" in body:  # the macro defines a function
             yield macro.start(1), body
 
 

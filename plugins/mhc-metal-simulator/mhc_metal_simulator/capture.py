@@ -26,8 +26,8 @@ _GENERATED = re.compile(r"Generated source code for `[^`\n]*`:\n```\n(.*?)\n```\
 def capture_source(call: Callable[..., Any], inputs: list[tuple[Any, Any]]) -> str:
     """Return the text that MLX prints while it traces ``call`` on zeros of these shapes and dtypes.
 
-    The tracing happens on a thread of its own, out of reach of a transformation (``mx.grad``,
-    ``mx.checkpoint``) that the caller may be inside of.
+    Tracing runs on a thread of its own, because the caller may be inside a transformation
+    (``mx.grad``, ``mx.checkpoint``).
     """
     failures: list[BaseException] = []
     printed: list[str] = []

@@ -1,8 +1,8 @@
 """The search for a clang, and the disk cache of libraries that it compiles from prepared texts.
 
-One pass of the front end sees the real address spaces, so that a mismatch is a compile error.
-Its output, LLVM's textual intermediate code, then has the address spaces erased, since clang
-instruments loads and stores in the plain one only; the rest of the compiler takes that.
+The front end sees the real address spaces, so that a mismatch is a compile error. They are then
+erased from its output, LLVM's textual intermediate code, because clang instruments loads and stores
+in the plain address space only. The rest of the compiler gets that code.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 OLDEST_CLANG = 18
 _HERE = Path(__file__).parent
-_SEAL = b"\0mhc-sha256\0"  # what an entry of the cache ends with, and then its hash
+_SEAL = b"\0mhc-sha256\0"  # precedes the hash at the end of a cache entry
 _STACK_BYTES = 200_000  # of a thread's 256 KiB stack, for the kernel's own variables
 
 _LANGUAGE = """
@@ -40,7 +40,7 @@ _LANGUAGE = """
     -fPIC -fvisibility=hidden -O1 -ffp-contract=off -fno-math-errno -fno-lax-vector-conversions
     -Xclang -ffloat16-excess-precision=none -Xclang -fbfloat16-excess-precision=none
 """
-# Locals start as NaN or an odd number rather than as what happens to lie there.
+# Locals start as NaN or an odd number, not as whatever is in memory.
 _FRONT_END = f"""
     -Xclang -cl-single-precision-constant -ftrivial-auto-var-init=pattern -fno-strict-aliasing
     -fsanitize=kernel-address,array-bounds,integer-divide-by-zero -fno-sanitize-trap=all

@@ -1,8 +1,8 @@
 """The coverage of the conformance kit: which cases run which kernel and sides of its choices.
 
 ``python -m mhc_metal_simulator.coverage`` runs the default kit's cases on the simulator, forward
-and back, and prints each kernel with its launches' classes and each side of its choices with a case
-that runs it, and at the end those that no case runs, with the reasons.
+and back. It prints each kernel, class of its launches and side of its choices, with a case that
+runs it, and at the end the sides that no case runs, with the reasons.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 BACKEND = "mlx-metal-simulator"
-DTYPES = ("float32", "bfloat16")  # which stands for narrow numbers
+DTYPES = ("float32", "bfloat16")  # bfloat16 for all narrow numbers
 KINDS = ("forward", "gradient", "strided", "repeated")  # checks
 
 
@@ -72,7 +72,7 @@ class Place(NamedTuple):
 class Coverage(NamedTuple):
     """The kernels, classes of launches and sides of choices that ran, each with its first case.
 
-    ``sides`` are all that the texts have, of functions that any launch of the kernel calls.
+    ``sides`` are all sides in the texts, of functions that any launch of the kernel calls.
     """
 
     kernels: Mapping[str, Ran]
@@ -184,7 +184,7 @@ _VALUES = re.compile(r"decltype\(\w+<([^<>]*)>\)")
 
 
 def classes(one: LaunchRecord) -> set[str]:
-    """Return the names of a launch's classes: how the launch table has the kernel do its work."""
+    """Return the names of a launch's classes: the launch table's choices for the kernel."""
     names, values = _TEMPLATE.search(one.source), _VALUES.search(one.source)
     words: dict[str, str] = {}
     if names and values:
@@ -216,7 +216,7 @@ def _classes(
 
 
 def possible(kernel: str, words: Iterable[str]) -> set[str]:
-    """Return the classes that the launch table has for a kernel, of the kinds in ``words``."""
+    """Return all classes that the launch table has for a kernel, of the kinds in ``words``."""
     channels = (1, 2, 4, 8, 37, 257, 1028, 4096, 4100, 8192, 16388, 32768)
     made: set[str] = set()
     for T in (1, 5, 257, 515, 1031, 16385):
@@ -240,7 +240,7 @@ def _kind(word: str) -> str:
 
 
 class Unreached(NamedTuple):
-    """The sides that no case runs, by what their names match, and the reason."""
+    """The sides that no case runs: a pattern of their names, and the reason."""
 
     pattern: str
     reason: str
@@ -249,16 +249,16 @@ class Unreached(NamedTuple):
 UNREACHED: Sequence[Unreached] = (
     Unreached(
         r"for \((token|tokens|first|iteration|k|item) < .*\) again",
-        "Metal takes as many threadgroups as there are tokens to share out, up to 2^31 threads, so "
-        "that none has another iteration; the simulator's tests make it so, with few threadgroups",
+        "in Metal a launch has a threadgroup for each token or share, up to 2^31 threads, so none "
+        "has a second iteration; the simulator's own tests run one, with few threadgroups",
     ),
     Unreached(
         r"\bAHEAD\b|!?flows [&|]|ahead < k_blocks|once && next < T|c \+ STEP_CHANNELS < end",
-        "copies that are on their way meanwhile are CUDA's",
+        "asynchronous copies exist only in CUDA",
     ),
     Unreached(
         r"\?: \(simdgroups? < SIMDGROUPS\) false",
-        "the launch table gives no more simdgroups than may take part",
+        "the launch table never has more simdgroups than may take part",
     ),
     Unreached(
         r"for \((i|j|k) < (N|COUNT|SUMS|TILE|N \* N)( && SAVES && here.group_y == 0)?\) again",
@@ -266,16 +266,16 @@ UNREACHED: Sequence[Unreached] = (
     ),
     Unreached(
         r"in (divide_b: .*|pull_steps: if) \(active\) false",
-        "only the matrices of sinkhorn_knopp stop by themselves",
+        "only matrices of sinkhorn_knopp stop early",
     ),
     Unreached(
         r"(static_mappings|knopp).* \(FIRST_COLUMNS == TRANSPOSED\) false"
         r"|static_mappings.* \(LOG\) false",
-        "static mappings and sinkhorn_knopp are normalised rows first, and the former with eps 0",
+        "static mappings and sinkhorn_knopp normalise rows first; static mappings have eps 0",
     ),
     Unreached(
         r"(gated_combine|pre_scale|residual_add)\S* in load_raw_streams: if \(c < C\) false",
-        "they load in a loop over the channels alone",
+        "their loop over the channels loads nothing beyond C",
     ),
     Unreached(
         r"combine_vjp in (hold: if|value: \?:) \(KEEP\) false",
@@ -284,29 +284,29 @@ UNREACHED: Sequence[Unreached] = (
     Unreached(
         r"(combine_project|combine_project_few|project_dx) in .*: if \(!Address<P>::ALIGNED\) false"
         r"|(combine_project|combine_project_few|project_dx) in store_within: if \(rest >= W .*true",
-        "these take whole K steps where all is aligned, and elsewhere store single numbers at the "
-        "end of a row alone",
+        "with aligned arrays they load and store whole K steps; else they store single numbers "
+        "only at the end of a row",
     ),
     Unreached(
         r"combine_project_few in mix_streams: (if|\?:) \(KEPT\)"
         r"|combine_project in mix_streams: \?: \(KEPT\) false",
-        "each simdgroup of the former reads its streams again; within an `if` of it, it holds",
+        "combine_project_few always reads its streams again; in `if (KEPT)`, KEPT is true",
     ),
     Unreached(
         r"^mappings in activate: if \(stores\) false",
-        "one simdgroup has the whole of its tokens",
+        "one threadgroup computes all of its tokens' mappings",
     ),
     Unreached(
         r"^(mappings|pre|sinkhorn|sinkhorn_knopp|static_mappings) in sums_b: .* false",
-        "all sums for every lane are asked for by few lanes, and by all where gradients are taken",
+        "forwards need all sums in every lane only for few lanes; vjps need them for any",
     ),
     Unreached(
         r"combine_project in stage_phi: if \(k \+ e \* simdgroups < count\) false",
-        "it puts one K step at a time",
+        "it stages one K step at a time",
     ),
     Unreached(
         r"in write: if \(A::ELEMENTS > 1 && by_vectors\) true",
-        "what these kernels write by it are single numbers",
+        "these kernels write single numbers with it",
     ),
     Unreached(
         r"project_dphi in project_dphi: for \(stage < T\) again"
@@ -314,13 +314,13 @@ UNREACHED: Sequence[Unreached] = (
         r"|static_layer_vjp in .*: if \(token != here.group_x\) true"
         r"|rms_norm_vjp: if \(token != here.group_x\) true"
         r"|project in project: for \(column < M\) again",
-        "it takes sizes of seconds on a simulator: 2^21 numbers of streams or 2^14 tokens of many",
+        "such sizes take seconds on a simulator: 2^21 numbers of streams, 2^14 tokens of many",
     ),
 )
 
 
 def reasons(missing: Iterable[Place]) -> dict[Unreached | None, list[Place]]:
-    """Sort sides by why no case runs them; None for those without a reason."""
+    """Sort sides by the reason why no case runs them; None for those without a reason."""
     found: dict[Unreached | None, list[Place]] = defaultdict(list)
     for place in missing:
         why = (one for one in UNREACHED if re.search(one.pattern, str(place)))

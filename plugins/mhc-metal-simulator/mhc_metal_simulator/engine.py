@@ -73,13 +73,13 @@ class Argument:
     Attributes
     ----------
     name
-        As in the kernel's text.
+        Its name in the kernel's text.
     data
-        Its bytes. For an output, what it holds before the launch; the launch changes it.
+        Its bytes. For an output, its content before the launch, which the launch changes.
     itemsize
-        Of an element.
+        The bytes of an element.
     start
-        Where in ``data`` the kernel's pointer points to (not 0 for arrays with negative strides).
+        The position in ``data`` of the kernel's pointer (not 0 for arrays with negative strides).
     role
         ``"input"``, ``"output"`` or ``"metadata"`` (shapes and strides).
     initialised

@@ -13,7 +13,7 @@ __all__ = [
 
 
 class SimulatorError(RuntimeError):
-    """Something that the simulator refuses or has found."""
+    """A kernel or launch that the simulator refuses, or a fault that it found."""
 
 
 class SimulatorUnavailableError(SimulatorError):
@@ -29,11 +29,11 @@ class LaunchError(SimulatorError, ValueError):
 
 
 class TracedCallError(SimulatorError, ValueError):
-    """The kernel was called under a transformation that gives it no values."""
+    """The kernel was called under a transformation in which arrays have no values."""
 
 
 class KernelFaultError(SimulatorError):
-    """A thread did something whose outcome a GPU leaves open.
+    """A thread did something whose outcome a GPU leaves undefined.
 
     Attributes
     ----------
@@ -46,9 +46,9 @@ class KernelFaultError(SimulatorError):
     array
         The buffer or threadgroup array concerned, where there is one.
     offset
-        The place in it, in bytes.
+        The offset in it, in bytes.
     line
-        The line of the text that MLX generates, where it is known.
+        The line of the text that MLX generates, if it is known.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The sentences for what the runtime found."""
+"""The sentences for the faults that the runtime finds."""
 
 from __future__ import annotations
 

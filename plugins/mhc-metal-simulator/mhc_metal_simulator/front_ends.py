@@ -1,9 +1,9 @@
-"""The verdicts of clang's front end on a text, in several languages, and what it finds in it.
+"""The verdicts of clang's front end on a text, in several languages, and the names in the text.
 
-No code is made here. :func:`metal` is the simulator's own language, C++17 with a shim of Apple's
-library; :func:`cxx14` the language that Metal extends (MSL specification 1.5), with every later
-extension an error; :func:`opencl` C++ for OpenCL, in which the address spaces and ``half`` are
-clang's own keywords, as they are Apple's.
+No code is generated here. :func:`metal` reads the simulator's own language, C++17 with a shim of
+Apple's library; :func:`cxx14` the language that Metal extends (MSL specification 1.5), with every
+later extension an error; :func:`opencl` C++ for OpenCL, in which the address spaces and ``half``
+are keywords of clang, as they are of Apple's compiler.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def metal(text: str, name: str = "text") -> None:
 class Declared:
     """A name that a text declares.
 
-    ``shared`` is true of what is declared in a namespace, where it can meet Apple's names.
+    ``shared`` is true of a name in a namespace, where it can collide with Apple's names.
     """
 
     name: str
@@ -81,10 +81,10 @@ _WORDS = re.compile(r"(?:(?:implicit|referenced|used|invalid|prev 0x\w+|parent 0
 
 
 def cxx14(text: str, name: str) -> tuple[list[Declared], set[str]]:
-    """Return the names that MLX's text for a kernel declares, in whatever is instantiated or not.
+    """Return the names that MLX's text for a kernel declares, in uninstantiated templates too.
 
-    Beside them are the pointers that it converts to integers (``conversion: device pointer to
-    integer``). Raise unless the text, without the shim, is C++14 and nothing more.
+    Also return the pointers that it converts to integers (``conversion: device pointer to
+    integer``). Raise unless the text, without the shim, is C++14 without later extensions.
     """
     code = prepare(text, name, marked=False).text.replace("#line 1", f"struct {_MARK};\n#line 1", 1)
     done = _run(f"{_CXX14} -Xclang -ast-dump", code, f"-isystem{_SHIM}")
@@ -147,11 +147,11 @@ _SHIM_NAMES = ("_ZN5metal", "_ZNK5metal", "_ZN3mhc", "_ZNK3mhc")
 
 
 def calls(text: str, name: str) -> set[str]:
-    """Return what MLX's text for a kernel calls of Metal, each overload with its types.
+    """Return the overloads of Metal that MLX's text for a kernel calls, with their types.
 
-    Beside functions, such as ``simd_sum(float)``, these are vectors that are made of others
-    (``float2(float, float)``), arrays of a threadgroup (``threadgroup float[]``) and the pointers
-    to other spaces than a thread's that arguments of the text's own templates are deduced as
+    These are functions, such as ``simd_sum(float)``; vectors made of others
+    (``float2(float, float)``); threadgroup arrays (``threadgroup float[]``); and pointers outside
+    of thread memory as which arguments of the text's own templates are deduced
     (``deduced: const float device*``).
     """
     code = prepare(text, name, marked=False).text
@@ -194,7 +194,7 @@ def _close(text: str, opening: int) -> int:
 
 
 def _overload(demangled: str) -> str:
-    """Return an overload without its result, its template arguments and what only the shim has."""
+    """Return an overload without its result, its template arguments and the shim's own parts."""
     if shared := re.search(r"mhc::shared<(\w+) ?[\[,]", demangled):
         return f"threadgroup {shared[1]}[]"
     if made := re.search(r"mhc::make<(\w+)", demangled):
@@ -209,7 +209,7 @@ def _overload(demangled: str) -> str:
 
 @functools.cache
 def _demangled(symbol: str) -> str:
-    # The two narrow types take the place of two that Metal lacks, which every library knows.
+    # The narrow types become two types that Metal lacks and every library can demangle.
     symbol = symbol.replace("DF16b", "g").replace("DF16_", "e")
     library = ctypes.CDLL("libstdc++.so.6")
     library.__cxa_demangle.restype = ctypes.c_void_p

@@ -17,7 +17,7 @@ from mhc_metal_simulator.launch import HostArray, Output, simulate
 
 __all__ = ["SimulatedKernel", "metal_kernel"]
 
-# Taken now, since this module's function may be put in its place.
+# Kept now, because this module's function may replace it.
 _mlx_metal_kernel: Any = mx.fast.metal_kernel
 
 _NO_VALUES = (
@@ -87,8 +87,8 @@ class SimulatedKernel:
     ) -> list[Any]:
         """Run the kernel now and return its outputs as MLX arrays.
 
-        Their gradient raises, as that of a real kernel does, unless an ``mx.custom_function``
-        around the call has a vjp. ``stream`` is taken for the sake of the signature.
+        Their gradient raises, like a real kernel's, unless an ``mx.custom_function`` around the
+        call has a vjp. ``stream`` is ignored; it is part of MLX's signature.
         """
         arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
         static = {
@@ -129,8 +129,8 @@ class SimulatedKernel:
     def _to_host(self, array: Any) -> tuple[HostArray, int]:
         """Return an array on the host, and how many bytes after a multiple of 16 it begins.
 
-        That is counted from the start of the buffer of which it may be a view: MLX binds a buffer
-        with an offset. Where MLX copies it first, it begins at the start of another one.
+        The bytes count from the start of the array's buffer, because MLX binds a view as its buffer
+        with an offset. An array that MLX copies first begins at the start of a new buffer.
         """
         try:
             mx.eval(array)
@@ -171,7 +171,7 @@ def _address(host: HostArray) -> int:
 
 @functools.cache
 def _first_address() -> int:
-    """Return where a buffer of MLX's begins: on a CPU, 8 bytes after a multiple of 16."""
+    """Return where an MLX buffer begins: on a CPU, 8 bytes after a multiple of 16."""
     array = mx.zeros(64)
     mx.eval(array)
     return _address(np.asarray(memoryview(cast("Any", array)))) % ALIGNMENT
@@ -196,7 +196,7 @@ def _from_host(host: HostArray, dtype: Any) -> Any:
 
 
 def _without_gradient(run: Any) -> Any:
-    """Make the derivatives of ``run`` those of a custom kernel: they raise."""
+    """Replace the derivatives of ``run`` by those of a custom kernel, which raise."""
     wrapped: Any = mx.custom_function(run)
 
     def vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:

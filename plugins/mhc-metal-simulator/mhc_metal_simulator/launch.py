@@ -1,4 +1,4 @@
-"""One simulated launch: the counterpart of MLX's custom kernel, with NumPy in the GPU's place."""
+"""One simulated launch: the counterpart of MLX's custom kernel, on NumPy arrays."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class LaunchRecord:
     Attributes
     ----------
     kernel, grid, threadgroup
-        As given to the kernel.
+        The arguments of the call.
     threadgroup_bytes
         The threadgroup memory that its text declares.
     traffic
@@ -105,8 +105,8 @@ class LaunchRecord:
     source
         The text that MLX generated.
     branches, took
-        Its choices, as :mod:`mhc_metal_simulator.branches` has them, and those with the sides that
-        any thread took.
+        Its choices (:mod:`mhc_metal_simulator.branches`), and these with the sides that any thread
+        took.
     """
 
     kernel: str
@@ -155,7 +155,7 @@ def record() -> Generator[list[LaunchRecord]]:
 
 @dataclass(frozen=True)
 class Output:
-    """An output to be made: its name, shape and NumPy dtype, and its initial value."""
+    """An output to make: its name, shape and NumPy dtype, and its initial value."""
 
     name: str
     shape: tuple[int, ...]
@@ -271,7 +271,7 @@ def _argument(
 
 
 def _input_argument(name: str, array: HostArray, offset: int) -> Argument:
-    """Return the stretch of memory that a strided array spans, as an argument."""
+    """Return the memory that a strided array spans, as an argument."""
     if array.size == 0:
         return Argument(name, np.zeros(0, np.uint8), array.itemsize)
     reach = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]

@@ -13,8 +13,8 @@ __all__ = ["line_of"]
 def line_of(library: Path, address: int, file: str) -> int | None:
     """Return the line of ``file`` that holds ``address``, or None if it is not known.
 
-    ``address`` is where a call returns to, so the instruction sought lies before it. What was
-    inlined from other files (the shim) is attributed to the last line of ``file`` before it.
+    ``address`` is a return address, so the call is the instruction before it. Code inlined from
+    other files (the shim) counts as the last line of ``file`` before it.
     """
     if address == 0:
         return None

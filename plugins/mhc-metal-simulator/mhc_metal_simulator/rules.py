@@ -1,8 +1,8 @@
 """The C++ that Metal refuses, found in a text's tokens before clang reads it.
 
-Each rule cites where Apple's compiler refuses this: a public issue with its message, or a section
-of the Metal Shading Language specification (numbers as in version 3.1). Tests hold the rules
-against MLX's own headers, which that compiler takes.
+Each rule cites the evidence that Apple's compiler refuses this: a public issue with its message, or
+a section of the Metal Shading Language specification (numbers as in version 3.1). Tests check that
+the rules accept MLX's own headers, as that compiler does.
 """
 
 from __future__ import annotations

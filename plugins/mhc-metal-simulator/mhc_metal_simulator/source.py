@@ -1,18 +1,18 @@
 """The conversion of MLX's Metal text to C++ that clang accepts, line for line.
 
-The text itself stays as it is but for these edits, none of which moves a line:
+These are the only edits, and none moves a line:
 
-* ``threadgroup T x[N];`` becomes a reference to storage that each threadgroup has to itself
-  (C++ has no such variables);
+* ``threadgroup T x[N];`` becomes a reference to storage of each threadgroup (C++ has no such
+  variables);
 * ``float4(...)``, ``(float4)x`` and ``static_cast<float4>(x)`` become calls of the shim, which
   convert as Metal does (clang's own vector casts reinterpret the bits);
 * ``0.5h`` and ``0.5bf`` become ``half(0.5f)`` and ``bfloat(0.5f)``;
 * the attributes of the explicit instantiation that MLX appends are dropped;
-* a parameter ``device T x[4]`` becomes the pointer that it is, which clang has in OpenCL alone;
+* a parameter ``device T x[4]`` becomes a pointer, as clang does only in OpenCL;
 * ``*(to) = *(from);`` becomes a call of the shim, which copies structs between address spaces;
 * ``[[function_constant(3)]]`` becomes a value, zero, and ``[[threadgroup(0)]]`` nothing;
-* of member functions for objects in another space than ``thread`` (``T f() const device {...}``),
-  which clang has in OpenCL alone, nothing is kept.
+* member functions for objects in another space than ``thread`` (``T f() const device {...}``),
+  which clang has only in OpenCL, are removed.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ _Edits = list[tuple[int, int, str]]
 def prepare(original: str, name: str, marked: bool = True) -> Prepared:
     """Turn MLX's text for the kernel ``name`` into a C++ translation unit.
 
-    Where it is not ``marked``, it has no calls of the simulator's own around its choices.
+    Unless it is ``marked``, no calls of the simulator are put around its choices.
     """
     tokens = _tokens(original)
     require_metal(original, name)
@@ -188,7 +188,7 @@ def _apply(text: str, edits: _Edits) -> str:
     out: list[str] = []
     at = 0
     for start, end, new in sorted(edits):
-        if start < at:  # in what another edit has taken out
+        if start < at:  # inside text that another edit removed
             continue
         out += [text[at:start], new]
         at = end

@@ -1,10 +1,10 @@
 """``python -m mhc_metal_simulator.texts FOLDER``: every text that Apple's compiler would get.
 
-The ops of ``mlx-metal`` run on arrays without values, at sizes that reach every kernel, every
-number of streams for which a kernel is another one, and every dtype. Each launch is traced
-(capture.py) and not run. What MLX hands to Apple's compiler is its own utilities and then this text
+The ops of ``mlx-metal`` run on arrays without values, at sizes that cover every kernel, every
+number of streams that changes a kernel's code, and every dtype. Each launch is traced (capture.py)
+and not run. MLX passes its own utilities and then this text to Apple's compiler
 (``mlx/backend/metal/custom_kernel.cpp``: ``metal::utils() + source``), so each file begins with the
-headers that make those utilities, from the MLX that is installed.
+headers that make those utilities, from the installed MLX.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ DTYPES = ("float32", "float16", "bfloat16")
 STREAMS = (1, 2, 3, 4, 5, 8, 9, 32)
 """The numbers of streams: a power of two or not, and past each limit of launch.py and the ops.
 
-One has no sums over streams, up to 4 are kept in registers, up to 7 have all of their mappings in
-one pass over phi, and the lanes of a matrix are n rounded up to a power of two.
+With one stream there are no sums over streams; up to 4 streams are kept in registers; up to 7 have
+all of their mappings in one pass over phi; a matrix takes n lanes, rounded up to a power of two.
 """
 
 _Size = tuple[tuple[int], int]  # the leading axes and the channels
 
 _SIZES: tuple[_Size, ...] = (
-    ((1,), 4096),  # few tokens, of which some inputs are in constant memory
+    ((1,), 4096),  # few tokens, so that some inputs are in constant memory
     ((100_000,), 4096),
     ((1,), 1),  # streams may be in constant memory, too
     ((7,), 37),
@@ -70,7 +70,7 @@ _Trace = Callable[[], str]
 
 
 class _Recorder:
-    """A stand-in for MLX that takes launches and keeps how to trace each kind, once."""
+    """A stand-in for MLX that records how to trace each kind of launch, once."""
 
     def __init__(self) -> None:
         self.known: set[Any] = set()
@@ -82,7 +82,7 @@ class _Recorder:
         def launch(*, inputs: Sequence[mx.array], **static: Any) -> list[mx.array]:
             shapes = [(a.shape, a.dtype) for a in inputs]
             spaces = [(a.dtype, a.ndim == 0, a.size < 8) for a in inputs]
-            # a variant's numbers and the values of a template's arguments make no other text
+            # a variant's numbers and the values of template arguments do not change the text
             source = _NUMBERS.sub("", about["source"])
             values: dict[str, Any] = dict(static["template"] or ())
             words = (spaces, tuple(values), values.get("N"), static["output_dtypes"])

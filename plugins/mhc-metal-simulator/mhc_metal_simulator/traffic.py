@@ -1,7 +1,7 @@
 """``python -m mhc_metal_simulator.traffic``: the bytes that each op of mlx-metal moves, as a table.
 
-The ops run through the public API on random arrays. Forwards and vjps are told apart as training
-sees them: a vjp finds what its forward saved, and its launches are those that ``mx.vjp`` adds.
+The ops run through the public API on random arrays. Forwards and vjps are counted as in training: a
+vjp uses the arrays that its forward saved, and its launches are those that ``mx.vjp`` adds.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ SMALL = re.compile(
     r"d?h_(pre|post|res)(_raw)?|[gd]_(pre|post|res)|given|d?w|g_w|d?u|r|pull"
     r"|scale|bias|weight|settings|eps|epsilon"
 )
-"""Mappings and what belongs to them, a few numbers per token, and parameters without phi.
+"""Mappings and similar arrays of a few numbers per token, and parameters other than phi.
 
-All threads of a token read them, from the cache but for the first: each byte counts once. Of every
-other array, each access counts, whichever thread made it.
+All threads of a token read them, all but the first from the cache: each byte counts once. Of every
+other array, each access of any thread counts.
 """
 
 UNREAD = {("contract", "x"), ("expand", "h")}
-"""The arrays that no vjp has to read: of a linear op, the one that is differentiated."""
+"""The arrays that no vjp has to read: the differentiated one of a linear op."""
 ONE_GRADIENT = {("residual_add_aggregate", "res")}
 """The gradients that equal another one and are the same array."""
 
@@ -67,8 +67,8 @@ ONE_GRADIENT = {("residual_add_aggregate", "res")}
 def ideal(op: str, vjp: bool, primals: Sequence[Any], cotangents: Sequence[Any]) -> int:
     """Return the bytes if every input were read once and every output written once.
 
-    A forward has the primals and gives arrays like the cotangents; a vjp has both and gives arrays
-    like the primals. ``primals`` and ``cotangents`` are NumPy arrays.
+    A forward reads the primals and writes arrays like the cotangents; a vjp reads both and writes
+    arrays like the primals. ``primals`` and ``cotangents`` are NumPy arrays.
     """
     sizes = {
         name: array.nbytes
@@ -129,7 +129,7 @@ class Launched:
 
     @classmethod
     def together(cls, launches: Iterable[Launched], ideal: int) -> Launched:
-        """Add launches up, against the ideal of what they make together."""
+        """Add launches up, with the ideal bytes of all of them together."""
         made = list(launches)
         names = ("read", "written", "phi", "sums", "small")
         return cls(*(sum(getattr(one, name) for one in made) for name in names), ideal=ideal)
@@ -151,7 +151,7 @@ class Row:
 
 
 def kernel_of(launch: LaunchRecord) -> str:
-    """Return the name of a kernel without the dtypes that it was made for."""
+    """Return the name of a kernel without its dtypes."""
     return max((k for k in KERNELS if launch.kernel.startswith(f"mhc_{k}_")), key=len)
 
 

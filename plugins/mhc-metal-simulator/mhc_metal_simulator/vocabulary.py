@@ -1,14 +1,14 @@
-"""Every word of Metal that the generated texts use, with evidence that Apple's compiler takes it.
+"""Every word of Metal in the generated texts, with evidence that Apple's compiler accepts it.
 
 ``WORDS`` has a row for each keyword, type, function, macro, attribute, member and directive that
 the texts have and do not declare; ``OVERLOADS`` one for each overload that they call, for each
 conversion and for each kind of pointer that a template's argument is deduced as. The shim has these
-signatures and the tests hold both tables against all texts.
+signatures, and tests compare both tables with all texts.
 
 A row's evidence is one of
 
-* :class:`Mlx`: a line of MLX's own Metal headers, which Apple's compiler takes whenever MLX is
-  built or makes a kernel; they are installed with it, so a test finds each line there;
+* :class:`Mlx`: a line of MLX's own Metal headers, which Apple's compiler accepts whenever MLX is
+  built or makes a kernel; they are installed with MLX, so a test finds each line there;
 * :class:`Air`: a name in the library of MLX's macOS wheel (``mlx-metal``), which Apple's compiler
   made of MLX's kernels: the overload with its types;
 * :class:`Public`: a line of another project's kernel in production;
@@ -331,7 +331,7 @@ def macros(text: str) -> set[str]:
 def foreign(lines: Iterable[str], own: set[str]) -> set[str]:
     """Return the words of these lines that are not among those that the texts declare.
 
-    What looks like a component of a vector counts as Metal's, whoever else has such a member.
+    A member that looks like a component of a vector counts as Metal's.
     """
     found: set[str] = set()
     for line in lines:

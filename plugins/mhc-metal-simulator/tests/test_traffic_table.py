@@ -110,7 +110,7 @@ def test_arrays_are_sorted_by_what_they_are() -> None:
         h_post=twice,
         scale=twice,
         phi=twice,
-        parts=stored,
+        partials=stored,
         out=stored,
     )
     assert traffic.kernel_of(launch) == "combine_project"

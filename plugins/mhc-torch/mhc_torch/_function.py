@@ -15,8 +15,8 @@ __all__ = ["apply", "pull_back"]
 Tensors = tuple[torch.Tensor, ...]
 Static = tuple[tuple[str, Any], ...]
 
-# Which of an op's saved values are outputs too (their index), and which are not (None): a tensor
-# must not be returned twice. It depends on the op alone and is noted at its first forward.
+# For each value that an op saves, its index among the outputs, or None if it is not an output: a
+# tensor must not be returned twice. It depends on the op alone; its first forward records it.
 _ALSO_OUTPUT: dict[str, tuple[int | None, ...]] = {}
 
 
@@ -66,10 +66,10 @@ class _Op(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[Any, ...]:
-        kept = ctx.saved_tensors  # once: a checkpoint computes them again at each look
+        kept = ctx.saved_tensors  # read once: a checkpoint recomputes them at each access
         primals, saved = kept[: ctx.primals], kept[ctx.primals :]
-        # Where this backward is itself differentiated, what was saved is computed again from the
-        # primals: the vjp knows nothing of cotangents of what it saved.
+        # If this backward is itself differentiated, the saved values are recomputed from the
+        # primals, because the vjp has no cotangents for saved values.
         saved = None if torch.is_grad_enabled() else saved
         given = cotangents[: ctx.outputs]
         gradients = pull_back(ctx.op, primals, given, saved, dict(ctx.static))
@@ -78,7 +78,7 @@ class _Op(torch.autograd.Function):
 
 
 def _run(op: str, static: dict[str, Any], primals: Tensors) -> tuple[Tensors, Tensors]:
-    """Return the outputs, and what the vjp would otherwise compute again."""
+    """Return the outputs, and the values that the vjp would otherwise recompute."""
     if op == "sinkhorn_knopp":
         return (_knopp.sinkhorn_knopp(*primals, **static),), ()
     module = math.load(op)
@@ -95,8 +95,8 @@ def _index(outputs: Tensors, value: torch.Tensor) -> int | None:
 
 
 def _owned(output: torch.Tensor) -> torch.Tensor:
-    """Return copies of views: of an input, or of a matrix per token laid out token by token.
+    """Return a copy of a view: of an input, or of a matrix per token laid out token by token.
 
-    Autograd lets nobody write to a node's output that is a view.
+    Autograd does not allow writing to a node's output that is a view.
     """
     return output.clone(memory_format=torch.contiguous_format) if output._is_view() else output

@@ -1,7 +1,7 @@
-"""sinkhorn_knopp as two custom operators of PyTorch, since its loop ends when the values say so.
+"""sinkhorn_knopp as two custom operators of PyTorch, because values decide when its loop ends.
 
 ``torch.compile`` and ``torch.vmap`` cannot look at values. An operator is a black box to both: it
-runs the very loop of the neutral maths, stops early under them too, and keeps the 100 possible
+runs the loop of the neutral maths, stops early under them too, and keeps the 100 possible
 iterations out of compiled code. Matrices stop one by one, so a mapped axis is a leading one.
 """
 

@@ -1,4 +1,4 @@
-"""Full float32, whatever the program allows PyTorch to do with its own matmuls.
+"""Full float32, whatever precision the program allows for PyTorch's own matmuls.
 
 Under ``torch.autocast``, ``torch.set_float32_matmul_precision("high")`` and the like, a matmul of
 float32 tensors is computed in TF32 or bfloat16. The mappings must not depend on that. The settings

@@ -1,4 +1,4 @@
-"""The ops on PyTorch tensors, on whatever device they are, and PyTorch's transforms.
+"""The ops on PyTorch tensors of any device, and PyTorch's transforms.
 
 Forward-mode differentiation (torch.func.jvp) is not defined for functions with a hand-written vjp;
 ``mhc_core.math.<op>.forward`` under plain autograd has it.

@@ -1,6 +1,6 @@
 // aggregate: h = sum_i h_pre_i x_i.
 //
-// x[T, n, C], h_pre[T or 1, n] -> h[T, C]. A threadgroup takes one token, or a stretch of its C.
+// x[T, n, C], h_pre[T or 1, n] -> h[T, C]. A threadgroup takes one token, or some of its channels.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <int N, int W, typename X, typename HPre, typename H>
 FUNCTION bool aggregate_aligned(X x, HPre h_pre, H h) {
     return vectors<W>(x) && vectors<W>(h) && vectors<N>(h_pre);

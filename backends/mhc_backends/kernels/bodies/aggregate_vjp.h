@@ -1,7 +1,7 @@
 // The vjp of aggregate: dx_i = h_pre_i g; dh_pre_i = sum_C x_i g.
 //
-// x[T, n, C], h_pre[T or 1, n], g[T, C] -> dx[T, n, C], dh_pre[T, n], per token also where h_pre is
-// one for all. A threadgroup takes whole tokens.
+// x[T, n, C], h_pre[T or 1, n], g[T, C] -> dx[T, n, C], dh_pre[T, n], per token even if all tokens
+// share h_pre. A threadgroup takes whole tokens.
 
 #pragma once
 
@@ -15,13 +15,13 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 template <int N>
 struct aggregate_vjp_memory {
     enum { shared = N * MOST_SIMDGROUPS };
 };
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <int N, int W, typename X, typename HPre, typename G, typename Dx>
 FUNCTION bool aggregate_vjp_aligned(X x, HPre h_pre, G g, Dx dx) {
     return vectors<W>(x) && vectors<W>(g) && vectors<W>(dx) && vectors<N>(h_pre);

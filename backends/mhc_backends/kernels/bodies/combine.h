@@ -1,7 +1,7 @@
 // combine: x'_i = sum_j H_res[i, j] x_j + h_post_i y (eq. 3).
 //
 // x[T, n, C], y[T, C], h_post[T or 1, n], h_res[T or 1, n, n] -> out[T, n, C]. A threadgroup takes
-// one token, or a stretch of its C.
+// one token, or some of its channels.
 
 #pragma once
 
@@ -15,7 +15,7 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <int N, int W, typename X, typename Y, typename HPost, typename HRes, typename Out>
 FUNCTION bool combine_aligned(X x, Y y, HPost h_post, HRes h_res, Out out) {
     return vectors<W>(x) && vectors<W>(y) && vectors<W>(out) && vectors<N>(h_post) &&

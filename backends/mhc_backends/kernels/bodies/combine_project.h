@@ -1,10 +1,10 @@
-// combine_project: combine, x'_i = sum_j H_res[i, j] x_j + h_post_i y (eq. 3), and of its result,
-// as rounded to the streams' type, what `project` gives.
+// combine_project: combine, x'_i = sum_j H_res[i, j] x_j + h_post_i y (eq. 3), and then the results
+// of `project` for x', as rounded to the streams' type.
 //
 // x[T, n, C], y[T, C], h_post[T or 1, n], h_res[T or 1, n, n], phi[m, n C] -> out[T, n, C],
-// partials[T, P, m + 1]. A threadgroup takes a split and 16 tokens for each simdgroup. They share
-// phi as in project.h. A K block is a K step of each of STEPS streams; while 32 channels of all
-// streams are mixed and multiplied, the next AHEAD are on their way.
+// partials[T, P, m + 1]. A threadgroup keeps one split; each of its simdgroups takes 16 tokens at a
+// time. They share phi as in project.h. A K block is one K step of each of STEPS streams; while 32
+// channels of all streams are mixed and multiplied, the next AHEAD times 32 are being copied.
 
 #pragma once
 
@@ -34,13 +34,13 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 template <int COLUMN_TILES, int STAGE_STEPS, int BUFFER_FRAGMENTS>
 struct combine_project_memory {
     enum { operands = STAGE_STEPS * B_FRAGMENTS(COLUMN_TILES) * SIMD + BUFFER_FRAGMENTS };
 };
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <int N, typename X, typename Y, typename HPost, typename HRes, typename Phi, typename Out>
 FUNCTION bool combine_project_aligned(X x, int x_shape_2, Y y, HPost h_post, HRes h_res, Phi phi,
                                       Out out) {
@@ -58,7 +58,7 @@ FUNCTION void combine_project(X x, int64_t x_shape_0, int x_shape_2, Y y, HPost 
     const int64_t T = x_shape_0;
     const int C = x_shape_2, M = phi_shape_0;
     const int64_t K = int64_t(N) * C;
-    const bool KEPT = N <= 4;            // the streams are in registers; others are read again
+    const bool KEPT = N <= 4;            // the streams are in registers, else they are read again
     const int MIXED = KEPT ? N : STEPS;  // streams at a time
 
     typedef decltype(load_raw<8>(ACCESS::at(x))) Row;

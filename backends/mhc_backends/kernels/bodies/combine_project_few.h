@@ -1,4 +1,4 @@
-// combine_project_few: what `combine_project` gives, to the bit, where tokens are few.
+// combine_project_few: the same results as `combine_project`, bit for bit, for few tokens.
 //
 // x[T, n, C], y[T, C], h_post[T or 1, n], h_res[T or 1, n, n], phi[m, n C] -> out[T, n, C],
 // partials[T, P, m + 1]. Threadgroups and simdgroups share the work as in project_few.h.
@@ -26,13 +26,13 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 template <int SCRATCH>
 struct combine_project_few_memory {
     enum { numbers = SCRATCH };
 };
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <int N, typename X, typename Y, typename HRes, typename Phi, typename Out>
 FUNCTION bool combine_project_few_aligned(X x, int x_shape_2, Y y, HRes h_res, Phi phi, Out out) {
     return x_shape_2 % STEP_CHANNELS == 0 && vectors<8>(x) && vectors<8>(y) && vectors<8>(out) &&

@@ -1,11 +1,9 @@
-// The vjp of combine for few streams, all in one pass over them:
-// dx_j = sum_i H_res[i, j] g_i; dy = sum_i h_post_i g_i; dh_post_i = g_i . y;
-// dH_res[i, j] = g_i . x_j.
+// The vjp of combine for few streams, in one pass over the streams: dx_j = sum_i H_res[i, j] g_i;
+// dy = sum_i h_post_i g_i; dh_post_i = g_i . y; dH_res[i, j] = g_i . x_j.
 //
 // x, g[T, n, C], y[T, C], h_post[T or 1, n], h_res[T or 1, n, n] -> dx[T, n, C], dy[T, C],
-// dh_post[T, n], dh_res[T, n, n], per token also where a mapping is one for all. A threadgroup
-// takes whole tokens. The n + n * n sums of a thread are in registers; combine_vjp_wide is for
-// larger n.
+// dh_post[T, n], dh_res[T, n, n], per token even if all tokens share a mapping. A threadgroup takes
+// whole tokens. A thread keeps its n + n * n sums in registers; combine_vjp_wide is for larger n.
 
 #pragma once
 
@@ -19,13 +17,13 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 template <int N>
 struct combine_vjp_memory {
     enum { shared = (N + N * N) * MOST_SIMDGROUPS };
 };
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <int N, int W, typename X, typename Y, typename HPost, typename HRes, typename G,
           typename Dx, typename Dy>
 FUNCTION bool combine_vjp_aligned(X x, Y y, HPost h_post, HRes h_res, G g, Dx dx, Dy dy) {

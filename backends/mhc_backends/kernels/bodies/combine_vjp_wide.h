@@ -1,6 +1,6 @@
-// The vjp of combine for any n, all in one pass over the streams; formulas and arrays as in
-// combine_vjp. A threadgroup takes whole tokens, TILE channels of all streams at a time, which it
-// keeps in threadgroup memory; each of the n + n * n sums belongs to one thread.
+// The vjp of combine for any n, in one pass over the streams; formulas and arrays as in
+// combine_vjp. A threadgroup takes whole tokens. It keeps TILE channels of all streams at a time in
+// threadgroup memory; each of the n + n * n sums belongs to one thread.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 #include "../common/store_one.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 template <int N>
 struct combine_vjp_wide_memory {
     enum {

@@ -1,7 +1,7 @@
 // gated_combine: out_i = h_post_i (y_i + sum_j H_res[i, j] h_pre_j x_j).
 //
 // x, y[T, n, C], h_pre, h_post[T or 1, n], h_res[T or 1, n, n] -> out[T, n, C]. A threadgroup takes
-// one token, or a stretch of its C.
+// one token, or some of its channels.
 
 #pragma once
 
@@ -17,7 +17,7 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <int N, int W, typename X, typename Y, typename HPre, typename HPost, typename HRes,
           typename Out>
 FUNCTION bool gated_combine_aligned(X x, Y y, HPre h_pre, HPost h_post, HRes h_res, Out out) {

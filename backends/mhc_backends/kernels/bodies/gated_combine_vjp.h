@@ -1,12 +1,11 @@
-// The vjp of gated_combine for few streams, in one pass over them. Every sum over C is one of
-// G[i, j] = g_i . x_j and Y_i = g_i . y_i:
-// dx_j = h_pre_j sum_i H_res[i, j] h_post_i g_i; dy_i = h_post_i g_i;
-// dh_pre_j = sum_i H_res[i, j] h_post_i G[i, j];
-// dh_post_i = Y_i + sum_j H_res[i, j] h_pre_j G[i, j]; dH_res[i, j] = h_post_i h_pre_j G[i, j].
+// The vjp of gated_combine for few streams, in one pass over the streams. Every sum over C is one
+// of G[i, j] = g_i . x_j and Y_i = g_i . y_i: dx_j = h_pre_j sum_i H_res[i, j] h_post_i g_i; dy_i =
+// h_post_i g_i; dh_pre_j = sum_i H_res[i, j] h_post_i G[i, j]; dh_post_i = Y_i + sum_j H_res[i, j]
+// h_pre_j G[i, j]; dH_res[i, j] = h_post_i h_pre_j G[i, j].
 //
 // x, y, g[T, n, C], h_pre, h_post[T or 1, n], h_res[T or 1, n, n] -> dx, dy[T, n, C], dh_pre,
-// dh_post[T, n], dh_res[T, n, n], per token also where a mapping is one for all. A threadgroup
-// takes whole tokens.
+// dh_post[T, n], dh_res[T, n, n], per token even if all tokens share a mapping. A threadgroup takes
+// whole tokens.
 
 #pragma once
 
@@ -21,13 +20,13 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 template <int N>
 struct gated_combine_vjp_memory {
     enum { shared = (N + N * N) * MOST_SIMDGROUPS };
 };
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <int N, int W, typename X, typename Y, typename HPre, typename HPost, typename HRes,
           typename G, typename Dx, typename Dy>
 FUNCTION bool gated_combine_vjp_aligned(X x, Y y, HPre h_pre, HPost h_post, HRes h_res, G g, Dx dx,

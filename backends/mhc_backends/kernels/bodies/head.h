@@ -1,8 +1,8 @@
-// head: the last stage, from the sums over n C in partials[T, P, n + 1] (project.h) to
-// h = sum_i w_i x_i with w = sigmoid(u r scale + bias) + pre_eps.
+// head: the last stage, from the sums over n C in partials[T, P, n + 1] (project.h) to h = sum_i
+// w_i x_i with w = sigmoid(u r scale + bias) + pre_eps.
 //
-// x[T, n, C], scale[1], bias[n] -> h[T, C], and for the vjp, where SAVES says so, w[T, n], u[T, n]
-// and r[T, 1]. A threadgroup takes TOKENS tokens, or a stretch of their C, as in pre.h.
+// x[T, n, C], scale[1], bias[n] -> h[T, C] and, for the vjp if SAVES, w[T, n], u[T, n] and r[T, 1].
+// A threadgroup takes TOKENS tokens, or some of their channels, as in pre.h.
 
 #pragma once
 
@@ -14,13 +14,13 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 template <int N, int TOKENS>
 struct head_memory {
     enum { sums = TOKENS * (N + 1) };
 };
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <int W, typename X, typename H>
 FUNCTION bool head_aligned(X x, H h) {
     return vectors<W>(x) && vectors<W>(h);

@@ -1,11 +1,11 @@
-// The vjp of head's weights between them and u, the products with phi. With z = u r scale + bias,
-// w = sigmoid(z) + pre_eps and dz = g_w s (1 - s), du = dz scale r, and the root mean square brings
-// dx -= pull x with pull = sum_n(dz scale u) r^3 / K and K = n C; it is stored in units of
+// The vjp of head from its weights w back to u, the products with phi. With z = u r scale + bias, w
+// = sigmoid(z) + pre_eps and s = sigmoid(z): dz = g_w s (1 - s) and du = dz scale r. The root mean
+// square adds dx -= pull x, with pull = sum_n(dz scale u) r^3 / K and K = n C, stored in units of
 // pull_unit().
 //
-// u[T, n], r[T, 1], scale[1], bias[n], g_w[T, n] -> du[T, n], pull[T, 1], terms[T, n + 1]: dz,
-// whose sum over the tokens is dbias, and the sum of dz u r, whose sum is dscale. A simdgroup takes
-// as many tokens as its lanes hold: lane b has column b.
+// u[T, n], r[T, 1], scale[1], bias[n], g_w[T, n] -> du[T, n], pull[T, 1], terms[T, n + 1]. A row of
+// terms has dz, whose sum over the tokens is dbias, and the sum of dz u r, whose sum over the
+// tokens is dscale. A simdgroup takes as many tokens as its lanes hold: lane b has column b.
 
 #pragma once
 

@@ -2,8 +2,8 @@
 // mappings (eqs. 16-19): z = u r scale + bias; H_pre = sigmoid(z) + pre_eps; H_post = post_scale
 // sigmoid(z); H_res = sinkhorn(z).
 //
-// scale[3], bias[m] -> h_pre[T, n], h_post[T, n], h_res[T, n, n], and for the vjp, where SAVES says
-// so, u[T, m] and r[T, 1]. A threadgroup takes TOKENS tokens. CHANNELS is C.
+// scale[3], bias[m] -> h_pre[T, n], h_post[T, n], h_res[T, n, n] and, for the vjp if SAVES, u[T, m]
+// and r[T, 1]. A threadgroup takes TOKENS tokens. CHANNELS is C.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 #include "../common/position.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 template <int N, int TOKENS>
 struct mappings_memory {
     enum { sums = TOKENS * (N * N + 2 * N + 1) };

@@ -1,13 +1,13 @@
-// The vjp of mappings between its outputs and u, the products with phi. With z = u r scale + bias
-// (scale per group of columns: pre n, post n, res n n) and dz from the cotangents,
-// du = dz scale r, and the root mean square brings dx -= pull x with
-// pull = sum_m(dz scale u) r^3 / K and K = n C; it is stored in units of pull_unit().
+// The vjp of mappings from its outputs back to u, the products with phi. With z = u r scale + bias
+// (one scale per group of columns: pre n, post n, res n n) and dz from the cotangents: du = dz
+// scale r. The root mean square adds dx -= pull x, with pull = sum_m(dz scale u) r^3 / K and K = n
+// C, stored in units of pull_unit().
 //
 // u[T, m], r[T, 1], scale[3], bias[m], g_pre, g_post[T, n], g_res[T, n, n] -> du[T, m], pull[T, 1],
-// terms[T, m + 3]: dz, whose sum over the tokens is dbias, and the sums of dz u r over each group,
-// whose sums are dscale. LOG, ITERATIONS, FIRST_COLUMNS and TRANSPOSED (of the columns of res) are
-// the variant's. A simdgroup takes as many tokens as its lanes hold: lane b has column b of pre and
-// of post, and a line of res.
+// terms[T, m + 3]. A row of terms has dz, whose sum over the tokens is dbias, and the sums of dz u
+// r over each group, whose sums over the tokens are dscale. LOG, ITERATIONS, FIRST_COLUMNS and
+// TRANSPOSED (of the columns of res) are the variant's. A simdgroup takes as many tokens as its
+// lanes hold: lane b has column b of pre and of post, and a line of res.
 
 #pragma once
 
@@ -21,7 +21,7 @@
 #include "../common/sinkhorn/sinkhorn_vjp.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 struct mappings_vjp_memory {
     enum { kept = DIVISORS * DIVISOR_SIMDGROUPS };
 };

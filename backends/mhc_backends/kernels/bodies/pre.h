@@ -1,11 +1,10 @@
 // pre: the last stage, from the sums over n C in partials[T, P, m + 1] (project.h) to the mappings,
-// as in mappings.h, and to h = sum_i h_pre_i x_i; with GIVEN, h has given_i in the place of
-// h_pre_i.
+// as in mappings.h, and to h = sum_i h_pre_i x_i; if GIVEN, h = sum_i given_i x_i.
 //
-// x[T, n, C], given[T or 1, n], scale[3], bias[m] -> h[T, C], h_pre[T, n], h_post[T, n], h_res[T,
-// n, n], and for the vjp, where SAVES says so, u[T, m] and r[T, 1]. A threadgroup takes TOKENS
-// tokens, or a stretch of their C; those of one token all add up its partials, and the first stores
-// the mappings. The streams are asked for an access ahead.
+// x[T, n, C], given[T or 1, n], scale[3], bias[m] -> h[T, C], h_pre[T, n], h_post[T, n],
+// h_res[T, n, n] and, for the vjp if SAVES, u[T, m] and r[T, 1]. A threadgroup takes TOKENS tokens,
+// or some of their channels: then each threadgroup of a token adds up its partials, and the first
+// one stores the mappings. The next access to the streams is loaded ahead.
 
 #pragma once
 
@@ -21,13 +20,13 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 template <int N, int TOKENS>
 struct pre_memory {
     enum { sums = TOKENS * (N * N + 2 * N + 1) };
 };
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <int N, int W, typename X, typename H, typename HRes>
 FUNCTION bool pre_aligned(X x, H h, HRes h_res) {
     return vectors<W>(x) && vectors<W>(h) && vectors<N>(h_res);
@@ -45,13 +44,13 @@ FUNCTION void pre(X x, int x_shape_2, Partials partials, int64_t partials_shape_
     const int C = x_shape_2, M = N * N + 2 * N;
 
     const int own = first_channel<W>(here), step = next_channel<W>(here);
-    // from the last tokens back to the first: the last ones may still be in the cache
+    // in reverse order: the last tokens may still be in the cache
     const int64_t iterations = (T + TOKENS - 1) / TOKENS;
     for (int64_t k = here.group_x; k < iterations; k += here.groups_x) {
         const int64_t first = (iterations - 1 - k) * TOKENS;
         const int64_t end = first + TOKENS < T ? first + TOKENS : T;
         auto coming = load_raw_streams<N, W>(ACCESS::at(x) + first * N * C, C,
-                                             own);  // which the sums need not wait for
+                                             own);  // in flight while the partials are summed
         sum_partials<TOKENS, M + 1>(partials, partials_shape_1, first, T, sums, here);
         BARRIER;
         activate<N, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale, float(N) * C,

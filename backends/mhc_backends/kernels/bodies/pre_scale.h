@@ -1,7 +1,7 @@
 // pre_scale: out_i = h_pre_i x_i.
 //
-// x[T, n, C], h_pre[T or 1, n] -> out[T, n, C]. A threadgroup takes one token, or a stretch of its
-// C.
+// x[T, n, C], h_pre[T or 1, n] -> out[T, n, C]. A threadgroup takes one token, or some of its
+// channels.
 
 #pragma once
 
@@ -14,7 +14,7 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <int N, int W, typename X, typename HPre, typename Out>
 FUNCTION bool pre_scale_aligned(X x, HPre h_pre, Out out) {
     return vectors<W>(x) && vectors<W>(out) && vectors<N>(h_pre);

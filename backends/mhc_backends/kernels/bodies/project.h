@@ -1,11 +1,12 @@
-// project: what the mappings need of the streams, x . phi and x . x over all n C (eqs. 14-15), in
-// split-K partials that common/partials.h adds up.
+// project: the sums over n C that the mappings need, x . phi and x . x (eqs. 14-15), as split-K
+// partials that common/partials.h adds up.
 //
-// x[T, n, C], phi[m, n C] -> partials[T, P, m + 1], the last column for the squares. A threadgroup
-// is persistent: it takes a split, and of its tokens TOKEN_TILES tiles of 16 for each simdgroup at
-// a time. They share phi, in threadgroup memory: that of a pipeline stage of STAGE_STEPS K steps,
-// or of the whole split, once for all of the threadgroup's tokens. A K block is RUN K steps; while
-// one is multiplied, the next AHEAD are on their way to as many buffers.
+// x[T, n, C], phi[m, n C] -> partials[T, P, m + 1], with the squares in the last column. A
+// threadgroup is persistent: it keeps one split and iterates over tokens; each of its simdgroups
+// takes TOKEN_TILES tiles of 16 tokens at a time. The simdgroups share the B operands of phi in
+// threadgroup memory: those of a pipeline stage of STAGE_STEPS K steps or, if they fit, those of
+// the whole split, once for all tokens. A K block is RUN K steps; while one is multiplied, the next
+// AHEAD are being copied to as many pipeline buffers.
 
 #pragma once
 
@@ -29,13 +30,13 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 template <int COLUMN_TILES, int STAGE_STEPS, int BUFFER_FRAGMENTS>
 struct project_memory {
     enum { operands = STAGE_STEPS * B_FRAGMENTS(COLUMN_TILES) * SIMD + BUFFER_FRAGMENTS };
 };
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <typename X, typename Phi>
 FUNCTION bool project_aligned(X x, int x_shape_2, Phi phi) {
     return x_shape_2 % STEP_CHANNELS == 0 && vectors<8>(x) && vectors<4>(phi);
@@ -59,8 +60,7 @@ FUNCTION void project(X x, int64_t x_shape_0, int x_shape_2, Phi phi, int phi_sh
     const int k_blocks = (schedule.end_channel - begin + K_BLOCK - 1) / K_BLOCK * N;
     const bool once =
         STAGE_STEPS == N * SPLIT_STEPS && M <= COLUMN_TILES * TILE_COLUMNS;  // phi is put there
-    // An iteration's first K blocks are on their way before the last iteration ends, in their
-    // buffers.
+    // The copies of an iteration's first K blocks start before the previous iteration ends.
     const bool flows = once && k_blocks % (AHEAD + !AHEAD) == 0;
     const auto buffers = &operands[STAGE_STEPS * OPERAND + simdgroup * AHEAD * BUFFER];
 

@@ -1,9 +1,9 @@
-// project_dphi: phi's gradient, dphi = du^T x, in shares of the tokens, which sum_rows adds up.
+// project_dphi: phi's gradient, dphi = du^T x, for each share of the tokens; sum_rows adds them up.
 //
-// x[T, n, C], du[T, m] -> dphi[S, m, n C]. A threadgroup takes a share and some N tiles; a
-// simdgroup takes one, 32 channels of one stream, and COLUMN_TILES tiles of columns at a time. The
-// A operand is x transposed, of which a lane holds 4 channels of 8 tokens. The simdgroups share du,
-// in threadgroup memory: that of STAGE_STEPS K steps of 32 tokens at a time.
+// x[T, n, C], du[T, m] -> dphi[S, m, n C]. A threadgroup takes a share of the tokens and some N
+// tiles; a simdgroup takes one N tile, 32 channels of one stream, and COLUMN_TILES tiles of columns
+// at a time. The A operand is x transposed: a lane holds 4 channels of 8 tokens. The simdgroups
+// share du in threadgroup memory, STAGE_STEPS K steps of 32 tokens at a time.
 
 #pragma once
 
@@ -23,13 +23,13 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 template <int COLUMN_TILES, int STAGE_STEPS>
 struct project_dphi_memory {
     enum { operands = STAGE_STEPS * B_FRAGMENTS(COLUMN_TILES) * SIMD };
 };
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <typename X, typename Dphi>
 FUNCTION bool project_dphi_aligned(X x, int x_shape_2, Dphi dphi) {
     return x_shape_2 % STEP_CHANNELS == 0 && vectors<4>(x) && vectors<4>(dphi);

@@ -1,10 +1,10 @@
-// project_dx: the streams' gradient through the projection, dx = du . phi - pull x; WITH_H adds
-// what h = sum_i w_i x_i brings, w_i dh, and WITH_G another gradient of the streams, g.
+// project_dx: the streams' gradient through the projection, dx = du . phi - pull x. WITH_H adds w_i
+// dh, the gradient through h = sum_i w_i x_i; WITH_G adds g, another gradient of the streams.
 //
 // x[T, n, C], phi[m, n C], du[T, m], pull[T, 1] in units of pull_unit(), w[T or 1, n], dh[T, C],
-// g[T, n, C] -> dx[T, n, C]. Threadgroups share the tokens and the N tiles, of 64 channels of all
-// streams where n = 4; a simdgroup takes one, 32 channels of one stream. Where m <= 32, it keeps
-// phi, and du goes through threadgroup memory.
+// g[T, n, C] -> dx[T, n, C]. A threadgroup takes a share of the tokens and some N tiles (64
+// channels of all streams if n = 4); a simdgroup takes one N tile, 32 channels of one stream. If m
+// <= 32, the simdgroup keeps phi in registers, and du goes through threadgroup memory.
 
 #pragma once
 
@@ -28,7 +28,7 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 template <int COLUMNS>
 struct project_dx_memory {
     enum {
@@ -39,7 +39,7 @@ struct project_dx_memory {
     };
 };
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <bool WITH_H, bool WITH_G, typename X, typename Phi, typename Dh, typename G, typename Dx>
 FUNCTION bool project_dx_aligned(X x, int x_shape_2, Phi phi, Dh dh, G g, Dx dx) {
     return x_shape_2 % STEP_CHANNELS == 0 && vectors<8>(x) && vectors<4>(phi) && vectors<8>(dx) &&
@@ -89,7 +89,7 @@ FUNCTION void project_dx(X x, int64_t x_shape_0, int x_shape_2, Phi phi, Du du, 
             const int64_t tokens[2] = {first < T ? first : T - 1,
                                        first + 8 < T ? first + 8 : T - 1};
 
-            // all that the tile needs is under way before anything is waited for
+            // all loads of the tile are in flight before the first is waited for
             decltype(load_raw<8>(ACCESS::at(x))) xs[2];
             decltype(load_raw<8>(ACCESS::at(dh))) layers[2];
             decltype(load_raw<8>(ACCESS::at(g))) gs[2];
@@ -118,7 +118,7 @@ FUNCTION void project_dx(X x, int64_t x_shape_0, int x_shape_2, Phi phi, Du du, 
                     TOGETHER;
                     UNROLL for (int t = 0; t < 4; t++)
                         products[t] = multiply(products[t], a, kept.at[KEPT ? depth : 0].at[t]);
-                } else {  // long sums in pieces: tensor cores do not round what they add
+                } else {  // long sums in pieces, because tensor cores truncate what they add
                     const int column = depth * DEPTH;
                     const AFragment a = load_a_fragment(du, M, column, first, T, lane);
                     const PhiFragments b =

@@ -1,7 +1,8 @@
-// project_few: what `project` gives, to the bit, where tokens are few.
+// project_few: the same results as `project`, bit for bit, for few tokens.
 //
 // x[T, n, C], phi[m, n C] -> partials[T, P, m + 1]. A threadgroup takes a split and 16 tokens. Each
-// of its simdgroups multiplies a K block, and then their sums are added in the order of the tree.
+// of its simdgroups multiplies one K block at a time; their sums are added in the order of the sum
+// tree.
 
 #pragma once
 
@@ -18,13 +19,13 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 template <int SCRATCH>
 struct project_few_memory {
     enum { numbers = SCRATCH };
 };
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <typename X, typename Phi>
 FUNCTION bool project_few_aligned(X x, int x_shape_2, Phi phi) {
     return x_shape_2 % STEP_CHANNELS == 0 && vectors<8>(x) && vectors<4>(phi);

@@ -1,8 +1,7 @@
-// residual_add_aggregate: total = x + res; h = sum_i h_pre_i total_i, of the sums before they are
-// rounded.
+// residual_add_aggregate: total = x + res; h = sum_i h_pre_i total_i, from the unrounded totals.
 //
-// x, res[T, n, C], h_pre[T or 1, n] -> total[T, n, C], h[T, C]. A threadgroup takes one token, or a
-// stretch of its C.
+// x, res[T, n, C], h_pre[T or 1, n] -> total[T, n, C], h[T, C]. A threadgroup takes one token, or
+// some of its channels.
 
 #pragma once
 
@@ -16,7 +15,7 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <int N, int W, typename X, typename Res, typename HPre, typename Total, typename H>
 FUNCTION bool residual_add_aggregate_aligned(X x, Res res, HPre h_pre, Total total, H h) {
     return vectors<W>(x) && vectors<W>(res) && vectors<W>(total) && vectors<W>(h) &&

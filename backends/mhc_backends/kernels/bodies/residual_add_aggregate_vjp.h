@@ -1,8 +1,8 @@
 // The vjp of residual_add_aggregate: dx_i = g_i + h_pre_i g_h, and dres is the same;
 // dh_pre_i = (x + res)_i . g_h.
 //
-// x, res, g[T, n, C], g_h[T, C], h_pre[T or 1, n] -> dx[T, n, C], dh_pre[T, n], per token also
-// where h_pre is one for all. A threadgroup takes whole tokens.
+// x, res, g[T, n, C], g_h[T, C], h_pre[T or 1, n] -> dx[T, n, C], dh_pre[T, n], per token even if
+// all tokens share h_pre. A threadgroup takes whole tokens.
 
 #pragma once
 
@@ -18,13 +18,13 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 template <int N>
 struct residual_add_aggregate_vjp_memory {
     enum { shared = N * MOST_SIMDGROUPS };
 };
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <int N, int W, typename X, typename Res, typename HPre, typename G, typename GH,
           typename Dx>
 FUNCTION bool residual_add_aggregate_vjp_aligned(X x, Res res, HPre h_pre, G g, GH g_h, Dx dx) {

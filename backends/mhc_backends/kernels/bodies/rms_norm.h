@@ -1,7 +1,7 @@
 // rms_norm: y = x r weight, with r = 1 / sqrt(mean(x^2) + eps).
 //
 // x[T, C], weight[C], eps[1] -> y[T, C]. A threadgroup takes whole tokens. Between the two uses of
-// x a thread keeps its first HELD accesses in registers; where there is a REST, it reads that
+// x, a thread keeps its first HELD accesses in registers; if there is a REST, it reads the others
 // again.
 
 #pragma once
@@ -18,12 +18,12 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 struct rms_norm_memory {
     enum { shared = 2 * MOST_SIMDGROUPS };
 };
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <int W, typename X, typename Weight, typename Y>
 FUNCTION bool rms_norm_aligned(X x, Weight weight, Y y) {
     return vectors<W>(x) && vectors<W>(weight) && vectors<W>(y);

@@ -1,8 +1,8 @@
-// The vjp of rms_norm: dx = r (weight g - x r pulled), pulled = mean(x r weight g);
-// dweight = sum_T g x r.
+// The vjp of rms_norm: dx = r (weight g - x r pulled), pulled = mean(x r weight g); dweight = sum_T
+// g x r.
 //
-// x, g[T, C], weight[C], eps[1] -> dx[T, C] and, a row for the share of the tokens that a
-// threadgroup takes, dweight[shares, C]. Registers are used as in rms_norm.
+// x, g[T, C], weight[C], eps[1] -> dx[T, C] and dweight[shares, C]: a threadgroup takes a share of
+// the tokens and writes one row of sums. Registers are used as in rms_norm.
 
 #pragma once
 
@@ -19,12 +19,12 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 struct rms_norm_vjp_memory {
     enum { shared = 2 * 2 * MOST_SIMDGROUPS };
 };
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <int W, typename X, typename Weight, typename G, typename Dx, typename Dweight>
 FUNCTION bool rms_norm_vjp_aligned(X x, Weight weight, G g, Dx dx, Dweight dweight) {
     return vectors<W>(x) && vectors<W>(weight) && vectors<W>(g) && vectors<W>(dx) &&
@@ -91,7 +91,7 @@ FUNCTION void rms_norm_vjp(X x, int64_t x_shape_0, int x_shape_1, Weight weight,
                             dy = load<W>(ACCESS::at(g) + at + c);
             store(ACCESS::at(dx) + at + c,
                   rms_norm_pullback(again, load<W>(ACCESS::at(weight) + c), dy, r, pulled));
-            // no register has an index: what earlier tokens gave is where this thread left it
+            // registers cannot be indexed: the sums of earlier tokens are in this thread's row
             Floats<W> sum = product(dy, times(r, again));
             if (token != here.group_x) sum = add(sum, 1.0f, load<W>(row_of_dweight + c));
             store(row_of_dweight + c, sum);

@@ -1,6 +1,6 @@
 // sinkhorn: H_res of logits (eq. 9), as common/sinkhorn says.
 //
-// logits[T, n, n], eps[1] -> out[T, n, n]. ITERATIONS and FIRST_COLUMNS are the op's, LOG is
+// logits[T, n, n], eps[1] -> out[T, n, n]. ITERATIONS and FIRST_COLUMNS are the op's; LOG says
 // whether eps is 0. A simdgroup takes as many matrices as its lanes hold.
 
 #pragma once

@@ -13,7 +13,7 @@
 #include "../common/sinkhorn/pull.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 struct sinkhorn_knopp_vjp_memory {
     enum { kept = DIVISORS * DIVISOR_SIMDGROUPS };
 };

@@ -14,7 +14,7 @@
 #include "../common/sinkhorn/sinkhorn_vjp.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 struct sinkhorn_vjp_memory {
     enum { kept = DIVISORS * DIVISOR_SIMDGROUPS };
 };

@@ -1,9 +1,9 @@
-// static_layer: out_i = sum_j H_res[i, j] x_j + h_post_i y, with y = h r weight, the RMS norm of
-// h = sum_i h_pre_i x_i: r = 1 / sqrt(mean(h^2) + eps).
+// static_layer: out_i = sum_j H_res[i, j] x_j + h_post_i y, with y = h r weight, the RMS norm of h
+// = sum_i h_pre_i x_i: r = 1 / sqrt(mean(h^2) + eps).
 //
 // x[T, n, C], h_pre[n], h_post[n], h_res[n, n], weight[C], eps[1] -> out[T, n, C]. A threadgroup
-// takes whole tokens. Between the two uses of the streams a thread keeps its first HELD accesses in
-// registers; where there is a REST, it reads that again.
+// takes whole tokens. Between the two uses of the streams, a thread keeps its first HELD accesses
+// in registers; if there is a REST, it reads the others again.
 
 #pragma once
 
@@ -20,7 +20,7 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 template <int N>
 struct static_layer_memory {
     enum {
@@ -31,7 +31,7 @@ struct static_layer_memory {
     };
 };
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <int W, typename X, typename Weight, typename Out>
 FUNCTION bool static_layer_aligned(X x, Weight weight, Out out) {
     return vectors<W>(x) && vectors<W>(weight) && vectors<W>(out);

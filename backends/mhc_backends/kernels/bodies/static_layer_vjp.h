@@ -1,10 +1,10 @@
-// The vjp of static_layer for few streams, in one pass over them. With dy = sum_i h_post_i g_i and
-// dh that of the RMS norm: dx_j = sum_i H_res[i, j] g_i + h_pre_j dh; dh_pre_j = x_j . dh;
+// The vjp of static_layer for few streams, in one pass over the streams. With dy = sum_i h_post_i
+// g_i and dh that of the RMS norm: dx_j = sum_i H_res[i, j] g_i + h_pre_j dh; dh_pre_j = x_j . dh;
 // dh_post_i = g_i . y; dH_res[i, j] = g_i . x_j; dweight = sum_T dy h r.
 //
-// x, g[T, n, C], h_pre[n], h_post[n], h_res[n, n], weight[C], eps[1] -> dx[T, n, C] and, a row for
-// the share of the tokens that a threadgroup takes, sums[shares, 2 n + n * n + C]: of dh_pre,
-// dh_post, dH_res and dweight. Registers are used as in static_layer.
+// x, g[T, n, C], h_pre[n], h_post[n], h_res[n, n], weight[C], eps[1] -> dx[T, n, C] and
+// sums[shares, 2 n + n * n + C], of dh_pre, dh_post, dH_res and dweight: a threadgroup takes a
+// share of the tokens and writes one row of sums. Registers are used as in static_layer.
 
 #pragma once
 
@@ -23,7 +23,7 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 template <int N>
 struct static_layer_vjp_memory {
     enum {
@@ -35,7 +35,7 @@ struct static_layer_vjp_memory {
     };
 };
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <int N, int W, typename X, typename Weight, typename G, typename Dx, typename SumRows>
 FUNCTION bool static_layer_vjp_aligned(X x, Weight weight, G g, Dx dx, SumRows sums) {
     const int SUMS = 2 * N + N * N;
@@ -53,7 +53,7 @@ FUNCTION void static_layer_vjp(X x, int64_t x_shape_0, int x_shape_2, HPre h_pre
                                threadgroup float* norms, Position here) {
     const int64_t T = x_shape_0;
     const int C = x_shape_2;
-    const int SUMS = 2 * N + N * N;  // those that end over C
+    const int SUMS = 2 * N + N * N;  // sums over C
     for (int k = here.id; k < N; k += here.threads) {
         pre[k] = float(h_pre[k]);
         post[k] = float(h_post[k]);
@@ -120,7 +120,7 @@ FUNCTION void static_layer_vjp(X x, int64_t x_shape_0, int x_shape_2, HPre h_pre
             Floats<W> dweight =
                 static_pullback<N, W>(ACCESS::at(dx) + at + c, C, x_c, g_c, r, pulled,
                                       load<W>(ACCESS::at(weight) + c), own, pre, post, res);
-            // no register has an index: what earlier tokens gave is where this thread left it
+            // registers cannot be indexed: the sums of earlier tokens are in this thread's row
             if (token != here.group_x) dweight = add(dweight, 1.0f, load<W>(row_of_dweight + c));
             store(row_of_dweight + c, dweight);
         }

@@ -1,11 +1,11 @@
-// What is left of the vjp of static_layer for many streams, when the RMS norm's dh is known:
-// dx_j = sum_i H_res[i, j] g_i + h_pre_j dh; dh_pre_j = x_j . dh; dh_post_i = g_i . y;
-// dH_res[i, j] = g_i . x_j.
+// The rest of static_layer's vjp for many streams, after the RMS norm's vjp has computed dh: dx_j =
+// sum_i H_res[i, j] g_i + h_pre_j dh; dh_pre_j = x_j . dh; dh_post_i = g_i . y; dH_res[i, j] = g_i
+// . x_j.
 //
-// x, g[T, n, C], y, dh[T, C], h_pre[n], h_res[n, n] -> dx[T, n, C] and, a row for the share of the
-// tokens that a threadgroup takes, sums[shares, 2 n + n * n]: of dh_pre, dh_post and dH_res. TILE
-// channels of all streams are in threadgroup memory at a time. A thread takes ROWS streams at once,
-// so that what it reads of the other factor serves them all.
+// x, g[T, n, C], y, dh[T, C], h_pre[n], h_res[n, n] -> dx[T, n, C] and sums[shares, 2 n + n * n],
+// of dh_pre, dh_post and dH_res: a threadgroup takes a share of the tokens and writes one row of
+// sums. It keeps TILE channels of all streams in threadgroup memory at a time. A thread takes ROWS
+// streams at once, so that it reads the other factor once for all of them.
 
 #pragma once
 
@@ -14,7 +14,7 @@
 #include "../common/within.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 template <int N>
 struct static_layer_vjp_wide_memory {
     enum {

@@ -16,7 +16,7 @@
 #include "../common/store_one.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 struct static_mappings_vjp_memory {
     enum { kept = DIVISORS * DIVISOR_SIMDGROUPS };
 };

@@ -1,15 +1,15 @@
-// The sum over the rows of a[R, K] in float32, in an order that depends on R and K alone: the
-// second stage of what is summed over all tokens.
+// sum_rows: the sum over the rows of a[R, K] in float32, in an order that depends on R and K alone:
+// the second stage of sums over all tokens.
 //
-// Group x sums an equal share of the rows into out[x, K]; group y takes a stretch of the columns. A
-// threadgroup is so many columns wide, and its other threads take other rows.
+// Threadgroup x sums an equal share of the rows into out[x, K]; threadgroup y takes some columns.
+// Threads beyond the width of those columns take other rows.
 
 #pragma once
 
 #include "../common/position.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 struct sum_rows_memory {
     enum { shared = SIMD * MOST_SIMDGROUPS };
 };

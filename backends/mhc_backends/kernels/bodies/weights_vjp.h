@@ -1,4 +1,4 @@
-// weights_vjp: what h = sum_i w_i x_i gives its weights, dw_i = sum_C x_i dh.
+// weights_vjp: the cotangents of the weights of h = sum_i w_i x_i: dw_i = sum_C x_i dh.
 //
 // x[T, n, C], dh[T, C] -> dw[T, n]. A threadgroup takes whole tokens.
 
@@ -12,13 +12,13 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// The sizes of its threadgroup memory.
+// The sizes of the kernel's threadgroup arrays.
 template <int N>
 struct weights_vjp_memory {
     enum { shared = N * MOST_SIMDGROUPS };
 };
 
-// Whether whole vectors may be loaded and stored.
+// Whether all arrays begin where whole vectors may be loaded and stored.
 template <int W, typename X, typename Dh>
 FUNCTION bool weights_vjp_aligned(X x, Dh dh) {
     return vectors<W>(x) && vectors<W>(dh);

@@ -1,11 +1,11 @@
-// Where vectors may be loaded and stored: the policy that a body is compiled for, twice.
+// The access policy: where vectors may be loaded and stored. A body is compiled for both policies.
 
 #pragma once
 
 #include "dialect/words.h"
 
-// An address at which whole vectors begin, so that load and store need not look: a branch there
-// would have all wait that follows.
+// An address that is aligned for vectors, so that load and store need no branch: later loads would
+// wait for it.
 template <typename P>
 struct AlignedAddress {
     P p;
@@ -13,8 +13,8 @@ struct AlignedAddress {
     FUNCTION auto operator[](int64_t k) const -> decltype(p[k]) { return p[k]; }
 };
 
-// ACCESS is one of these: all of a kernel's arrays begin where vectors may, as its `..._aligned`
-// found; or load and store ask each address.
+// ACCESS is one of these. Aligned: all arrays of the kernel begin at aligned addresses, as its
+// `..._aligned` found. Anywhere: load and store check each address.
 struct Aligned {
     template <typename P>
     static FUNCTION AlignedAddress<P> at(P p) {

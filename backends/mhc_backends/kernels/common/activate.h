@@ -1,4 +1,4 @@
-// From the sums over n C to u, r, h_pre, h_post and the logits of H_res.
+// Computes u, r, h_pre, h_post and the logits of H_res from the sums over n C.
 
 #pragma once
 
@@ -7,10 +7,9 @@
 #include "sigmoid.h"
 #include "dialect/words.h"
 
-// From the sums of TOKENS tokens, M = n n + 2 n products and the squares of each, to u (the
-// products), r (1 / rms), h_pre and h_post, which are stored where `stores` says so. What follows
-// reads h_pre and the logits of H_res where the products were, in `sums`: a BARRIER must come
-// first.
+// `sums` has M = n n + 2 n products and the sum of squares of each of TOKENS tokens. Computes u
+// (the products), r (1 / rms), h_pre and h_post, and stores them if `stores`. h_pre and the logits
+// of H_res replace the products in `sums`: a BARRIER must come before they are read.
 template <int N, int TOKENS, bool SAVES, typename S, typename A, typename B, typename P, typename Q>
 FUNCTION void activate(S sums, A scale, B bias, float norm_eps, float pre_eps, float post_scale,
                        float count, int64_t first, int64_t T, bool stores, Q u, Q r, P h_pre,

@@ -1,4 +1,4 @@
-// The same of all of a token's channels.
+// h = sum_i w_i x_i at all channels of a token.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 #include "store.h"
 #include "dialect/words.h"
 
-// h = sum_i w_i x_i of one token's channels, the weights being in registers or in `sums`.
+// The weights w are in registers or in threadgroup memory.
 template <int N, int W, typename X, typename V, typename H>
 FUNCTION void collapse_token(X streams, V weights, H h, int C, Position here) {
     for (int c = first_channel<W>(here); c < C; c += next_channel<W>(here)) {

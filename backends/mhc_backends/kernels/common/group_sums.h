@@ -6,9 +6,9 @@
 #include "dialect/simd.h"
 #include "dialect/words.h"
 
-// Sums COUNT numbers of each thread, in an order that depends on nothing but the number of threads.
-// All threads must come here. Sum k is then in shared[k] for thread k (k + threads, ...), which put
-// it there; a BARRIER shows it to the others, and another one must come before `shared` is used
+// Sums COUNT numbers of each thread, in an order that depends only on the number of threads. All
+// threads must come here. Thread k (or k + threads, ...) puts sum k into shared[k] and may read it
+// at once; other threads need a BARRIER first. Another BARRIER must come before `shared` is used
 // again. `shared` needs COUNT * MOST_SIMDGROUPS floats.
 template <int COUNT, typename V, typename S>
 FUNCTION void group_sums(V values, S shared, Position here) {

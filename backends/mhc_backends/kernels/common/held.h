@@ -1,4 +1,4 @@
-// Mapped values, kept in registers where they are few.
+// A token's mappings, kept in registers where they are few.
 
 #pragma once
 
@@ -6,8 +6,8 @@
 #include "load.h"
 #include "dialect/words.h"
 
-// COUNT numbers of a token: kept in registers where they are few, else read again from the cache.
-// What is kept must be read in unrolled loops alone; registers have no index.
+// COUNT numbers of a token: kept in registers if KEEP, else read again from the cache. Read kept
+// numbers in unrolled loops only, because registers cannot be indexed.
 template <int COUNT, bool KEEP, typename P>
 struct Held {
     P from;

@@ -1,4 +1,4 @@
-// W numbers from memory, from any space, at any address.
+// Loads W numbers from any address space, at any address.
 
 #pragma once
 
@@ -10,9 +10,9 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// load_raw<W>(p): what floats(load_raw<W>(p)) makes load<W>(p) of. Where several are loaded before
-// the first becomes floats, all are under way at once: a load that may have to take scalars is a
-// branch, behind which the next one would wait.
+// load_raw<W>(p): the W numbers from p on, not yet converted: load<W>(p) is floats(load_raw<W>(p)).
+// Load several rows raw before converting the first, so that all loads are in flight at once: a
+// load that may fall back to scalars is a branch, and the next load would wait for it.
 template <int W, typename P>
 FUNCTION auto load_raw(P p) {
     return read<W>(p, vectors<W>(p));

@@ -9,7 +9,8 @@
 #include "sinkhorn/sinkhorn.h"
 #include "dialect/words.h"
 
-// H_res of TOKENS tokens from their logits in `sums`; each simdgroup takes as many as fit in it.
+// Computes H_res of TOKENS tokens from the logits in `sums`; a simdgroup takes as many matrices as
+// its lanes hold.
 template <int N, int TOKENS, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED,
           typename S, typename P>
 FUNCTION void mix_matrices(S sums, float eps, int64_t first, int64_t T, P h_res, Position here) {

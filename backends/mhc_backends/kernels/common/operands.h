@@ -1,10 +1,14 @@
-// The product that the projection is made of. Its A operand is 16 rows (a tile of tokens) of a K
-// step, which is 32 numbers of T; its B operand [32, 8 COLUMN_TILES], of as many columns of phi. A
-// lane holds 8 numbers of each of its two rows, those from 4 tile_pair on, as they are in memory;
-// and of each tile of the B operand two runs of 4 numbers, run e in rows 4 b_row(lane, e) to 4
-// b_row(lane, e) + 3 and column b_column(lane, e). Of the sum it gets two numbers of each tile in
-// each half of the rows: number j of half h is in row 8 h + sum_row(lane, j) and column
-// sum_column(lane, j). docs/images/fragments.svg draws this.
+// The product for one K step of the projection. The A operand is [16, 32]: a tile of 16 tokens, 32
+// channels, of type T. The B operand is [32, 8 COLUMN_TILES]: as many columns of phi. A lane holds
+//
+// - of the A operand: 8 numbers of each of its two rows, from column 4 tile_pair on, as they are in
+//   memory;
+// - of each tile of the B operand: two runs of 4 numbers; run e is in rows 4 b_row(lane, e) to
+//   4 b_row(lane, e) + 3 and column b_column(lane, e);
+// - of each tile of the sum: two numbers in each half of the rows; number j of half h is in row
+//   8 h + sum_row(lane, j) and column sum_column(lane, j).
+//
+// docs/images/fragments.svg draws this.
 
 #pragma once
 
@@ -12,7 +16,7 @@
 #include "position.h"
 #include "dialect/words.h"
 
-// A lane's numbers of a B operand: of one tile, and of some.
+// A lane's numbers of a B operand: of one tile, and of COLUMN_TILES tiles.
 struct BNumbers {
     Floats<4> run[2];
 };
@@ -21,8 +25,8 @@ struct BTiles {
     BNumbers at[COLUMN_TILES];
 };
 
-// A lane's sums: of a tile of tokens and a tile of columns, of a row of such tiles, and of some
-// rows.
+// A lane's sums: of one tile of tokens and one tile of columns, of COLUMN_TILES tiles of columns,
+// and of TOKEN_TILES tiles of tokens.
 struct Accumulator {
     Floats<2> in_half[2];
 };
@@ -35,7 +39,7 @@ struct Accumulators {
     AccumulatorRow<COLUMN_TILES> at[TOKEN_TILES];
 };
 
-// A lane's numbers of an A operand, as they are in memory: of STEPS K steps of TOKEN_TILES tiles.
+// A lane's numbers of an A operand, as they are in memory: of STEPS K steps and TOKEN_TILES tiles.
 template <typename R>
 struct Halves {
     R in_half[2];
@@ -45,9 +49,9 @@ struct AOperand {
     Halves<R> at[STEPS][TOKEN_TILES];
 };
 
-// B operands in threadgroup memory, where 16-byte fragment k of a lane is beside the next lane's,
-// so that no two lanes meet in a bank. (Others may be in registers: frag(operands, k_step, k) is
-// what a product asks for.)
+// B operands in threadgroup memory: 16-byte fragment k of a lane is next to fragment k of the next
+// lane, so that no two lanes use one bank. A product reads operands by frag(operands, k_step, k),
+// which phi_registers.h defines for operands in registers.
 template <int FRAGMENTS, typename S>
 struct StagedOperand {
     S from;

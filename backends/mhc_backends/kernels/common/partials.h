@@ -1,4 +1,4 @@
-// The last level of the sums over n C (project/layout.h).
+// The last level of the sum tree (project/layout.h): adds the split-K partials.
 
 #pragma once
 
@@ -6,10 +6,10 @@
 #include "position.h"
 #include "dialect/words.h"
 
-enum { PARTIALS_AT_ONCE = 8 };  // that a thread has under way
+enum { PARTIALS_AT_ONCE = 8 };  // loads that a thread has in flight
 
-// sums[k * NUMBERS + number]: the partials[T, count, NUMBERS] of TOKENS tokens from `first` on,
-// added up one by one. All threads must come here, and a BARRIER must follow.
+// Adds the partials[T, count, NUMBERS] of TOKENS tokens from `first` on, one by one, to
+// sums[k * NUMBERS + number]. All threads must come here, and a BARRIER must follow.
 template <int TOKENS, int NUMBERS, typename P, typename S>
 FUNCTION void sum_partials(P partials, int count, int64_t first, int64_t T, S sums, Position here) {
     const int tokens = T - first < TOKENS ? int(T - first) : TOKENS;

@@ -1,4 +1,4 @@
-// Where a thread is.
+// The position of a thread.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 
 enum { SIMD = 32, MOST_SIMDGROUPS = 32 };
 
-// Threadgroups are lines of whole simdgroups, and none is cut off at the end.
+// Threadgroups have one dimension of whole simdgroups, and the last one is complete too.
 struct Position {
     uint group_x, group_y;    // the threadgroup's position
     uint groups_x, groups_y;  // how many there are

@@ -1,4 +1,4 @@
-// Numbers as they are in memory, in registers.
+// Numbers in registers in the format of memory.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 #include "dialect/numbers.h"
 #include "dialect/words.h"
 
-// W numbers of memory as they are there, in words of 32 bits: a narrow one is half a register.
+// W numbers in words of 32 bits, as in memory: two narrow numbers share a register.
 template <typename T, int W>
 struct Raw {
     enum { PER_WORD = 4 / int(sizeof(T)), WORDS = (W + PER_WORD - 1) / PER_WORD };

@@ -1,4 +1,4 @@
-// From memory to registers, as the numbers are there.
+// Loads from memory to registers, without conversion.
 
 #pragma once
 

@@ -5,7 +5,7 @@
 #include "floats.h"
 #include "dialect/words.h"
 
-// dh = r (weight dy - h r pulled), with pulled = mean(h r weight dy)
+// dh = r (weight dy - h r pulled), with pulled = mean(h r weight dy).
 template <int W>
 FUNCTION Floats<W> rms_norm_pullback(Floats<W> h, Floats<W> weight, Floats<W> dy, float r,
                                      float pulled) {

@@ -1,4 +1,4 @@
-// The last stage of its vjp.
+// The last stage of static_layer's vjp.
 
 #pragma once
 
@@ -9,8 +9,8 @@
 #include "streams.h"
 #include "dialect/words.h"
 
-// dx_j = sum_i H_res[i, j] g_i + h_pre_j dh; to the sums, of dh_pre, dh_post and dH_res in turn,
-// are added x_j . dh, g_i . y and g_i . x_j. Return dweight = dy h r.
+// Stores dx_j = sum_i H_res[i, j] g_i + h_pre_j dh. Adds x_j . dh, g_i . y and g_i . x_j to `sums`,
+// which has dh_pre, dh_post and dH_res in turn. Returns dweight = dy h r.
 template <int N, int W, typename P, typename V, typename H>
 FUNCTION Floats<W> static_pullback(P dx, int C, Streams<N, W> x, Streams<N, W> g, float r,
                                    float pulled, Floats<W> weight, V sums, H pre, H post, H res) {

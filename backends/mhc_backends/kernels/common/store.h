@@ -1,4 +1,4 @@
-// W numbers to memory, at any address.
+// Stores W numbers to memory, at any address.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-// store(p, v): v's numbers from p on, each rounded to the nearest of p's type.
+// store(p, v): stores the numbers of v from p on, each rounded to the nearest in p's type.
 template <int W, typename P>
 FUNCTION void store(P p, Floats<W> v) {
     write(p, v, vectors<W>(p));

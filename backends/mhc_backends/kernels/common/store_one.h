@@ -1,10 +1,10 @@
-// A single number to memory.
+// Stores a single number.
 
 #pragma once
 
 #include "dialect/words.h"
 
-// v, rounded to the nearest of p's type.
+// Stores v, rounded to the nearest in p's type.
 template <typename T>
 FUNCTION void store_one(DEVICE T* p, float v) {
     *p = T(v);

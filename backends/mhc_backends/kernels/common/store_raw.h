@@ -1,4 +1,4 @@
-// Numbers that stay as they are in memory.
+// Stores numbers without conversion.
 
 #pragma once
 
@@ -23,7 +23,7 @@ FUNCTION void write_raw(DEVICE T* p, Raw<T, W> v, bool by_vectors) {
     }
 }
 
-// store_raw(p, v): v's numbers from p on.
+// store_raw(p, v): stores the numbers of v from p on.
 template <typename P, typename T, int W>
 FUNCTION void store_raw(P p, Raw<T, W> v) {
     write_raw(p, v, vectors<W>(p));
@@ -33,7 +33,7 @@ FUNCTION void store_raw(AlignedAddress<P> to, Raw<T, W> v) {
     write_raw(to.p, v, true);
 }
 
-// v as it would be in memory of p's type; W is even.
+// Converts v to p's type, in the format of memory; W is even.
 template <int W, typename T>
 FUNCTION Raw<T, W> packed(const DEVICE T*, Floats<W> v) {
     enum { PER_WORD = Raw<T, W>::PER_WORD };

@@ -12,13 +12,13 @@ struct Streams {
     Floats<W> at[N];
 };
 
-// The same as they are in memory.
+// The same numbers in the format of memory.
 template <int N, typename R>
 struct RawStreams {
     R at[N];
 };
 
-// The streams at channels c, c + 1, ..., each C long; zeros beyond C.
+// The streams of C channels each, at channels c, c + 1, ...; zeros if c is beyond C.
 template <int N, int W, typename P>
 FUNCTION auto load_raw_streams(P token, int C, int c) {
     RawStreams<N, decltype(load_raw<W>(token))> out = {};

@@ -1,4 +1,4 @@
-// Sums over a threadgroup that all its threads use.
+// Sums over a threadgroup, for all of its threads.
 
 #pragma once
 
@@ -7,9 +7,9 @@
 #include "dialect/simd.h"
 #include "dialect/words.h"
 
-// Sums COUNT numbers of each thread for every thread, in an order that depends on nothing but the
-// number of threads. All threads must come here. There is one barrier: the next call needs another
-// `shared`, and the one after it may have this one again. It needs COUNT * MOST_SIMDGROUPS floats.
+// Returns the sums of COUNT numbers of each thread to every thread, in an order that depends only
+// on the number of threads. All threads must come here. There is one barrier, so two consecutive
+// calls need two different `shared`, which may alternate; each has COUNT * MOST_SIMDGROUPS floats.
 template <int COUNT, typename S>
 FUNCTION Floats<COUNT> sums_for_all(Floats<COUNT> values, S shared, Position here) {
     const int lane = here.id % SIMD, simdgroup = here.id / SIMD;

@@ -1,9 +1,9 @@
-// How wide an access to memory is.
+// The width of an access to memory.
 
 #pragma once
 
 template <int COUNT>
-struct Words;  // a vector of so many words of 32 bits
+struct Words;  // a vector of COUNT words of 32 bits
 
 // Elements per memory access: the largest power of two that divides W and fits in 16 bytes.
 template <typename T, int W>

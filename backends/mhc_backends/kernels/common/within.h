@@ -1,10 +1,10 @@
-// Numbers of streams beyond the last one.
+// Stream numbers beyond the last stream.
 
 #pragma once
 
 #include "dialect/words.h"
 
-// The number of a stream, of the last one for those beyond.
+// Stream i, or the last stream if i is beyond it.
 template <int N>
 FUNCTION int within(int i) {
     return i < N ? i : N - 1;

@@ -1,4 +1,4 @@
-// From registers to memory.
+// Stores from registers to memory, rounded to the type of the memory.
 
 #pragma once
 

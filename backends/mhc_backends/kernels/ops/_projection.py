@@ -29,11 +29,11 @@ __all__ = [
     "weights_vjp",
 ]
 
-DPHI_STEPS = 8  # K steps of 32 tokens, whose du is in threadgroup memory at once
-DPHI_COLUMNS = 32  # whose sums a simdgroup keeps in registers
-KEPT = 4  # streams, that combine_project keeps in registers
-K_BLOCK = 4  # streams of a K block of combine_project, at most
-MOST_COLUMNS = 32  # whose B operands leave room for a second K step in threadgroup memory
+DPHI_STEPS = 8  # K steps of 32 tokens whose du is in threadgroup memory at a time
+DPHI_COLUMNS = 32  # columns whose sums a simdgroup keeps in registers
+KEPT = 4  # the most streams that combine_project keeps in registers
+K_BLOCK = 4  # the most streams in a K block of combine_project
+MOST_COLUMNS = 32  # columns whose B operands leave threadgroup memory for a second K step
 
 
 class Projected(NamedTuple):
@@ -97,7 +97,7 @@ def combine_project(
     tiles = _tiles(phi, launch.COLUMNS_AT_ONCE)
     narrow = x.dtype != mx.float32
     chosen = {"COLUMN_TILES": tiles, "STEPS": math.gcd(sizes.n, K_BLOCK) if narrow else 1}
-    # every simdgroup of the former reads all streams, so it is for a tile of tokens alone
+    # every simdgroup of combine_project_few reads all streams, so it is for one tile of tokens
     if sizes.T <= launch.TILE_TOKENS and launch.few(sizes.T, sizes.C):
         chosen["SCRATCH"] = launch.SCRATCH[kernels.dialect]
         x_new, partials = kernels("combine_project_few", inputs, outputs, sizes, **chosen)
@@ -136,8 +136,9 @@ def _stage(
     rows: int = 0,
     most: int = 0,
 ) -> tuple[Stage, int]:
-    """Choose the K steps whose B operands are in threadgroup memory, at least ``unit``, and how
-    many times ``rows`` of each thread are in flight to it, ``most`` if there is room.
+    """Choose the number of K steps whose B operands are in threadgroup memory, at least ``unit``.
+
+    Also return the number of pipeline buffers of ``rows`` rows per thread, at most ``most``.
     """
     dtype = dtype_name(x.dtype)
     each = launch.operand_bytes(tiles, dtype, kernels.dialect)

@@ -1,4 +1,7 @@
-"""combine_pre: kernels ``combine_project`` and ``pre``; the vjp is pre's, then combine's."""
+"""combine_pre: kernels ``combine_project`` (or ``combine_project_few``) and ``pre``.
+
+The vjp is pre's, then combine's.
+"""
 
 from __future__ import annotations
 

@@ -60,9 +60,9 @@ def _pullback_wide(
     h_res: mx.array,
     g: mx.array,
 ) -> tuple[mx.array, ...]:
-    """Return the same from combine's kernel, for H = h_post H_res h_pre without y, and pre_scale's.
+    """Return the same by the vjp kernels of combine, with H = h_post H_res h_pre, and pre_scale.
 
-    With G[i, j] = g_i . x_j and Y_i = g_i . y_i the sums over C; see gated_combine_vjp.h.
+    They compute the sums over C, G[i, j] = g_i . x_j and Y_i = g_i . y_i: see gated_combine_vjp.h.
     """
     dy, Y = scale_pullback(kernels, y, h_post, g)
     pre, post, res = (a.astype(mx.float32) for a in (h_pre, h_post, h_res))

@@ -1,4 +1,4 @@
-"""head: kernels ``project`` and ``head``, and those of their vjps."""
+"""head: kernels ``project`` (or ``project_few``) and ``head``, and the kernels of their vjps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mappings: kernels ``project`` and ``mappings``, and those of their vjps."""
+"""mappings: kernels ``project`` (or ``project_few``), ``mappings`` and those of their vjps."""
 
 from __future__ import annotations
 

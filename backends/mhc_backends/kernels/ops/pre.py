@@ -1,4 +1,4 @@
-"""pre: kernels ``project`` and ``pre``, and those of their vjps."""
+"""pre: kernels ``project`` (or ``project_few``) and ``pre``, and the kernels of their vjps."""
 
 from __future__ import annotations
 

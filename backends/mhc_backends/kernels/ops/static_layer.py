@@ -1,7 +1,7 @@
-"""static_layer: kernels ``static_layer`` and ``static_layer_vjp``, or for many streams
-``aggregate``, ``rms_norm`` and their vjps, and ``static_layer_vjp_wide``.
+"""static_layer: the kernel ``static_layer``, and for its vjp ``static_layer_vjp``.
 
-The mappings, which are the same for all tokens, are those of static_mappings.
+With many streams the vjp runs ``aggregate``, ``rms_norm``, ``rms_norm_vjp`` and
+``static_layer_vjp_wide``. All tokens share the mappings, which static_mappings computes.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _collapsed(kernels: Kernels, x: mx.array, weights: mx.array) -> mx.array:
 
 
 def _split(sums: mx.array, n: int) -> tuple[mx.array, ...]:
-    """Return dh_pre, dh_post, dH_res and what comes after them."""
+    """Return dh_pre, dh_post, dH_res and the rest of the sums."""
     dh_pre, dh_post, dh_res, rest = mx.split(sums.reshape(-1), [n, 2 * n, 2 * n + n * n])
     return dh_pre, dh_post, dh_res.reshape(n, n), rest
 

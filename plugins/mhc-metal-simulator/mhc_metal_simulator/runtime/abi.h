@@ -1,4 +1,4 @@
-// What Python and the runtime hand each other; engine.py mirrors these structs field by field.
+// The structs that Python and the runtime exchange; engine.py mirrors them field by field.
 // The runtime is freestanding: it includes no system header, so that a bare clang builds it.
 #pragma once
 

@@ -1,4 +1,4 @@
-// A GPU thread is a fiber: a stack of its own, left at barriers and simd operations.
+// A GPU thread is a fiber with its own stack, which switches at barriers and simd operations.
 #pragma once
 #include "abi.h"
 

@@ -1,10 +1,10 @@
-// Every load and store of the kernel comes here first: bounds, races, unwritten memory, counts.
+// Checks before every load and store of the kernel: bounds, races, unwritten memory, counts.
 #pragma once
 #include "race.h"
 
 // ---- threadgroup memory ------------------------------------------------------------------------
 
-// Arrays lie apart, so that running over the end of one is not an access to the next.
+// Arrays have gaps between them, so that an overrun of one is not an access to the next.
 enum : u64 { SHARED_GAP = 256, SHARED_ROOM = 96 * 1024, MAX_SHARED = 128 };
 
 static u8 shared_memory[SHARED_ROOM] __attribute__((aligned(256)));
@@ -13,7 +13,7 @@ static SharedArray shared_arrays[MAX_SHARED];
 static u32 shared_count;
 static u64 shared_end = SHARED_GAP;
 
-// Called while the library is loaded. What does not fit is refused before any launch.
+// Called while the library is loaded. Arrays that do not fit are refused before any launch.
 MHC_INTERNAL u8* mhc_shared(const char* name, u64 size) {
     if (shared_count == MAX_SHARED) return shared_memory;
     shared_arrays[shared_count++] = {name, size, shared_end};
@@ -175,7 +175,7 @@ MHC_INTERNAL void mhc_atomic_access(u64 address, u64 size, u32 read, u32 write, 
 
 // ---- the calls that clang puts before loads and stores (-fsanitize=kernel-address) --------------
 
-// With a size in the name where the type's alignment is its size, else with N.
+// The name ends in the size if the type's alignment is its size, else in N.
 #define CALLER ((u64)__builtin_return_address(0))
 #define MHC_SIZED(n)                                                                             \
     MHC_INTERNAL void __asan_load##n##_noabort(u64 at) { check_aligned(at, n, false, CALLER); } \

@@ -1,4 +1,4 @@
-// Are two accesses to one place ordered? A Cell remembers the latest of them.
+// Whether two accesses to one place are ordered. A Cell keeps the latest accesses.
 //
 // Epochs count the barriers that ordered a kind of memory: one counter for the threadgroup, one
 // per simdgroup. Accesses of two threads conflict when one writes and neither counter has moved
@@ -23,7 +23,7 @@ static bool conflicts(const Access& now, u32 thread, u32 simd_epoch) {
     return simdgroup_of(thread) != simdgroup_of(now.thread) || simd_epoch >= now.simd_epoch;
 }
 
-// Instead of the other thread of a race; NOBODY stands for one of another threadgroup.
+// Replaces the other thread of a race; NOBODY means one of another threadgroup.
 enum : u32 { NO_RACE = 0x10000 };
 
 static u32 race_with_write(const Cell& cell, const Access& now) {

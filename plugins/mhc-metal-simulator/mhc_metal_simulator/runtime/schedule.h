@@ -4,7 +4,7 @@
 
 enum State : u8 { READY, AT_BARRIER, AT_SIMD, FINISHED };
 
-// Where a thread waits: which operation, at which line and column of the source.
+// The place where a thread waits: the operation, and its line and column in the source.
 struct Site {
     u32 operation, line, column;
     bool operator==(const Site& o) const {
@@ -25,7 +25,7 @@ struct Fiber {
 
 enum : u32 { EXCHANGE_BYTES = 64 };
 
-// What the lanes of a simdgroup show each other in one operation.
+// The values that the lanes of a simdgroup exchange in one operation.
 struct Exchange {
     alignas(64) u8 value[SIMD_WIDTH][EXCHANGE_BYTES];
     alignas(64) u8 result[EXCHANGE_BYTES];
@@ -96,7 +96,7 @@ static bool divergence(u32 thread, u32 other) {
     return false;
 }
 
-// Lets `count` threads from `first` on continue, if all of them wait at one and the same place.
+// Lets `count` threads from `first` on continue, if all of them wait at the same place.
 static bool release(u32 first, u32 count, u32* epochs) {
     u32 flags = ~0u;
     for (u32 i = first; i < first + count; i++) {
@@ -109,7 +109,7 @@ static bool release(u32 first, u32 count, u32* epochs) {
     return true;
 }
 
-// A thread has just stopped: do those it waits for wait too?
+// Called when a thread stops: checks whether the threads that it waits for wait too.
 static bool arrive(u32 thread) {
     const Fiber& fiber = m.fibers[thread];
     Simdgroup& simdgroup = m.simdgroups[simdgroup_of(thread)];
@@ -124,7 +124,7 @@ static bool arrive(u32 thread) {
     return true;
 }
 
-// Nobody can go on: name a thread that waits and one of those that it waits for in vain.
+// No thread can continue: names a thread that waits, and one that it waits for in vain.
 static bool stuck() {
     for (u32 i = 0; i < m.threads; i++) {
         const State state = m.fibers[i].state;
@@ -247,7 +247,7 @@ MHC_INTERNAL Exchange* mhc_simd_exchange(const void* value, u32 size, u32 line, 
     exchange.ready = 0;
     exchange.lanes = simdgroup.lanes;
     wait(AT_SIMD, {OPERATION_EXCHANGE, line, column}, 0);
-    // The first lane to go on opens the other exchange for the next operation.
+    // The first lane that continues opens the other exchange for the next operation.
     if (&exchange == &simdgroup.exchange[simdgroup.turn & 1]) simdgroup.turn++;
     return &exchange;
 }

@@ -1,5 +1,5 @@
 // Conversions of half and bfloat16, rounding to nearest even, which clang calls where the machine
-// has no instruction for them. Having them here spares a dependency on a compiler's own library.
+// has no instruction for them. With them, the runtime needs no library of a compiler.
 #pragma once
 #include "abi.h"
 

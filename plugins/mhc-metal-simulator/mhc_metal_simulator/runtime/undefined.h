@@ -1,5 +1,5 @@
 // The calls that clang puts where C++ leaves the outcome undefined (-fsanitize=array-bounds,
-// integer-divide-by-zero). They bring the line of the source along.
+// integer-divide-by-zero). Their arguments have the line of the source.
 #pragma once
 #include "memory.h"
 

@@ -1,4 +1,4 @@
-// Sums of products, in registers.
+// Accumulators: sums of products in registers.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// Sums of K blocks that several simdgroups make, in threadgroup memory.
+// Sums of K blocks in threadgroup memory, each made by one simdgroup.
 
 #pragma once
 
@@ -8,14 +8,14 @@
 #include "dialect/lanes.h"
 #include "dialect/words.h"
 
-// Numbers of a token in threadgroup memory: its products, then its squares, a number for each of
-// the four lanes that have some.
+// The numbers of a token in threadgroup memory: its products, then its squares, one sum for each of
+// the four lanes that hold a row.
 template <int COLUMN_TILES>
 struct Width {
     enum { NUMBERS = COLUMN_TILES * TILE_COLUMNS + 4 };
 };
 
-// Puts the sums of one K block, where `tokens` of them belong.
+// Puts the sums of one K block, of the first `tokens` rows, into threadgroup memory.
 template <int COLUMN_TILES, typename S>
 FUNCTION void put_block_sums(S k_block, Sums<COLUMN_TILES, 1> sums, int tokens, int lane) {
     UNROLL for (int h = 0; h < 2; h++) {
@@ -34,8 +34,8 @@ FUNCTION void put_block_sums(S k_block, Sums<COLUMN_TILES, 1> sums, int tokens, 
     }
 }
 
-// Adds `count` K blocks, one by one, to the totals of `tokens`; a thread has the same of them
-// always.
+// Adds `count` K blocks, one by one, to the totals of `tokens` tokens; each total belongs to one
+// thread, the same in every call.
 template <int COLUMN_TILES, typename S>
 FUNCTION void add_k_blocks(S totals, S k_blocks, int count, int tokens, bool first, Position here) {
     const int NUMBERS = Width<COLUMN_TILES>::NUMBERS;
@@ -47,8 +47,8 @@ FUNCTION void add_k_blocks(S totals, S k_blocks, int count, int tokens, bool fir
     }
 }
 
-// Stores the totals, as store_sums does; `partials` is the first token's, and `stride` between
-// them.
+// Stores the totals in the layout of store_sums. `partials` points to those of the first token;
+// tokens are `stride` apart.
 template <int COLUMN_TILES, typename S, typename P>
 FUNCTION void store_totals(S totals, P partials, int64_t stride, int column, int M, int tokens,
                            Position here) {

@@ -9,7 +9,8 @@
 #include "dialect/lanes.h"
 #include "dialect/words.h"
 
-// Of COLUMN_TILES tiles of du[T, M]'s columns and 32 tokens, those below `end`.
+// The B operand from du[T, M]: COLUMN_TILES tiles of columns, 32 tokens from `first` on; zeros from
+// token `end` on.
 template <int COLUMN_TILES, typename P>
 FUNCTION BTiles<COLUMN_TILES> load_du(P du, int M, int column, int64_t first, int64_t end,
                                       int lane) {
@@ -25,14 +26,14 @@ FUNCTION BTiles<COLUMN_TILES> load_du(P du, int M, int column, int64_t first, in
     return out;
 }
 
-// 4 channels of 8 tokens, as they are in memory.
+// 4 channels of 8 tokens, in the format of memory.
 template <typename R>
 struct RawTokens {
     R at[8];
 };
 
-// Of this lane's tokens, of 32 from `first` on; the last one before `end` in the place of those
-// beyond.
+// Loads this lane's 8 of the 32 tokens from `first` on. The last token before `end` replaces those
+// beyond it: their du is zero.
 template <typename P>
 FUNCTION auto load_tokens(P x, int64_t K, int64_t first, int64_t end, int rest, int lane) {
     RawTokens<decltype(load_raw<4>(x))> out;
@@ -43,7 +44,7 @@ FUNCTION auto load_tokens(P x, int64_t K, int64_t first, int64_t end, int rest, 
     return out;
 }
 
-// One channel of them.
+// One channel of the 8 tokens.
 template <typename T>
 FUNCTION Raw<T, 8> transposed(RawTokens<Raw<T, 4>> tokens, int channel) {
     enum { PER_WORD = Raw<T, 8>::PER_WORD };

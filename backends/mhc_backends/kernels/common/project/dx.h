@@ -9,8 +9,8 @@
 #include "dialect/mma.h"
 #include "dialect/words.h"
 
-// The B operands of 8 columns of phi and 4 times 8 channels. Of their products a lane gets 8
-// channels side by side, those from 4 * tile_pair on: product t has channels t and 4 + t of them.
+// B operands of 8 columns of phi and 4 times 8 channels. Their products give a lane 8 adjacent
+// channels, from 4 * tile_pair on: product t has channels t and 4 + t of these.
 struct PhiFragments {
     BFragment at[4];
 };
@@ -34,8 +34,8 @@ FUNCTION PhiFragments load_phi_fragments(P phi, int64_t K, int M, int column, in
     return out;
 }
 
-// The A operand of 16 tokens from `first` on and 8 columns of du[T, M]; `upper` is this lane's
-// first token.
+// The A operand of 16 tokens and 8 columns of du[T, M] from `column` on; `upper` is the token of
+// this lane's upper row.
 template <typename P>
 FUNCTION AFragment load_a_fragment(P du, int M, int column, int64_t upper, int64_t T, int lane) {
     float given[4];

@@ -1,4 +1,4 @@
-// K blocks on their way to a pipeline buffer, in threadgroup memory.
+// Copies of the streams' K blocks to pipeline buffers in threadgroup memory.
 
 #pragma once
 
@@ -10,7 +10,8 @@
 #include "dialect/copies.h"
 #include "dialect/words.h"
 
-// A lane's share of a buffer, and a K block's way through it.
+// The size of a pipeline buffer. start_k_block starts the copies of a K block to it, and
+// take_k_block reads the A operand from it.
 template <int STEPS, int TOKEN_TILES, typename R>
 struct Buffer {
     enum { FRAGMENTS = 2 * STEPS * TOKEN_TILES * RowFragments<R>::COUNT * SIMD };

@@ -9,7 +9,8 @@
 #include "starts.h"
 #include "dialect/words.h"
 
-// This lane's numbers of STEPS K steps that begin `at` farther on; `rest` channels are in a row.
+// Loads this lane's numbers of STEPS K steps, `at` numbers after its rows' starts; the row has
+// `rest` more channels.
 template <int STEPS, int TOKEN_TILES, typename P>
 FUNCTION auto load_steps(Starts<TOKEN_TILES, P> starts, int64_t at, int rest) {
     AOperand<decltype(load_raw<8>(starts.at[0][0])), STEPS, TOKEN_TILES> out;
@@ -22,8 +23,8 @@ FUNCTION auto load_steps(Starts<TOKEN_TILES, P> starts, int64_t at, int rest) {
     return out;
 }
 
-// Those of K block number `k_block` of a split, whose STEPS are of one stream; from the split's
-// first channel of this lane, `rest` are in a row.
+// Loads K block number `k_block` of a split: STEPS K steps of one stream. From this lane's first
+// channel in the split, the row has `rest` more channels.
 template <int N, int STEPS, int TOKEN_TILES, typename P>
 FUNCTION auto load_k_block(Starts<TOKEN_TILES, P> starts, int C, int k_block, int rest) {
     const int c = k_block / N * (STEPS * STEP_CHANNELS);

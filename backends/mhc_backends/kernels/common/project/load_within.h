@@ -7,8 +7,8 @@
 #include "../load.h"
 #include "dialect/words.h"
 
-// The first `rest` numbers from p on, and zeros. Where that is known to be aligned, there are whole
-// K steps alone.
+// Loads the first `rest` of W numbers from p on, and zeros for the others. An address that is known
+// to be aligned has whole K steps only, so rest is at least W or at most 0.
 template <int W, typename P>
 FUNCTION Floats<W> load_within(P p, int rest) {
     Floats<W> out = zeros<W>();

@@ -13,7 +13,8 @@
 #include "dialect/unroll.h"
 #include "dialect/words.h"
 
-// sum + sum_j res_{first + j} x_j, for streams that are in registers, or else from `token` on.
+// Returns sum + sum_j res_{first + j} x_j; the streams x are in registers if KEPT, else they are
+// loaded from `token` on.
 template <int N, bool KEPT, int COUNT, typename R, typename H, typename P>
 FUNCTION Floats<8> mix_streams(Floats<8> sum, H res, int first, RawStreams<COUNT, R> streams,
                                P token, int C, int rest) {

@@ -1,4 +1,4 @@
-// What they are made of: loads, and copies on their way to a pipeline buffer.
+// The inputs of mix.h: loads, and copies to a pipeline buffer.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 #include "dialect/copies.h"
 #include "dialect/words.h"
 
-// N streams at 8 channels, `rest` of them in a row, as they are in memory.
+// COUNT streams at 8 channels, of which the row has `rest`, in the format of memory.
 template <int COUNT, typename P>
 FUNCTION auto load_streams_within(P token, int C, int rest) {
     RawStreams<COUNT, decltype(load_raw<8>(token))> out;
@@ -20,7 +20,7 @@ FUNCTION auto load_streams_within(P token, int C, int rest) {
     return out;
 }
 
-// What a lane mixes: the streams of its two tokens, where they are kept, and their layer.
+// The inputs of a lane: COUNT streams of its two tokens, and the layer's output y of these tokens.
 template <int COUNT, typename R>
 struct MixInputs {
     RawStreams<COUNT, R> streams[2];
@@ -37,7 +37,7 @@ FUNCTION auto load_mix_inputs(Starts<1, P> x, Starts<1, Q> y, int C, int c, int 
     return out;
 }
 
-// The same on its way to `buffer`, where all streams are kept.
+// Starts the copies of these inputs, with all streams, to `buffer`; take_mix_inputs reads them.
 template <int COUNT, typename R, typename S, typename P, typename Q>
 FUNCTION void start_mix_inputs(R like, S buffer, Starts<1, P> x, Starts<1, Q> y, int C, int c,
                                int lane) {

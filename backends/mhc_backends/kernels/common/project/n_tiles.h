@@ -1,6 +1,6 @@
-// N tiles of the products that give streams: 32 channels of one stream, one for each simdgroup. Two
-// of a stream come first, then the next stream's, so that a threadgroup reads whole lines of memory
-// and shares what all streams need.
+// N tiles of the products whose results are streams: an N tile is 32 channels of one stream, for
+// one simdgroup. Two N tiles of a stream come first, then two of the next stream, so that a
+// threadgroup reads whole lines of memory and shares the inputs that all streams need.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// Loads of phi's numbers.
+// Loads of phi.
 
 #pragma once
 
@@ -8,8 +8,9 @@
 #include "dialect/lanes.h"
 #include "dialect/words.h"
 
-// The numbers of COLUMN_TILES tiles of phi[M, K]'s columns from `column` on and 32 channels from
-// `at` on, `rest` of them in a row; columns beyond phi are not stored, so they may be any.
+// Loads COLUMN_TILES tiles of phi[M, K]'s rows (the product's columns) from `column` on, 32
+// channels from `at` on, of which the row has `rest`. Columns beyond M load row M - 1: their sums
+// are not stored.
 template <int COLUMN_TILES, typename P>
 FUNCTION BTiles<COLUMN_TILES> load_phi(P phi, int64_t K, int M, int column, int64_t at, int rest,
                                        int lane) {

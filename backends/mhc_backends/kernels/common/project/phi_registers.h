@@ -7,7 +7,7 @@
 #include "staged.h"
 #include "dialect/words.h"
 
-// Those of STEPS K steps, from `k_step` on.
+// The B operands of STEPS K steps; load_b_operands loads those from `k_step` on.
 template <typename F, int STEPS>
 struct BOperands {
     F at[STEPS];

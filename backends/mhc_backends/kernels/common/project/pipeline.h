@@ -1,7 +1,7 @@
-// Rows of 8 numbers for each lane on their way to threadgroup memory. There, 16-byte fragment k of
-// a lane's numbers is beside the next lane's. Where they are two fragments, the four lanes of a row
-// copy four that follow one another, as memory gives 32 bytes at least: so what a lane takes may be
-// another's copy.
+// Copies of rows, 8 numbers for each lane, to threadgroup memory. There, 16-byte fragment k of a
+// lane is next to fragment k of the next lane. Where a row is two fragments per lane, its four
+// lanes copy four adjacent fragments at a time, because memory transfers at least 32 bytes: so a
+// lane may take fragments that another lane copied.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// The same, of numbers as they are in memory.
+// load_within in the format of memory: the first `rest` of W numbers from p on, then zeros.
 
 #pragma once
 

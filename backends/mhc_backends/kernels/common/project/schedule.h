@@ -1,4 +1,4 @@
-// Which split and which tokens a persistent threadgroup takes.
+// The split and the tokens of a persistent threadgroup.
 
 #pragma once
 
@@ -6,8 +6,8 @@
 #include "layout.h"
 #include "dialect/words.h"
 
-// A threadgroup takes one split, and tokens from `begin` on in iterations, each `step` after the
-// last one. All threadgroups move through the tokens together.
+// A threadgroup takes one split. It iterates over the tokens, from `begin` on in steps of `step`.
+// All threadgroups move through the tokens together.
 struct Schedule {
     int splits, split, begin_channel, end_channel;
     int64_t begin, step;

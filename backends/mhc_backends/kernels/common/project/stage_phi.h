@@ -8,9 +8,9 @@
 #include "staged.h"
 #include "dialect/words.h"
 
-// Puts the B operands of `count` K steps, from `k_step` on, into threadgroup memory, when all are
-// done with what was there before; a simdgroup has FEW of them under way together. All threads must
-// come here.
+// Puts the B operands of `count` K steps, from `k_step` on, into threadgroup memory. It waits until
+// all threads have read the operands before them. A simdgroup loads FEW K steps at once. All
+// threads must come here.
 template <int N, int RUN, int COLUMN_TILES, int FEW, typename R, typename S, typename P>
 FUNCTION void stage_phi(S shared, R like, P phi, int64_t K, int M, int C, int column, int begin,
                         int k_step, int count, Position here) {

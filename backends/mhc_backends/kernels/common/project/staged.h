@@ -14,14 +14,14 @@ FUNCTION void put(S shared, F operand, int lane) {
         shared[k * SIMD + lane] = operand.frag[k];
 }
 
-// Those from `from` on, of rows of a type.
+// The staged B operands from `from` on, for A operands of type T.
 template <int COLUMN_TILES, typename T, typename S>
 FUNCTION StagedOperand<BOperand<T, COLUMN_TILES>::FRAGMENTS, S> staged_operand(Raw<T, 8>, S from,
                                                                                int lane) {
     return {from, lane};
 }
 
-// The B operand for rows of a type.
+// Makes the B operand of phi's numbers, for A operands of type T.
 template <int COLUMN_TILES, typename T>
 FUNCTION BOperand<T, COLUMN_TILES> b_operand_for(Raw<T, 8>, BTiles<COLUMN_TILES> tiles) {
     return b_operand(tiles, T(0.0f));

@@ -1,12 +1,12 @@
-// Where a lane's rows begin.
+// The addresses of a lane's rows.
 
 #pragma once
 
 #include "dialect/lanes.h"
 #include "dialect/words.h"
 
-// Where this lane's tokens of TOKEN_TILES tiles from `first` on begin; those beyond T are the last
-// one.
+// The addresses of this lane's two tokens in each of TOKEN_TILES tiles from token `first` on. The
+// last token replaces those beyond T.
 template <int TOKEN_TILES, typename P>
 struct Starts {
     P at[TOKEN_TILES][2];

@@ -1,4 +1,4 @@
-// Sums to memory, as split-K partials.
+// Stores the sums of a split as split-K partials.
 
 #pragma once
 
@@ -7,8 +7,8 @@
 #include "dialect/simd.h"
 #include "dialect/words.h"
 
-// Stores the sums of the tokens from `first` on in partials[T, P, M + 1]: of COLUMN_TILES tiles of
-// columns from `column` on, and once the squares, in the last place.
+// Stores the sums of the tokens from `first` on in partials[T, P, M + 1]: the products of
+// COLUMN_TILES tiles of columns from `column` on and, with column 0, the squares in the last place.
 template <int COLUMN_TILES, int TOKEN_TILES, typename P>
 FUNCTION void store_sums(P partials, int64_t first, int64_t T, int count, int split,
                          Sums<COLUMN_TILES, TOKEN_TILES> sums, int column, int M, int lane) {

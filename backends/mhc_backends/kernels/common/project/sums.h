@@ -10,8 +10,8 @@
 #include "dialect/operands.h"
 #include "dialect/words.h"
 
-// Of TOKEN_TILES tiles of 16 tokens: for COLUMN_TILES tiles of phi's columns, and of the squares of
-// this lane's numbers.
+// A lane's sums of TOKEN_TILES tiles of 16 tokens: products with COLUMN_TILES tiles of phi's
+// columns, and the squares of this lane's own numbers.
 template <int COLUMN_TILES, int TOKEN_TILES>
 struct Sums {
     Accumulators<COLUMN_TILES, TOKEN_TILES> products;
@@ -27,7 +27,7 @@ FUNCTION Sums<COLUMN_TILES, TOKEN_TILES> zero_sums() {
     return out;
 }
 
-// A long sum is taken in K blocks, as tensor cores do not round what they add.
+// Adds the sums of one K block, multiplied on its own because tensor cores truncate what they add.
 template <int COLUMN_TILES, int TOKEN_TILES, int STEPS, typename R, typename F>
 FUNCTION Sums<COLUMN_TILES, TOKEN_TILES> add_k_block(Sums<COLUMN_TILES, TOKEN_TILES> sums,
                                                      AOperand<R, STEPS, TOKEN_TILES> rows,

@@ -1,7 +1,7 @@
-// Iterations in one of two spaces. LinearSpace keeps a matrix as its numbers, divided by what the
-// sums are; LogSpace as half of their logarithms, so that no line can underflow to 0 / 0, and the
-// difference of any two finite ones is finite. Either way a line has a divisor: `scaled` with it
-// undoes the division, and `nothing` is the one that changes no number.
+// Iterations in one of two spaces. LinearSpace keeps the matrix's entries and divides them by their
+// sums. LogSpace keeps half the logarithm of each entry, so that no line can underflow to 0 / 0 and
+// the difference of two finite entries is finite. In both, dividing a line has a divisor: `scaled`
+// with this divisor undoes the division, and the divisor `nothing` changes no entry.
 
 #pragma once
 
@@ -22,7 +22,7 @@ FUNCTION Floats<N> scale_a(Floats<N> v, float factor) {
     return v;
 }
 
-// The factor of the line at a is lane a's.
+// Scales along b; lane a has the factor of the line at a.
 template <typename SPACE, int N>
 FUNCTION Floats<N> scale_b(Floats<N> v, float factor, Position here) {
     const Floats<N> factors = of_lanes<N>(factor, here);
@@ -38,8 +38,8 @@ FUNCTION Floats<N> values(Floats<N> v) {
     return v;
 }
 
-// A matrix after a division: along a with the divisor of this lane's line, or along b with that at
-// this lane's own place along a.
+// A matrix after a division. Along a, the divisor is that of this lane's line; along b, that of the
+// line at this lane's own place along a.
 template <int N>
 struct Divided {
     Floats<N> v;
@@ -85,9 +85,9 @@ struct LogSpace {
     static FUNCTION float scaled(float v, float factor) { return v + factor; }
     static FUNCTION float value(float v) { return precise::exp(v + v); }
 
-    // A divisor is the shift and a logarithm. A shift that is `far` is taken away by itself: in a
-    // sum it would round the logarithm away. Where it does so in the divisor, what that brings back
-    // has an exp of 0.
+    // A divisor is the sum of a shift and a logarithm. A `far` shift is subtracted separately:
+    // added first, it would round the logarithm away. Where that happens in the divisor, the entry
+    // that the divisor restores has an exp of 0.
     static FUNCTION float far(float shift) { return fabs(shift) > 1.0f ? shift : nothing(); }
 
     template <int N>
@@ -116,7 +116,7 @@ struct LogSpace {
     }
 };
 
-// An iteration, and its two divisors. Matrices that are not `active` stay as they are.
+// One iteration and its two divisors. A matrix that is not `active` stays unchanged.
 template <int N>
 struct Step {
     Floats<N> v;

@@ -1,4 +1,4 @@
-// Its vjp.
+// The vjp of sinkhorn_knopp.
 
 #pragma once
 
@@ -19,7 +19,7 @@ FUNCTION Floats<N> solution_vjp(Floats<N> start, Floats<N> g, bool active, int m
     return pull_steps<SPACE, true>(start, g, solved.steps, solved.most, 0.0f, kept, here).G;
 }
 
-// The cotangent of the logits, back through the steps that were taken; `kept` as in sinkhorn_vjp.
+// Returns the cotangent of the logits, back through the steps taken; `kept` as in sinkhorn_vjp.h.
 template <int N, bool LOG_SPACE, typename S>
 FUNCTION Floats<N> knopp_matrix_vjp(Floats<N> logits, Floats<N> g, Position here, int most,
                                     float epsilon, S kept) {

@@ -1,10 +1,10 @@
 // Sinkhorn's matrices in the lanes of a simdgroup, as in mhc_core/math/sinkhorn.py: "a" is the axis
 // that is normalised first, "b" the other one.
 //
-// A matrix takes Lanes<N>::COUNT lanes side by side: a simdgroup has MATRICES of them. Lane b of a
-// matrix holds the N numbers of its line along a in registers. So a sum along a is the lane's own;
-// of the N sums along b, lane a has number a. Lanes from N on are padding, which adds nothing to
-// any sum. All 32 lanes must come to every function that takes `here`.
+// A matrix takes Lanes<N>::COUNT adjacent lanes, so a simdgroup has MATRICES matrices. Lane b of a
+// matrix holds its line along a, N numbers, in registers. So a lane sums along a by itself; of the
+// N sums along b, lane a has number a. Lanes from N on are padding and add nothing to any sum. All
+// 32 lanes must come to every function that has the parameter `here`.
 
 #pragma once
 
@@ -22,11 +22,11 @@ struct Lanes {
         : N <= 16      ? 16
                        : 32,
         MATRICES = 32 / COUNT,  // of a simdgroup
-        FEW = COUNT <= 4        // lanes: each can have every sum over them at once
+        FEW = COUNT <= 4        // so few lanes that each computes every sum along b
     };
 };
 
-// b, and whether it is a line of the matrix.
+// This lane's b, and whether the matrix has that line.
 template <int N>
 FUNCTION int line(Position here) {
     return here.id % Lanes<N>::COUNT;
@@ -37,7 +37,7 @@ FUNCTION bool inside(Position here) {
     return N == Lanes<N>::COUNT || line<N>(here) < N;
 }
 
-// The sum over the lanes of a matrix, of one number each, for all of them.
+// The sum of one number of each lane of a matrix, for all of these lanes.
 template <int N>
 FUNCTION float sum_lines(float v, Position here) {
     if (!inside<N>(here)) v = 0.0f;
@@ -45,10 +45,9 @@ FUNCTION float sum_lines(float v, Position here) {
     return v;
 }
 
-// A simdgroup takes MATRICES tokens side by side, its first ones from first_tokens on, then those
-// that are next_tokens further on; this lane takes the one that is own_token further on than they.
-// Of a threadgroup no more than SIMDGROUPS simdgroups take part; T tells the others that they are
-// done.
+// The tokens of a simdgroup: MATRICES adjacent tokens from first_tokens on, then as many every
+// next_tokens further on. This lane's token is own_token after the first of them. At most
+// SIMDGROUPS simdgroups of a threadgroup take part; the others get T, past the last token.
 template <int N, int SIMDGROUPS = MOST_SIMDGROUPS>
 FUNCTION int64_t next_tokens(Position here) {
     const int simdgroups = here.threads / SIMD;

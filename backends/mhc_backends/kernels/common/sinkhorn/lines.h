@@ -1,4 +1,4 @@
-// A lane's line from and to memory.
+// Loads and stores of a lane's line.
 
 #pragma once
 
@@ -10,13 +10,13 @@
 #include "lanes.h"
 #include "dialect/words.h"
 
-// Where the number at (a, b) is in an [N, N] array, which holds H_res or its transpose.
+// The index of entry (a, b) in an [N, N] array of H_res or, if TRANSPOSED, of its transpose.
 template <int N, bool FIRST_COLUMNS, bool TRANSPOSED>
 FUNCTION int entry(int a, int b) {
     return FIRST_COLUMNS != TRANSPOSED ? a * N + b : b * N + a;
 }
 
-// A lane's line from and to such an array; zeros where there is none.
+// Loads this lane's line from such an array; zeros for padding or if not `there`.
 template <int N, bool FIRST_COLUMNS, bool TRANSPOSED, typename P>
 FUNCTION Floats<N> load_line(P entries, bool there, Position here) {
     const int b = line<N>(here);

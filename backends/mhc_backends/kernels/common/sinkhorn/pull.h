@@ -1,5 +1,5 @@
-// Back through the iterations. G = P g is the cotangent of log P. Each division's vjp is G -= P
-// sum_a(G) along its axis.
+// The vjp of the iterations. G = P g is the cotangent of log P. The vjp of a division along an axis
+// is G -= P sum(G), with the sum along that axis.
 
 #pragma once
 
@@ -27,10 +27,10 @@ FUNCTION Floats<N> pull_b(Floats<N> G, Floats<N> v, Floats<N> sums) {
 enum {
     SEGMENT = 20,                   // iterations whose divisors are kept at a time
     DIVISORS = 2 * SEGMENT * SIMD,  // floats of threadgroup memory that a simdgroup needs for them
-    DIVISOR_SIMDGROUPS = 2          // simdgroups that have it, of a threadgroup in the kernels here
+    DIVISOR_SIMDGROUPS = 2          // simdgroups of a threadgroup that have such memory
 };
 
-// A simdgroup's own part of DIVISORS * DIVISOR_SIMDGROUPS floats.
+// This simdgroup's own DIVISORS floats of the threadgroup memory `kept`.
 template <typename S>
 FUNCTION S own_divisors(S kept, Position here) {
     return kept + here.id / SIMD % DIVISOR_SIMDGROUPS * DIVISORS;
@@ -41,10 +41,10 @@ struct Pulled {
     Floats<N> G, v;
 };
 
-// Through the iterations that begin at `start`, for g the cotangent of their result: gives G and
-// the matrix there. All matrices of the simdgroup took `most` iterations, or, if they are FROZEN,
-// this lane's took `steps` of them. Beyond one segment the iterations are run again for each; a
-// lane reads only what it wrote.
+// Pulls g, the cotangent of the iterations' result, back to `start`: returns G and the matrix at
+// the start. All matrices of the simdgroup took `most` iterations; if FROZEN, this lane's matrix
+// took `steps`. The divisors of one segment are kept at a time, so the iterations run again for
+// each segment. A lane reads only divisors that it wrote.
 template <typename SPACE, bool FROZEN, int N, typename S>
 FUNCTION Pulled<N> pull_steps(Floats<N> start, Floats<N> g, int steps, int most, float eps, S kept,
                               Position here) {

@@ -1,4 +1,4 @@
-// sinkhorn: a number of iterations.
+// sinkhorn: a given number of iterations.
 
 #pragma once
 
@@ -16,9 +16,8 @@ FUNCTION Floats<N> take_steps(Floats<N> v, int steps, float eps, Position here) 
     return values<SPACE>(v);
 }
 
-// H_res of logits, at least one iteration. LOG: eps is 0, and a matrix whose entries might
-// underflow is kept as logarithms; the others take the same iterations on the numbers, which is
-// faster.
+// Returns H_res of logits, after at least one iteration. LOG: eps is 0, and a matrix whose entries
+// might underflow is iterated in LogSpace; the others in LinearSpace, which is faster.
 template <int N, bool LOG>
 FUNCTION Floats<N> sinkhorn_matrix(Floats<N> logits, Position here, int iterations, float eps) {
     Floats<N> out = zeros<N>();

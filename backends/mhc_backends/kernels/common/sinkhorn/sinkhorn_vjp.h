@@ -1,4 +1,4 @@
-// Its vjp.
+// The vjp of sinkhorn.
 
 #pragma once
 
@@ -13,8 +13,8 @@
 #include "dialect/simd.h"
 #include "dialect/words.h"
 
-// The cotangent of the logits from g, that of H_res. The iterations are run again, their divisors
-// are in `kept`: the DIVISORS floats of threadgroup memory that are this simdgroup's own.
+// Returns the cotangent of the logits from g, the cotangent of H_res. The iterations run again;
+// their divisors go into `kept`, this simdgroup's own DIVISORS floats of threadgroup memory.
 template <int N, bool LOG, typename S>
 FUNCTION Floats<N> sinkhorn_matrix_vjp(Floats<N> logits, Floats<N> g, Position here, int iterations,
                                        float eps, S kept) {

@@ -1,4 +1,4 @@
-// What they start from with eps > 0.
+// The start of the iterations if eps > 0.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 #include "dialect/reciprocal.h"
 #include "dialect/words.h"
 
-// eps > 0 starts from S, a softmax along a: (S + eps) / (sum_b + eps).
+// S, a softmax along a. The iterations start from (S + eps) / (sum_b + eps).
 template <int N>
 FUNCTION Floats<N> softmax(Floats<N> logits, Position here) {
     const Floats<N> v = powers(logits, here);

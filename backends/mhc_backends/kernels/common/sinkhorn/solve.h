@@ -1,5 +1,5 @@
-// sinkhorn_knopp: each matrix takes steps until its largest error is under epsilon, and then stays
-// as it is.
+// sinkhorn_knopp: each matrix takes steps until its largest error is under epsilon, then stays
+// unchanged.
 
 #pragma once
 
@@ -12,14 +12,14 @@
 #include "dialect/simd.h"
 #include "dialect/words.h"
 
-// After `steps` of a lane's matrix, and `most` of any in the simdgroup.
+// The matrix of a lane after its `steps`; `most` is the most steps of any matrix in the simdgroup.
 template <int N>
 struct Solved {
     Floats<N> v;
     int steps, most;
 };
 
-// How far the lines of this lane's matrix are from adding up to 1, at most.
+// The largest distance of a line's sum from 1, over all lines of this lane's matrix.
 template <int N>
 FUNCTION float largest_error(Floats<N> v, Position here) {
     const float b = over_lines<Plus>(v, 0.0f, here);
@@ -37,14 +37,13 @@ FUNCTION Solved<N> solve(Floats<N> start, bool active, int most, float epsilon, 
         out.v = iterate<SPACE>(out.v, 0.0f, active, here).v;
         out.steps += active ? 1 : 0;
         out.most++;
-        const float error = largest_error(values<SPACE>(out.v), here);  // which needs all lanes
+        const float error = largest_error(values<SPACE>(out.v), here);  // all lanes must come here
         active = active && !(error < epsilon);
     }
     return out;
 }
 
-// Without LOG_SPACE it starts from exp(logits), no smaller than 1e-10: the same as from these
-// logits.
+// Without LOG_SPACE the start is max(exp(logits), 1e-10), the same as from logits with this floor.
 FUNCTION float smallest_logit() { return -23.025850929940457f; }
 
 template <int N>

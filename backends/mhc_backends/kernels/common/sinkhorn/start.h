@@ -1,4 +1,4 @@
-// What iterations start from.
+// The start of the iterations.
 
 #pragma once
 
@@ -11,8 +11,8 @@
 #include "dialect/simd.h"
 #include "dialect/words.h"
 
-// Whether the logits of this lane's matrix are so close to each other that with eps = 0 no entry of
-// any iteration can underflow: all are at least exp(-2 * NARROW) / N.
+// Whether the logits of this lane's matrix are so close to each other that with eps = 0 no entry
+// can underflow in any iteration: all are at least exp(-2 * NARROW) / N.
 enum { NARROW = 40 };
 
 template <int N>
@@ -26,13 +26,14 @@ FUNCTION bool narrow(Floats<N> logits, Position here) {
     return high - low <= float(NARROW);  // false for infinities
 }
 
-// What iterations start from. Padding has none of it.
+// The start in LinearSpace, shifted exponentials; zeros for padding.
 template <int N>
 FUNCTION Floats<N> powers(Floats<N> logits, Position here) {
     if (!inside<N>(here)) return zeros<N>();
     return exps(logits, largest_a(logits));
 }
 
+// The start in LogSpace, half the logits; -inf for padding.
 template <int N>
 FUNCTION Floats<N> logarithms(Floats<N> logits, Position here) {
     UNROLL for (int a = 0; a < N; a++)

@@ -11,7 +11,7 @@
 
 template <int N>
 FUNCTION float sum_a(Floats<N> v) {
-    Floats<4> parts = zeros<4>();  // which do not wait for each other
+    Floats<4> parts = zeros<4>();  // four sums that do not wait for each other
     UNROLL for (int a = 0; a < N; a++)
         parts.at[a % 4] = a < 4 ? v.at[a] : parts.at[a % 4] + v.at[a];
     return (parts.at[0] + parts.at[1]) + (parts.at[2] + parts.at[3]);
@@ -39,8 +39,8 @@ struct Larger {
     static FUNCTION float of(float u, float v) { return precise::max(u, v); }
 };
 
-// Lane a gets v.at[a] of all lanes together: in each round lanes swap the halves that the others
-// need, and half of the numbers are left.
+// Returns to lane a v.at[a] reduced over all lanes of the matrix: in each round two lanes swap the
+// halves that the other needs, and half of the numbers are left.
 template <typename OPERATION>
 FUNCTION float fold(Floats<1> v, int) {
     return v.at[0];
@@ -66,7 +66,7 @@ FUNCTION float over_lines(Floats<N> v, float nothing, Position here) {
     return fold<OPERATION>(padded, here.id);
 }
 
-// What lane a has, for every a.
+// Returns the v of lane a, for every a.
 template <int N>
 FUNCTION Floats<N> of_lanes(float v, Position here) {
     const int first = here.id % SIMD - line<N>(here);
@@ -76,7 +76,7 @@ FUNCTION Floats<N> of_lanes(float v, Position here) {
     return out;
 }
 
-// The sums along b, all of them for every lane.
+// Returns all sums along b, to every lane.
 template <int N>
 FUNCTION Floats<N> sums_b(Floats<N> v, Position here) {
     if (Lanes<N>::FEW) {

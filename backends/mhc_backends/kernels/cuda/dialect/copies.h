@@ -1,15 +1,15 @@
-// Copies to threadgroup memory that are under way while a thread does something else.
+// Asynchronous copies to threadgroup memory.
 
 #pragma once
 
 #include "../../common/access.h"
 #include "words.h"
 
-// start_copy(to, from): begins to copy 16 bytes of an input, which begin at a multiple of 16, to
-// threadgroup memory. end_copies<LEFT>() waits for this thread's, but for those of the last LEFT
-// times that it said mark_copies(). Until then a row on its way needs no registers, nor a place in
-// the cache, where rows that lie a power of two apart would drive out each other. Nothing is copied
-// from what is not aligned.
+// start_copy(to, from): starts a copy of 16 bytes of an input, aligned to 16 bytes, to threadgroup
+// memory. mark_copies() ends a group of copies. end_copies<LEFT>() waits for all groups of this
+// thread but the last LEFT. A copy in flight needs no registers and no place in the L1 cache, where
+// rows a power of two apart would evict each other. From an address that is not known to be
+// aligned, nothing is copied.
 template <typename P>
 FUNCTION void start_copy(uint4*, P) {}
 

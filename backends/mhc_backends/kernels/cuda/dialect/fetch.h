@@ -1,4 +1,4 @@
-// Rows that are read in small pieces.
+// Loads of rows that are read in small pieces.
 
 #pragma once
 
@@ -11,8 +11,8 @@
 #include "words.h"
 
 // fetch_raw<W>(p): load_raw<W>(p) from an input whose rows a simdgroup reads in pieces of 64 bytes,
-// many rows at a time: the memory is asked for their whole lines, as the other half is read soon
-// after.
+// many rows at a time. It requests whole lines of 128 bytes from memory, because the other half is
+// read soon after.
 FUNCTION void fetch_words(uint* to, const uint4* p) {
     asm volatile("ld.global.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])

@@ -1,4 +1,4 @@
-// The largest of no numbers.
+// Minus infinity, the maximum of no numbers.
 
 #pragma once
 

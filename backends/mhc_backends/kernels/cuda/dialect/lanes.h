@@ -1,6 +1,6 @@
-// Which places of a matrix fragment a lane holds, as common/fragments.h and common/operands.h say.
-// (The tensor cores call the columns of the A operand, and the rows of the B operand, by other
-// numbers, which is one.)
+// The places of a matrix fragment that a lane holds, for common/fragments.h and common/operands.h.
+// (The tensor cores number the columns of the A operand, and the rows of the B operand, in another
+// order; the sum over them is the same.)
 
 #pragma once
 

@@ -10,10 +10,10 @@ struct BFragment {
     uint4 frag;
 };
 
-// The tensor cores multiply numbers of 11 significant bits (TF32), and of others leave off the last
-// 13. So a float is the sum of two of them, to float32's own rounding: its nearest, and the rest;
-// the product of two rests is below that and left out. (cvt.rna.tf32 takes 5 instructions. Where a
-// NaN's bits overflow here, the rest is one.)
+// The tensor cores multiply numbers of 11 significant bits (TF32) and ignore a float's last 13
+// bits. So a float is written as the sum of two TF32 numbers, exact to float32's rounding: the
+// nearest one and the rest. The product of two rests is smaller than that rounding and is left out.
+// (cvt.rna.tf32 would take 5 instructions. If the bits of a NaN overflow here, the rest is a NaN.)
 FUNCTION unsigned tensor_float(float v) { return (__float_as_uint(v) + 0x1000u) & 0xffffe000u; }
 
 FUNCTION unsigned tensor_rest(float v, unsigned upper) {
@@ -46,8 +46,8 @@ FUNCTION BFragment b_fragment(float first, float second) {
     return out;
 }
 
-// sum + a b, in full float32, and the smallest products first: a tensor core does not round a sum
-// but cuts it off.
+// sum + a b in full float32, the smallest products first, because a tensor core truncates sums
+// rather than rounds them.
 FUNCTION Floats<4> multiply(Floats<4> sum, AFragment a, BFragment b) {
     sum = tensor_multiply(sum, a.frag[0], b.frag.z, b.frag.w);
     sum = tensor_multiply(sum, a.frag[1], b.frag.x, b.frag.y);

@@ -1,5 +1,5 @@
-// Numbers as they are in memory, in words of 32 bits: one float, or two of a narrow type. An
-// argument without a name only names the type.
+// Numbers in the format of memory, in words of 32 bits: one float, or two of a narrow type. An
+// argument without a name only selects the type.
 
 #pragma once
 

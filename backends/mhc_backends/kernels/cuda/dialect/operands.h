@@ -1,9 +1,9 @@
-// The product of operands, as common/operands.h says.
+// The product of operands of common/operands.h.
 //
-// The tensor cores take the B operand as their A operand, transposed: so a row's numbers are in the
-// registers in which they came. A float is the sum of PIECES numbers that they can multiply, and
-// the rows of their A operand are the columns of the first piece of all tiles, then those of the
-// next piece: 16 make a pair.
+// The tensor cores get the B operand as their A operand, transposed: so a row's numbers stay in the
+// registers that they were loaded to. A float is the sum of PIECES numbers that tensor cores can
+// multiply. The rows of their A operand are the columns of the first piece of all tiles, then those
+// of the next piece; 16 rows make a pair.
 
 #pragma once
 
@@ -17,12 +17,12 @@
 // The most 16-byte fragments of a lane's share of COLUMN_TILES tiles of a B operand.
 #define B_FRAGMENTS(COLUMN_TILES) (4 * (COLUMN_TILES))
 
-// One instruction's share of a row: its numbers, and for floats what these leave.
+// One instruction's share of a row: its numbers and, for floats, their rests.
 struct Piece {
     unsigned whole[2], rest[2];
 };
 
-// An instruction takes the numbers t and 4 + t of every run of 8: any order will do.
+// An instruction takes numbers t and 4 + t of every run of 8; the order does not matter.
 template <typename T>
 struct Pieces {
     enum { PIECES = 2, MMAS = 4 };
@@ -46,13 +46,13 @@ FUNCTION Piece piece_of(Raw<__nv_bfloat16, 8> row, int t) {
     return {{row.word[2 * t], row.word[2 * t + 1]}, {}};
 }
 
-// The first piece of the numbers, which keep the rest.
+// Splits the first piece off the numbers, which keep the rest.
 template <typename T>
 FUNCTION void split_off(unsigned words[][2], BNumbers& numbers, T) {
     UNROLL for (int k = 0; k < 8; k++) {
         float& v = numbers.run[k / 4].at[k % 4];
-        // without a rest that stays one, a NaN must be one here (0x7fffffff, which GPUs make, is
-        // not)
+        // a NaN may have no rest that stays a NaN, so it must be one here (tensor_float of
+        // 0x7fffffff, the NaN that GPUs make, is not)
         words[k % 4][k / 4] = v != v ? 0x7fffffffu : tensor_float(v);
         v -= __uint_as_float(words[k % 4][k / 4]);
     }
@@ -109,8 +109,8 @@ FUNCTION BOperand<T, COLUMN_TILES> b_operand(BTiles<COLUMN_TILES> tiles, T t) {
     return out;
 }
 
-// The products of STEPS K steps of each row with as many B operands, added up in full float32, the
-// smallest first.
+// Multiplies STEPS K steps of each row by as many B operands, and adds the products up in full
+// float32, the smallest first.
 template <int COLUMN_TILES, int STEPS, int TOKEN_TILES, typename T, typename F>
 FUNCTION Accumulators<COLUMN_TILES, TOKEN_TILES> multiply(
     AOperand<Raw<T, 8>, STEPS, TOKEN_TILES> rows, F operands) {
@@ -118,7 +118,7 @@ FUNCTION Accumulators<COLUMN_TILES, TOKEN_TILES> multiply(
     Accumulators<COLUMN_TILES, TOKEN_TILES> out;
     UNROLL for (int pair = Operand::PAIRS - 1; pair >= 0; pair--) {
         Floats<4> sums[2 * TOKEN_TILES] = {};
-        // of floats, first what their own rests bring with the first pieces of phi
+        // for floats, first the products of their rests with the first pieces of phi
         UNROLL for (int whole = sizeof(T) == 4 && 2 * pair < COLUMN_TILES ? 0 : 1; whole < 2;
                     whole++) {
             UNROLL for (int k = 0; k < STEPS * Operand::MMAS; k++) {
@@ -130,7 +130,7 @@ FUNCTION Accumulators<COLUMN_TILES, TOKEN_TILES> multiply(
                 }
             }
         }
-        // of a single tile, both pieces are in one pair: the second one is the smaller one
+        // with a single tile, both pieces are in one pair; the second piece is the smaller one
         UNROLL for (int k = 0; k < 8 * TOKEN_TILES; k++) {
             const int h = k / 4, j = (k + 2) % 4, eight = 2 * pair + j / 2;
             const float sum = sums[h].at[j];

@@ -1,10 +1,10 @@
-// Functions that Metal has fast forms of.
+// Functions that have a fast form in Metal.
 
 #pragma once
 
 #include "words.h"
 
-// The functions as the dialect for Metal has to call them, for floats.
+// The functions by the names that the Metal dialect needs, for floats.
 struct precise {
     static FUNCTION float exp(float v) { return ::exp(v); }
     static FUNCTION float log(float v) { return ::log(v); }

@@ -1,4 +1,4 @@
-// Loops that are unrolled where they are short.
+// Unrolling of short loops.
 
 #pragma once
 

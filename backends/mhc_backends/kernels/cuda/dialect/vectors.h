@@ -1,4 +1,4 @@
-// Vectors in memory: where they may be, and one access to them.
+// Vectors in memory: where they are allowed, and single accesses to them.
 
 #pragma once
 
@@ -27,7 +27,7 @@ FUNCTION void load_words(uint* to, const uint4* p) {
     const uint4 v = *p;
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
 }
-// In PTX, since the compiler may make four stores of one, which cost four times as much.
+// In PTX, because the compiler may split one store into four, which take four times as long.
 FUNCTION void store_words(uint1* p, const uint* w) { p->x = w[0]; }
 FUNCTION void store_words(uint2* p, const uint* w) {
     asm volatile("st.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(w[0]), "r"(w[1]) : "memory");
@@ -38,8 +38,8 @@ FUNCTION void store_words(uint4* p, const uint* w) {
                  : "memory");
 }
 
-// vectors<W>(p): whether load<W> and store may take vectors at addresses that are whole multiples
-// of W from p on. A view may begin anywhere, so the address decides.
+// vectors<W>(p): whether load<W> and store may use vectors at p and at every multiple of W from p
+// on. A view may begin anywhere, so the address decides.
 template <int W, typename T>
 FUNCTION bool vectors(const T* p) {
     typedef Access<T, W> A;

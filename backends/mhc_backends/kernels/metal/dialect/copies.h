@@ -1,14 +1,14 @@
-// Copies to threadgroup memory that are under way while a thread does something else.
+// Asynchronous copies to threadgroup memory.
 
 #pragma once
 
 #include "../../common/access.h"
 #include "words.h"
 
-// start_copy(to, from): begins to copy 16 bytes of an input, which begin at a multiple of 16, to
-// threadgroup memory. end_copies<LEFT>() waits for this thread's, but for those of the last LEFT
-// times that it said mark_copies(). Here the first one waits. Nothing is copied from what is not
-// aligned.
+// start_copy(to, from): starts a copy of 16 bytes of an input, aligned to 16 bytes, to threadgroup
+// memory. mark_copies() ends a group of copies. end_copies<LEFT>() waits for all groups of this
+// thread but the last LEFT. In Metal, start_copy itself copies and waits. From an address that is
+// not known to be aligned, nothing is copied.
 template <typename P>
 FUNCTION void start_copy(threadgroup uint4*, P) {}
 

@@ -1,4 +1,4 @@
-// Rows that are read in small pieces.
+// Loads of rows that are read in small pieces.
 
 #pragma once
 

@@ -1,6 +1,6 @@
-// Which places of a matrix fragment a lane holds, as common/fragments.h and common/operands.h say.
-// They are the places of numbers 0 and 1 of simdgroup_matrix's thread_elements, which is as wide as
-// the matrix has places: MLX's own kernels build on both
+// The places of a matrix fragment that a lane holds, for common/fragments.h and common/operands.h.
+// They are the places of numbers 0 and 1 of simdgroup_matrix's thread_elements, a vector with as
+// many numbers as the matrix has places. MLX's own kernels rely on both facts
 // (mlx/backend/metal/kernels/steel/gemm/mma.h).
 
 #pragma once

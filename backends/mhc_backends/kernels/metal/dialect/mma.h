@@ -23,7 +23,7 @@ FUNCTION BFragment b_fragment(float first, float second) {
     return out;
 }
 
-// sum + a b, with the matrices of 8 by 8 that MLX's kernels fill and read in the same way.
+// sum + a b, by matrices of 8 by 8, which MLX's kernels fill and read in the same way.
 FUNCTION Floats<4> multiply(Floats<4> sum, AFragment a, BFragment b) {
     const float4 rows = as_type<float4>(a.frag[0]);
     simdgroup_float8x8 upper, lower, other, above, below;

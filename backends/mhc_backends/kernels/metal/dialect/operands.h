@@ -1,4 +1,4 @@
-// The product of operands, as common/operands.h says, with the matrices of mma.h.
+// The product of operands of common/operands.h, by the matrices of mma.h.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 // The most 16-byte fragments of a lane's share of COLUMN_TILES tiles of a B operand.
 #define B_FRAGMENTS(COLUMN_TILES) (2 * (COLUMN_TILES))
 
-// Product t of four takes the numbers t and 4 + t of every run of 8: any order will do.
+// Product t of four takes numbers t and 4 + t of every run of 8; the order does not matter.
 template <typename T, int COLUMN_TILES>
 struct BOperand {
     enum { FRAGMENTS = 2 * COLUMN_TILES };
@@ -29,7 +29,7 @@ FUNCTION BOperand<T, COLUMN_TILES> b_operand(BTiles<COLUMN_TILES> tiles, T) {
     return out;
 }
 
-// The products of STEPS K steps of each row with as many B operands, added up.
+// Multiplies STEPS K steps of each row by as many B operands, and adds the products up.
 template <int COLUMN_TILES, int STEPS, int TOKEN_TILES, typename T, typename F>
 FUNCTION Accumulators<COLUMN_TILES, TOKEN_TILES> multiply(
     AOperand<Raw<T, 8>, STEPS, TOKEN_TILES> rows, F operands) {

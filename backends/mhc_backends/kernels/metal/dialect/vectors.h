@@ -1,4 +1,4 @@
-// Vectors in memory: where they may be, and one access to them.
+// Vectors in memory: where they are allowed, and single accesses to them.
 
 #pragma once
 
@@ -37,10 +37,10 @@ FUNCTION void store_words(device uint4* p, const thread uint* from) {
     *p = v;
 }
 
-// vectors<W>(p): whether load<W> and store may take vectors at addresses that are whole multiples
-// of W from p on. A view may begin anywhere, so the address decides. That an address of device
-// memory becomes a ulong in this way, PyTorch's kernels show (c10/metal/atomic.h). Constant memory
-// is read number by number.
+// vectors<W>(p): whether load<W> and store may use vectors at p and at every multiple of W from p
+// on. A view may begin anywhere, so the address decides. PyTorch's kernels convert an address of
+// device memory to a ulong in the same way (c10/metal/atomic.h). Constant memory is read number by
+// number.
 template <int W, typename T>
 FUNCTION bool vectors(const device T* p) {
     typedef Access<T, W> A;

@@ -1,9 +1,9 @@
-// The words that every kernel is written in, for mx.fast.metal_kernel; cuda/dialect has files with
+// The words that all kernels use, for mx.fast.metal_kernel; cuda/dialect has files with
 // the same names and words.
 //
-// MLX passes an input of fewer than 8 elements in constant memory and the others in device memory.
-// So no body spells the space of an input or casts its pointer: it takes `const auto p = x + ...`
-// and calls load, of which there is one for each space.
+// MLX passes inputs of fewer than 8 elements in constant memory and the others in device memory. So
+// no body names the address space of an input or casts its pointer: it writes
+// `const auto p = x + ...` and calls load, which has an overload for each address space.
 
 #pragma once
 

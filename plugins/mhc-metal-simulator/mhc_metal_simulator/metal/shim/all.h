@@ -1,4 +1,4 @@
-// What a Metal kernel finds in metal_stdlib, for clang on a host machine.
+// The contents of metal_stdlib, for clang on a host machine.
 #pragma once
 #include "types.h"
 #include "numbers.h"

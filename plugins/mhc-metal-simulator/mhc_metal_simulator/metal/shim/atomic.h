@@ -1,5 +1,5 @@
 // Atomic operations. Fibers switch only at barriers and simd operations, so each of these is
-// atomic as it stands.
+// atomic without further code.
 #pragma once
 #include "threads.h"
 

@@ -1,6 +1,6 @@
-// What MLX's own headers use of Apple's compiler, for the front end alone: built-in functions that are
-// declared and never run. MLX makes the functions of bfloat of these (bf16_math.h), which Apple's
-// library lacks; in a custom kernel they are MLX's, and the shim's where MLX's headers are not read.
+// Built-in functions of Apple's compiler that MLX's own headers use, for the front end alone: they are
+// declared and never run. MLX makes the functions of bfloat from these (bf16_math.h), which Apple's
+// library lacks. A custom kernel uses MLX's functions, or the shim's where MLX's headers are not read.
 #pragma once
 #include "types.h"
 

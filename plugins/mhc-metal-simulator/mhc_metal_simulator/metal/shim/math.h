@@ -53,7 +53,7 @@ MHC_2(nextafter, __builtin_nextafterf(x, y))
 MHC_2(pow, __builtin_powf(x, y))
 MHC_2(powr, __builtin_powf(x, y))
 MHC_2(step, y < x ? 0.0f : 1.0f)
-// Metal's min and max give the number where the other argument is a NaN.
+// Metal's min and max return the number if the other argument is a NaN.
 MHC_2(max, __builtin_fmaxf(x, y))
 MHC_2(min, __builtin_fminf(x, y))
 MHC_1(abs, __builtin_fabsf(x))
@@ -73,12 +73,12 @@ MHC_INLINE float sincos(float x, float& cosine) {
 }  // namespace precise
 
 // ---- the fast variants ---------------------------------------------------------------------------
-// What a call without a namespace may get: MLX asks for safe maths, but leaves
-// MTLCompileOptions.mathFloatingPointFunctions as it is, fast. So each is as far off here as it may be: by the
-// Metal Shading Language Specification, "Accuracy of single-precision operations and functions with fast math
-// enabled" (table 8.2). What is not here has the same bound in both tables, or is not simulated.
+// A call without a namespace may get these: MLX asks for safe maths, but leaves
+// MTLCompileOptions.mathFloatingPointFunctions at its default, fast. So each has the largest error here that the
+// Metal Shading Language Specification allows, "Accuracy of single-precision operations and functions with fast
+// math enabled" (table 8.2). Other functions have the same bound in both tables, or are not simulated.
 namespace fast {
-// exact, with an error of so much; whether more or less depends on x alone.
+// The exact result, off by `error`; the sign of the error depends on x alone.
 MHC_INLINE float mhc_off(float exact, float error, float x) {
     uint h = __builtin_bit_cast(uint, x) * 0x9e3779b9u;
     h ^= h >> 15;
@@ -116,7 +116,7 @@ MHC_INLINE float sincos(float x, float& cosine) {
     cosine = cos(x);
     return sin(x);
 }
-// Undefined where an argument is a NaN (SPIRV-Cross, which has precise::max for those that are not).
+// Undefined if an argument is a NaN (SPIRV-Cross uses precise::max where it must not be).
 #define MHC_2(name)                                                           \
     MHC_INLINE float name(float x, float y) {                                 \
         return x == x && y == y ? precise::name(x, y) : __builtin_nanf("1"); \
@@ -141,7 +141,7 @@ MHC_EXACT(MHC_USE)
 }  // namespace fast
 
 // ---- the same for half and bfloat16 ------------------------------------------------------------
-// Apple's library has none of bfloat: MLX's headers, which come before each custom kernel, make them.
+// Apple's library has no functions of bfloat: MLX's headers, which come before each custom kernel, have.
 #ifdef MHC_WITH_MLX_HEADERS
 #define MHC_OF_BFLOAT(...)
 #else
@@ -168,7 +168,7 @@ MHC_EXACT(MHC_USE)
     F(saturate) F(sign) F(sin) F(sinh) F(sinpi) F(sqrt) F(tan) F(tanh) F(tanpi) F(trunc)
 #define MHC_FOR_2(F) \
     F(atan2) F(copysign) F(fdim) F(fmax) F(fmin) F(fmod) F(pow) F(powr) F(step)
-// One by one: metal::max(x, y) does not look into the namespaces that metal merely uses.
+// One by one, because metal::max(x, y) is not looked up in namespaces that metal merely uses.
 #define MHC_USE(name) using fast::name;
 MHC_FOR_1(MHC_USE)
 MHC_FOR_2(MHC_USE)

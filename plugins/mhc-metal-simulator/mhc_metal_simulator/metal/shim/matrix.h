@@ -1,8 +1,8 @@
 // simdgroup_matrix: 8 by 8 elements, two of them in each of the 32 lanes.
 //
-// thread_elements() is a reference to a vector of all Rows * Columns: MLX's kernels index it with 0 and 1, or
-// cast the reference to one to vec<T, 2> (kernels/steel/gemm/mma.h), and what Apple's compiler makes of them
-// multiplies vectors of 64 (air.simdgroup_matrix_8x8_multiply_accumulate.v64f32 in mlx.metallib).
+// thread_elements() is a reference to a vector of all Rows * Columns numbers: MLX's kernels index it with 0 and
+// 1, or cast the reference to one to vec<T, 2> (kernels/steel/gemm/mma.h), and Apple's compiler makes products of
+// vectors of 64 from them (air.simdgroup_matrix_8x8_multiply_accumulate.v64f32 in mlx.metallib).
 #pragma once
 #include "threads.h"
 
@@ -29,7 +29,7 @@ typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;
 }  // namespace metal
 
 namespace mhc {
-// The place of a lane's first element; its second one is to the right.
+// The place of a lane's first element; the second one is to its right.
 MHC_INLINE uint matrix_row(uint lane) { return (lane / 4 & 4) + lane / 2 % 4; }
 MHC_INLINE uint matrix_column(uint lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }
 MHC_INLINE uint matrix_lane(uint row, uint column) {

@@ -3,7 +3,7 @@
 #pragma once
 #include "all.h"
 
-// Which side each choice of a kernel takes: branches.py puts these calls into the text.
+// Marks the side that each choice takes: branches.py puts these calls into the text.
 extern "C" __attribute__((visibility("hidden"))) void mhc_mark(uint branch, uint bits);
 extern "C" __attribute__((visibility("hidden"))) void mhc_next_turn();
 extern "C" __attribute__((visibility("hidden"))) void mhc_mark_loop(uint branch, bool enters);
@@ -12,7 +12,7 @@ inline constexpr bool took(uint branch, bool side) {
     if (!__builtin_is_constant_evaluated()) mhc_mark(branch, side ? 1 : 2);
     return side;
 }
-// Of a loop, whose step says that the next condition begins another turn.
+// Marks a loop; its step announces that the next condition begins another turn.
 inline void next_turn() { mhc_next_turn(); }
 inline bool turned(uint branch, bool side) {
     mhc_mark_loop(branch, side);
@@ -40,5 +40,5 @@ MHC_ELEM_TO_LOC(uint)
 MHC_ELEM_TO_LOC(int64_t)
 #undef MHC_ELEM_TO_LOC
 
-// Metal has no double; here its name is known to nobody, once the shim itself is through.
+// Metal has no double: after the shim itself, the name is hidden.
 #define double metal_has_no_double

@@ -1,5 +1,5 @@
-// Barriers and simdgroup operations. Each switches to another fiber until all threads concerned
-// are here; the runtime says when some of them never come.
+// Barriers and simdgroup operations. Each switches to other fibers until all threads concerned are
+// here; the runtime reports threads that never come.
 #pragma once
 #include "vectors.h"
 
@@ -20,8 +20,8 @@ MHC_RUNTIME void mhc_attribute(int which, uint* xyz);
 MHC_RUNTIME unsigned char* mhc_shared(const char* name, ulong size);
 
 namespace mhc {
-// `threadgroup T x[N]` becomes a reference to storage that each threadgroup has to itself; Tag
-// carries its name and makes each declaration an object of its own.
+// `threadgroup T x[N]` becomes a reference to storage of each threadgroup; Tag has its name and makes
+// each declaration a separate object.
 template <typename T, typename Tag>
 struct shared_storage {
     static unsigned char* const memory;
@@ -91,7 +91,7 @@ MHC_UNSEEN T reduce(mhc_exchange* all, F f) {
     return out;
 }
 
-// All lanes before this one, and itself if `inclusive`.
+// Reduces all lanes before this one, and this one if `inclusive`.
 template <typename T, typename F>
 MHC_UNSEEN T scan(const mhc_exchange* all, T start, bool inclusive, F f) {
     T out = start;

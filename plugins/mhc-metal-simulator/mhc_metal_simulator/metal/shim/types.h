@@ -15,9 +15,9 @@
 #define METAL_FUNC MHC_INLINE  // the name of Apple's headers for the same, as MLX's use it
 // Keeps the compiler from duplicating or moving a call that threads must reach together.
 #define MHC_CONVERGENT __attribute__((convergent))
-// Not instrumented: what the shim does for itself is no access of the kernel's.
+// Not instrumented: the shim's own accesses are not the kernel's.
 #define MHC_UNSEEN __attribute__((noinline, no_sanitize("kernel-address")))
-// Where the kernel called from; the last two parameters of what threads must reach together.
+// The caller's line and column: the last two parameters of functions that threads must reach together.
 #define MHC_HERE unsigned line = __builtin_LINE(), unsigned column = __builtin_COLUMN()
 
 typedef signed char int8_t;
@@ -36,7 +36,7 @@ typedef long ptrdiff_t;
 typedef half float16_t;  // the names that MLX uses
 typedef bfloat bfloat16_t;
 
-// The names that Apple's metal_types keeps for itself, as types that are never complete
+// The names that Apple's metal_types reserves, as types that are never complete
 // ("typedef struct __Reserved_Name__Do_not_use_complex complex;", gfx-rs/naga #702).
 typedef struct __Reserved_Name__Do_not_use_llong llong;
 typedef struct __Reserved_Name__Do_not_use_ullong ullong;
@@ -168,8 +168,8 @@ MHC_INLINE constexpr To as_type(From x) {
 }  // namespace metal
 
 // ---- copying structs ---------------------------------------------------------------------------
-// source.py writes `*(to) = *(from);` as a call of this: clang's structs are copied within the plain
-// address space alone.
+// source.py writes `*(to) = *(from);` as a call of this, because clang copies structs within the plain
+// address space only.
 namespace mhc {
 template <typename T, typename F>
 MHC_INLINE void assign(T to, F from) {

@@ -1,4 +1,4 @@
-// The functions on vectors: the scalar one in each place.
+// The functions of vectors: the scalar function in each place.
 #pragma once
 #include "math.h"
 
