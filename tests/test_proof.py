@@ -640,9 +640,9 @@ def test_both_sides_of_choices_are_tried() -> None:
         "combine_vjp",
     }
     for fact in (
-        ("combine_project", "whole blocks", True),
-        ("combine_project", "whole blocks", False),
-        ("combine_project", "parts", True),
+        ("combine_project", "whole K steps", True),
+        ("combine_project", "whole K steps", False),
+        ("combine_project", "partials", True),
         ("combine_project_few", "begins anywhere", 1),
         ("combine_vjp", "begins anywhere", 4),
         ("pre", "LOG", True),

@@ -106,9 +106,9 @@ MUTANTS = {
     ),
     **{
         f"residual_add_aggregate rounds before it sums, {dtype}": _mutant(
-            "residual_add_aggregate", "value(weights, i), total_i", "value(weights, i), "
-            "floats(packed(total, total_i))", "residual_add_aggregate", "forward",
-            "streams that cancel", dtype,
+            "residual_add_aggregate", "value(weights, i), total_i",
+            "value(weights, i), load<W>(ACCESS::at(total) + at + int64_t(i) * C + c)",
+            "residual_add_aggregate", "forward", "streams that cancel", dtype,
         )
         for dtype in ("bfloat16", "float16")
     },
