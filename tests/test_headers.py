@@ -39,8 +39,13 @@ def test_each_compiles_by_itself_as_cuda(tmp_path: Path) -> None:
     standin = tmp_path / "cuda_on_cpu.h"
     assert not _run("g++", *flags, "-x", "c++-header", standin, "-o", f"{standin}.gch")
 
+    # NVRTC declares no `uint`, as glibc does: it must be that of the dialect
+    own_types = tmp_path / "own_types.h"
+    own_types.write_text("#define uint uint_of_the_dialect\n")
+    included = ["-include", standin, "-include", own_types]
+
     def compiled(path: Path) -> str:
-        return _run("g++", *flags, "-include", standin, "-fsyntax-only", "-x", "c++", path)
+        return _run("g++", *flags, *included, "-fsyntax-only", "-x", "c++", path)
 
     with ThreadPoolExecutor(2) as pool:
         errors = dict(zip(AS_CUDA, pool.map(compiled, AS_CUDA), strict=True))
@@ -48,6 +53,8 @@ def test_each_compiles_by_itself_as_cuda(tmp_path: Path) -> None:
     alone = tmp_path / "alone.h"  # the check itself: a name that nothing declares
     alone.write_text('#pragma once\n#include "dialect/words.h"\nFUNCTION Position f();\n')
     assert "Position" in compiled(alone)
+    alone.write_text("#pragma once\nuint f();\n")
+    assert "uint" in compiled(alone)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")

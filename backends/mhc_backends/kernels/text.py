@@ -137,21 +137,17 @@ class Signature(NamedTuple):
 def signature(kernel: str) -> Signature:
     """Read the signature of a kernel's body."""
     text = _compact(f"bodies/{kernel}.h")
-    template, parameters = _function(text, "void", kernel)
-    shared = {
-        name: kind
-        for kind, name in (re.findall(r"threadgroup (\w+)\* (\w+)", ", ".join(parameters)))
-    }
-    declared = [_declared(parameter) for parameter in parameters]
+    template, declared = _function(text, "void", kernel)
+    shared = {name: kind.split()[1].rstrip("*") for name, kind in declared if "threadgroup" in kind}
     lengths = {name: kind for name, kind in declared if re.search(r"_shape_\d$", name)}
     memory = re.search(rf"(?:template <([^<>]*)>\s+)?struct {kernel}_memory ", text)
     aligned = None
-    if "typename ACCESS" in template:
+    if template[0] == "typename ACCESS":
         constants, given = _function(text, "bool", f"{kernel}_aligned")
-        aligned = _values(constants), _names(given)
+        aligned = _values(constants), [name for name, _ in given]
     return Signature(
         _values(template),
-        _names(parameters)[:-1],
+        [name for name, _ in declared[:-1]],
         lengths,
         shared,
         _values((memory[1] or "").split(",") if memory else []),
@@ -159,20 +155,16 @@ def signature(kernel: str) -> Signature:
     )
 
 
-def _function(text: str, result: str, name: str) -> tuple[list[str], list[str]]:
-    """Return the template's and the function's parameters."""
+def _function(text: str, result: str, name: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the template's parameters, and the names and types of the function's."""
     found = re.search(rf"template <([^<>]*)>\s+FUNCTION {result} {name}\(([^()]*)\) {{", text)
     if found is None:
-        raise ValueError(f"bodies/{name}.h: no function template is `FUNCTION {result} {name}(`")
-    return [" ".join(part.split()) for part in found[1].split(",")], found[2].split(",")
+        raise ValueError(f"no function template of a body is `FUNCTION {result} {name}(`")
+    return found[1].split(","), [_declared(parameter) for parameter in found[2].split(",")]
 
 
 def _values(template: Sequence[str]) -> list[str]:
     return [name for name, kind in map(_declared, template) if name and kind != "typename"]
-
-
-def _names(parameters: Sequence[str]) -> list[str]:
-    return [_declared(parameter)[0] for parameter in parameters]
 
 
 def _declared(words: str) -> tuple[str, str]:
@@ -238,14 +230,9 @@ def _absent(body: Signature, absent: Collection[str]) -> Iterator[str]:
 
 def _lengths(body: Signature, absent: Collection[str]) -> Iterator[str]:
     for name, kind in body.lengths.items():
-        array, axis = _axis(name)
+        array, _, axis = name.rpartition("_shape_")
         length = "0" if array in absent else f"{array}_shape[{axis}]"
         yield f"const {kind} {name} = {length};\n"
-
-
-def _axis(length: str) -> tuple[str, str]:
-    array, _, axis = length.rpartition("_shape_")
-    return array, axis
 
 
 def _memory(kernel: str, body: Signature, dialect: str, launched: bool) -> Iterator[str]:
