@@ -11,7 +11,15 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["Check", "boolean", "iterations", "non_negative", "one_of", "positive_int"]
+__all__ = [
+    "Check",
+    "boolean",
+    "iterations",
+    "non_negative",
+    "one_of",
+    "positive",
+    "positive_int",
+]
 
 Check = Callable[[str, str, Any], Any]
 
@@ -43,13 +51,17 @@ def iterations(owner: str, name: str, value: Any) -> int:
 def non_negative(owner: str, name: str, value: Any) -> float:
     """Return ``value`` as a finite float of at least 0."""
     need = "needs a finite number of at least 0"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{owner}: {name} is {_shown(value)}; {need}")
-    try:
-        number = float(value)
-    except OverflowError:  # an int or a fraction beyond float's range
-        number = -math.inf if value < 0 else math.inf
+    number = _real(owner, name, value, need)
     if not 0 <= number < math.inf:
+        raise ValueError(f"{owner}: {name} is {number}; {need}")
+    return number
+
+
+def positive(owner: str, name: str, value: Any) -> float:
+    """Return ``value`` as a finite float above 0."""
+    need = "needs a finite number above 0"
+    number = _real(owner, name, value, need)
+    if not 0 < number < math.inf:
         raise ValueError(f"{owner}: {name} is {number}; {need}")
     return number
 
@@ -71,6 +83,16 @@ def one_of(*allowed: str) -> Check:
         return value
 
     return check
+
+
+def _real(owner: str, name: str, value: Any, need: str) -> float:
+    """Return a real number as a float, infinite where it is beyond float's range."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{owner}: {name} is {_shown(value)}; {need}")
+    try:
+        return float(value)
+    except OverflowError:  # an int or a fraction beyond float's range
+        return -math.inf if value < 0 else math.inf
 
 
 def _shown(value: Any) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -26,6 +26,7 @@ import mhc_core
 from mhc_conformance import oracle
 from mhc_core import DEEPSEEK_V4, DEEPSEEK_V41, LIGER, PAPER, Variant, math
 from mhc_core.backend import DTYPES
+from mhc_core.checks import Check
 from mhc_core.signature import Op, signature
 from mhc_core.variants import check_variant
 
@@ -41,6 +42,8 @@ __all__ = [
     "Draw",
     "Sizes",
     "Static",
+    "accepted",
+    "around",
     "cases",
     "chosen",
     "numpy_dtype",
@@ -104,18 +107,23 @@ def _mixing(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     return rng.uniform(0.05, 1.95, shape) / shape[-1]
 
 
-DRAWS: Mapping[str, Draw] = {
-    "logits": _normal(2),
-    "matrix": _normal(2),
-    "h_res_raw": _normal(2),
-    "phi": _projection,
-    "scale": _positive,
-    "h_pre": _positive,
-    "h_post": _positive,
-    "h_res": _mixing,
-    "rms_weight": _positive,
-    "weight": _positive,
-}
+def draw_of(patterns: Sequence[Sequence[str]]) -> Draw:
+    """Return the draw for an array from its declared shape, given as ``Op.patterns`` has it.
+
+    A projection's entries are as small as its rows are long; mappings, scales and weights are
+    positive; matrices that Sinkhorn starts from are spread wide. All else is standard normal.
+    """
+    per_token = patterns[0][0] == "..."
+    own = patterns[0][per_token:]
+    if own[-1] == "nC":
+        return _projection
+    if len(patterns) > 1:  # a mapping, per token or shared
+        return _mixing if own == ["n", "n"] else _positive
+    if own == ["n", "n"]:
+        return _normal(2)
+    if not per_token and (own == ["C"] or own[0].isdigit()):
+        return _positive
+    return _normal(1)
 
 
 # --- cases ------------------------------------------------------------------------------------
@@ -129,7 +137,7 @@ class Case:
     label: str
     sizes: Sizes
     static: tuple[tuple[str, Any], ...] = ()
-    draws: tuple[tuple[str, Draw], ...] = ()  # instead of DRAWS
+    draws: tuple[tuple[str, Draw], ...] = ()  # instead of draw_of's
     shared: bool = False  # one H_pre, H_post, H_res for all tokens
     for_all: tuple[str, ...] = ()  # or these arguments for all tokens, the others per token
     optional: bool = False  # with the op's optional array
@@ -179,10 +187,11 @@ def data(case: Case, dtype: str, seed: int) -> Data:
     words = f"{case.op} {case.label} {case.sizes} {seed}"
     rng = np.random.default_rng(zlib.crc32(words.encode()))
     op = declaration(case.op)
-    draws = {**DRAWS, **dict(case.draws)}
+    draws = {name: draw_of(patterns) for name, patterns in op.patterns.items()}
+    draws.update(case.draws)
     names = [name for name in op.arrays if case.optional or name != op.optional]
     primals: tuple[Array, ...] = tuple(
-        draws.get(name, _normal(1))(rng, _shape(op, name, case)).astype(
+        draws[name](rng, _shape(op, name, case)).astype(
             numpy_dtype(_dtype(op, name, dtype, case.narrow))
         )
         for name in names
@@ -295,18 +304,59 @@ def _statics(**choices: Sequence[Any]) -> list[tuple[str, Static]]:
 _BY_VARIANT = [(label, (("variant", variant),)) for label, variant in VARIANTS]
 
 
-def chosen(op: str, name: str, count: Sequence[int], number: Sequence[float]) -> Sequence[Any]:
-    """Return values for a static argument, by its type in the public function.
+def accepted(op: str, name: str, values: Iterable[Any]) -> list[Any]:
+    """Return those of some values that the declared check of a static argument accepts."""
+    check = declaration(op).static[name]
+    return [value for value in dict.fromkeys(values) if _passes(check, value)]
 
-    These are all words or both booleans where there is a choice, else ``count`` or ``number``.
+
+def _passes(check: Check, value: Any) -> bool:
+    try:
+        check("", "", value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def chosen(op: str, name: str, count: Sequence[int], number: Sequence[float]) -> Sequence[Any]:
+    """Return values for a static argument, by its type in the public function and by its check.
+
+    These are all words or both booleans where there is a choice, else those of ``count`` or of
+    ``number`` that the check accepts. Where it accepts fewer than two, others follow, first those
+    near the default.
     """
     of = get_type_hints(getattr(mhc_core, op))[name]
     if get_origin(of) is Literal:
-        return get_args(of)
+        return accepted(op, name, get_args(of))
     known: Mapping[Any, Sequence[Any]] = {bool: (True, False), int: count, float: number}
     if of not in known:
         raise TypeError(f"{op}: no values of {name} follow from {of}; needs some in STATICS")
-    return known[of]
+    found = accepted(op, name, known[of])
+    if len(found) < min(2, len(known[of])):
+        others = {int: OTHER_COUNTS, float: OTHER_NUMBERS}.get(of, ())
+        found = accepted(op, name, (*found, *around(op, name), *others))[:2]
+    if not found:
+        raise TypeError(
+            f"{op}: the check of {name} accepts none of the kit's values; needs some in STATICS"
+        )
+    return found
+
+
+OTHER_COUNTS = (1, 2, 5, 16, 64)
+OTHER_NUMBERS = (0.75, 1.5, 3.0, 12.0, 100.0, -0.5, -2.0)
+
+
+def around(op: str, name: str) -> list[Any]:
+    """Return an argument's default with one value below it and one above, where it has those."""
+    middle = default(op, name, None)
+    if isinstance(middle, bool) or not isinstance(middle, (int, float)):
+        return []
+    if isinstance(middle, int):
+        return accepted(op, name, (middle, middle - 1, middle + 1))
+    apart = [abs(middle) * part for part in (0.7, 0.2, 0.03)]
+    below = accepted(op, name, [middle - by for by in apart])
+    above = accepted(op, name, [middle + by for by in apart])
+    return list(dict.fromkeys((middle, *below[:1], *above[:1])))
 
 
 def default(op: str, name: str, otherwise: Any) -> Any:

@@ -23,7 +23,7 @@ import numpy as np
 
 import mhc_core
 from mhc_conformance.bugs import Bug, present, right, right_vjp
-from mhc_conformance.cases import Case, cases, declaration
+from mhc_conformance.cases import Case, accepted, cases, declaration
 from mhc_conformance.checks import comparisons
 from mhc_conformance.subject import Subject, several
 from mhc_core import Variant
@@ -85,6 +85,17 @@ def _tried(op: str, path: Path) -> list[Any]:
     return list(dict.fromkeys(get(case.options, path) for case in every))
 
 
+def _takes(op: str, path: Path, value: Any) -> bool:
+    """Return whether the declared check of an argument, or of a variant's field, accepts a value."""
+    if len(path) == 1:
+        return bool(accepted(op, path[0], [value]))
+    try:
+        Variant(**{path[1]: value})
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _always(value: Any) -> Change:
     return lambda _, __: value
 
@@ -126,11 +137,13 @@ COUNTS = (1, 3, 32, 100)
 
 
 def _of_a_number(op: str, path: Path, values: Sequence[float]) -> Iterator[tuple[str, Change]]:
-    for value in dict.fromkeys((*values, *CONSTANTS)):
+    takes = partial(_takes, op, path)
+    for value in filter(takes, dict.fromkeys((*values, *CONSTANTS))):
         yield f"always {value:g}", _always(value)
-        if value > 0:  # which no value is below
+        if takes(math.nextafter(value, -math.inf)) and takes(math.nextafter(value, math.inf)):
             yield f"at least {value:g}", _floored(value)
             yield f"at most {value:g}", _capped(value)
+        if value and takes(0.0):
             yield f"{value:g} for 0", _instead(0.0, value)
         if 0 < value < 1e-3:
             yield f"{value:g} for any below 1e-3", _small_is(value)
@@ -140,11 +153,13 @@ def _of_a_number(op: str, path: Path, values: Sequence[float]) -> Iterator[tuple
 
 
 def _of_a_count(op: str, path: Path, values: Sequence[int]) -> Iterator[tuple[str, Change]]:
-    for value in dict.fromkeys((*values, *COUNTS)):
+    takes = partial(_takes, op, path)
+    for value in filter(takes, dict.fromkeys((*values, *COUNTS))):
         yield f"always {value}", _always(value)
-        if value > 1:  # which no value is below
+        if takes(value - 1):
             yield f"at least {value}", _floored(value)
-        yield f"at most {value}", _capped(value)
+        if takes(value + 1):
+            yield f"at most {value}", _capped(value)
     yield "one more", lambda value, _: value + 1
     yield "one less, if above 1", lambda value, _: max(1, value - 1)
     for other in paths(op):
@@ -228,7 +243,8 @@ def _of_static_arguments(op: str) -> Iterator[Mutant]:
         changes = list(CHANGES[_category(op, path)](op, path, values))
         if _category(op, path) != "choice":
             changes.append(("right for published values alone", _nearest(values)))
-        for what, change in changes:
+        for what, any_change in changes:
+            change = _where_accepted(op, path, any_change)
             yield Mutant(
                 op=op,
                 argument=".".join(path),
@@ -237,6 +253,16 @@ def _of_static_arguments(op: str) -> Iterator[Mutant]:
                 tells=_shown_by(path, change),
                 wrong=_with_static(half, path, change),
             )
+
+
+def _where_accepted(op: str, path: Path, change: Change) -> Change:
+    """Return a change that leaves a value alone where the declared check refuses the new one."""
+
+    def checked(value: Any, static: Static) -> Any:
+        new = change(value, static)
+        return new if new == value or _takes(op, path, new) else value
+
+    return checked
 
 
 def _shown_by(path: Path, change: Change) -> Callable[[Case], bool]:

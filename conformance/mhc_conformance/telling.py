@@ -33,6 +33,7 @@ from mhc_conformance.cases import (
     Draw,
     Sizes,
     Static,
+    around,
     cases,
     chosen,
     declaration,
@@ -223,18 +224,26 @@ NUMBERS = (0.3, 4e-7, 3e-4, 0.0)
 
 
 def _declared(op: str) -> Iterator[Case]:
-    """Yield cases in which all static arguments differ, if any is a count or a number."""
+    """Yield cases in which all static arguments differ, if any is a count or a number.
+
+    Each takes all values of ``COUNTS`` or ``NUMBERS`` that its check accepts, and one below and one
+    above its default.
+    """
     names = [name for name in declaration(op).static if name != "n"]
-    values = [chosen(op, name, COUNTS, NUMBERS) for name in names]
-    if not {COUNTS, NUMBERS} & {*values}:
+    values = {
+        name: chosen(op, name, *((*some, *around(op, name)) for some in (COUNTS, NUMBERS)))
+        for name in names
+    }
+    if all(isinstance(value, (bool, str)) for some in values.values() for value in some):
         return
-    for at in range(len(NUMBERS)):
-        static = {
-            name: some[(at + shift) % len(some)]
-            for shift, (name, some) in enumerate(zip(names, values, strict=True))
-        }
+    for at in range(max(map(len, values.values()))):
+        static: dict[str, Any] = {}
+        for shift, (name, some) in enumerate(values.items()):
+            turned = [some[(at + shift + step) % len(some)] for step in range(len(some))]
+            new = (one for one in turned if one not in static.values())
+            static[name] = next(new, turned[0])
         label = ", ".join(f"{name}={value}" for name, value in static.items())
-        yield Case(op, label, SMALL, _static(**static), usual=("float32", "float64"))
+        yield Case(op, label, SMALL, _static(**static), dtypes=WIDE, usual=("float32", "float64"))
 
 
 CONSTANTS: Sequence[Case] = (

@@ -102,6 +102,8 @@ class LaunchRecord:
         The threadgroup memory that its text declares.
     traffic
         Of each buffer by name, shapes and strides included (their role is ``"metadata"``).
+    shapes
+        Of each input and output by name.
     source
         The text that MLX generated.
     branches, took
@@ -115,6 +117,7 @@ class LaunchRecord:
     threadgroup_bytes: int
     traffic: dict[str, Traffic] = field(repr=False)
     source: str = field(repr=False)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     branches: tuple[Branch, ...] = field(default=(), repr=False)
     took: frozenset[tuple[Branch, str]] = field(default=frozenset(), repr=False)
 
@@ -214,7 +217,11 @@ def simulate(
             results = made
             choices = library.prepared.branches
             size, took = library.threadgroup_bytes, _sides(choices, marks)
-            done = LaunchRecord(name, grid, threadgroup, size, traffic, source, choices, took)
+            shapes = {name: array.shape for name, array in inputs.items()}
+            shapes |= {output.name: output.shape for output in outputs}
+            done = LaunchRecord(
+                name, grid, threadgroup, size, traffic, source, shapes, choices, took
+            )
             _record(done)
             if chosen.unwritten == "error":
                 _require_written(name, outputs, written)

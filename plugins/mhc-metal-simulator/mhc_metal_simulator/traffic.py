@@ -7,18 +7,21 @@ vjp uses the arrays that its forward saved, and its launches are those that ``mx
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import mhc_core
 import mlx.core as mx
+import numpy as np
 from mhc_backends.kernels import KERNELS
+from mhc_conformance import generated
 from mhc_conformance.cases import Case, Sizes, cases, data
 from mhc_conformance.subject import Subject, several
 from mhc_core import math
+from mhc_core.signature import Op
 
 from mhc_metal_simulator.backend import SPEC
 from mhc_metal_simulator.launch import LaunchRecord, record
@@ -44,24 +47,57 @@ DEFAULTS = Size()
 
 # ---- what is counted -----------------------------------------------------------------------------
 
-PHI = frozenset({"phi", "dphi"})
-SUMS = frozenset({"partials", "terms", "sums", "dweight"})
-"""The partial sums that one launch writes and another adds up."""
+SUMS = frozenset({"partials", "terms", "sums"})
+"""Names of partial sums that one launch writes and another adds up.
 
-SMALL = re.compile(
-    r"d?h_(pre|post|res)(_raw)?|[gd]_(pre|post|res)|given|d?w|g_w|d?u|r|pull"
-    r"|scale|bias|weight|settings|eps|epsilon"
-)
-"""Mappings and similar arrays of a few numbers per token, and parameters other than phi.
-
-All threads of a token read them, all but the first from the cache: each byte counts once. Of every
-other array, each access of any thread counts.
+Those of a parameter's gradient are named after it: ``dweight``.
 """
 
-UNREAD = {("contract", "x"), ("expand", "h")}
-"""The arrays that no vjp has to read: the differentiated one of a linear op."""
-ONE_GRADIENT = {("residual_add_aggregate", "res")}
-"""The gradients that equal another one and are the same array."""
+
+def kind(launch: LaunchRecord, name: str, op: Op, size: Size) -> str:
+    """Return what one array of a launch counts as: ``streams``, ``phi``, ``sums`` or ``small``.
+
+    It follows from the op's declaration and from the array's shape. Streams, layers and, in an op
+    without channels, matrices have an entry for each token. All else is small: mappings, and
+    parameters other than phi. All threads of a token read it, all but the first from the cache.
+    """
+    if name in _gradients_too(name for name, words in op.patterns.items() if words[0][-1] == "nC"):
+        return "phi"
+    parameters = (name for name, words in op.patterns.items() if words[0][0] != "...")
+    if kernel_of(launch) == "sum_rows" or name in SUMS or name in {f"d{one}" for one in parameters}:
+        return "sums"
+    shape = launch.shapes[name]
+    channels = any(words[0][-1] in ("C", "D", "nC") for words in op.patterns.values())
+    whole = not channels or shape[-1] in (size.C, size.n * size.C)
+    return "streams" if len(shape) > 1 and shape[0] == size.T and whole else "small"
+
+
+def _gradients_too(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(one for name in names for one in (name, f"d{name}"))
+
+
+@cache
+def unread(op: str) -> frozenset[str]:
+    """Return the arrays that the vjp of an op has no need to read, as the kit's proofs say."""
+    return frozenset(
+        name
+        for name in math.load(op).OP.arrays
+        if (op, name, generated.VJP, generated.FIRST) in generated.EQUIVALENT
+    )
+
+
+@cache
+def repeated(op: str) -> frozenset[str]:
+    """Return the arrays whose gradient equals that of an earlier one, so that both are one array."""
+    case = next(cases(op))
+    drawn = data(case, "float32", seed=0)
+    gradients = mhc_core.vjp(op, drawn.primals, drawn.cotangents, backend="numpy", **case.options)
+    named = list(zip(math.load(op).OP.arrays, gradients, strict=False))
+    return frozenset(
+        name
+        for at, (name, one) in enumerate(named)
+        if any(np.array_equal(one, other) for _, other in named[:at])
+    )
 
 
 def ideal(op: str, vjp: bool, primals: Sequence[Any], cotangents: Sequence[Any]) -> int:
@@ -77,8 +113,8 @@ def ideal(op: str, vjp: bool, primals: Sequence[Any], cotangents: Sequence[Any])
     outputs = sum(array.nbytes for array in cotangents)
     if not vjp:
         return sum(sizes.values()) + outputs
-    read = sum(size for name, size in sizes.items() if (op, name) not in UNREAD)
-    written = sum(size for name, size in sizes.items() if (op, name) not in ONE_GRADIENT)
+    read = sum(size for name, size in sizes.items() if name not in unread(op))
+    written = sum(size for name, size in sizes.items() if name not in repeated(op))
     return read + outputs + written
 
 
@@ -111,19 +147,19 @@ class Launched:
         return self.read + self.written + self.phi + self.sums + self.small
 
     @classmethod
-    def of(cls, launch: LaunchRecord) -> Launched:
-        """Return a launch's bytes, sorted into these kinds."""
+    def of(cls, launch: LaunchRecord, op: Op, size: Size) -> Launched:
+        """Return the bytes of a launch of an op, sorted into these kinds."""
         counted = dict.fromkeys(("read", "written", "phi", "sums", "small"), 0)
-        adding_up = kernel_of(launch) == "sum_rows"
         arrays = {k: one for k, one in launch.traffic.items() if one.role != "metadata"}
         for name, one in arrays.items():
-            if SMALL.fullmatch(name):
+            what = kind(launch, name, op, size)
+            if what == "small":  # each byte counts once; of all else, each access of any thread
                 counted["small"] += one.loaded_unique + one.stored_unique
-            elif adding_up or name in SUMS or name in PHI:
-                counted["phi" if name in PHI else "sums"] += one.loaded + one.stored
-            else:
+            elif what == "streams":
                 counted["read"] += one.loaded
                 counted["written"] += one.stored
+            else:
+                counted[what] += one.loaded + one.stored
         touched = sum(one.loaded_unique + one.stored_unique for one in arrays.values())
         return cls(**counted, ideal=touched)
 
@@ -178,7 +214,8 @@ def _rows(op: str, size: Size) -> Iterator[Row]:
     with record() as both:
         mx.vjp(function, list(primals), list(cotangents))
     for vjp, launches in ((False, forward), (True, both[len(forward) :])):
-        made = tuple((kernel_of(launch), Launched.of(launch)) for launch in launches)
+        declared: Op = math.load(op).OP
+        made = tuple((kernel_of(one), Launched.of(one, declared, size)) for one in launches)
         least = ideal(op, vjp, drawn.primals, drawn.cotangents)
         yield Row(op, vjp, made, Launched.together((one for _, one in made), least))
 

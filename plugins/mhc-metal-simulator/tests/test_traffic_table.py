@@ -14,6 +14,7 @@ mhc = pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose k
 
 from kernel_checks import Fault, seeded  # noqa: E402
 from mhc_backends.kernels.ops import OPS  # noqa: E402
+from mhc_core import math  # noqa: E402
 
 from mhc_metal_simulator import traffic  # noqa: E402
 from mhc_metal_simulator.engine import Traffic  # noqa: E402
@@ -95,34 +96,49 @@ def test_launches_of_one_token(op: str, launches: int) -> None:
 # ---- what is counted -----------------------------------------------------------------------------
 
 
-def _launch(kernel: str, **arrays: Traffic) -> simulator.LaunchRecord:
-    return simulator.LaunchRecord(kernel, (1, 1, 1), (1, 1, 1), 0, arrays, "")
+def _launched(kernel: str, op: str, **arrays: tuple[Traffic, tuple[int, ...]]) -> Launched:
+    counted = {name: traffic for name, (traffic, _) in arrays.items()}
+    shapes = {name: shape for name, (_, shape) in arrays.items()}
+    launch = simulator.LaunchRecord(kernel, (1, 1, 1), (1, 1, 1), 0, counted, "", shapes)
+    return Launched.of(launch, math.load(op).OP, Size(T=7, n=2, C=5))
 
 
-def test_arrays_are_sorted_by_what_they_are() -> None:
+def test_arrays_are_sorted_by_the_declaration_and_their_shapes() -> None:
     twice = Traffic("input", 10, 20, 0, 10, 0)
     stored = Traffic("output", 40, 0, 40, 0, 40)
-    shape = Traffic("metadata", 12, 12, 0, 12, 0)
-    launch = _launch(
+    made = _launched(
         "mhc_combine_project_float32_float32",
-        x=twice,
-        x_shape=shape,
-        h_post=twice,
-        scale=twice,
-        phi=twice,
-        partials=stored,
-        out=stored,
+        "combine_pre",
+        x=(twice, (7, 2, 5)),
+        x_shape=(Traffic("metadata", 12, 12, 0, 12, 0), ()),
+        h_post=(twice, (7, 2)),
+        an_unknown_mapping=(twice, (7, 2, 2)),
+        scale=(twice, (3,)),
+        phi=(twice, (8, 10)),
+        partials=(stored, (7, 1, 8)),
+        out=(stored, (7, 2, 5)),
     )
-    assert traffic.kernel_of(launch) == "combine_project"
-    made = Launched.of(launch)
-    assert made == Launched(read=20, written=40, phi=20, sums=40, small=20, ideal=120)
-    assert made.total == 140
-    adding = Launched.of(_launch("mhc_sum_rows_float32", a=twice, out=stored))
+    assert made == Launched(read=20, written=40, phi=20, sums=40, small=30, ideal=130)
+    assert made.total == 150
+    adding = _launched("mhc_sum_rows_float32", "pre", a=(twice, (7, 9)), out=(stored, (1, 9)))
     assert (adding.read, adding.written, adding.sums) == (0, 0, 60)
-    unknown = Launched.of(_launch("mhc_combine_float32", something_new=twice))
-    assert (unknown.read, unknown.small) == (20, 0)
+    normed = _launched("mhc_rms_norm_vjp_float32", "rms_norm", dweight=(stored, (7, 5)))
+    assert (normed.written, normed.sums) == (0, 40)
+    matrices = _launched("mhc_sinkhorn_float32", "sinkhorn", any_name=(twice, (7, 2, 2)))
+    assert (matrices.read, matrices.small) == (20, 0)
     both = Launched.together([made, adding], ideal=7)
-    assert both == Launched(read=20, written=40, phi=20, sums=100, small=20, ideal=7)
+    assert both == Launched(read=20, written=40, phi=20, sums=100, small=30, ideal=7)
+
+
+def test_what_a_vjp_need_not_move_follows_from_the_maths() -> None:
+    moved = {op: (traffic.unread(op), traffic.repeated(op)) for op in OPS}
+    assert {op: sorted(names) for op, (names, _) in moved.items() if names} == {
+        "contract": ["x"],
+        "expand": ["h"],
+    }
+    assert {op: sorted(names) for op, (_, names) in moved.items() if names} == {
+        "residual_add_aggregate": ["res"]
+    }
 
 
 def test_the_ideal_follows_from_the_declaration() -> None:
