@@ -124,6 +124,12 @@ class BackendSpec:
     protocol
         The name of a method that turns objects that are not arrays into the backend's own, such as
         ``"__jax_array__"`` (``flax.nnx.Param`` has it); None for none.
+    takes
+        Called at every call with its arrays, or a vjp's primals: None, or why the backend does not
+        take them, for what a spec cannot say in advance, such as the device of the arrays. The call
+        then goes to the next backend, or raises if this one was chosen by name. It must be quick,
+        and may see NumPy arrays beside its own. None for a backend that takes all arrays of its
+        types.
     proof
         Called once per kind of call before the backend runs it (:class:`Proof`), or None for a
         backend that needs no proof. If it fails, calls go to the next backend with a warning, and a
@@ -156,6 +162,7 @@ class BackendSpec:
     without: Mapping[str, str] = field(default_factory=dict[str, str])
     missing: Callable[[], str | None] = _always_there
     protocol: str | None = None
+    takes: Callable[[Sequence[Any]], str | None] | None = None
     proof: Proof | None = None
     device: Callable[[], str] | None = None
     disabled_by: str | None = None
@@ -177,6 +184,8 @@ class BackendSpec:
         self._require("missing", callable(self.missing), "a function of no arguments")
         good = self.protocol is None or _is_word(self.protocol)
         self._require("protocol", good, "the name of a method, or None")
+        good = self.takes is None or callable(self.takes)
+        self._require("takes", good, "a function of a call's arrays, or None")
         good = self.proof is None or isinstance(self.proof, Proof)  # pyright: ignore[reportUnnecessaryIsInstance]
         self._require("proof", good, "None, or methods verdict(op, dtypes, n) and verdicts()")
         good = self.device is None or callable(self.device)

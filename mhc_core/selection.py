@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
@@ -170,14 +170,61 @@ def _values(*variables: Any) -> tuple[Any, ...]:
 def _find(
     what: str, call: Signature, backend: str | None, arrays: Sequence[Any]
 ) -> Callable[..., Any]:
-    if backend is not None:
-        choice = _named(what, backend, "", call, arrays)
-    elif _chosen.get() is not None:
-        choice = _named(what, _chosen.get(), " (from use_backend)", call, arrays)
-    elif os.environ.get("MHC_BACKEND"):
-        choice = _named(what, os.environ["MHC_BACKEND"], " (from MHC_BACKEND)", call, arrays)
-    else:
-        choice = _automatic(what, call, arrays)
+    named = [
+        (backend, ""),
+        (_chosen.get(), " (from use_backend)"),
+        (os.environ.get("MHC_BACKEND") or None, " (from MHC_BACKEND)"),
+    ]
+    for name, source in named:
+        if name is not None:
+            choice = _named(what, name, source, call, arrays)
+            function = _function(what, call, choice)
+            takes = choice.spec.takes
+            return function if takes is None else _guarded(what, call, choice, takes, source)
+    return _found(what, call, arrays, {})
+
+
+def _found(
+    what: str, call: Signature, arrays: Sequence[Any], refused: Mapping[str, str]
+) -> Callable[..., Any]:
+    """Return the function of the best backend that is not among the refused ones.
+
+    If that backend looks at the arrays of every call, the function passes those that it does not
+    take to the next backend, which is selected when the first such call arrives.
+    """
+    choice = _automatic(what, call, arrays, refused)
+    function, takes = _function(what, call, choice), choice.spec.takes
+    if takes is None:
+        return function
+    others: list[Callable[..., Any]] = []
+
+    def routed(*given: Any, **static: Any) -> Any:
+        reason = takes(given[1] if what == "vjp" else given)
+        if reason is None:
+            return function(*given, **static)
+        if not others:
+            others.append(_found(what, call, arrays, {**refused, choice.spec.name: reason}))
+        return others[0](*given, **static)
+
+    return routed
+
+
+def _guarded(
+    what: str, call: Signature, choice: _Choice, takes: Callable[..., str | None], source: str
+) -> Callable[..., Any]:
+    """Return the function of a backend chosen by name, which raises for arrays it does not take."""
+    function = _function(what, call, choice)
+
+    def guarded(*given: Any, **static: Any) -> Any:
+        reason = takes(given[1] if what == "vjp" else given)
+        if reason is not None:
+            raise UnsupportedError(f"{call.op.name}: backend {choice.spec.name!r}{source} {reason}")
+        return function(*given, **static)
+
+    return guarded
+
+
+def _function(what: str, call: Signature, choice: _Choice) -> Callable[..., Any]:
     function = getattr(backend_module(choice.spec), what, None)
     if function is None:
         raise UnsupportedError(
@@ -207,7 +254,9 @@ def _named(what: str, name: Any, source: str, call: Signature, arrays: Sequence[
     return _Choice(spec, convert=not all(own))
 
 
-def _automatic(what: str, call: Signature, arrays: Sequence[Any]) -> _Choice:
+def _automatic(
+    what: str, call: Signature, arrays: Sequence[Any], refused: Mapping[str, str]
+) -> _Choice:
     """Choose among the backends of the arrays' own library; NumPy arrays may go to any library."""
     found = discover()
     specs = by_priority()
@@ -222,10 +271,10 @@ def _automatic(what: str, call: Signature, arrays: Sequence[Any]) -> _Choice:
             f"{first}; needs arrays of one library: convert with numpy.asarray(...)"
         )
     library = device[0] if device else HOST_TYPE
-    refusals: dict[str, str] = dict(found.broken)
+    refusals: dict[str, str] = {**found.broken, **refused}
     candidates: list[BackendSpec] = []
     for spec in specs:
-        if library in spec.array_types:
+        if library in spec.array_types and spec.name not in refused:
             reason = missing_reason(spec) or spec.refuses(call.op.name, call.dtypes, call.n)
             if not spec.automatic:
                 refusals[spec.name] = "runs only when chosen by name"

@@ -98,30 +98,29 @@ from __future__ import annotations
 
 from typing import Any
 
-import mlx.core as mx
-
-from mhc_backends.kernels.mlx import Kernels, Out, Sizes, tokens
+from mhc_backends.kernels.host import FLOAT32, Array, Kernels, Out, Sizes, tokens
 
 
-def forward(kernels: Kernels, x: mx.array, s: mx.array, *, shift: float) -> mx.array:
+def forward(kernels: Kernels, x: Array, s: Array, *, shift: float) -> Array:
     """x'_i = (s_i + shift) x_i."""
-    return kernels("stream_scale", _inputs(x, s, shift), {"out": Out.like(x)}, Sizes.of(x))[0]
+    inputs = _inputs(kernels, x, s, shift)
+    return kernels("stream_scale", inputs, {"out": Out.like(x)}, Sizes.of(x))[0]
 
 
 def vjp(
     kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, shift: float
-) -> tuple[mx.array, mx.array]:
+) -> tuple[Array, Array]:
     """dx_i = (s_i + shift) g_i; ds_i = x_i . g_i."""
     (x, s), (g,) = primals, cotangents
     sizes = Sizes.of(x)
-    inputs = {**_inputs(x, s, shift), "g": tokens(g, 2)}
-    outputs = {"dx": Out.like(x), "dh_pre": Out((sizes.T, sizes.n), mx.float32)}
+    inputs = {**_inputs(kernels, x, s, shift), "g": tokens(g, 2)}
+    outputs = {"dx": Out.like(x), "dh_pre": Out((sizes.T, sizes.n), FLOAT32)}
     dx, ds = kernels("stream_scale_vjp", inputs, outputs, sizes)
     return dx, kernels.sum_to(ds, s, 1)
 
 
-def _inputs(x: mx.array, s: mx.array, shift: float) -> dict[str, mx.array]:
-    return {"x": tokens(x, 2), "h_pre": tokens(s.astype(mx.float32) + shift, 1)}
+def _inputs(kernels: Kernels, x: Array, s: Array, shift: float) -> dict[str, Array]:
+    return {"x": tokens(x, 2), "h_pre": tokens(kernels.host.cast(s, FLOAT32) + shift, 1)}
 '''
 
 

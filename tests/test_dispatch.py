@@ -180,6 +180,33 @@ def test_where_nobody_can_every_candidate_says_why(plugins: Plugins, fake: Fake)
     assert "jax" not in text.replace("fake_library", "")
 
 
+def test_a_backend_may_look_at_the_arrays_of_every_call(plugins: Plugins, fake: Fake) -> None:
+    """Check the device of arrays, say: the same kind of call goes to one backend or the next."""
+    taken, other = fake(2, 2), fake(2, 2)
+
+    def takes(arrays: Any) -> str | None:
+        return None if arrays[0] is taken else "takes no such arrays"
+
+    plugins.backend("second", priority=1)
+    plugins.backend("choosy", priority=2, takes=takes)
+    for _ in range(2):  # the second time, the selection is looked up
+        for array, name in ((taken, "choosy"), (other, "second")):
+            assert mhc.sinkhorn(array) == name
+            assert mhc.vjp("sinkhorn", (array,), other) == name
+        assert mhc.sinkhorn(taken, backend="choosy") == "choosy"
+        with pytest.raises(mhc.UnsupportedError, match=r"'choosy' takes no such arrays"):
+            mhc.sinkhorn(other, backend="choosy")
+        with mhc.use_backend("choosy"), pytest.raises(mhc.UnsupportedError, match="use_backend"):
+            mhc.vjp("sinkhorn", (other,), taken)
+
+
+def test_where_no_backend_takes_the_arrays_each_says_why(plugins: Plugins, fake: Fake) -> None:
+    for name, priority in (("first", 2), ("second", 1)):
+        plugins.backend(name, priority=priority, takes=lambda _, name=name: f"not on {name}")
+    with pytest.raises(mhc.UnsupportedError, match=r"first: not on first; second: not on second"):
+        mhc.sinkhorn(fake(2, 2))
+
+
 def test_sizes_do_not_matter_to_an_op_without_streams(plugins: Plugins, fake: Fake) -> None:
     plugins.backend("mine", sizes=(2, 4))
     assert mhc.rms_norm(fake(3, 5), fake(5)) == "mine"

@@ -3,7 +3,8 @@
 - ``bodies``, ``common``, ``metal`` and ``cuda``: C++ headers, from which ``text.py`` makes texts
 - ``launch.py``: the shape of every launch
 - ``program.py``: the text, launch shape and limits of one launch
-- ``mlx.py``: launches through MLX
+- ``host.py``: launches on the arrays of any library, the host; ``mlx.py``: on MLX's
+- ``plan.py``: launches recorded once, to be replayed on arrays of the same shapes
 - ``ops``: each op as launches of kernels; ``functions.py`` makes a backend's functions of them
 """
 

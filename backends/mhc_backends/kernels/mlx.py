@@ -1,46 +1,25 @@
-"""Launches of kernels by name, through any launcher: ``mx.fast.metal_kernel``,
+"""Launches of kernels on MLX arrays, through any launcher: ``mx.fast.metal_kernel``,
 ``mx.fast.cuda_kernel``, or one that simulates them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
-from mhc_backends.kernels.launch import shares
-from mhc_backends.kernels.program import Program, Sizes, Stage, program
+from mhc_backends.kernels import host
+from mhc_backends.kernels.host import Out, Sizes, Stage, dtype_name, tokens
+from mhc_backends.kernels.program import Program
 
 __all__ = ["Kernels", "Out", "Sizes", "Stage", "dtype_name", "tokens"]
 
 Launcher = Callable[..., Any]  # MLX's stubs say object
 
 
-class Out(NamedTuple):
-    """The shape and dtype of an output."""
-
-    shape: Sequence[int]
-    dtype: mx.Dtype
-
-    @classmethod
-    def like(cls, array: mx.array) -> Out:
-        """Ask for an output like an array."""
-        return cls(array.shape, array.dtype)
-
-
-def tokens(array: mx.array, last: int) -> mx.array:
-    """Flatten all but the last ``last`` axes into one; a shared array gets one row."""
-    split = array.ndim - last
-    return array.reshape(math.prod(array.shape[:split]), *array.shape[split:])
-
-
-# ---- launching -----------------------------------------------------------------------------------
-
-
-class Kernels:
-    """The kernels in one dialect, launched by one launcher.
+class Kernels(host.Kernels):
+    """The kernels in one dialect, launched by one launcher on MLX arrays.
 
     Parameters
     ----------
@@ -53,56 +32,42 @@ class Kernels:
     """
 
     def __init__(self, launcher: Launcher, dialect: str, memory: int = 16384) -> None:
-        self.launcher = launcher
-        self.dialect = dialect
-        self.memory = memory
+        super().__init__(_Mlx(launcher), dialect, memory)
+
+
+class _Mlx:
+    """MLX as the host of kernels."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
         self._made: dict[Any, Callable[..., Sequence[mx.array]]] = {}
 
-    def __call__(
-        self,
-        name: str,
-        inputs: Mapping[str, mx.array | None],
-        outputs: Mapping[str, Out | None],
-        sizes: Sizes,
-        numbers: Mapping[str, float] | None = None,
-        stage: Stage | None = None,
-        /,
-        **constants: int,
-    ) -> list[mx.array]:
-        """Launch a kernel and return its outputs; without tokens, nothing is launched.
+    def zeros(self, shape: Sequence[int], dtype: Any) -> mx.array:
+        return mx.zeros(tuple(shape), _dtype(dtype))
 
-        Inputs are read in row-major order: MLX copies strided ones. An input or output that is None
-        is absent: the kernel's constants disable the code that mentions it. ``numbers`` are written
-        into the kernel's text, ``stage`` is the threadgroup memory whose size the launch
-        determines, and ``constants`` are template arguments in addition to those of the sizes and
-        the launch. Each new value of these compiles the kernel again, so pass values that vary as
-        inputs; in MLX's CUDA build an input costs a launch 1 us, and an output 2.
-        """
-        given = {name: array for name, array in inputs.items() if array is not None}
-        made = {name: out for name, out in outputs.items() if out is not None}
-        shapes = [tuple(out.shape) for out in made.values()]
-        dtypes = [out.dtype for out in made.values()]
-        if sizes.T == 0:
-            return [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-        arrays = list(given.values())
-        runs = program(
-            name,
-            self.dialect,
-            dtype_name(arrays[0].dtype),
-            sizes,
-            absent=frozenset({*inputs, *outputs} - {*given, *made}),
-            numbers=numbers,
-            stage=stage,
-            constants=constants,
-        )
-        kernel = self._kernel(name, runs, tuple(given), tuple(made), arrays, dtypes)
+    def constant(self, values: Sequence[Any]) -> mx.array:
+        return mx.array(list(values), mx.float32)
+
+    def cast(self, array: mx.array, dtype: Any) -> mx.array:
+        return array.astype(_dtype(dtype))
+
+    def repeat(self, array: mx.array, n: int) -> mx.array:
+        streams = mx.broadcast_to(array[..., None, :], (*array.shape[:-1], n, array.shape[-1]))
+        return mx.contiguous(streams)
+
+    def launch(
+        self, name: str, runs: Program, inputs: Mapping[str, mx.array], outputs: Mapping[str, Out]
+    ) -> list[mx.array]:
+        arrays = list(inputs.values())
+        dtypes = [_dtype(out.dtype) for out in outputs.values()]
+        kernel = self._kernel(name, runs, tuple(inputs), tuple(outputs), arrays, dtypes)
         return list(
             kernel(
                 inputs=arrays,
                 template=list(runs.template),
                 grid=runs.launch.grid,
                 threadgroup=runs.launch.threadgroup,
-                output_shapes=shapes,
+                output_shapes=[tuple(out.shape) for out in outputs.values()],
                 output_dtypes=dtypes,
             )
         )
@@ -128,7 +93,7 @@ class Kernels:
         made = self._made.get(texts)
         if made is None:
             dynamic = {"shared_memory": runs.memory} if runs.memory else {}
-            made = self._made[texts] = self.launcher(
+            made = self._made[texts] = self._launcher(
                 name=full,
                 input_names=list(inputs),
                 output_names=list(outputs),
@@ -138,32 +103,6 @@ class Kernels:
             )
         return made
 
-    def sum_to(self, gradient: mx.array, like: mx.array, last: int) -> mx.array:
-        """Sum a gradient per token as its primal needs.
 
-        Parameters
-        ----------
-        gradient
-            float32, one row per token.
-        like
-            The primal. If all tokens share it, their gradients are summed.
-        last
-            The number of the primal's axes, without leading ones.
-        """
-        if like.ndim == last:
-            gradient = self.sum_rows(gradient.reshape(gradient.shape[0], like.size))
-        return gradient.reshape(like.shape).astype(like.dtype)
-
-    def sum_rows(self, a: mx.array) -> mx.array:
-        """Sum [R, K] to [1, K], some rows at a time, in a fixed order."""
-        while a.shape[0] != 1:
-            rows, columns = a.shape
-            sizes = Sizes(rows, 1, columns)
-            count = 1 if rows == 0 else shares("sum_rows", *sizes, self.dialect)
-            (a,) = self("sum_rows", {"a": a}, {"out": Out((count, columns), mx.float32)}, sizes)
-        return a
-
-
-def dtype_name(dtype: mx.Dtype) -> str:
-    """Return a dtype's name without its module."""
-    return str(dtype).removeprefix("mlx.core.")
+def _dtype(dtype: Any) -> mx.Dtype:
+    return getattr(mx, dtype) if isinstance(dtype, str) else dtype

@@ -3,9 +3,10 @@
 ``forward(kernels, *arrays, **static)`` and
 ``vjp(kernels, primals, cotangents, saved=None, **static)`` return the same as the functions of
 these names in ``mhc_core.math.<op>``, and so does ``forward_with_saved``, where a vjp needs more
-than the primals. ``kernels`` is a :class:`mhc_backends.kernels.mlx.Kernels`.
+than the primals. ``kernels`` is a :class:`mhc_backends.kernels.host.Kernels`, and the arrays are
+of its host.
 
-Listing the ops imports nothing heavy; loading one imports MLX.
+No op imports an array library.
 """
 
 from __future__ import annotations

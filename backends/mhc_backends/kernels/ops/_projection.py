@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
-
-import mlx.core as mx
+from typing import TYPE_CHECKING, NamedTuple
 
 from mhc_backends.kernels import launch
-from mhc_backends.kernels.mlx import Kernels, Out, Sizes, Stage, dtype_name, tokens
+from mhc_backends.kernels.host import FLOAT32, Kernels, Out, Sizes, Stage, dtype_name, tokens
 from mhc_backends.kernels.ops import combine
 from mhc_core.variants import Variant
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 __all__ = [
     "Cotangents",
@@ -95,7 +96,7 @@ def combine_project(
     inputs = {**combine.inputs(x, y, h_post, h_res), "phi": phi}
     outputs = {"out": Out.like(x), "partials": _partials(sizes, phi)}
     tiles = _tiles(phi, launch.COLUMNS_AT_ONCE)
-    narrow = x.dtype != mx.float32
+    narrow = dtype_name(x.dtype) != FLOAT32
     chosen = {"COLUMN_TILES": tiles, "STEPS": math.gcd(sizes.n, K_BLOCK) if narrow else 1}
     # every simdgroup of combine_project_few reads all streams, so it is for one tile of tokens
     if sizes.T <= launch.TILE_TOKENS and launch.few(sizes.T, sizes.C):
@@ -114,12 +115,12 @@ def combine_project(
 
 
 def _partials(sizes: Sizes, phi: mx.array) -> Out:
-    return Out((sizes.T, launch.splits(sizes.C), phi.shape[0] + 1), mx.float32)
+    return Out((sizes.T, launch.splits(sizes.C), phi.shape[0] + 1), FLOAT32)
 
 
 def _run(x: mx.array) -> int:
     """Return the number of K steps of one stream in a K block."""
-    return 1 if x.dtype == mx.float32 else 2
+    return 1 if dtype_name(x.dtype) == FLOAT32 else 2
 
 
 def _tiles(phi: mx.array, most: int) -> int:
@@ -156,7 +157,7 @@ def mapped(ahead: Sequence[int], n: int, columns: int, saves: bool) -> dict[str,
     """Return the outputs for the mappings of all tokens and, with ``saves``, for their vjp."""
     wanted = {"h_pre": (n,), "h_post": (n,), "h_res": (n, n), "u": (columns,), "r": (1,)}
     return {
-        name: Out((*ahead, *last), mx.float32) if saves or name not in ("u", "r") else None
+        name: Out((*ahead, *last), FLOAT32) if saves or name not in ("u", "r") else None
         for name, last in wanted.items()
     }
 
@@ -208,7 +209,7 @@ def weights_vjp(kernels: Kernels, x: mx.array, dh: mx.array) -> mx.array:
     """Return dw[T, n], the cotangents of each token's weights in h = sum_i w_i x_i."""
     sizes = Sizes.of(x)
     inputs = {"x": tokens(x, 2), "dh": tokens(dh, 1)}
-    outputs = {"dw": Out((sizes.T, sizes.n), mx.float32)}
+    outputs = {"dw": Out((sizes.T, sizes.n), FLOAT32)}
     return kernels("weights_vjp", inputs, outputs, sizes)[0]
 
 
@@ -237,9 +238,9 @@ def local_vjp(
     """Launch ``mappings_vjp`` or ``head_vjp``."""
     columns = inputs["bias"].size
     outputs = {
-        "du": Out((sizes.T, columns), mx.float32),
-        "pull": Out((sizes.T, 1), mx.float32),
-        "terms": Out((sizes.T, columns + groups), mx.float32),
+        "du": Out((sizes.T, columns), FLOAT32),
+        "pull": Out((sizes.T, 1), FLOAT32),
+        "terms": Out((sizes.T, columns + groups), FLOAT32),
     }
     constants["K"] = sizes.n * sizes.C
     return Local(*kernels(name, inputs, outputs, sizes, numbers, **constants))
@@ -250,7 +251,8 @@ def summed(
 ) -> tuple[mx.array, mx.array]:
     """Return dscale and dbias."""
     total = kernels.sum_rows(local.terms)[0]
-    return total[bias.size :].astype(scale.dtype), total[: bias.size].astype(bias.dtype)
+    cast = kernels.host.cast
+    return cast(total[bias.size :], scale.dtype), cast(total[: bias.size], bias.dtype)
 
 
 def projection_pullback(
@@ -279,11 +281,11 @@ def projection_pullback(
     (dx,) = kernels("project_dx", inputs, {"dx": out}, sizes, **chosen)
 
     shares = launch.shares("project_dphi", *sizes, kernels.dialect)
-    partial = Out((shares, *phi.shape), mx.float32)
+    partial = Out((shares, *phi.shape), FLOAT32)
     tiles = _tiles(phi, DPHI_COLUMNS)
     stage, _ = _stage(kernels, "project_dphi", x, tiles, DPHI_STEPS, 2)
     inputs = {"x": flat, "du": local.du}
-    chosen = {"COLUMN_TILES": tiles, "AHEAD": x.dtype != mx.float32}
+    chosen = {"COLUMN_TILES": tiles, "AHEAD": dtype_name(x.dtype) != FLOAT32}
     (dphi,) = kernels("project_dphi", inputs, {"dphi": partial}, sizes, None, stage, **chosen)
     return dx, kernels.sum_to(dphi, phi, 2)
 

@@ -5,13 +5,14 @@ The vjp is pre's, then combine's.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-
-from mhc_backends.kernels.mlx import Kernels, Out
+from mhc_backends.kernels.host import FLOAT32, Kernels, Out
 from mhc_backends.kernels.ops import _projection, combine
 from mhc_core.variants import Variant
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 
 def forward(kernels: Kernels, *primals: mx.array, variant: Variant) -> tuple[mx.array, ...]:
@@ -53,7 +54,7 @@ def vjp(
     through = g_pre if given else g_pre + dh_pre.reshape(g_pre.shape)
     used = _projection.Cotangents(through, g_post, g_res, given[0] if given else h_pre, g_h, g_x)
     # the cotangent of x' stays in float32 between the two vjps, as nothing rounds it there
-    between = Out(x.shape, mx.float32)
+    between = Out(x.shape, FLOAT32)
     dx_new, dphi, dscale, dbias = _projection.pullback(
         kernels, x_new, phi, scale, bias, _projection.Projected(u, r), used, variant, between
     )

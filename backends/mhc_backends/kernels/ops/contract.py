@@ -1,4 +1,4 @@
-"""contract: the kernel ``aggregate`` with the same weight for every stream; MLX repeats a gradient.
+"""contract: the kernel ``aggregate``, all weights the same; the host repeats a gradient.
 
 The weights are constants and get no gradient.
 """
@@ -7,35 +7,28 @@ from __future__ import annotations
 
 from typing import Any
 
-import mlx.core as mx
-
-from mhc_backends.kernels.mlx import Kernels, Out, Sizes, tokens
+from mhc_backends.kernels.host import FLOAT32, Array, Kernels, Out, Sizes, tokens
 
 
-def forward(kernels: Kernels, x: mx.array, *, how: str) -> mx.array:
+def forward(kernels: Kernels, x: Array, *, how: str) -> Array:
     """h = sum_i x_i, or their mean."""
     return collapsed(kernels, x, 1 / x.shape[-2] if how == "mean" else 1.0, x.dtype)
 
 
 def vjp(
     kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, how: str
-) -> tuple[mx.array]:
+) -> tuple[Array]:
     """dx_i = g, or g / n."""
     (x,), (g,) = primals, cotangents
     n = x.shape[-2]
-    each = (g.astype(mx.float32) / n if how == "mean" else g).astype(x.dtype)
-    return (repeated(each, n),)
+    cast = kernels.host.cast
+    each = cast(cast(g, FLOAT32) / n if how == "mean" else g, x.dtype)
+    return (kernels.host.repeat(each, n),)
 
 
-def collapsed(kernels: Kernels, x: mx.array, weight: float, dtype: mx.Dtype) -> mx.array:
+def collapsed(kernels: Kernels, x: Array, weight: float, dtype: Any) -> Array:
     """Return sum_i weight x_i."""
     sizes = Sizes.of(x)
-    weights = mx.array([[weight] * sizes.n], mx.float32)
+    weights = kernels.host.constant([[weight] * sizes.n])
     outputs = {"h": Out((*x.shape[:-2], sizes.C), dtype)}
     return kernels("aggregate", {"x": tokens(x, 2), "h_pre": weights}, outputs, sizes)[0]
-
-
-def repeated(h: mx.array, n: int) -> mx.array:
-    """Return n streams that are each h, written once: every kernel would copy a broadcast view."""
-    streams = mx.broadcast_to(h[..., None, :], (*h.shape[:-1], n, h.shape[-1]))
-    return mx.contiguous(streams)

@@ -6,23 +6,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import mlx.core as mx
-
-from mhc_backends.kernels.mlx import Kernels, Out, Sizes, tokens
+from mhc_backends.kernels.host import FLOAT32, Array, Kernels, Out, Sizes, tokens
 from mhc_backends.kernels.ops.pre_scale import scale_pullback, slices
 
 MOST_IN_REGISTERS = 4  # streams whose n + n * n sums a thread can keep
 
 
 def forward(
-    kernels: Kernels, x: mx.array, y: mx.array, h_pre: mx.array, h_post: mx.array, h_res: mx.array
-) -> mx.array:
+    kernels: Kernels, x: Array, y: Array, h_pre: Array, h_post: Array, h_res: Array
+) -> Array:
     """H_post * (y + H_res (H_pre * x)) on the n slices of the last axis."""
     sizes, inputs = _inputs(x, y, h_pre, h_post, h_res)
     return kernels("gated_combine", inputs, {"out": Out.like(x)}, sizes)[0]
 
 
-def vjp(kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None) -> tuple[mx.array, ...]:
+def vjp(kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None) -> tuple[Array, ...]:
     """With z = y + H_res (H_pre * x): dy = H_post * g, and the rest through z's two products."""
     *_, h_pre, h_post, h_res = primals
     pullback = _pullback if h_pre.shape[-1] <= MOST_IN_REGISTERS else _pullback_wide
@@ -36,7 +34,7 @@ def vjp(kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None) -> t
     )
 
 
-def _pullback(kernels: Kernels, *arrays: mx.array) -> list[mx.array]:
+def _pullback(kernels: Kernels, *arrays: Array) -> list[Array]:
     """Return dx, dy and each token's gradients of the mappings."""
     x, y, *_, g = arrays
     sizes, inputs = _inputs(*arrays[:-1])
@@ -44,43 +42,44 @@ def _pullback(kernels: Kernels, *arrays: mx.array) -> list[mx.array]:
     outputs = {
         "dx": Out.like(x),
         "dy": Out.like(y),
-        "dh_pre": Out((sizes.T, sizes.n), mx.float32),
-        "dh_post": Out((sizes.T, sizes.n), mx.float32),
-        "dh_res": Out((sizes.T, sizes.n, sizes.n), mx.float32),
+        "dh_pre": Out((sizes.T, sizes.n), FLOAT32),
+        "dh_post": Out((sizes.T, sizes.n), FLOAT32),
+        "dh_res": Out((sizes.T, sizes.n, sizes.n), FLOAT32),
     }
     return kernels("gated_combine_vjp", inputs, outputs, sizes)
 
 
 def _pullback_wide(
     kernels: Kernels,
-    x: mx.array,
-    y: mx.array,
-    h_pre: mx.array,
-    h_post: mx.array,
-    h_res: mx.array,
-    g: mx.array,
-) -> tuple[mx.array, ...]:
+    x: Array,
+    y: Array,
+    h_pre: Array,
+    h_post: Array,
+    h_res: Array,
+    g: Array,
+) -> tuple[Array, ...]:
     """Return the same by the vjp kernels of combine, with H = h_post H_res h_pre, and pre_scale.
 
     They compute the sums over C, G[i, j] = g_i . x_j and Y_i = g_i . y_i: see gated_combine_vjp.h.
     """
     dy, Y = scale_pullback(kernels, y, h_post, g)
-    pre, post, res = (a.astype(mx.float32) for a in (h_pre, h_post, h_res))
+    cast, zeros = kernels.host.cast, kernels.host.zeros
+    pre, post, res = (cast(a, FLOAT32) for a in (h_pre, h_post, h_res))
     columns, rows = pre[..., None, :], post[..., :, None]
     streams = slices(x, h_pre.shape[-1])
     sizes = Sizes.of(streams)
     inputs = {
         "x": streams,
-        "y": mx.zeros((sizes.T, sizes.C), x.dtype),
-        "h_post": mx.zeros((1, sizes.n)),
+        "y": zeros((sizes.T, sizes.C), x.dtype),
+        "h_post": zeros((1, sizes.n), FLOAT32),
         "h_res": tokens(rows * res * columns, 2),
         "g": slices(g, sizes.n),
     }
     outputs = {
         "dx": Out.like(x),
         "dy": Out((sizes.T, sizes.C), x.dtype),
-        "dh_post": Out((sizes.T, sizes.n), mx.float32),
-        "dh_res": Out((sizes.T, sizes.n, sizes.n), mx.float32),
+        "dh_post": Out((sizes.T, sizes.n), FLOAT32),
+        "dh_res": Out((sizes.T, sizes.n, sizes.n), FLOAT32),
     }
     dx, _, _, G = kernels("combine_vjp_wide", inputs, outputs, sizes)
     columns, rows, res = tokens(columns, 2), tokens(rows, 2), tokens(res, 2)
@@ -90,8 +89,8 @@ def _pullback_wide(
 
 
 def _inputs(
-    x: mx.array, y: mx.array, h_pre: mx.array, h_post: mx.array, h_res: mx.array
-) -> tuple[Sizes, dict[str, mx.array]]:
+    x: Array, y: Array, h_pre: Array, h_post: Array, h_res: Array
+) -> tuple[Sizes, dict[str, Array]]:
     n = h_pre.shape[-1]
     streams = slices(x, n)
     inputs = {

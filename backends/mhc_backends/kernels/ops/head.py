@@ -4,42 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
-import mlx.core as mx
-
-from mhc_backends.kernels.mlx import Kernels, Out, Sizes, tokens
+from mhc_backends.kernels.host import FLOAT32, Array, Kernels, Out, Sizes, tokens
 from mhc_backends.kernels.ops import _projection
 from mhc_core.variants import Variant
 
 
-def forward(kernels: Kernels, *primals: mx.array, variant: Variant) -> mx.array:
+def forward(kernels: Kernels, *primals: Array, variant: Variant) -> Array:
     """h = sum_i w_i x_i with w = sigmoid(vec(x) @ phi.T r scale + bias) + pre_eps."""
     return forward_with_saved(kernels, *primals, variant=variant, saves=False)[0][0]
 
 
 def forward_with_saved(
     kernels: Kernels,
-    x: mx.array,
-    phi: mx.array,
-    scale: mx.array,
-    bias: mx.array,
+    x: Array,
+    phi: Array,
+    scale: Array,
+    bias: Array,
     *,
     variant: Variant,
     saves: bool = True,
-) -> tuple[tuple[mx.array], tuple[mx.array, ...]]:
+) -> tuple[tuple[Array], tuple[Array, ...]]:
     """Return h and, for the vjp, the projection and the weights."""
     sizes, ahead = Sizes.of(x), x.shape[:-2]
     partials = _projection.project(kernels, x, phi)
     inputs = {"x": tokens(x, 2), "partials": partials, "scale": scale, "bias": bias}
     outputs: dict[str, Out | None] = {"h": Out((*ahead, sizes.C), x.dtype)}
     for name, last in (("u", sizes.n), ("w", sizes.n), ("r", 1)):
-        outputs[name] = Out((*ahead, last), mx.float32) if saves else None
+        outputs[name] = Out((*ahead, last), FLOAT32) if saves else None
     h, *saved = kernels("head", inputs, outputs, sizes, _projection.settings(variant), SAVES=saves)
     return (h,), tuple(saved)
 
 
 def vjp(
     kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant
-) -> tuple[mx.array, ...]:
+) -> tuple[Array, ...]:
     """Pull back through the weighted sum, then the sigmoid and the projection."""
     (x, phi, scale, bias), (g,) = primals, cotangents
     if saved is None:

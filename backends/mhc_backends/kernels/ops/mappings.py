@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-import mlx.core as mx
-
-from mhc_backends.kernels.mlx import Kernels, Out, Sizes
+from mhc_backends.kernels.host import Array, Kernels, Out, Sizes
 from mhc_backends.kernels.ops import _projection
 from mhc_core.variants import Variant
 
 
-def forward(kernels: Kernels, *primals: mx.array, variant: Variant) -> tuple[mx.array, ...]:
+def forward(kernels: Kernels, *primals: Array, variant: Variant) -> tuple[Array, ...]:
     """(H_pre, H_post, H_res) of z = u r scale + bias."""
     return forward_with_saved(kernels, *primals, variant=variant, saves=False)[0]
 
 
 def forward_with_saved(
     kernels: Kernels,
-    x: mx.array,
-    phi: mx.array,
-    scale: mx.array,
-    bias: mx.array,
+    x: Array,
+    phi: Array,
+    scale: Array,
+    bias: Array,
     *,
     variant: Variant,
     saves: bool = True,
-) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """Return the outputs and, for the vjp, the projection."""
     sizes, ahead = Sizes.of(x), x.shape[:-2]
     partials = _projection.project(kernels, x, phi)
@@ -38,7 +36,7 @@ def forward_with_saved(
 
 def vjp(
     kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant
-) -> tuple[mx.array, ...]:
+) -> tuple[Array, ...]:
     """Pull back through the activations, the division by the RMS and the projection."""
     x, phi, scale, bias = primals
     if saved is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-
-from mhc_backends.kernels.mlx import Kernels, Out
+from mhc_backends.kernels.host import Kernels, Out
 from mhc_backends.kernels.ops import _projection
 from mhc_core.variants import Variant
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 
 def forward(

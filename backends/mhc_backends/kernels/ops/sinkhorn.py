@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import mlx.core as mx
-
-from mhc_backends.kernels.mlx import Kernels, Out, Sizes, tokens
+from mhc_backends.kernels.host import FLOAT32, Array, Kernels, Out, Sizes, tokens
 
 
-def forward(
-    kernels: Kernels, logits: mx.array, *, iterations: int, eps: float, first: str
-) -> mx.array:
+def forward(kernels: Kernels, logits: Array, *, iterations: int, eps: float, first: str) -> Array:
     """Compute eq. (9), ``M_t = T_r(T_c(M_{t-1}))``."""
-    inputs = {"logits": tokens(logits, 2), "eps": mx.array([eps], mx.float32)}
-    outputs = {"out": Out(logits.shape, mx.float32)}
+    inputs = {"logits": tokens(logits, 2), "eps": kernels.host.constant([eps])}
+    outputs = {"out": Out(logits.shape, FLOAT32)}
     constants = _constants(iterations, eps, first)
     return kernels("sinkhorn", inputs, outputs, _sizes(logits), **constants)[0]
 
@@ -29,13 +25,13 @@ def vjp(
     iterations: int,
     eps: float,
     first: str,
-) -> tuple[mx.array]:
+) -> tuple[Array]:
     """Run the iterations again and reverse them."""
     (logits,), (g,) = primals, cotangents
     inputs = {
         "logits": tokens(logits, 2),
         "g": tokens(g, 2),
-        "eps": mx.array([eps], mx.float32),
+        "eps": kernels.host.constant([eps]),
     }
     constants = _constants(iterations, eps, first)
     outputs = {"out": Out.like(logits)}
@@ -50,5 +46,5 @@ def _constants(iterations: int, eps: float, first: str) -> dict[str, int]:
     }
 
 
-def _sizes(matrices: mx.array) -> Sizes:
+def _sizes(matrices: Array) -> Sizes:
     return Sizes(math.prod(matrices.shape[:-2]), matrices.shape[-1], 1)

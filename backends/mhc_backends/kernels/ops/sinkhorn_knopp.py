@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import mlx.core as mx
-
-from mhc_backends.kernels.mlx import Kernels, Out, Sizes, tokens
+from mhc_backends.kernels.host import FLOAT32, Array, Kernels, Out, Sizes, tokens
 
 
 def forward(
-    kernels: Kernels, matrix: mx.array, *, max_iterations: int, epsilon: float, log_space: bool
-) -> mx.array:
+    kernels: Kernels, matrix: Array, *, max_iterations: int, epsilon: float, log_space: bool
+) -> Array:
     """Stop each matrix after its first full step that leaves the largest error under epsilon."""
-    inputs = {"logits": tokens(matrix, 2), "epsilon": mx.array([epsilon], mx.float32)}
-    outputs = {"out": Out(matrix.shape, mx.float32)}
+    inputs = {"logits": tokens(matrix, 2), "epsilon": kernels.host.constant([epsilon])}
+    outputs = {"out": Out(matrix.shape, FLOAT32)}
     constants = {"ITERATIONS": max_iterations, "LOG_SPACE": log_space}
     return kernels("sinkhorn_knopp", inputs, outputs, _sizes(matrix), **constants)[0]
 
@@ -29,18 +27,18 @@ def vjp(
     max_iterations: int,
     epsilon: float,
     log_space: bool,
-) -> tuple[mx.array]:
+) -> tuple[Array]:
     """Reverse the steps that were taken."""
     (matrix,), (g,) = primals, cotangents
     inputs = {
         "logits": tokens(matrix, 2),
         "g": tokens(g, 2),
-        "epsilon": mx.array([epsilon], mx.float32),
+        "epsilon": kernels.host.constant([epsilon]),
     }
     outputs = {"out": Out.like(matrix)}
     constants = {"ITERATIONS": max_iterations, "LOG_SPACE": log_space}
     return (kernels("sinkhorn_knopp_vjp", inputs, outputs, _sizes(matrix), **constants)[0],)
 
 
-def _sizes(matrices: mx.array) -> Sizes:
+def _sizes(matrices: Array) -> Sizes:
     return Sizes(math.prod(matrices.shape[:-2]), matrices.shape[-1], 1)

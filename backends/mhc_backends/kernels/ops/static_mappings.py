@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import mlx.core as mx
-
-from mhc_backends.kernels.mlx import Kernels, Out, Sizes, tokens
+from mhc_backends.kernels.host import FLOAT32, Array, Kernels, Out, Sizes, tokens
 
 
 def forward(
     kernels: Kernels,
-    h_pre_raw: mx.array,
-    h_post_raw: mx.array,
-    h_res_raw: mx.array,
+    h_pre_raw: Array,
+    h_post_raw: Array,
+    h_res_raw: Array,
     *,
     iterations: int,
-) -> tuple[mx.array, mx.array, mx.array]:
+) -> tuple[Array, Array, Array]:
     """(sigmoid, 2 sigmoid, sinkhorn with rows first and eps 0)."""
     inputs = _inputs(h_pre_raw, h_post_raw, h_res_raw)
     outputs = {
-        "h_pre": Out(h_pre_raw.shape, mx.float32),
-        "h_post": Out(h_post_raw.shape, mx.float32),
-        "h_res": Out(h_res_raw.shape, mx.float32),
+        "h_pre": Out(h_pre_raw.shape, FLOAT32),
+        "h_post": Out(h_post_raw.shape, FLOAT32),
+        "h_res": Out(h_res_raw.shape, FLOAT32),
     }
     sizes = _sizes(inputs["h_res_raw"])
     h_pre, h_post, h_res = kernels("static_mappings", inputs, outputs, sizes, ITERATIONS=iterations)
@@ -31,7 +29,7 @@ def forward(
 
 def vjp(
     kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, iterations: int
-) -> tuple[mx.array, mx.array, mx.array]:
+) -> tuple[Array, Array, Array]:
     """The sigmoids' derivatives s (1 - s), and sinkhorn's vjp."""
     (h_pre_raw, h_post_raw, h_res_raw), (g_pre, g_post, g_res) = primals, cotangents
     inputs = _inputs(h_pre_raw, h_post_raw, h_res_raw)
@@ -48,7 +46,7 @@ def vjp(
     return d_pre, d_post, d_res
 
 
-def _inputs(h_pre_raw: mx.array, h_post_raw: mx.array, h_res_raw: mx.array) -> dict[str, mx.array]:
+def _inputs(h_pre_raw: Array, h_post_raw: Array, h_res_raw: Array) -> dict[str, Array]:
     return {
         "h_pre_raw": tokens(h_pre_raw, 1),
         "h_post_raw": tokens(h_post_raw, 1),
@@ -56,5 +54,5 @@ def _inputs(h_pre_raw: mx.array, h_post_raw: mx.array, h_res_raw: mx.array) -> d
     }
 
 
-def _sizes(h_res_raw: mx.array) -> Sizes:
+def _sizes(h_res_raw: Array) -> Sizes:
     return Sizes(h_res_raw.shape[0], h_res_raw.shape[-1], 1)
