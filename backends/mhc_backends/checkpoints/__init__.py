@@ -59,12 +59,12 @@ class Read(NamedTuple):
     dims: int
     variant: Variant
 
-    def layers(self, made: Callable[[Mapping[str, Any]], Any]) -> list[list[Any]]:
+    def layers(self, made: Callable[[dict[str, Any]], Any]) -> list[list[Any]]:
         """Return what ``made`` makes of each connection's arrays: attention and MLP by layer."""
         count = 1 + max(key.layer for key in self.arrays)
         return [[made(self._of(k, one)) for one in SUBLAYERS] for k in range(count)]
 
-    def head(self, made: Callable[[Mapping[str, Any]], Any]) -> Any:
+    def head(self, made: Callable[[dict[str, Any]], Any]) -> Any:
         """Return what ``made`` makes of the head's arrays, or None if there is no head."""
         return made(self._of(-1, "head")) if HEAD[0] in self.arrays else None
 

@@ -127,13 +127,10 @@ def load_hyper_connections(
         placed = [(found.targets[key], array) for key, array in found.arrays.items()]
         model.update(cast("dict[str, Any]", utils.tree_unflatten(placed)))
 
-    def filled(kind: type[Any]) -> Any:
-        return lambda arrays: kind(found.dims, found.n, found.variant).update(arrays)
-
-    layers = found.layers(filled(HyperConnection))
-    return HyperConnections(
-        tuple(ConnectedLayer(*layer) for layer in layers), found.head(filled(HyperHead))
-    )
+    sizes = found.dims, found.n, found.variant
+    layers = found.layers(lambda arrays: HyperConnection(*sizes).update(arrays))
+    head = found.head(lambda arrays: HyperHead(*sizes).update(arrays))
+    return HyperConnections(tuple(ConnectedLayer(*layer) for layer in layers), head)
 
 
 def _float32(array: Any) -> mx.array:
