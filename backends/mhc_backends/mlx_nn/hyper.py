@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -11,42 +10,37 @@ import mlx.core as mx
 from mlx import nn
 
 import mhc_core as mhc
-from mhc_core import checks
-from mhc_core.variants import PAPER, Variant, check_variant
+from mhc_backends.nn_common import (
+    ALPHA,
+    checked_sizes,
+    deviation,
+    head_bias,
+    names_of,
+    residual_bias,
+)
+from mhc_core.variants import PAPER, Variant
 
 __all__ = ["HyperConnection", "HyperHead"]
 
 Names = tuple[str, str, str]  # of phi, scale and bias
 Arrays = tuple[mx.array, mx.array, mx.array]
 
-# The start:
-ALPHA = 0.01  # the scales: how much of a mapping depends on the token
-DEVIATION = 0.1  # the standard deviation of the projection that alpha scales
-LEAN = 0.5  # how much H_pre and H_post differ between the streams, relative to their mean
-MIXING = 0.01  # the share of the other streams in each stream after H_res
-
 
 class Projection(nn.Module):
-    """The common part of both modules: three float32 parameters that read the streams.
+    """The common part of both modules: three float32 parameters that read the streams."""
 
-    Their names tell the layout: ``fn``, ``base``, ``scale`` if the variant stores H_res transposed,
-    as in DeepSeek-V4's checkpoints; otherwise the paper's ``phi``, ``bias``, ``alpha``. So weights
-    of one layout never load as the other.
-    """
-
-    def __init__(self, dims: int, n: int, variant: Variant, groups: int, bias: mx.array) -> None:
+    def __init__(self, dims: int, n: int, variant: Variant, groups: int, bias: list[float]) -> None:
         super().__init__()
-        deviation = DEVIATION / math.sqrt(n * dims)
         self.dims, self.n, self.variant = dims, n, variant
         phi, scale, base = self.names
-        self[phi] = deviation * mx.random.normal((bias.size, n * dims))
+        self[phi] = deviation(dims, n) * mx.random.normal((len(bias), n * dims))
         self[scale] = mx.full((groups,), ALPHA)
-        self[base] = bias
+        self[base] = mx.array(bias)
 
     @property
     def names(self) -> Names:
         """Return the parameters' names, in the order phi, scale, bias."""
-        return ("fn", "scale", "base") if self.variant.res_transposed else ("phi", "alpha", "bias")
+        return names_of(self.variant)
 
     @property
     def projection(self) -> Arrays:
@@ -177,8 +171,8 @@ class HyperConnection(Projection):
     """
 
     def __init__(self, dims: int, n: int = 4, variant: Variant = PAPER) -> None:
-        dims, n, variant = _checked("HyperConnection", dims, n, variant)
-        super().__init__(dims, n, variant, 3, _residual_bias(n, variant))
+        dims, n, variant = checked_sizes("HyperConnection", dims, n, variant)
+        super().__init__(dims, n, variant, 3, residual_bias(n, variant))
 
     def mappings(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Return H_pre, H_post and H_res of the streams x: :func:`mhc_core.mappings`."""
@@ -248,43 +242,9 @@ class HyperHead(Projection):
     """
 
     def __init__(self, dims: int, n: int = 4, variant: Variant = PAPER) -> None:
-        dims, n, variant = _checked("HyperHead", dims, n, variant)
-        super().__init__(dims, n, variant, 1, mx.array(_pre_bias(n, variant)))
+        dims, n, variant = checked_sizes("HyperHead", dims, n, variant)
+        super().__init__(dims, n, variant, 1, head_bias(n, variant))
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return ``[..., dims]`` from the streams ``[..., n, dims]``: :func:`mhc_core.head`."""
         return mhc.head(x, *self.projection, self.variant)
-
-
-def _checked(owner: str, dims: Any, n: Any, variant: Any) -> tuple[int, int, Variant]:
-    return (
-        checks.positive_int(owner, "dims", dims),
-        checks.positive_int(owner, "n", n),
-        check_variant(owner, "variant", variant),
-    )
-
-
-# ---- the start ----------------------------------------------------------------------------------
-
-
-def _residual_bias(n: int, variant: Variant) -> mx.array:
-    """Return the bias that starts as a plain residual; see the notes of HyperConnection."""
-    post = [_logit(h / variant.post_scale) if variant.post_scale else 0.0 for h in _leaning(n, 2)]
-    diagonal = _logit(1 - MIXING) + math.log(max(n - 1, 1))  # of a softmax over n, the rest 0
-    res = [diagonal if i == j else 0.0 for i in range(n) for j in range(n)]
-    return mx.array([*_pre_bias(n, variant), *post, *res])
-
-
-def _pre_bias(n: int, variant: Variant) -> list[float]:
-    return [_logit(h / n - variant.pre_eps) for h in _leaning(n, 1)]
-
-
-def _leaning(n: int, half_waves: int) -> list[float]:
-    """Return n numbers of mean 1 along a cosine; those of 1 and 2 half waves are orthogonal."""
-    lean = LEAN if half_waves < n else 0.0
-    return [1 + lean * math.cos(math.pi * half_waves * (i + 0.5) / n) for i in range(n)]
-
-
-def _logit(p: float) -> float:
-    p = min(max(p, 1e-3), 1 - 1e-3)
-    return math.log(p / (1 - p))

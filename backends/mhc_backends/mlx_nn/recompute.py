@@ -18,23 +18,11 @@ from mlx import nn, utils
 
 from mhc_backends.mlx_common import as_tuple
 
-__all__ = ["is_repeatable", "recomputed"]
+__all__ = ["recomputed"]
 
 tree_flatten = cast("Callable[[Any], list[tuple[str, Any]]]", utils.tree_flatten)
 tree_map = cast("Callable[[Callable[[Any], Any], Any], Any]", utils.tree_map)
 random_state = cast("Sequence[mx.array]", mx.random.state)
-
-
-def is_repeatable(value: Any) -> bool:
-    """Return whether a layer can be called twice with an argument: an array, or plain data.
-
-    A cache is not repeatable, because the layer would append to it twice.
-    """
-    if isinstance(value, (list, tuple)):
-        return all(map(is_repeatable, cast("Sequence[Any]", value)))
-    if type(value) is dict:
-        return all(map(is_repeatable, cast("dict[Any, Any]", value).values()))
-    return value is None or isinstance(value, (mx.array, bool, int, float, str, mx.Dtype))
 
 
 def recomputed(

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 
-import mhc_core as mhc
 from mhc_backends.mlx_nn.block import HyperConnectedBlock
-from mhc_backends.mlx_nn.hyper import HyperConnection, HyperHead
-from mhc_backends.mlx_nn.recompute import is_repeatable, recomputed
+from mhc_backends.mlx_nn.hyper import HyperHead
+from mhc_backends.mlx_nn.recompute import recomputed
+from mhc_backends.nn_common import (
+    Call,
+    Recompute,
+    calls,
+    check_stack,
+    checked_recompute,
+    collapse,
+    is_repeatable,
+    run_sublayers,
+    segment,
+)
 from mhc_core import checks, gradients
 
 __all__ = ["HyperConnectedStack"]
-
-Recompute = Literal["auto", False] | int
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of one layer after h
 
 
 class HyperConnectedStack(nn.Module):
@@ -99,18 +105,17 @@ class HyperConnectedStack(nn.Module):
         owner = type(self).__name__
         self.n = checks.positive_int(owner, "n", n)
         self.single_pass = checks.boolean(owner, "single_pass", single_pass)
-        self.recompute = _checked_recompute(owner, recompute)
-        self.blocks = _checked_blocks(owner, blocks, self.n)
+        self.recompute: Recompute = checked_recompute(owner, recompute)
+        self.blocks = list(blocks)
+        kinds = HyperConnectedBlock, HyperHead
+        check_stack(owner, self.blocks, self.n, head, single_pass, kinds)
         if head is not None:
-            self.head = _checked_head(owner, head, self.blocks[0].connection, single_pass)
+            self.head = head
 
     @property
     def segment(self) -> int:
         """Return the number of sublayers in a segment; a single segment is not recomputed."""
-        count = len(self.blocks)
-        if isinstance(self.recompute, str):
-            return max(1, round(math.sqrt(self.n * count / (self.n + 2))))
-        return min(self.recompute or count, count)
+        return segment(self.recompute, self.n, len(self.blocks))
 
     def __call__(
         self,
@@ -124,30 +129,21 @@ class HyperConnectedStack(nn.Module):
         Every layer gets ``args`` and ``kwargs`` after its input, and the layer of block k also gets
         the keyword arguments ``each[k]``.
         """
-        calls = self._calls(args, each, kwargs)
-        count, segment = len(self.blocks), self.segment
-        recompute = self.training and gradients.wanted() and segment < count
-        recompute = recompute and is_repeatable(calls)
+        count, size = len(self.blocks), self.segment
+        arguments_of = calls(type(self).__name__, count, args, each, kwargs)
+        recompute = self.training and gradients.wanted() and size < count
+        recompute = recompute and is_repeatable(arguments_of, (mx.array, mx.Dtype))
         state: tuple[mx.array, ...] = (h,)
-        for start in range(0, count, segment):
-            stop = min(start + segment, count)
-            arguments = (start, calls[start:stop], *state)
+        for start in range(0, count, size):
+            stop = min(start + size, count)
+            arguments = (start, arguments_of[start:stop], *state)
             blocks = self.blocks[start : stop + 1]
             if recompute:
                 state = recomputed(self._run, blocks, self._used(start, stop), *arguments)
             else:
                 state = self._run(blocks, *arguments)
-        return self._collapsed(*state)
-
-    def _calls(self, args: tuple[Any, ...], each: Any, kwargs: Mapping[str, Any]) -> list[Call]:
-        count = len(self.blocks)
-        each = cast("Sequence[Mapping[str, Any]]", [{}] * count if each is None else each)
-        if len(each) != count:
-            raise ValueError(
-                f"{type(self).__name__}: each has {len(each)} entries; needs one for each of the "
-                f"{count} blocks"
-            )
-        return [(args, {**kwargs, **own}) for own in each]
+        head = self.head if "head" in self else None
+        return collapse(state, self.single_pass, head)
 
     def _run(
         self,
@@ -156,34 +152,8 @@ class HyperConnectedStack(nn.Module):
         calls: Sequence[Call],
         *state: mx.array,
     ) -> tuple[mx.array, ...]:
-        """Run ``len(calls)`` sublayers, from number ``start`` on.
-
-        ``blocks`` are the blocks of these sublayers and of the next one, or copies of them.
-        """
-        if start == 0:
-            state = self._first_state(blocks[0].connection, *state)
-        for k, (args, kwargs) in enumerate(calls):
-            x, h, h_pre, h_post, h_res = state
-            y = blocks[k].transform(h, *args, **kwargs)
-            if k + 1 == len(blocks):
-                return mhc.combine(x, y, h_post, h_res), h_pre
-            following = blocks[k + 1].connection
-            previous_h_pre = h_pre if self.single_pass else None
-            state = following.combine_pre(x, y, h_post, h_res, previous_h_pre)
-        return state
-
-    def _first_state(self, first: HyperConnection, h: mx.array) -> tuple[mx.array, ...]:
-        """Return the streams, the first layer's input and its mappings."""
-        x = mhc.expand(h, self.n)
-        h_pre, h_post, h_res = first.mappings(x)
-        if not self.single_pass:
-            h = mhc.aggregate(x, h_pre)
-        return x, h, h_pre, h_post, h_res
-
-    def _collapsed(self, x: mx.array, h_pre: mx.array) -> mx.array:
-        if self.single_pass:
-            return mhc.aggregate(x, h_pre)
-        return self.head(x) if "head" in self else mhc.contract(x, "mean")
+        """Run ``len(calls)`` sublayers of ``blocks``, or of copies of them, from ``start`` on."""
+        return run_sublayers(blocks, start, calls, state, self.single_pass)
 
     def _used(self, start: int, stop: int) -> list[nn.Module]:
         """Return the modules that :meth:`_run` uses: its end maps for the next segment's start."""
@@ -191,44 +161,3 @@ class HyperConnectedStack(nn.Module):
         norms = [block.norm for block in self.blocks[start:stop]]
         mapping = self.blocks[start + (start > 0) : stop + 1]
         return [*layers, *norms, *(block.connection for block in mapping)]
-
-
-def _checked_recompute(owner: str, value: Any) -> Recompute:
-    if value == "auto" or value is False:
-        return value
-    if isinstance(value, (bool, str)):
-        raise ValueError(
-            f"{owner}: recompute is {value!r}; needs 'auto', False or an integer of at least 1"
-        )
-    return checks.positive_int(owner, "recompute", value)
-
-
-def _checked_blocks(owner: str, blocks: Any, n: int) -> list[HyperConnectedBlock]:
-    blocks = list(blocks)
-    if not blocks:
-        raise ValueError(f"{owner}: blocks is empty; needs at least one HyperConnectedBlock")
-    for k, block in enumerate(blocks):
-        if not isinstance(block, HyperConnectedBlock):
-            raise TypeError(
-                f"{owner}: blocks[{k}] is a {type(block).__name__}; needs a HyperConnectedBlock"
-            )
-        _check_sizes(owner, f"blocks[{k}]", block.connection, n, blocks[0].connection.dims)
-    return blocks
-
-
-def _checked_head(owner: str, head: Any, first: HyperConnection, single_pass: bool) -> HyperHead:
-    if not isinstance(head, HyperHead):
-        raise TypeError(f"{owner}: head is a {type(head).__name__}; needs a HyperHead")
-    if single_pass:
-        raise ValueError(f"{owner}: head is given; the single-pass order has no head")
-    _check_sizes(owner, "head", head, first.n, first.dims)
-    return head
-
-
-def _check_sizes(
-    owner: str, name: str, module: HyperConnection | HyperHead, n: int, dims: int
-) -> None:
-    if (module.n, module.dims) != (n, dims):
-        raise ValueError(
-            f"{owner}: {name} has n={module.n} and dims={module.dims}; needs n={n} and dims={dims}"
-        )

@@ -5,18 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple, cast
 
 import ml_dtypes  # noqa: F401  # pyright: ignore[reportUnusedImport]
-import mlx.core as mx
 from numpy import ndarray
 from safetensors import safe_open
 
-from mhc_backends.mlx_common import from_host
-from mhc_backends.mlx_nn.checkpoints.config import WITH_HEAD, Config, is_file, read_json
-from mhc_backends.mlx_nn.checkpoints.names import HEAD, OWNER, Key, by_key, layer_keys, printable
+from mhc_backends.checkpoints.config import WITH_HEAD, Config, is_file, read_json
+from mhc_backends.checkpoints.names import HEAD, OWNER, Key, by_key, layer_keys, printable
+from mhc_backends.mlx_common import to_host
 
 __all__ = ["DTYPES", "Checkpoint", "Tensor", "checked_path", "from_files", "from_mapping"]
 
@@ -25,12 +25,23 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by their na
 
 
 class Tensor(NamedTuple):
-    """A tensor that has not been read yet."""
+    """A tensor that has not been read yet.
+
+    Attributes
+    ----------
+    name, shape, dtype
+        What is known of it without reading it.
+    read
+        Reads it, as an array of NumPy.
+    own
+        The array itself, if it is one already.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    read: Callable[[], mx.array]
+    read: Callable[[], ndarray[Any, Any]]
+    own: Any = None
 
 
 class Checkpoint(NamedTuple):
@@ -84,34 +95,46 @@ def from_mapping(weights: Mapping[Any, Any]) -> Checkpoint:
 
 
 def _of_array(name: str, array: Any) -> Tensor:
-    label, source = printable(name), array
-    if _is_torch(array):
-        dtype = str(source.dtype).removeprefix("torch.")
-        return Tensor(label, tuple(source.shape), dtype, lambda: _from_torch(name, source))
-    if isinstance(array, mx.array):
-        dtype = str(array.dtype).removeprefix("mlx.core.")
-        return Tensor(label, tuple(array.shape), dtype, lambda: array)
-    if isinstance(array, ndarray):
-        return Tensor(label, tuple(source.shape), str(source.dtype), lambda: from_host(source))
+    label = printable(name)
+    for kind, to_numpy in _TO_NUMPY.items():
+        if _is_a(kind, array):
+            dtype = str(array.dtype).rpartition(".")[-1]
+            return Tensor(label, tuple(array.shape), dtype, partial(to_numpy, label, array), array)
+    *others, last = _TO_NUMPY
     raise TypeError(
-        f"{OWNER}: {label} is a {type(array).__name__}; needs a mlx.core.array, numpy.ndarray or "
-        "torch.Tensor"
+        f"{OWNER}: {label} is a {type(array).__name__}; needs a {', '.join(others)} or {last}"
     )
 
 
-def _is_torch(array: Any) -> bool:
-    """Return whether it is a PyTorch tensor; whoever made one has imported PyTorch."""
-    torch: Any = sys.modules.get("torch")
-    return torch is not None and isinstance(array, torch.Tensor)
+def _is_a(kind: str, array: Any) -> bool:
+    """Return whether it is an array of a library; whoever made one has imported the library."""
+    module, _, name = kind.rpartition(".")
+    library = sys.modules.get(module)
+    return library is not None and isinstance(array, getattr(library, name))
 
 
-def _from_torch(name: str, tensor: Any) -> mx.array:
+def _from_torch(label: str, tensor: Any) -> ndarray[Any, Any]:
     """Convert a tensor from any device, by way of float32, since NumPy has no bfloat16."""
     try:
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        return mx.array(whole.detach().float().numpy(force=True))
+        return whole.detach().float().numpy(force=True)
     except Exception as error:  # a tensor without values: on the device meta, or traced
-        raise ValueError(f"{OWNER}: {printable(name)} cannot be read: {error}") from error
+        raise ValueError(f"{OWNER}: {label} cannot be read: {error}") from error
+
+
+def _from_mlx(label: str, array: Any) -> ndarray[Any, Any]:
+    return to_host(array)
+
+
+def _from_numpy(label: str, array: ndarray[Any, Any]) -> ndarray[Any, Any]:
+    return array
+
+
+_TO_NUMPY: dict[str, Callable[[str, Any], ndarray[Any, Any]]] = {
+    "mlx.core.array": _from_mlx,
+    "numpy.ndarray": _from_numpy,
+    "torch.Tensor": _from_torch,
+}
 
 
 # ---- folders and files --------------------------------------------------------------------------
@@ -207,9 +230,9 @@ def _stored_names(file: Path) -> list[str]:
 
 
 def _of_slice(file: Path, name: str, part: Any) -> Tensor:
-    def read() -> mx.array:
+    def read() -> ndarray[Any, Any]:
         with _errors_of(file), open_safetensors(file) as opened:
-            return from_host(opened.get_tensor(name))
+            return opened.get_tensor(name)
 
     dtype = cast("str", part.get_dtype())
     return Tensor(printable(name), tuple(part.get_shape()), DTYPES.get(dtype, dtype), read)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from mhc_backends.mlx_nn.checkpoints.names import MOST_LAYERS, OWNER, printable
+from mhc_backends.checkpoints.names import MOST_LAYERS, OWNER, printable
 from mhc_core import checks
 from mhc_core.variants import DEEPSEEK_V4, Variant
 
