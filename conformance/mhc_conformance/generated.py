@@ -86,7 +86,7 @@ def _tried(op: str, path: Path) -> list[Any]:
 
 
 def _takes(op: str, path: Path, value: Any) -> bool:
-    """Return whether the declared check of an argument, or of a variant's field, accepts a value."""
+    """Return whether the check of an argument, or of a variant's field, accepts a value."""
     if len(path) == 1:
         return bool(accepted(op, path[0], [value]))
     try:

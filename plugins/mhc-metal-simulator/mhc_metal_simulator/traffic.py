@@ -88,7 +88,7 @@ def unread(op: str) -> frozenset[str]:
 
 @cache
 def repeated(op: str) -> frozenset[str]:
-    """Return the arrays whose gradient equals that of an earlier one, so that both are one array."""
+    """Return the arrays whose gradient equals an earlier one's, so that both are one array."""
     case = next(cases(op))
     drawn = data(case, "float32", seed=0)
     gradients = mhc_core.vjp(op, drawn.primals, drawn.cotangents, backend="numpy", **case.options)

@@ -9,19 +9,23 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels these are")
 
+import mhc_core as mhc
 from mhc_backends import kernels
 from mhc_backends.kernels import launch as launches
 from mhc_backends.kernels import program as programs
 from mhc_backends.kernels import text as texts
 from mhc_conformance import Subject, check
+from mhc_conformance.cases import declaration
 
+import mhc_metal_simulator as simulator
 from mhc_metal_simulator.coverage import Coverage, Ran, covered
 from mhc_metal_simulator.launch import LaunchRecord
 
@@ -38,7 +42,25 @@ def cramped() -> Iterator[None]:
         patch.setattr(launches, "FILLED", 1)
         patch.setattr(launches, "ROWS", 8)
         patch.setattr(launches, "SHARES", 2)
+        patch.setattr(launches, "_n_tiles", _all_n_tiles)
         yield
+
+
+_n_tiles = launches._n_tiles  # pyright: ignore[reportPrivateUsage]
+
+
+def _all_n_tiles(*arguments: Any) -> launches.Launch:
+    """Launch at least one threadgroup for each N tile, as their kernels need."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launches, "MOST_GRID", 2**31 - 1)
+        return _n_tiles(*arguments)
+
+
+def moved(array: mx.array, start: int) -> mx.array:
+    """Return the array as a view that begins so many elements after the start of its buffer."""
+    room = mx.concatenate([mx.zeros(start, array.dtype), array.reshape(-1)])
+    mx.eval(room)
+    return room[start:].reshape(array.shape)
 
 
 Unit = tuple[str, str, str]
@@ -73,6 +95,64 @@ def agree(got: Sequence[mx.array], want: Sequence[mx.array]) -> None:
         off = mx.max(mx.abs(one.astype(mx.float32) - other.astype(mx.float32))).item()
         narrow = {mx.float32: 0.0, mx.float16: 2**-10, mx.bfloat16: 2**-7}
         assert off <= (2e-6 + narrow[one.dtype]) * size, f"is off by {off / size:.2g}"
+
+
+Sizes = tuple[int, int, int]
+"""Tokens, streams and channels."""
+
+SIZES = [(1, 1, 7), (1, 5, 1), (5, 4, 8), (7, 3, 37), (33, 2, 5), (5, 9, 37), (3, 4, 520)]
+
+
+def draw(op: str, sizes: Sizes, dtype: Any = mx.float32, shared: bool = False) -> list[mx.array]:
+    """Draw normal numbers in the shapes that an op without phi declares; mappings are float32."""
+    T, n, C = sizes
+    size = {"...": T, "n": n, "C": C, "D": n * C}
+    rng = np.random.default_rng(1)
+    arrays: list[mx.array] = []
+    for first, *others in declaration(op).patterns.values():
+        words = others[0] if shared and others else first
+        host = rng.normal(size=[size[word] for word in words]).astype(np.float32)
+        arrays.append(mx.array(host).astype(mx.float32 if first[-1] == "n" else dtype))
+    return arrays
+
+
+def outputs(op: str, primals: list[mx.array], backend: str, **static: Any) -> list[mx.array]:
+    made = getattr(mhc, op)(*primals, **static, backend=backend)
+    return [made] if isinstance(made, mx.array) else list(made)
+
+
+def cotangents(made: list[mx.array]) -> list[mx.array]:
+    keys = mx.random.split(mx.random.key(2), len(made))
+    return [
+        mx.random.normal(out.shape, key=key).astype(out.dtype)
+        for out, key in zip(made, keys, strict=True)
+    ]
+
+
+def as_float64(arrays: list[mx.array]) -> list[Any]:
+    return [np.array(array.astype(mx.float32)).astype(np.float64) for array in arrays]
+
+
+def rounded(wide: Any, like: list[mx.array]) -> list[mx.array]:
+    arrays = wide if isinstance(wide, tuple) else (wide,)
+    pairs = zip(arrays, like, strict=True)
+    return [mx.array(array.astype(np.float32)).astype(one.dtype) for array, one in pairs]
+
+
+def run(op: str, primals: list[mx.array], **static: Any) -> None:
+    """Run an op and its vjp on the simulator, in two orders of the threads, and compare.
+
+    The reference is NumPy in float64: in float32 other sums over many channels are less exact.
+    """
+    with simulator.options(schedules=["forward", "reversed"]):
+        got = outputs(op, primals, BACKEND, **static)
+        given = cotangents(got)
+        gradients = list(mhc.vjp(op, primals, given, **static, backend=BACKEND))
+    truth = getattr(mhc, op)(*as_float64(primals), **static, backend="numpy")
+    agree(got, rounded(truth, got))
+    assert [g.dtype for g in gradients] == [p.dtype for p in primals]
+    truth = mhc.vjp(op, as_float64(primals), as_float64(given), **static, backend="numpy")
+    agree(gradients, rounded(truth, gradients))
 
 
 def hold_by_the_kit(op: str) -> None:

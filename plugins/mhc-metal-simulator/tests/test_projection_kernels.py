@@ -47,18 +47,7 @@ def small(busy: int, threads: int = 64) -> Iterator[None]:
         patch.setattr(launches, "TABLE", shapes)
         patch.setattr(launches, "MOST_GRID", threads)
         patch.setattr(launches, "BUSY", busy)
-        patch.setattr(launches, "_n_tiles", _all_n_tiles)
         yield
-
-
-_n_tiles = launches._n_tiles
-
-
-def _all_n_tiles(*arguments: Any) -> launches.Launch:
-    """Launch at least one threadgroup for each N tile, as their kernels need."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launches, "MOST_GRID", 2**31 - 1)
-        return _n_tiles(*arguments)
 
 
 # ---- the ops -------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 import mhc_metal_simulator as simulator
@@ -18,21 +17,21 @@ from kernel_checks import (  # noqa: E402
     BACKEND,
     BOUNDS,
     RACE,
+    SIZES,
     SPACE,
     WRONG,
     Fault,
-    agree,
+    Sizes,
+    cotangents,
     cramped,
+    draw,
+    outputs,
+    run,
     seeded,
 )
 from mhc_backends.kernels import launch as launches  # noqa: E402
-from mhc_backends.kernels.text import signature  # noqa: E402
 
 from mhc_metal_simulator.launch import LaunchRecord  # noqa: E402
-
-Sizes = tuple[int, int, int]
-
-SIZES = [(1, 1, 7), (1, 5, 1), (5, 4, 8), (7, 3, 37), (33, 2, 5), (5, 9, 37), (3, 4, 520)]
 
 STATIC: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "contract": lambda n: [{"how": "sum"}, {"how": "mean"}],
@@ -44,67 +43,6 @@ STATIC: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "static_layer": lambda n: [{"eps": 0.5, "iterations": 5}],
 }
 """The ops, with the static arguments to try for n streams."""
-
-
-def _draw(op: str, sizes: Sizes, dtype: Any = mx.float32, shared: bool = False) -> list[mx.array]:
-    """Draw arrays of the shapes that the op declares; mappings are float32."""
-    T, n, C = sizes
-    size = {"...": T, "n": n, "C": C, "D": n * C}
-    rng = np.random.default_rng(1)
-    arrays: list[mx.array] = []
-    for name, (first, *others) in mhc.math.load(op).OP.patterns.items():
-        words = others[0] if shared and others else first
-        host = rng.normal(size=[size[word] for word in words]).astype(np.float32)
-        arrays.append(mx.array(host).astype(mx.float32 if name.startswith("h_") else dtype))
-    return arrays
-
-
-def _outputs(op: str, primals: list[mx.array], backend: str, **static: Any) -> list[mx.array]:
-    made = getattr(mhc, op)(*primals, **static, backend=backend)
-    return [made] if isinstance(made, mx.array) else list(made)
-
-
-def _cotangents(outputs: list[mx.array]) -> list[mx.array]:
-    keys = mx.random.split(mx.random.key(2), len(outputs))
-    return [
-        mx.random.normal(out.shape, key=key).astype(out.dtype)
-        for out, key in zip(outputs, keys, strict=True)
-    ]
-
-
-def _wide(arrays: list[mx.array]) -> list[Any]:
-    return [np.array(array.astype(mx.float32)).astype(np.float64) for array in arrays]
-
-
-def _rounded(wide: Any, like: list[mx.array]) -> list[mx.array]:
-    arrays = wide if isinstance(wide, tuple) else (wide,)
-    pairs = zip(arrays, like, strict=True)
-    return [mx.array(array.astype(np.float32)).astype(one.dtype) for array, one in pairs]
-
-
-def _run(op: str, primals: list[mx.array], **static: Any) -> None:
-    """Run an op and its vjp on the simulator, in two orders of the threads, and compare.
-
-    The reference is NumPy in float64: in float32 other sums over many channels are less exact.
-    """
-    with simulator.options(schedules=["forward", "reversed"]):
-        outputs = _outputs(op, primals, BACKEND, **static)
-        given = _cotangents(outputs)
-        gradients = list(mhc.vjp(op, primals, given, **static, backend=BACKEND))
-    truth = getattr(mhc, op)(*_wide(primals), **static, backend="numpy")
-    agree(outputs, _rounded(truth, outputs))
-    assert [g.dtype for g in gradients] == [p.dtype for p in primals]
-    truth = mhc.vjp(op, _wide(primals), _wide(given), **static, backend="numpy")
-    agree(gradients, _rounded(truth, gradients))
-
-
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("op", STATIC)
-def test_few_small_threadgroups(op: str, sizes: Sizes) -> None:
-    with cramped():
-        for static in STATIC[op](sizes[1]):
-            _run(op, _draw(op, sizes), **static)
-            _run(op, _draw(op, sizes, mx.bfloat16, shared=True), **static)
 
 
 @pytest.mark.parametrize(
@@ -122,47 +60,18 @@ def test_what_registers_do_not_hold_is_read_again(
     monkeypatch.setattr(launches, "SHARES", 1)
     assert launches.launch(op, *sizes, dtype).rest
     assert launches.launch(f"{op}_vjp", *sizes, dtype).rest
-    _run(op, _draw(op, sizes, getattr(mx, dtype)), **STATIC[op](sizes[1])[0])
-
-
-@pytest.mark.parametrize("op", sorted(set(STATIC) - {"contract", "expand"}))
-def test_where_vectors_may_begin_anywhere(op: str) -> None:
-    """Check that the code for misaligned arrays is right for aligned ones."""
-    for kernel in (op, f"{op}_vjp"):
-        assert signature(kernel).aligned
-        slow = Fault(kernel, "no fault", "return vectors<", "return false && vectors<", "")
-        with cramped(), seeded(slow):
-            _run(op, _draw(op, (3, 4, 520), mx.bfloat16), **STATIC[op](4)[0])
+    run(op, draw(op, sizes, getattr(mx, dtype)), **STATIC[op](sizes[1])[0])
 
 
 def test_streams_of_two_dtypes() -> None:
-    x, res, h_pre = _draw("residual_add_aggregate", (3, 4, 24))
+    x, res, h_pre = draw("residual_add_aggregate", (3, 4, 24))
     for dtypes in ((mx.float16, mx.float32), (mx.float32, mx.bfloat16)):
-        _run("residual_add_aggregate", [x.astype(dtypes[0]), res.astype(dtypes[1]), h_pre])
+        run("residual_add_aggregate", [x.astype(dtypes[0]), res.astype(dtypes[1]), h_pre])
 
 
 def test_parameters_of_the_streams_dtype() -> None:
-    primals = [array.astype(mx.float16) for array in _draw("static_layer", (5, 4, 24))]
-    _run("static_layer", primals, eps=0.5, iterations=5)
-
-
-@pytest.mark.parametrize("op", STATIC)
-def test_a_token_does_not_depend_on_its_batch(op: str) -> None:
-    T = 600
-    primals = _draw(op, (T, 4, 1032), mx.bfloat16)
-    (static, *_) = STATIC[op](4)
-    alone = [array[:1] if array.shape[0] == T else array for array in primals]
-    many = _outputs(op, primals, BACKEND, **static)
-    given = _cotangents(many)
-    for of_many, of_one in zip(many, _outputs(op, alone, BACKEND, **static), strict=True):
-        assert mx.array_equal(of_many[:1], of_one)
-    gradients = mhc.vjp(op, primals, given, **static, backend=BACKEND)
-    ones = mhc.vjp(op, alone, [g[:1] for g in given], **static, backend=BACKEND)
-    for of_many, of_one in zip(gradients, ones, strict=True):
-        if of_many.shape[0] == T:  # what is not is a sum over the tokens
-            assert mx.array_equal(of_many[:1], of_one)
-    again = mhc.vjp(op, primals, given, **static, backend=BACKEND)
-    assert all(mx.array_equal(a, b) for a, b in zip(gradients, again, strict=True))
+    primals = [array.astype(mx.float16) for array in draw("static_layer", (5, 4, 24))]
+    run("static_layer", primals, eps=0.5, iterations=5)
 
 
 # ---- launches and traffic ------------------------------------------------------------------------
@@ -172,14 +81,14 @@ STREAMS, LAYER = T * N * C * 2, T * C * 2  # bytes in bfloat16
 
 
 def _records(op: str, vjp: bool) -> list[LaunchRecord]:
-    primals = _draw(op, (T, N, C), mx.bfloat16)
+    primals = draw(op, (T, N, C), mx.bfloat16)
     (static, *_) = STATIC[op](N)
-    given = _cotangents(_outputs(op, primals, "mlx-compiled", **static))
+    given = cotangents(outputs(op, primals, "mlx-compiled", **static))
     with simulator.record() as records:
         if vjp:
             mhc.vjp(op, primals, given, **static, backend=BACKEND)
         else:
-            _outputs(op, primals, BACKEND, **static)
+            outputs(op, primals, BACKEND, **static)
     return list(records)
 
 
@@ -534,8 +443,8 @@ def _try_everything(op: str) -> None:
     with cramped():
         for sizes in reversed(SIZES):
             for shared in (False, True):
-                _run(op, _draw(op, sizes, shared=shared), **static(sizes[1])[0])
-    _run(op, _draw(op, (3, 4, 1032)), **static(4)[0])
+                run(op, draw(op, sizes, shared=shared), **static(sizes[1])[0])
+    run(op, draw(op, (3, 4, 1032)), **static(4)[0])
 
 
 @pytest.mark.parametrize("op", STATIC)

@@ -10,7 +10,7 @@ import pytest
 
 mhc = pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels these are")
 
-from kernel_checks import BACKEND  # noqa: E402
+from kernel_checks import BACKEND, moved  # noqa: E402
 from mhc_backends.kernels import launch as launches  # noqa: E402
 from mhc_backends.kernels.ops import OPS  # noqa: E402
 from mhc_backends.mlx_common import as_tuple, from_host  # noqa: E402
@@ -18,13 +18,6 @@ from mhc_conformance.cases import Case, Sizes, cases, data  # noqa: E402
 
 ORDINARY = Sizes((2, 3), 4, 8, "the kit's ordinary batch, whose kernels it compiles")
 MAPPED = ("aggregate", "combine", "residual_add_aggregate", "pre_scale", "gated_combine")
-
-
-def moved(array: mx.array, start: int) -> mx.array:
-    """Return the array as a view that begins so many elements after the start of its buffer."""
-    room = mx.concatenate([mx.zeros(start, array.dtype), array.reshape(-1)])
-    mx.eval(room)
-    return room[start:].reshape(array.shape)
 
 
 def _equal_bits(got: Any, want: Any) -> None:
