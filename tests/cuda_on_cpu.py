@@ -28,7 +28,7 @@ import pytest
 if TYPE_CHECKING:
     import mlx.core as mx
 
-__all__ = ["FLAGS", "TYPES", "launcher", "needs_gcc", "without_ptx"]
+__all__ = ["FLAGS", "TYPES", "Device", "launcher", "needs_gcc", "without_ptx"]
 
 needs_gcc = pytest.mark.skipif(
     shutil.which("g++") is None or (sys.platform, platform.machine()) != ("linux", "x86_64"),
@@ -151,17 +151,12 @@ def _program(header: str, parameters: Sequence[str], body: str, memory: int) -> 
         else f"({parameter.rpartition(' ')[0]})a[{k}]"
         for k, parameter in enumerate(parameters)
     )
-    return (
-        '#include "cuda_on_cpu.h"\n'
+    text = (
         "struct Shape { int at[10]; int operator[](int k) const { return at[k]; } };\n"
         f"{without_ptx(checked(header))}\n"
         f"static void kernel({', '.join(parameters)}) {{\n{without_ptx(body)}\n}}\n"
-        'extern "C" int run(void** a, unsigned x, unsigned y, unsigned threads) {\n'
-        "gridDim = {x, y, 1}, blockDim = {threads, 1, 1};\n"
-        "for (unsigned k = 0; k < x * y; k++) {\n"
-        "blockIdx = {k % x, k / x, 0};\n"
-        f"run_block(threads, [&] {{ kernel({given}); }});\n}}\nreturn misaligned;\n}}\n"
     )
+    return _runnable(text, f"kernel({given})")
 
 
 def _compiled(folder: Path, text: str) -> ctypes.CDLL:
@@ -174,6 +169,65 @@ def _compiled(folder: Path, text: str) -> ctypes.CDLL:
         assert done.returncode == 0, done.stderr[:4000]
         new.rename(path)  # whole for others
     return ctypes.CDLL(str(path))
+
+
+class Device:
+    """A stand-in for ``mhc_torch.cuda.driver.Nvidia``, which runs plans on the CPU."""
+
+    device_type = "cpu"
+
+    def __init__(self, folder: Path, memory: int = 227 * 1024) -> None:
+        self._folder, self._memory = folder, memory
+        self._constants: dict[tuple[float, ...], Any] = {}
+        self.launched = 0
+
+    def memory(self, index: int) -> int:
+        return self._memory
+
+    def functions(self, index: int, wanted: Sequence[Any]) -> list[Any]:
+        return [_compiled(self._folder, _whole(one.text, one.memory)).run for one in wanted]
+
+    def constant(self, index: int, numbers: tuple[float, ...]) -> int:
+        array = self._constants.setdefault(numbers, np.array(numbers, np.float32))
+        return array.ctypes.data
+
+    def guard(self, index: int) -> Any:
+        return None
+
+    def stream(self, index: int) -> Any:
+        return None
+
+    def launch(
+        self, function: Any, x: int, y: int, threads: int, memory: int, stream: Any, arguments: int
+    ) -> str | None:
+        self.launched += 1
+        wrong = function(ctypes.c_void_p(arguments), x, y, threads)
+        return "a vector is misaligned" if wrong else None
+
+
+def _whole(text: str, memory: int) -> str:
+    """Return a program whose ``run`` reads a plan's arguments as a launch in CUDA does."""
+    text = re.sub(r"#(undef|define) __global__.*\n", "", text)
+    text = re.sub(r"extern (__shared__ uint4 \w+)\[\];", rf"\1[{memory // 16 + 1}];", text)
+    (parameters,) = re.findall(r'extern "C" __global__ void mhc_kernel\((.*)\)', text)
+    text = text.replace('extern "C" __global__ void', "static void")
+    given = ", ".join(
+        f"*({parameter.rpartition(' ')[0]} *)a[{k}]"
+        for k, parameter in enumerate(parameters.split(", "))
+    )
+    return _runnable(f"{without_ptx(checked(text))}\n", f"mhc_kernel({given})")
+
+
+def _runnable(text: str, call: str) -> str:
+    return (
+        '#include "cuda_on_cpu.h"\n'
+        f"{text}"
+        'extern "C" int run(void** a, unsigned x, unsigned y, unsigned threads) {\n'
+        "gridDim = {x, y, 1}, blockDim = {threads, 1, 1};\n"
+        "for (unsigned k = 0; k < x * y; k++) {\n"
+        "blockIdx = {k % x, k / x, 0};\n"
+        f"run_block(threads, [&] {{ {call}; }});\n}}\nreturn misaligned;\n}}\n"
+    )
 
 
 def _type(dtype: mx.Dtype) -> str:

@@ -35,12 +35,20 @@ Shape = tuple[int, ...]
 
 
 class Axis(int):
-    """The length of an axis, by which the axis is found again in the shape of an output.
+    """The length of a leading axis that a compiler leaves open.
 
-    A plan's forwards give their outputs leading axes of their inputs, as they are. So a plan for
-    leading axes that are instances of this class says which axes of its outputs these are: a
-    compiler that leaves their lengths open needs this.
+    Forwards give their outputs leading axes of their inputs, as they are. So an output's shape has
+    the same object again, and with it the compiler's length; its own number stands for any.
     """
+
+    length: Any
+
+    @classmethod
+    def of(cls, length: Any) -> Axis:
+        """Return an axis for a compiler's length."""
+        axis = cls(2)
+        axis.length = length
+        return axis
 
 
 class Buffer(NamedTuple):

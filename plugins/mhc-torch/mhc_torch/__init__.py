@@ -1,12 +1,17 @@
-"""torch: the neutral maths on PyTorch tensors, with the hand-written vjps behind autograd."""
+"""torch: the neutral maths on PyTorch tensors, with the hand-written vjps behind autograd.
+
+torch-cuda: the same ops by mhc-core's kernels, on CUDA tensors.
+"""
 
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from mhc_backends.kernels.ops import OPS
 from mhc_core import math
 from mhc_core.backend import DTYPES, BackendSpec
 from mhc_core.hookspecs import hookimpl
+from mhc_torch import cuda
 
 
 def _missing() -> str | None:
@@ -32,7 +37,23 @@ SPEC = BackendSpec(
 )
 
 
+CUDA = BackendSpec(
+    name="torch-cuda",
+    module="mhc_torch.cuda.ops",
+    array_types=("torch.Tensor",),
+    ops=OPS,
+    dtypes=("float32", "float16", "bfloat16"),
+    sizes=(1, 32),
+    priority=10,
+    without={"vmap": cuda.NO_VMAP},
+    missing=cuda.missing,
+    takes=cuda.takes,
+    device=_device,
+    api_version=1,
+)
+
+
 @hookimpl
 def mhc_backend_specs() -> list[BackendSpec]:
-    """Return the spec of the backend."""
-    return [SPEC]
+    """Return the specs of the backends."""
+    return [SPEC, CUDA]

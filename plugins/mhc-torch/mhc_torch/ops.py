@@ -32,7 +32,7 @@ def __getattr__(name: str) -> Callable[..., Any]:
     names = tuple(math.load(name).OP.arrays)
 
     def op(*arrays: torch.Tensor, **static: Any) -> Any:
-        _require_one_device(name, names, arrays)
+        require_one_device(name, names, arrays)
         return _function.apply(name, arrays, static)
 
     return op
@@ -42,14 +42,22 @@ def vjp(
     op: str, primals: tuple[torch.Tensor, ...], cotangents: tuple[torch.Tensor, ...], **static: Any
 ) -> tuple[torch.Tensor, ...]:
     """Pull cotangents back by the hand-written vjp."""
-    declared = math.load(op).OP
-    names = list(declared.arrays)[: len(primals)]
-    names += [f"the cotangent of {name}" for name in declared.outputs]
-    _require_one_device(f"vjp of {op}", names, (*primals, *cotangents))
+    require_one_device_of_vjp(op, primals, cotangents)
     return _function.pull_back(op, primals, cotangents, None, static)
 
 
-def _require_one_device(owner: str, names: Iterable[str], arrays: Sequence[torch.Tensor]) -> None:
+def require_one_device_of_vjp(
+    op: str, primals: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor]
+) -> None:
+    """Raise an error that names the first array of a vjp on another device than the first."""
+    declared = math.load(op).OP
+    names = list(declared.arrays)[: len(primals)]
+    names += [f"the cotangent of {name}" for name in declared.outputs]
+    require_one_device(f"vjp of {op}", names, (*primals, *cotangents))
+
+
+def require_one_device(owner: str, names: Iterable[str], arrays: Sequence[torch.Tensor]) -> None:
+    """Raise an error that names the first array on another device than the first."""
     device = arrays[0].device
     for name, array in zip(names, arrays, strict=False):
         if array.device != device:

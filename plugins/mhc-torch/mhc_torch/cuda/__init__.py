@@ -1,0 +1,99 @@
+"""torch-cuda: mhc-core's kernels on CUDA tensors. Nothing here imports PyTorch.
+
+``ops.py`` has the ops, ``replay.py`` runs a plan of mhc-core on tensors, ``driver.py`` loads and
+launches its functions, and ``nvrtc.py`` compiles them and keeps them on disk.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+__all__ = ["NO_VMAP", "OLDEST", "missing", "takes"]
+
+OLDEST = 8  # compute capability whose tensor cores multiply bfloat16
+
+NO_VMAP = (
+    "has no vmap: kernels take leading axes instead; without backend='torch-cuda', 'torch' answers "
+    "under vmap"
+)
+
+
+def missing() -> str | None:
+    """Return why CUDA kernels cannot run here, or None; this starts no CUDA context."""
+    found = find_spec("torch")
+    if found is None:
+        return "PyTorch is not installed: pip install torch"
+    libraries = [Path(path) / "lib" for path in found.submodule_search_locations or ()]
+    if not any(list(folder.glob("*torch_cuda.*")) for folder in libraries):
+        return "this PyTorch is built without CUDA: see pytorch.org for one that is"
+    if not _bindings():
+        return "cuda-bindings is not installed: pip install 'mhc-torch[cuda]'"
+    try:
+        count = _devices()
+    except OSError as error:
+        return f"no NVIDIA driver is installed ({error})"
+    return None if count else "NVIDIA's driver finds no GPU"
+
+
+def _bindings() -> bool:
+    try:
+        return find_spec("cuda.bindings.driver") is not None
+    except ImportError:
+        return False
+
+
+def _devices() -> int:
+    """Count the GPUs by NVML: CUDA itself would forbid forks from then on."""
+    name = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
+    nvml, count = ctypes.CDLL(name), ctypes.c_uint(0)
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        return 0
+    nvml.nvmlShutdown()
+    return count.value
+
+
+_REFUSED: dict[int, str | None] = {}  # by the index of a device
+
+
+def takes(arrays: Sequence[Any]) -> str | None:
+    """Return why the kernels do not take these arrays, or None."""
+    first = arrays[0]
+    if not getattr(first, "is_cuda", False):
+        tensors = [one for one in arrays if hasattr(one, "is_cuda")]
+        if not tensors:
+            return None  # NumPy's, which go to the GPU
+        first = tensors[0]
+        if not first.is_cuda:
+            return f"takes CUDA tensors, not those on {first.device}"
+    index = first.get_device()
+    if index not in _REFUSED:
+        _REFUSED[index] = _refusal(index)
+    return _REFUSED[index] or _mapped()
+
+
+def _refusal(index: int) -> str | None:
+    torch: Any = import_module("torch")
+    try:
+        major, minor = torch.cuda.get_device_capability(index)
+    except (RuntimeError, AssertionError):  # a compiler's tensors, on a machine without the GPU
+        return None
+    if torch.version.hip or major < OLDEST:
+        name = torch.cuda.get_device_name(index)
+        return f"needs compute capability {OLDEST}.0 or later, and {name} has {major}.{minor}"
+    return None
+
+
+def _mapped() -> str | None:
+    """Return a reason inside torch.vmap."""
+    functorch: Any = sys.modules["torch"]._C._functorch
+    if functorch.peek_interpreter_stack() is None:
+        return None
+    levels = functorch.get_interpreter_stack()
+    mapped = any(level.key() == functorch.TransformType.Vmap for level in levels)
+    return NO_VMAP if mapped else None

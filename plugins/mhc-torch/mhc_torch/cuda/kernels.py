@@ -1,0 +1,322 @@
+"""The ops by plans: called at once on plain tensors, and as PyTorch's custom operators elsewhere.
+
+A compiler, a transform or a mode that watches operators needs an operator that it can see, with the
+shapes of its outputs and its gradient. ``mhc_torch::kernels`` is the one for all forwards, and
+``mhc_torch::kernels_vjp`` for all vjps. They cost several times a launch, so a plain call does
+without them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mhc_backends.kernels.ops import outputs as count_outputs
+from mhc_backends.kernels.plan import Axis, record
+from mhc_core import gradients
+from mhc_core.variants import Variant
+from mhc_torch import _function
+from mhc_torch.cuda.driver import Driver
+from mhc_torch.cuda.replay import DTYPES, Replay
+
+__all__ = ["Kernels"]
+
+Tensors = tuple[Tensor, ...]
+Static = dict[str, Any]
+
+MOST_PLANS = 4096  # of one backend; each is a few kilobytes
+
+_BY_NAME: dict[str, Kernels] = {}
+
+
+class Kernels:
+    """The ops on the devices of one driver, under a name that custom operators pass on.
+
+    Plans are made for exact shapes, in about a millisecond. They launch functions that many shapes
+    share, so a new number of tokens compiles nothing.
+    """
+
+    def __init__(self, name: str, driver: Driver) -> None:
+        self.name = name
+        self._driver = driver
+        self._replays: dict[Any, Replay] = {}
+        _BY_NAME[name] = self
+
+    def replay(
+        self, what: str, op: str, groups: Sequence[Sequence[Tensor]], static: Static
+    ) -> Replay:
+        """Return the plan for an op on tensors like these, on the device of the first."""
+        index = groups[0][0].get_device()
+        key = (
+            what,
+            op,
+            index,
+            *static.values(),
+            *[(one.shape, one.dtype) for group in groups for one in group],
+            *map(len, groups),
+        )
+        found = self._replays.get(key)
+        if found is None:
+            found = self._replays[key] = self._new(what, op, groups, static)
+            if len(self._replays) > MOST_PLANS:
+                del self._replays[next(iter(self._replays))]
+        return found
+
+    def _new(self, what: str, op: str, groups: Any, static: Static) -> Replay:
+        device = groups[0][0].device
+        index = groups[0][0].get_device()
+        arrays = [[(tuple(one.shape), one.dtype) for one in group] for group in groups]
+        plan = record(what, op, arrays, static, "cuda", self._driver.memory(index))
+        guard = self._driver.guard(index)
+        if guard is None:
+            return Replay(plan, self._driver, index, device)
+        with guard:
+            return Replay(plan, self._driver, index, device)
+
+    # ---- forwards --------------------------------------------------------------------------------
+
+    def function(self, op: str) -> Callable[..., Any]:
+        """Return an op as a function of tensors and its static arguments."""
+        count = count_outputs(op)
+
+        def call(*primals: Tensor, **static: Any) -> Any:
+            if not _plain(primals):
+                results: Any = torch.ops.mhc_torch.kernels(
+                    self.name, op, _written(static), list(primals)
+                )
+            elif _differentiable(primals) and gradients.wanted():
+                results = _Op.apply(self, op, static, *primals)
+            else:
+                results = self.replay("forward", op, (primals,), static)(primals)
+            return results[0] if count == 1 else tuple(results[:count])
+
+        return call
+
+    # ---- vjps ------------------------------------------------------------------------------------
+
+    def pull_back(
+        self, op: str, primals: Tensors, cotangents: Tensors, saved: Tensors, static: Static
+    ) -> Tensors:
+        """Pull cotangents back by an op's vjp kernels; the result can be differentiated again."""
+        every = (*primals, *cotangents, *saved)
+        if _plain(every):
+            if _differentiable(every):
+                return _PullBack.apply(self, op, static, len(primals), *primals, *cotangents)
+            groups = (primals, cotangents, saved) if saved else (primals, cotangents)
+            return tuple(self.replay("vjp", op, groups, static)(every))
+        return tuple(
+            torch.ops.mhc_torch.kernels_vjp(
+                self.name, op, _written(static), list(primals), list(cotangents), list(saved)
+            )
+        )
+
+
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    """Return whether tensors have memory of their own, and nobody watches what is done to them."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+        return False
+    return all(type(one) in _PLAIN for one in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _differentiable(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
+
+
+class _Op(torch.autograd.Function):
+    """An op on plain tensors as one node of autograd's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, op: str, static: Static, *primals: Tensor) -> Tensors:
+        replay = kernels.replay("forward_with_saved", op, (primals,), static)
+        results = replay(primals)
+        ctx.given = kernels, op, static, len(primals)
+        ctx.save_for_backward(*primals, *[results[k] for k in replay.saved])
+        return tuple(results[: replay.outputs])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        kernels, op, static, count = ctx.given
+        kept = ctx.saved_tensors  # read once: a checkpoint recomputes them at each access
+        # If this backward is itself differentiated, the saved values are recomputed from the
+        # primals, because the vjp has no cotangents for saved values.
+        saved = () if torch.is_grad_enabled() else kept[count:]
+        pulled = kernels.pull_back(op, kept[:count], cotangents, saved, static)
+        return None, None, None, *pulled
+
+
+class _PullBack(torch.autograd.Function):
+    """A vjp on plain tensors, differentiated in turn through the neutral formulas."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, op: str, static: Static, count: int, *given: Tensor):
+        ctx.given = op, static, count
+        ctx.save_for_backward(*given)
+        return kernels.pull_back(op, given[:count], given[count:], (), static)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        op, static, count = ctx.given
+        return None, None, None, None, *_second(op, static, count, ctx.saved_tensors, cotangents)
+
+
+def _second(
+    op: str, static: Static, count: int, given: Tensors, cotangents: Sequence[Tensor]
+) -> Tensors:
+    """Pull cotangents of a vjp back through the neutral vjp."""
+
+    def pulled(*arrays: Tensor) -> Tensors:
+        return _function.pull_back(op, arrays[:count], arrays[count:], None, static)
+
+    outputs, pull = torch.func.vjp(pulled, *given)
+    typed = (one.to(output.dtype) for one, output in zip(cotangents, outputs, strict=True))
+    return cast("Tensors", pull(tuple(typed)))
+
+
+# ---- custom operators ----------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mhc_torch::kernels", mutates_args=())
+def _forward(backend: str, op: str, static: str, arrays: Sequence[Tensor]) -> list[Tensor]:
+    """Return an op's outputs, and then what else its vjp reads."""
+    replay = _BY_NAME[backend].replay("forward_with_saved", op, (arrays,), _read(static))
+    return _separate(replay(arrays), arrays)
+
+
+@_forward.register_fake
+def _(backend: str, op: str, static: str, arrays: Sequence[Tensor]) -> list[Tensor]:
+    shapes, _, _ = _described(op, static, arrays)
+    device = arrays[0].device
+    return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+
+
+def _described(op: str, static: str, arrays: Sequence[Tensor]) -> tuple[list[Any], list[int], int]:
+    """Return the shapes and dtypes of all results, the indices of saved ones, and the outputs.
+
+    A length that a compiler leaves open is passed through the plan as an :class:`Axis`, which comes
+    back in the results' shapes.
+    """
+    given = [
+        (tuple(n if isinstance(n, int) else Axis.of(n) for n in one.shape), one.dtype)
+        for one in arrays
+    ]
+    plan = record("forward_with_saved", op, [given], _read(static), "cuda", 1 << 17)
+    results = list(plan.outputs)
+    for value in plan.saved:
+        if not any(value is other for other in results):
+            results.append(value)
+    saved = [next(k for k, one in enumerate(results) if one is value) for value in plan.saved]
+    shapes = [
+        (tuple(getattr(size, "length", size) for size in one.shape), DTYPES[one.dtype])
+        for one in results
+    ]
+    return shapes, saved, len(plan.outputs)
+
+
+def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    backend, op, static, arrays = inputs
+    _, saved, count = _described(op, static, arrays)
+    ctx.given = backend, op, static, len(arrays), count
+    ctx.save_for_backward(*arrays, *[output[k] for k in saved])
+
+
+def _forward_backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    backend, op, static, number, count = ctx.given
+    kept = ctx.saved_tensors
+    shapes, _, _ = _described(op, static, kept[:number])
+    given = [
+        torch.zeros(shape, dtype=dtype, device=kept[0].device) if one is None else one
+        for one, (shape, dtype) in zip(cotangents[:count], shapes[:count], strict=True)
+    ]
+    saved = () if torch.is_grad_enabled() else kept[number:]
+    pulled = torch.ops.mhc_torch.kernels_vjp(
+        backend, op, static, list(kept[:number]), given, list(saved)
+    )
+    return None, None, None, list(pulled)
+
+
+_forward.register_autograd(_forward_backward, setup_context=_forward_context)
+
+
+@torch.library.custom_op("mhc_torch::kernels_vjp", mutates_args=())
+def _vjp(
+    backend: str,
+    op: str,
+    static: str,
+    primals: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    saved: Sequence[Tensor],
+) -> list[Tensor]:
+    """Return the gradients of an op's arrays; without saved values it computes them again."""
+    groups = (primals, cotangents, saved) if saved else (primals, cotangents)
+    replay = _BY_NAME[backend].replay("vjp", op, groups, _read(static))
+    every = [*primals, *cotangents, *saved]
+    return _separate(replay(every), every)
+
+
+@_vjp.register_fake
+def _(
+    backend: str,
+    op: str,
+    static: str,
+    primals: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    saved: Sequence[Tensor],
+) -> list[Tensor]:
+    return [torch.empty_like(one, memory_format=torch.contiguous_format) for one in primals]
+
+
+def _vjp_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _, op, static, primals, cotangents, saved = inputs
+    ctx.given = op, static, len(primals), len(saved)
+    ctx.save_for_backward(*primals, *cotangents)
+
+
+def _vjp_backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    op, static, count, saved = ctx.given
+    given = ctx.saved_tensors
+    wanted = [
+        torch.zeros_like(primal) if one is None else one
+        for one, primal in zip(cotangents, given[:count], strict=True)
+    ]
+    pulled = _second(op, _read(static), count, given, wanted)
+    return None, None, None, list(pulled[:count]), list(pulled[count:]), [None] * saved
+
+
+_vjp.register_autograd(_vjp_backward, setup_context=_vjp_context)
+
+
+def _separate(results: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+    """Copy results that share memory: an operator's outputs must not."""
+    taken = {one.untyped_storage().data_ptr() for one in given if one.numel()}
+    separate: list[Tensor] = []
+    for one in results:
+        memory = one.untyped_storage().data_ptr()
+        separate.append(one.clone() if one.numel() and memory in taken else one)
+        taken.add(memory)
+    return separate
+
+
+def _written(static: Static) -> str:
+    """Write static arguments as an operator's string."""
+    return json.dumps(
+        {k: {"variant": asdict(v)} if isinstance(v, Variant) else v for k, v in static.items()}
+    )
+
+
+@functools.cache
+def _parsed(text: str) -> Static:
+    parsed: Static = json.loads(text)
+    return {k: Variant(**v["variant"]) if isinstance(v, dict) else v for k, v in parsed.items()}  # pyright: ignore[reportUnknownVariableType]
+
+
+def _read(text: str) -> Static:
+    return dict(_parsed(text))
