@@ -23,7 +23,6 @@ Arrays = tuple[mx.array, mx.array, mx.array]
 ALPHA = 0.01  # the scales: how much of a mapping depends on the token
 DEVIATION = 0.1  # the standard deviation of the projection that alpha scales
 LEAN = 0.5  # how much H_pre and H_post differ between the streams, relative to their mean
-MIXING = 0.01  # the share of the other streams in each stream after H_res
 
 
 class Projection(nn.Module):
@@ -178,7 +177,9 @@ class HyperConnection(Projection):
 
     def __init__(self, dims: int, n: int = 4, variant: Variant = PAPER) -> None:
         dims, n, variant = _checked("HyperConnection", dims, n, variant)
-        super().__init__(dims, n, variant, 3, _residual_bias(n, variant))
+        if reason := variant.refuses(n):
+            raise ValueError(f"HyperConnection: {reason}")
+        super().__init__(dims, n, variant, variant.parts(n), _residual_bias(n, variant))
 
     def mappings(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Return H_pre, H_post and H_res of the streams x: :func:`mhc_core.mappings`."""
@@ -270,8 +271,7 @@ def _checked(owner: str, dims: Any, n: Any, variant: Any) -> tuple[int, int, Var
 def _residual_bias(n: int, variant: Variant) -> mx.array:
     """Return the bias that starts as a plain residual; see the notes of HyperConnection."""
     post = [_logit(h / variant.post_scale) if variant.post_scale else 0.0 for h in _leaning(n, 2)]
-    diagonal = _logit(1 - MIXING) + math.log(max(n - 1, 1))  # of a softmax over n, the rest 0
-    res = [diagonal if i == j else 0.0 for i in range(n) for j in range(n)]
+    res = variant.made_by.init(n, **variant.options)
     return mx.array([*_pre_bias(n, variant), *post, *res])
 
 

@@ -26,6 +26,7 @@ SPEC = BackendSpec(
     array_types=("torch.Tensor",),
     ops=math.OPS,
     dtypes=DTYPES,
+    mixers=None,
     missing=_missing,
     device=_device,
     api_version=1,

@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Callable[..., Any]:
         raise AttributeError(name)
     names = tuple(math.load(name).OP.arrays)
 
-    def op(*arrays: torch.Tensor, **static: Any) -> Any:
+    def op(*arrays: torch.Tensor | None, **static: Any) -> Any:
         _require_one_device(name, names, arrays)
         return _function.apply(name, arrays, static)
 
@@ -39,8 +39,11 @@ def __getattr__(name: str) -> Callable[..., Any]:
 
 
 def vjp(
-    op: str, primals: tuple[torch.Tensor, ...], cotangents: tuple[torch.Tensor, ...], **static: Any
-) -> tuple[torch.Tensor, ...]:
+    op: str,
+    primals: tuple[torch.Tensor | None, ...],
+    cotangents: tuple[torch.Tensor | None, ...],
+    **static: Any,
+) -> tuple[torch.Tensor | None, ...]:
     """Pull cotangents back by the hand-written vjp."""
     declared = math.load(op).OP
     names = list(declared.arrays)[: len(primals)]
@@ -49,10 +52,12 @@ def vjp(
     return _function.pull_back(op, primals, cotangents, None, static)
 
 
-def _require_one_device(owner: str, names: Iterable[str], arrays: Sequence[torch.Tensor]) -> None:
-    device = arrays[0].device
+def _require_one_device(
+    owner: str, names: Iterable[str], arrays: Sequence[torch.Tensor | None]
+) -> None:
+    device = next(array for array in arrays if array is not None).device
     for name, array in zip(names, arrays, strict=False):
-        if array.device != device:
+        if array is not None and array.device != device:
             raise ValueError(
                 f"{owner}: {name} is on {array.device}; needs {device}, where the first array is: "
                 f"move it with .to({str(device)!r})"
