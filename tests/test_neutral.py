@@ -177,15 +177,47 @@ def test_each_matrix_is_frozen_by_itself(like: Callable[..., Any]) -> None:
     assert np.abs(both[1].sum(axis=-1) - 1).max() > 1e-4
 
 
-def test_jax_compiles_one_loop_for_any_number_of_steps() -> None:
-    def size(iterations: int) -> int:
-        function = math.load("sinkhorn").forward
-        jaxpr = jax.make_jaxpr(lambda m: function(m, iterations=iterations, eps=0.0, first="rows"))(
-            jnp.zeros((4, 4))
-        )
-        return len(str(jaxpr).splitlines())
+def _matrix_and_gradient(logits: Array, iterations: int) -> tuple[Array, Array]:
+    sinkhorn, options = math.load("sinkhorn"), {"iterations": iterations, "first": "rows"}
+    (gradient,) = sinkhorn.vjp((logits,), (logits,), eps=0.0, **options)
+    return sinkhorn.forward(logits, eps=0.0, **options), gradient
 
-    assert size(50) == size(2)
+
+def test_jax_loops_on_a_cpu_and_unrolls_on_a_gpu() -> None:
+    def lowered(platform: str, iterations: int) -> list[str]:
+        traced = jax.jit(_matrix_and_gradient, static_argnums=1).trace(
+            jnp.zeros((4, 4)), iterations
+        )
+        return traced.lower(lowering_platforms=(platform,)).as_text().splitlines()
+
+    def loops(platform: str, iterations: int) -> int:
+        return sum("stablehlo.while" in line for line in lowered(platform, iterations))
+
+    assert len(lowered("cpu", 20)) == len(lowered("cpu", 3))
+    assert (loops("cpu", 20), loops("cuda", 20)) == (3, 0)
+    assert loops("cuda", _xp.MOST_UNROLLED + 2) == 3  # as long as this, it would compile for long
+
+
+def test_the_forms_for_gpus_give_the_same_in_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run them on the CPU: sinkhorn's steps, and the products over C of combine's vjp."""
+    rng = np.random.default_rng(0)
+    shapes = ((5, 3, 8), (5, 8), (5, 3), (5, 3, 3), (5, 3, 8))
+    *primals, g = (jnp.asarray(rng.normal(size=shape), "float32") for shape in shapes)
+
+    def results() -> list[Array]:
+        gradients = math.load("combine").vjp(tuple(primals), (g,))
+        return [*_matrix_and_gradient(primals[3], 4), *gradients]
+
+    expected, taken = results(), []
+
+    def on_gpu(form: Callable[..., Any], _: Any, *given: Any) -> Any:
+        taken.append(form)
+        return form(*given)
+
+    monkeypatch.setattr(_xp, "_by_platform", on_gpu)
+    for got, want in zip(results(), expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert len(taken) == 4  # sinkhorn's forward, its vjp's forward and backward, combine's product
 
 
 # --- what sinkhorn's vjp keeps ----------------------------------------------------------------
