@@ -95,8 +95,10 @@ class Replay:
         held += [empty(shape, strides, dtype) for shape, strides, dtype in self._made]
         if self._room:  # whoever gets it next uses it later on the same stream
             held.append(empty((self._room,), (1,), torch.uint8))
-        # tables are not shared by calls that run at once
-        table = self._tables.pop() if self._tables else _Table(*self._arguments.layout)
+        try:  # threads that run a plan at once have a table each
+            table = self._tables.pop()
+        except IndexError:
+            table = _Table(*self._arguments.layout)
         if self._computes:
             held += self._results
             self._run_in_turn(held, table)
