@@ -156,7 +156,7 @@ def _program(header: str, parameters: Sequence[str], body: str, memory: int) -> 
         f"{without_ptx(checked(header))}\n"
         f"static void kernel({', '.join(parameters)}) {{\n{without_ptx(body)}\n}}\n"
     )
-    return _runnable(text, f"kernel({given})")
+    return _INCLUDE + text + _run("run", f"kernel({given})")
 
 
 def _compiled(folder: Path, text: str) -> ctypes.CDLL:
@@ -172,20 +172,34 @@ def _compiled(folder: Path, text: str) -> ctypes.CDLL:
 
 
 class Device:
-    """A stand-in for ``mhc_torch.cuda.driver.Nvidia``, which runs plans on the CPU."""
+    """A stand-in for ``mhc_torch.cuda.driver.Nvidia``, which runs plans on the CPU.
+
+    A program costs the compiler two seconds and each function in it a tenth, so :meth:`prepare`
+    takes all that a test will launch.
+    """
 
     device_type = "cpu"
 
     def __init__(self, folder: Path, memory: int = 227 * 1024) -> None:
         self._folder, self._memory = folder, memory
         self._constants: dict[tuple[float, ...], Any] = {}
+        self._functions: dict[Any, Any] = {}
         self.launched = 0
 
     def memory(self, index: int) -> int:
         return self._memory
 
+    def prepare(self, wanted: Sequence[Any]) -> None:
+        """Compile functions, all as one program."""
+        new = [one for one in dict.fromkeys(wanted) if one not in self._functions]
+        if new:
+            parts = [_part(k, one.text, one.memory) for k, one in enumerate(new)]
+            library = _compiled(self._folder, _INCLUDE + "".join(parts))
+            self._functions |= {one: library[f"run_{k}"] for k, one in enumerate(new)}
+
     def functions(self, index: int, wanted: Sequence[Any]) -> list[Any]:
-        return [_compiled(self._folder, _whole(one.text, one.memory)).run for one in wanted]
+        self.prepare(wanted)
+        return [self._functions[one] for one in wanted]
 
     def constant(self, index: int, numbers: tuple[float, ...]) -> int:
         array = self._constants.setdefault(numbers, np.array(numbers, np.float32))
@@ -193,6 +207,11 @@ class Device:
 
     def guard(self, index: int) -> Any:
         return None
+
+    def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: Any) -> Any:
+        import torch
+
+        return torch.full(shape, 0xFF if dtype == torch.uint8 else math.nan, dtype=dtype)
 
     def stream(self, index: int) -> Any:
         return None
@@ -205,8 +224,11 @@ class Device:
         return "a vector is misaligned" if wrong else None
 
 
-def _whole(text: str, memory: int) -> str:
-    """Return a program whose ``run`` reads a plan's arguments as a launch in CUDA does."""
+_INCLUDE = '#include "cuda_on_cpu.h"\n'
+
+
+def _part(number: int, text: str, memory: int) -> str:
+    """Return a namespace whose ``run`` reads a plan's arguments as a launch in CUDA does."""
     text = re.sub(r"#(undef|define) __global__.*\n", "", text)
     text = re.sub(r"extern (__shared__ uint4 \w+)\[\];", rf"\1[{memory // 16 + 1}];", text)
     (parameters,) = re.findall(r'extern "C" __global__ void mhc_kernel\((.*)\)', text)
@@ -215,14 +237,13 @@ def _whole(text: str, memory: int) -> str:
         f"*({parameter.rpartition(' ')[0]} *)a[{k}]"
         for k, parameter in enumerate(parameters.split(", "))
     )
-    return _runnable(f"{without_ptx(checked(text))}\n", f"mhc_kernel({given})")
+    inside = f"{without_ptx(checked(text))}\n" + _run(f"run_{number}", f"mhc_kernel({given})")
+    return f"namespace part_{number} {{\n{inside}}}\n"
 
 
-def _runnable(text: str, call: str) -> str:
+def _run(name: str, call: str) -> str:
     return (
-        '#include "cuda_on_cpu.h"\n'
-        f"{text}"
-        'extern "C" int run(void** a, unsigned x, unsigned y, unsigned threads) {\n'
+        f'extern "C" int {name}(void** a, unsigned x, unsigned y, unsigned threads) {{\n'
         "gridDim = {x, y, 1}, blockDim = {threads, 1, 1};\n"
         "for (unsigned k = 0; k < x * y; k++) {\n"
         "blockIdx = {k % x, k / x, 0};\n"

@@ -52,6 +52,7 @@ IMPORTS = [
     "mhc_core.cli -> mhc_mlx",  # what mhc bench compares with: the original, where it is installed
     "mhc_core.cli -> mlx_mhc",  # likewise
     "mhc_torch -> mhc_core",
+    "mhc_torch -> mhc_backends",  # the kernels, their plans, and the folder of the cache
     "mhc_metal_simulator -> mhc_core",
     "mhc_metal_simulator -> mhc_conformance",
     "mhc_metal_simulator -> mhc_backends",

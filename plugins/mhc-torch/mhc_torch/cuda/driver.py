@@ -59,6 +59,9 @@ class Driver(Protocol):
         """Return a device's current stream."""
         ...
 
+    empty: Callable[..., torch.Tensor]
+    """``empty(shape, strides, dtype)`` returns a tensor on the current device."""
+
     launch: Callable[..., Any]
     """``launch(function, x, y, threads, memory, stream, arguments)`` returns an error or nothing;
     ``arguments`` is the address of an array of the arguments' addresses.
@@ -80,6 +83,10 @@ class Nvidia:
         self._raw: Callable[[int], int] = getattr(
             torch._C, "_cuda_getCurrentRawStream", _raw_stream
         )
+        self._current: Callable[[], int] = getattr(
+            torch._C, "_cuda_getDevice", torch.cuda.current_device
+        )
+        self.empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty)
         self.launch = self._launcher()
 
     def _launcher(self) -> Callable[..., Any]:
@@ -99,11 +106,9 @@ class Nvidia:
         return self._call("cuDeviceGetAttribute", wanted, self._device(index))
 
     def guard(self, index: int) -> Any:
-        if torch.cuda.current_device() != index:
-            return torch.cuda.device(index)
-        if not getattr(self._here, "ready", False):
+        if not hasattr(self._here, "ready"):
             self._enter(index)
-        return None
+        return None if self._current() == index else torch.cuda.device(index)
 
     def stream(self, index: int) -> Any:
         raw = self._raw(index)
@@ -184,5 +189,12 @@ class Nvidia:
         return results[0] if results else None
 
 
+# What is used where PyTorch has no faster function under the name that its own compiler calls.
+
+
 def _raw_stream(index: int) -> int:
     return torch.cuda.current_stream(index).cuda_stream
+
+
+def _empty(shape: Any, strides: Any, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")

@@ -12,18 +12,19 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from mhc_backends.kernels.ops import outputs as count_outputs
 from mhc_backends.kernels.plan import Axis, record
-from mhc_core import gradients
+from mhc_core import gradients, math
 from mhc_core.variants import Variant
 from mhc_torch import _function
 from mhc_torch.cuda.driver import Driver
 from mhc_torch.cuda.replay import DTYPES, Replay
+from mhc_torch.ops import require_one_device
 
 __all__ = ["Kernels"]
 
@@ -49,54 +50,71 @@ class Kernels:
         _BY_NAME[name] = self
 
     def replay(
-        self, what: str, op: str, groups: Sequence[Sequence[Tensor]], static: Static
+        self, key: tuple[Any, ...], groups: Sequence[Sequence[Tensor]], static: Static
     ) -> Replay:
-        """Return the plan for an op on tensors like these, on the device of the first."""
-        index = groups[0][0].get_device()
-        key = (
-            what,
-            op,
-            index,
-            *static.values(),
-            *[(one.shape, one.dtype) for group in groups for one in group],
-            *map(len, groups),
-        )
+        """Return the plan for an op on tensors like these, on the device of the first.
+
+        The key begins with ``"forward"``, ``"forward_with_saved"`` or ``"vjp"`` and the op's name,
+        and says all about the tensors that a plan depends on.
+        """
         found = self._replays.get(key)
         if found is None:
-            found = self._replays[key] = self._new(what, op, groups, static)
+            found = self._replays[key] = self._new(*key[:2], groups, static)
             if len(self._replays) > MOST_PLANS:
                 del self._replays[next(iter(self._replays))]
         return found
 
     def _new(self, what: str, op: str, groups: Any, static: Static) -> Replay:
-        device = groups[0][0].device
         index = groups[0][0].get_device()
         arrays = [[(tuple(one.shape), one.dtype) for one in group] for group in groups]
         plan = record(what, op, arrays, static, "cuda", self._driver.memory(index))
         guard = self._driver.guard(index)
         if guard is None:
-            return Replay(plan, self._driver, index, device)
+            return Replay(plan, self._driver, index)
         with guard:
-            return Replay(plan, self._driver, index, device)
+            return Replay(plan, self._driver, index)
 
     # ---- forwards --------------------------------------------------------------------------------
 
     def function(self, op: str) -> Callable[..., Any]:
         """Return an op as a function of tensors and its static arguments."""
-        count = count_outputs(op)
+        count, names = count_outputs(op), tuple(math.load(op).OP.arrays)
+        watched, transformed = _watched, _transformed
 
         def call(*primals: Tensor, **static: Any) -> Any:
-            if not _plain(primals):
-                results: Any = torch.ops.mhc_torch.kernels(
-                    self.name, op, _written(static), list(primals)
-                )
-            elif _differentiable(primals) and gradients.wanted():
-                results = _Op.apply(self, op, static, *primals)
+            # one loop for all that is asked of every tensor: this is a good part of a small call
+            index, plain, graph = primals[0].get_device(), not watched(), False
+            key: list[Any] = [index, *static.values()]
+            for one in primals:
+                if one.get_device() != index:
+                    require_one_device(op, names, primals)
+                if type(one) not in _PLAIN:
+                    plain = False
+                if one.requires_grad:
+                    graph = True
+                key += (one.shape, one.dtype)
+            if transformed():
+                results: Any = _OpInTransforms.apply(self, op, static, *primals)
+            elif not plain:
+                require_one_device(op, names, primals)
+                results = self._operator(op, static, primals)
+            elif graph and torch.is_grad_enabled() and gradients.wanted():
+                results = _Op.apply(self, op, static, tuple(key), *primals)
             else:
-                results = self.replay("forward", op, (primals,), static)(primals)
+                results = self.replay(("forward", op, *key), (primals,), static)(primals)
             return results[0] if count == 1 else tuple(results[:count])
 
         return call
+
+    def _operator(self, op: str, static: Static, primals: Sequence[Tensor]) -> Tensors:
+        return tuple(torch.ops.mhc_torch.kernels(self.name, op, _written(static), list(primals)))
+
+    def saving(self, op: str, static: Static, primals: Sequence[Tensor]) -> Tensors:
+        """Return an op's outputs and what its vjp reads besides, without a gradient."""
+        if _plain(primals):
+            key = _key("forward_with_saved", op, static, primals)
+            return tuple(self.replay(key, (primals,), static)(primals))
+        return self._operator(op, static, primals)
 
     # ---- vjps ------------------------------------------------------------------------------------
 
@@ -105,11 +123,12 @@ class Kernels:
     ) -> Tensors:
         """Pull cotangents back by an op's vjp kernels; the result can be differentiated again."""
         every = (*primals, *cotangents, *saved)
+        if _transformed() or (_plain(every) and _differentiable(every)):
+            return _PullBack.apply(self, op, static, len(primals), *primals, *cotangents)
         if _plain(every):
-            if _differentiable(every):
-                return _PullBack.apply(self, op, static, len(primals), *primals, *cotangents)
             groups = (primals, cotangents, saved) if saved else (primals, cotangents)
-            return tuple(self.replay("vjp", op, groups, static)(every))
+            key = _key("vjp", op, static, every, len(cotangents))
+            return tuple(self.replay(key, groups, static)(every))
         return tuple(
             torch.ops.mhc_torch.kernels_vjp(
                 self.name, op, _written(static), list(primals), list(cotangents), list(saved)
@@ -119,9 +138,25 @@ class Kernels:
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
     """Return whether tensors have memory of their own, and nobody watches what is done to them."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
-        return False
-    return all(type(one) in _PLAIN for one in tensors)
+    return not _watched() and all([type(one) in _PLAIN for one in tensors])  # noqa: C419 (faster)
+
+
+_watched = torch._C._len_torch_dispatch_stack
+"""Return the number of modes that watch operators."""
+
+
+def _key(
+    what: str, op: str, static: Static, tensors: Sequence[Tensor], cotangents: int = 0
+) -> tuple[Any, ...]:
+    key: list[Any] = [what, op, tensors[0].get_device(), *static.values()]
+    for one in tensors:
+        key += (one.shape, one.dtype)
+    return (*key, cotangents) if what == "vjp" else tuple(key)
+
+
+def _transformed() -> bool:
+    """Return whether a transform of torch.func is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -135,8 +170,10 @@ class _Op(torch.autograd.Function):
     """An op on plain tensors as one node of autograd's graph."""
 
     @staticmethod
-    def forward(ctx: Any, kernels: Kernels, op: str, static: Static, *primals: Tensor) -> Tensors:
-        replay = kernels.replay("forward_with_saved", op, (primals,), static)
+    def forward(
+        ctx: Any, kernels: Kernels, op: str, static: Static, key: Any, *primals: Tensor
+    ) -> Tensors:
+        replay = kernels.replay(("forward_with_saved", op, *key), (primals,), static)
         results = replay(primals)
         ctx.given = kernels, op, static, len(primals)
         ctx.save_for_backward(*primals, *[results[k] for k in replay.saved])
@@ -150,17 +187,47 @@ class _Op(torch.autograd.Function):
         # primals, because the vjp has no cotangents for saved values.
         saved = () if torch.is_grad_enabled() else kept[count:]
         pulled = kernels.pull_back(op, kept[:count], cotangents, saved, static)
+        return None, None, None, None, *pulled
+
+
+class _OpInTransforms(torch.autograd.Function):
+    """An op inside torch.func.grad and the like, which need its context apart from its forward.
+
+    PyTorch looks at the signature of such a forward at every call, which takes longer than the op.
+    """
+
+    @staticmethod
+    def forward(kernels: Kernels, op: str, static: Static, *primals: Tensor) -> Tensors:
+        return kernels.saving(op, static, primals)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        kernels, op, static, *primals = inputs
+        saved, outputs = _places(op, _written(static), primals)
+        ctx.given = kernels, op, static, len(primals), outputs
+        ctx.save_for_backward(*primals, *[output[k] for k in saved])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        kernels, op, static, count, outputs = ctx.given
+        kept = ctx.saved_tensors
+        saved = () if torch.is_grad_enabled() else kept[count:]
+        pulled = kernels.pull_back(op, kept[:count], cotangents[:outputs], saved, static)
         return None, None, None, *pulled
 
 
 class _PullBack(torch.autograd.Function):
-    """A vjp on plain tensors, differentiated in turn through the neutral formulas."""
+    """A vjp, differentiated in turn through the neutral formulas."""
 
     @staticmethod
-    def forward(ctx: Any, kernels: Kernels, op: str, static: Static, count: int, *given: Tensor):
-        ctx.given = op, static, count
-        ctx.save_for_backward(*given)
+    def forward(kernels: Kernels, op: str, static: Static, count: int, *given: Tensor) -> Tensors:
         return kernels.pull_back(op, given[:count], given[count:], (), static)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        _, *static, count = inputs[:4]
+        ctx.given = *static, count
+        ctx.save_for_backward(*inputs[4:])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
@@ -187,19 +254,41 @@ def _second(
 @torch.library.custom_op("mhc_torch::kernels", mutates_args=())
 def _forward(backend: str, op: str, static: str, arrays: Sequence[Tensor]) -> list[Tensor]:
     """Return an op's outputs, and then what else its vjp reads."""
-    replay = _BY_NAME[backend].replay("forward_with_saved", op, (arrays,), _read(static))
+    options = _read(static)
+    key = _key("forward_with_saved", op, options, arrays)
+    replay = _BY_NAME[backend].replay(key, (arrays,), options)
     return _separate(replay(arrays), arrays)
 
 
 @_forward.register_fake
 def _(backend: str, op: str, static: str, arrays: Sequence[Tensor]) -> list[Tensor]:
-    shapes, _, _ = _described(op, static, arrays)
+    shapes = _described(op, static, arrays).shapes
     device = arrays[0].device
     return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
 
 
-def _described(op: str, static: str, arrays: Sequence[Tensor]) -> tuple[list[Any], list[int], int]:
-    """Return the shapes and dtypes of all results, the indices of saved ones, and the outputs.
+class _Described(NamedTuple):
+    """All results of an op: their shapes and dtypes, the indices of those that the vjp reads, and
+    the number of outputs, which come first.
+    """
+
+    shapes: list[tuple[tuple[Any, ...], torch.dtype]]
+    saved: list[int]
+    outputs: int
+
+
+_PLACES: dict[tuple[str, int], tuple[list[int], int]] = {}
+
+
+def _places(op: str, static: str, arrays: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Return the last two of these, which an op's arrays do not change."""
+    if (op, len(arrays)) not in _PLACES:
+        _PLACES[op, len(arrays)] = _described(op, static, arrays)[1:]
+    return _PLACES[op, len(arrays)]
+
+
+def _described(op: str, static: str, arrays: Sequence[Tensor]) -> _Described:
+    """Describe the results of an op.
 
     A length that a compiler leaves open is passed through the plan as an :class:`Axis`, which comes
     back in the results' shapes.
@@ -218,12 +307,12 @@ def _described(op: str, static: str, arrays: Sequence[Tensor]) -> tuple[list[Any
         (tuple(getattr(size, "length", size) for size in one.shape), DTYPES[one.dtype])
         for one in results
     ]
-    return shapes, saved, len(plan.outputs)
+    return _Described(shapes, saved, len(plan.outputs))
 
 
 def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     backend, op, static, arrays = inputs
-    _, saved, count = _described(op, static, arrays)
+    saved, count = _places(op, static, arrays)
     ctx.given = backend, op, static, len(arrays), count
     ctx.save_for_backward(*arrays, *[output[k] for k in saved])
 
@@ -231,7 +320,7 @@ def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) ->
 def _forward_backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Any, ...]:
     backend, op, static, number, count = ctx.given
     kept = ctx.saved_tensors
-    shapes, _, _ = _described(op, static, kept[:number])
+    shapes = _described(op, static, kept[:number]).shapes
     given = [
         torch.zeros(shape, dtype=dtype, device=kept[0].device) if one is None else one
         for one, (shape, dtype) in zip(cotangents[:count], shapes[:count], strict=True)
@@ -257,8 +346,9 @@ def _vjp(
 ) -> list[Tensor]:
     """Return the gradients of an op's arrays; without saved values it computes them again."""
     groups = (primals, cotangents, saved) if saved else (primals, cotangents)
-    replay = _BY_NAME[backend].replay("vjp", op, groups, _read(static))
-    every = [*primals, *cotangents, *saved]
+    options, every = _read(static), [*primals, *cotangents, *saved]
+    key = _key("vjp", op, options, every, len(cotangents))
+    replay = _BY_NAME[backend].replay(key, groups, options)
     return _separate(replay(every), every)
 
 
@@ -295,13 +385,14 @@ _vjp.register_autograd(_vjp_backward, setup_context=_vjp_context)
 
 
 def _separate(results: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
-    """Copy results that share memory: an operator's outputs must not."""
-    taken = {one.untyped_storage().data_ptr() for one in given if one.numel()}
+    """Copy results that share memory: each output of an operator has its own."""
+    taken = {one.untyped_storage().data_ptr() for one in given}
     separate: list[Tensor] = []
     for one in results:
-        memory = one.untyped_storage().data_ptr()
-        separate.append(one.clone() if one.numel() and memory in taken else one)
-        taken.add(memory)
+        memory = one.untyped_storage()
+        alone = memory.nbytes() == one.nbytes and memory.data_ptr() not in taken
+        separate.append(one if alone or not one.numel() else one.clone())
+        taken.add(memory.data_ptr())
     return separate
 
 

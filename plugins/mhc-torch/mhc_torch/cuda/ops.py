@@ -10,7 +10,6 @@ import numpy
 import torch
 
 from mhc_backends.kernels.ops import OPS
-from mhc_core import math
 from mhc_torch import ops as neutral
 from mhc_torch.cuda.driver import Nvidia
 from mhc_torch.cuda.kernels import Kernels
@@ -21,18 +20,11 @@ __all__ = ["checkpoint", "compile", "from_host", "functions", "grad", "to_host",
 
 def functions(kernels: Kernels) -> tuple[Callable[[str], Any], Callable[..., Any]]:
     """Return a function from the name of an op to the op, and the vjp, with checks of devices."""
-    require = neutral.require_one_device
 
     def op_by_name(name: str) -> Callable[..., Any]:
         if name not in OPS:
             raise AttributeError(name)
-        names, run = tuple(math.load(name).OP.arrays), kernels.function(name)
-
-        def op(*arrays: torch.Tensor, **static: Any) -> Any:
-            require(name, names, arrays)
-            return run(*arrays, **static)
-
-        return op
+        return kernels.function(name)
 
     def vjp(
         op: str, primals: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor], **static: Any

@@ -61,8 +61,8 @@ class Replay:
     that is returned, and ``outputs`` is the number of outputs.
     """
 
-    def __init__(self, plan: Plan, driver: Driver, index: int, device: torch.device) -> None:
-        self._driver, self._index, self._device = driver, index, device
+    def __init__(self, plan: Plan, driver: Driver, index: int) -> None:
+        self._driver, self._index = driver, index
         returned = list(plan.outputs)
         for value in plan.saved:
             if not any(value is other for other in returned):
@@ -74,7 +74,7 @@ class Replay:
         layout = _Layout(plan, returned)
         self._made = layout.made
         self._room = layout.room
-        self._empty: list[None] = [None] * layout.computed
+        self._results: list[None] = [None] * layout.computed
         self._steps, self._arguments = _steps(plan, driver, index, layout)
         self._computes = layout.computed > 0
         self._returned = [layout.view(value) for value in returned]
@@ -90,15 +90,17 @@ class Replay:
             return self._run(tensors)
 
     def _run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        device = self._device
+        empty = self._driver.empty
         held: list[Any] = [one if one.is_contiguous() else one.contiguous() for one in tensors]
-        held += [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self._made]
+        held += [empty(shape, strides, dtype) for shape, strides, dtype in self._made]
         if self._room:  # whoever gets it next uses it later on the same stream
-            held.append(torch.empty(self._room, dtype=torch.uint8, device=device))
-        # tables are not shared by calls that run at once
-        table = self._tables.pop() if self._tables else _Table(*self._arguments.layout)
+            held.append(empty((self._room,), (1,), torch.uint8))
+        try:  # threads that run a plan at once have a table each
+            table = self._tables.pop()
+        except IndexError:
+            table = _Table(*self._arguments.layout)
         if self._computes:
-            held += self._empty
+            held += self._results
             self._run_in_turn(held, table)
         else:
             self._arguments.write(table, held)
@@ -166,7 +168,7 @@ class _Layout:
             for value in reversed(returned)
             if value.offset == 0 and value.size == math.prod(plan.buffers[value.buffer].shape)
         }
-        self.made: list[tuple[tuple[int, ...], torch.dtype]] = []
+        self.made: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = []
         self._place = {number: number for number in range(plan.inputs)}
         self._offset: dict[int, int] = {}
         self._shape: dict[int, tuple[int, ...]] = {}
@@ -182,7 +184,7 @@ class _Layout:
             elif number in seen:
                 shape = self._shape[number] = tuple(map(int, shapes.get(number, buffer.shape)))
                 self._place[number] = plan.inputs + len(self.made)
-                self.made.append((shape, DTYPES[buffer.dtype]))
+                self.made.append((shape, _strides(shape), DTYPES[buffer.dtype]))
             else:
                 inside.append(number)
                 self._offset[number] = self.room
@@ -193,6 +195,7 @@ class _Layout:
         after += self.room > 0
         self._place |= {number: after + k for k, number in enumerate(results)}
         self.computed = len(results)
+        self.count = after + self.computed  # the tensors of a call
 
     def place(self, value: Value) -> tuple[int, int]:
         """Return the place of a value's tensor, and its offset in it in bytes."""
@@ -204,8 +207,11 @@ class _Layout:
         shape = tuple(map(int, value.shape))
         if value.offset == 0 and shape == self._shape[value.buffer]:
             return self._place[value.buffer], None
-        strides = [math.prod(shape[k + 1 :]) for k in range(len(shape))]
-        return self._place[value.buffer], (shape, strides, value.offset)
+        return self._place[value.buffer], (shape, _strides(shape), value.offset)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
 
 
 def _values(arguments: Sequence[Any]) -> list[Value]:
@@ -246,9 +252,13 @@ class _Arguments:
         )
         self._pack = struct.Struct(f"{count}Q").pack_into
         self._from = list(self._moving)
+        self._in_order = self._from == [(place, 0) for place in range(self._layout.count)]
 
     def write(self, table: _Table, held: Sequence[Any]) -> None:
         """Write the addresses of a call's tensors; a result that is not there yet has none."""
+        if self._in_order:
+            self._pack(table.values, 0, *[one.data_ptr() for one in held])
+            return
         base = [0 if one is None else one.data_ptr() for one in held]
         self._pack(table.values, 0, *[base[place] + offset for place, offset in self._from])
 

@@ -1,0 +1,213 @@
+"""torch-cuda through the public API on a CPU: plans, arguments and aliases, without a GPU."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from calls import (
+    CALLS,
+    PROJECTION,
+    RES,
+    VARIANT,
+    C,
+    Call,
+    N,
+    T,
+    assert_close,
+    gradients,
+    loss,
+    several,
+)
+from on_cpu import DEVICE, NAME, SPEC, needs_gcc, prepare
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import mhc_core as mhc
+from mhc_core.selection import registered
+from mhc_torch.cuda import kernels as kernels_module
+
+pytestmark = needs_gcc
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+WIDE = Call("gated_combine", ((T, 40), (T, 40), (5,), (T, 5), (5, 5)))  # of many streams
+SHARED = Call("combine", ((3, 2, N, C), (3, 2, C), (N,), (N, N)))  # one mapping for all tokens
+GIVEN = Call(
+    "combine_pre", ((T, N, C), (T, C), (T, N), RES, *PROJECTION, (N,)), {"variant": VARIANT}
+)
+EVERY = [*CALLS, WIDE, SHARED, GIVEN]
+BY_OP = {call.op: call for call in CALLS}
+every_op = pytest.mark.parametrize(
+    "call", EVERY, ids=lambda call: f"{call.op}-{len(call.shapes[0])}"
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _backend() -> Iterator[None]:
+    """Register the backend, with the functions of all calls in one program."""
+    single = [(call, call.arrays(torch.float32)) for call in EVERY]
+    narrow = [(BY_OP["pre"], _narrow(BY_OP["pre"]))]
+    prepare([*single, *narrow])
+    with registered(SPEC):
+        yield
+
+
+def _narrow(call: Call) -> list[Tensor]:
+    """Draw bfloat16 for everything, parameters too."""
+    return call.arrays(torch.bfloat16)
+
+
+def _kernels(call: Call, backend: str = NAME) -> Callable[..., Any]:
+    def function(*arrays: Tensor) -> Any:
+        given = {"h_pre": arrays[7]} if len(arrays) > 7 else {}
+        return getattr(mhc, call.op)(*arrays[:7], **given, **call.static, backend=backend)
+
+    return function
+
+
+def _torch(call: Call) -> Callable[..., Any]:
+    return _kernels(call, "torch")
+
+
+@every_op
+def test_outputs_and_gradients(call: Call) -> None:
+    arrays, before = call.arrays(torch.float32), DEVICE.launched
+    got, want = _kernels(call)(*arrays), _torch(call)(*arrays)
+    assert_close(got, want, **CLOSE)
+    assert_close(gradients(_kernels(call), arrays), gradients(_torch(call), arrays), **CLOSE)
+    assert DEVICE.launched > before
+    with torch.no_grad():
+        plain = _kernels(call)(*arrays)
+    assert all(torch.equal(a, b) for a, b in zip(several(plain), several(got), strict=True))
+    cotangents = tuple(torch.randn_like(one) for one in several(got))
+    detached = tuple(one.detach() for one in arrays)
+    assert_close(
+        mhc.vjp(call.op, detached, cotangents, **call.static, backend=NAME),
+        mhc.vjp(call.op, detached, cotangents, **call.static, backend="torch"),
+        **CLOSE,
+    )
+
+
+@pytest.mark.parametrize("op", ["combine", "pre", "residual_add_aggregate", "sinkhorn"])
+def test_second_derivatives(op: str) -> None:
+    call = BY_OP[op]
+
+    def second(function: Callable[..., Any]) -> Any:
+        arrays = call.arrays(torch.float32)
+        arrays = [
+            torch.linspace(-1, 1, a.numel()).reshape(a.shape).requires_grad_() for a in arrays
+        ]
+        outputs = several(function(*arrays))
+        loss = sum(output.square().sum() for output in outputs)
+        first = torch.autograd.grad(loss, arrays, create_graph=True)
+        return torch.autograd.grad(sum(one.square().sum() for one in first), arrays)
+
+    assert_close(second(_kernels(call)), second(_torch(call)), rtol=1e-4, atol=1e-4)
+
+
+def test_narrow_parameters_get_narrow_gradients() -> None:
+    arrays = _narrow(BY_OP["pre"])
+    got = gradients(_kernels(BY_OP["pre"]), arrays)
+    assert {one.dtype for one in got} == {torch.bfloat16}
+    assert_close(got, gradients(_torch(BY_OP["pre"]), arrays), rtol=2e-2, atol=2e-2)
+
+
+@every_op
+def test_an_op_is_one_node(call: Call) -> None:
+    arrays = call.arrays(torch.float32)
+    for output in several(_kernels(call)(*arrays)):
+        below = [node for node, _ in output.grad_fn.next_functions if node is not None]
+        assert [node.variable.data_ptr() for node in below] == [a.data_ptr() for a in arrays]
+
+
+def test_strided_tensors_are_copied_once() -> None:
+    call = BY_OP["combine"]
+    plain = call.arrays(torch.float32)
+    gaps = [a.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_() for a in plain]
+    assert not gaps[0].is_contiguous()
+    assert_close(_kernels(call)(*gaps), _kernels(call)(*plain), rtol=0, atol=0)
+    assert_close(gradients(_kernels(call), gaps), gradients(_kernels(call), plain), rtol=0, atol=0)
+
+
+def test_no_tokens() -> None:
+    x = torch.zeros(0, N, C, requires_grad=True)
+    parameters = [torch.randn(shape, requires_grad=True) for shape in PROJECTION]
+    outputs = mhc.pre(x, *parameters, VARIANT, backend=NAME)
+    assert [tuple(one.shape) for one in outputs] == [(0, C), (0, N), (0, N, N)]
+    torch.autograd.backward(outputs, [torch.zeros_like(one) for one in outputs])
+    assert all(p.grad is not None and not p.grad.any() for p in parameters)
+
+
+# ---- compilers, transforms and modes -------------------------------------------------------------
+
+COMPILED = [BY_OP[op] for op in ("combine", "pre", "combine_pre", "residual_add_aggregate")]
+
+
+@pytest.mark.parametrize("call", COMPILED, ids=lambda call: call.op)
+def test_one_graph_for_any_number_of_tokens(call: Call) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(_kernels(call), backend=counter, fullgraph=True)
+    for count, graphs in ((T, 1), (5, 2), (7, 2), (9, 2)):
+        shapes = [(count, *s[1:]) if s[:1] == (T,) else s for s in call.shapes]
+        arrays = Call(call.op, shapes, call.static).arrays(torch.float32)
+        for array in arrays:
+            if array.shape[0] == count and array.ndim > 1:
+                torch._dynamo.maybe_mark_dynamic(array, 0)
+        assert_close(compiled(*arrays), _kernels(call)(*arrays), rtol=0, atol=0)
+        got, want = gradients(compiled, arrays), gradients(_kernels(call), arrays)
+        assert_close(got, want, rtol=0, atol=0)
+        assert counter.frame_count <= graphs
+
+
+@pytest.mark.parametrize("op", ["pre", "residual_add_aggregate"])
+def test_the_operators_pass_opcheck(op: str) -> None:
+    call = BY_OP[op]
+    arrays, static = call.arrays(torch.float32), kernels_module._written(call.static)
+    torch.library.opcheck(torch.ops.mhc_torch.kernels, (NAME, op, static, arrays))
+    outputs = several(_kernels(call)(*arrays))
+    given = [torch.randn_like(one) for one in outputs]
+    torch.library.opcheck(torch.ops.mhc_torch.kernels_vjp, (NAME, op, static, arrays, given, []))
+
+
+@pytest.mark.parametrize("op", ["combine", "pre"])
+def test_transforms(op: str) -> None:
+    call = BY_OP[op]
+    arrays = call.arrays(torch.float32)
+    want = gradients(_kernels(call), arrays)
+    plain = [a.detach() for a in arrays]
+    numbers = tuple(range(len(arrays)))
+    got = torch.func.grad(lambda *a: loss(_kernels(call))(*a), argnums=numbers)(*plain)
+    assert_close(got, want, rtol=0, atol=0)
+    for reentrant in (False, True):
+        again = [a.detach().requires_grad_() for a in arrays]
+        again_computed = functools.partial(checkpoint, _kernels(call), use_reentrant=reentrant)
+        result = loss(again_computed)(*again)
+        result.backward()
+        assert_close(tuple(a.grad for a in again), want, rtol=0, atol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(gradients(_kernels(call), arrays), want, rtol=0, atol=0)
+
+
+class _Sublayer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        parts = [torch.nn.Parameter(torch.randn(shape)) for shape in PROJECTION]
+        self.phi, self.scale, self.bias = parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        parameters = self.phi, self.scale, self.bias
+        h, h_post, h_res = mhc.pre(x, *parameters, VARIANT, backend=NAME)
+        return mhc.combine(x, h, h_post, h_res, backend=NAME)
+
+
+def test_a_module_is_copied_and_exported() -> None:
+    module, x = copy.deepcopy(_Sublayer()), torch.randn(T, N, C)
+    exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("T")},))
+    for count in (T, 6):
+        x = torch.randn(count, N, C)
+        assert_close(exported.module()(x), module(x), rtol=0, atol=0)
