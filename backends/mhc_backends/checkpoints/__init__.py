@@ -77,17 +77,17 @@ class Library(NamedTuple):
 
     Attributes
     ----------
-    array
-        The type of its arrays.
     float32
-        Makes a float32 array of one of its own, or of one of NumPy, of any dtype in ``DTYPES``.
+        Makes a float32 array from one of NumPy, or from its own, of any dtype in ``DTYPES``.
     is_finite
         Whether all numbers of its float32 array are finite.
+    own
+        The type of its own arrays, if they are to be taken as they are, not by way of NumPy.
     """
 
-    array: type[Any]
     float32: Callable[[Any], Any]
     is_finite: Callable[[Any], bool]
+    own: type[Any] | tuple[()] = ()
 
 
 def read(
@@ -132,7 +132,7 @@ def read(
 
 
 def _read(library: Library, tensor: Tensor) -> Any:
-    own = isinstance(tensor.own, library.array)
+    own = isinstance(tensor.own, library.own)
     array = library.float32(tensor.own if own else tensor.read())
     if not library.is_finite(array):
         raise ValueError(f"{OWNER}: {tensor.name} holds NaN or infinity")

@@ -32,6 +32,7 @@ __all__ = [
     "layer_keys",
     "model_key",
     "printable",
+    "unwrapped",
 ]
 
 OWNER = "load_hyper_connections"  # errors begin with it
@@ -94,7 +95,7 @@ def by_key(names: Iterable[str], layers: int | None) -> tuple[dict[Key, str], li
     for name in names:
         if not _LIKE.search(name) or is_drafting(name) or _is_beyond(name, layers):
             continue
-        match = _STORED.fullmatch(_WRAPPER.sub("", name))
+        match = _STORED.fullmatch(unwrapped(name))
         if match is None:
             unsupported.append(name)
             continue
@@ -109,6 +110,11 @@ def model_key(name: str) -> Key | None:
     """Return the key of a model's parameter, with any prefix; None if it is not one of ours."""
     match = None if is_drafting(name) else _IN_MODEL.search(name)
     return None if match is None else _key(match)
+
+
+def unwrapped(name: str) -> str:
+    """Return a name without what PyTorch's wrappers insert in it."""
+    return _WRAPPER.sub("", name)
 
 
 def is_drafting(name: str) -> bool:

@@ -142,7 +142,7 @@ def _is_finite(array: mx.array) -> bool:
     return bool(mx.isfinite(array).all().item())
 
 
-_LIBRARY = Library(mx.array, _float32, _is_finite)
+_LIBRARY = Library(_float32, _is_finite, own=mx.array)
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Key | None]]:

@@ -13,6 +13,12 @@ from mhc_core.backend import DTYPES, BackendSpec
 from mhc_core.hookspecs import hookimpl
 from mhc_torch import cuda
 
+_LATE = {  # these import PyTorch
+    "accelerate": "mhc_torch.models",
+    "load_hyper_connections": "mhc_torch.checkpoints",
+    "restore": "mhc_torch.models",
+}
+
 
 def _missing() -> str | None:
     return None if find_spec("torch") else "PyTorch is not installed: pip install torch"
@@ -58,3 +64,9 @@ CUDA = BackendSpec(
 def mhc_backend_specs() -> list[BackendSpec]:
     """Return the specs of the backends."""
     return [SPEC, CUDA]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATE[name]), name)

@@ -1,0 +1,141 @@
+"""The hyper-connections of DeepSeek-V4 and V4.1 checkpoints, as ``torch.nn`` modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from mhc_backends.checkpoints import Library, Options, keys_of_stack, read
+from mhc_backends.checkpoints.names import OWNER, Key, model_key, unwrapped
+from torch import Tensor, nn
+
+from mhc_core.variants import Variant
+from mhc_torch.nn import HyperConnectedStack, HyperConnection, HyperHead
+from mhc_torch.ops import from_host
+
+__all__ = ["ConnectedLayer", "HyperConnections", "load_hyper_connections"]
+
+
+class ConnectedLayer(NamedTuple):
+    """The two connections of one transformer layer."""
+
+    attn: HyperConnection
+    ffn: HyperConnection
+
+
+class HyperConnections(NamedTuple):
+    """The hyper-connections of a checkpoint: one entry per layer, and V4's head or None."""
+
+    layers: tuple[ConnectedLayer, ...]
+    head: HyperHead | None
+
+
+def load_hyper_connections(
+    weights: str | Path | Mapping[str, Any],
+    model: nn.Module | None = None,
+    *,
+    variant: Variant | None = None,
+    allow_unused: bool = False,
+    allow_missing: bool = False,
+) -> HyperConnections:
+    """Read only the hyper-connections of a DeepSeek-V4 or V4.1 checkpoint.
+
+    One reader serves PyTorch and MLX: the forms of names, the files and folders, the checks and the
+    errors are those of ``mhc_core.mlx.load_hyper_connections``.
+
+    Parameters
+    ----------
+    weights
+        A safetensors file; a folder with ``model.safetensors.index.json`` and its shards; a folder
+        with safetensors files and no index; or a mapping from names to arrays of PyTorch, NumPy or
+        MLX.
+    model
+        A model to load into, on any device but meta. Its parameters have such names after any
+        prefix, or it contains a :class:`mhc_torch.nn.HyperConnectedStack` whose blocks alternate
+        between attention and MLP. They keep their identity and device, and become float32. Load
+        before ``fully_shard``.
+    variant
+        The constants of the modules. By default they come from the ``config.json`` beside the
+        weights or, without one, from :data:`mhc_core.DEEPSEEK_V4`.
+    allow_unused
+        True ignores tensors that look like hyper-connections but whose names have no known form.
+    allow_missing
+        True loads what a folder has, even if its ``config.json`` or index promise more, and leaves
+        parameters of ``model`` without a tensor unchanged. Every layer and head must still be
+        complete, and no layer may be missing before the last one.
+
+    Returns
+    -------
+    HyperConnections
+        Modules of their own, on the default device; they share nothing with ``model`` and
+        ``weights``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a tensor that is missing, a duplicate, of a wrong shape or dtype, not finite, or unknown
+        to the model, and for a damaged file; the error names the tensor or the file. After an error
+        the model is unchanged.
+    FileNotFoundError
+        For a file that does not exist.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from mhc_torch import load_hyper_connections
+    >>> sizes = {"fn": (24, 32), "base": (24,), "scale": (3,)}
+    >>> loaded = load_hyper_connections({
+    ...     f"layers.0.hc_{sublayer}_{name}": torch.zeros(shape)
+    ...     for sublayer in ("attn", "ffn") for name, shape in sizes.items()
+    ... })
+    >>> loaded.layers[0].attn.dims, loaded.head
+    (8, None)
+    """
+    named = None if model is None else lambda: _parameters(model)
+    found = read(_LIBRARY, weights, Options(variant, allow_unused, allow_missing), named)
+    if model is not None:
+        own = dict(model.named_parameters(remove_duplicate=False))
+        placed = [(found.targets[key], tensor) for key, tensor in found.arrays.items()]
+        for name, _ in placed:
+            _check_writable(name, own[name])
+        for name, tensor in placed:
+            own[name].data = own[name].data.float()  # itself, if it is float32
+            own[name].data.copy_(tensor)
+    sizes = found.dims, found.n, found.variant
+    layers = found.layers(lambda arrays: _filled(HyperConnection(*sizes), arrays))
+    head = found.head(lambda arrays: _filled(HyperHead(*sizes), arrays))
+    return HyperConnections(tuple(ConnectedLayer(*layer) for layer in layers), head)
+
+
+def _check_writable(name: str, parameter: Tensor) -> None:
+    if parameter.is_meta:
+        raise ValueError(f"{OWNER}: {name} is on the device meta; call to_empty(device=...) first")
+    if hasattr(parameter, "full_tensor"):
+        raise ValueError(f"{OWNER}: {name} is sharded; load before fully_shard")
+
+
+def _filled(module: nn.Module, arrays: Mapping[str, Tensor]) -> Any:
+    module.load_state_dict(dict(arrays))
+    return module
+
+
+def _float32(array: Any) -> Tensor:
+    return from_host(array).float()
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+_LIBRARY = Library(_float32, _is_finite)
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Key | None]]:
+    in_stacks: dict[str, Key] = {}
+    for path, module in cast("Iterable[tuple[str, nn.Module]]", model.named_modules()):
+        if isinstance(module, HyperConnectedStack):
+            in_stacks |= keys_of_stack(unwrapped(path), len(module.blocks))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        plain = unwrapped(name)
+        yield name, tuple(parameter.shape), in_stacks.get(plain) or model_key(plain)

@@ -1,0 +1,316 @@
+"""mhc_torch.nn: the modules are those of mhc_core.mlx, and PyTorch's own tools take them."""
+
+from __future__ import annotations
+
+import copy
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mhc_core as mhc
+from mhc_torch.nn import HyperConnectedBlock, HyperConnectedStack, HyperConnection, HyperHead
+
+DIMS, COUNT = 6, 3
+QUICK = replace(mhc.DEEPSEEK_V4, sinkhorn_iterations=2, norm_eps=1e-3, pre_eps=1e-2)
+PAPER = replace(mhc.PAPER, sinkhorn_iterations=2)
+
+orders = pytest.mark.parametrize("single_pass", [False, True], ids=["two passes", "single pass"])
+
+
+class Layer(nn.Module):
+    """A layer with dropout that counts how often it runs."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(DIMS, DIMS)
+        self.dropout = nn.Dropout(dropout)
+        self.runs = 0
+
+    def forward(self, h: torch.Tensor, scale: float = 1.0, cache: Any = None) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            self.runs += 1
+        return scale * self.dropout(torch.tanh(self.linear(h)))
+
+
+def made(
+    single_pass: bool = False,
+    variant: mhc.Variant = QUICK,
+    recompute: Any = "auto",
+    dropout: float = 0.0,
+) -> HyperConnectedStack:
+    """Return the same stack for the same arguments, its parameters far from the start."""
+    torch.manual_seed(3)
+    blocks = [
+        HyperConnectedBlock(Layer(dropout), DIMS, 4, variant, nn.RMSNorm(DIMS, eps=1e-5))
+        for _ in range(COUNT)
+    ]
+    head = None if single_pass else HyperHead(DIMS, 4, variant)
+    stack = HyperConnectedStack(blocks, 4, single_pass, recompute, head)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return stack
+
+
+def gradients(stack: nn.Module, h: torch.Tensor, **kwargs: Any) -> dict[str, torch.Tensor]:
+    """Return the output, and the gradients of one number by h and by every parameter."""
+    h = h.detach().requires_grad_()
+    stack.zero_grad()
+    out = stack(h, **kwargs)
+    (out.float() * torch.linspace(-1, 2, out.numel()).reshape(out.shape)).sum().backward()
+    named = {name: p.grad for name, p in stack.named_parameters()}
+    return {name: g.clone() for name, g in {"out": out.detach(), "h": h.grad, **named}.items()}
+
+
+def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float = 0) -> None:
+    assert set(got) == set(want)
+    for name, one in got.items():
+        error = (one - want[name]).abs().max()
+        assert error <= tolerance * want[name].abs().max(), (name, error)
+
+
+# ---- the modules of MLX -------------------------------------------------------------------------
+
+
+@orders
+@pytest.mark.parametrize("variant", [PAPER, QUICK], ids=["paper", "deepseek"])
+def test_outputs_and_gradients_are_those_of_mlx(single_pass: bool, variant: mhc.Variant) -> None:
+    mx = pytest.importorskip("mlx.core", reason="compares with MLX")
+    from mlx import nn as mnn
+    from mlx import utils
+
+    from mhc_core import mlx as theirs
+
+    class MLXLayer(mnn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = mnn.Linear(DIMS, DIMS)
+
+        def __call__(self, h: Any) -> Any:
+            return mx.tanh(self.linear(h))
+
+    stack = made(single_pass, variant)
+    blocks = [
+        theirs.HyperConnectedBlock(MLXLayer(), DIMS, 4, variant, mnn.RMSNorm(DIMS))
+        for _ in range(COUNT)
+    ]
+    head = None if single_pass else theirs.HyperHead(DIMS, 4, variant)
+    other = theirs.HyperConnectedStack(blocks, 4, single_pass, "auto", head)
+    other.load_weights([(k, mx.array(v.numpy())) for k, v in stack.state_dict().items()])
+    h = torch.randn(2, 3, DIMS)
+    got = gradients(stack, h)
+
+    def loss(parameters: Any, h: Any) -> Any:
+        other.update(parameters)
+        out = other(h)
+        weights = mx.array(np.linspace(-1, 2, out.size, dtype=np.float32))
+        return (out * weights.reshape(out.shape)).sum(), out
+
+    (_, out), (by_parameters, by_h) = mx.value_and_grad(loss, argnums=[0, 1])(
+        other.trainable_parameters(), mx.array(h.numpy())
+    )
+    want = dict(utils.tree_flatten(by_parameters)) | {"h": by_h, "out": out}
+    wanted = {name: torch.tensor(np.array(array)) for name, array in want.items()}
+    first = {name for name in wanted if name.startswith("blocks.0.connection")}  # equal streams
+    same(
+        {name: got[name] for name in set(got) - first},
+        {name: wanted[name] for name in set(wanted) - first},
+        1e-4,
+    )
+
+
+def test_the_start_is_that_of_mlx() -> None:
+    pytest.importorskip("mlx.core", reason="compares with MLX")
+    from mhc_core import mlx as theirs
+
+    for ours, other in ((HyperConnection, theirs.HyperConnection), (HyperHead, theirs.HyperHead)):
+        for variant in (mhc.PAPER, mhc.DEEPSEEK_V4):
+            module, expected = ours(64, 4, variant), other(64, 4, variant).parameters()
+            assert set(module.state_dict()) == set(expected)
+            for name, tensor in module.state_dict().items():
+                array = np.array(expected[name])
+                assert tensor.shape == array.shape
+                if name in ("phi", "fn"):
+                    assert tensor.std() == pytest.approx(array.std(), rel=0.2)
+                else:
+                    assert np.array_equal(tensor.numpy(), array)
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="HyperConnection: dims is 0"):
+        HyperConnection(0)
+    with pytest.raises(TypeError, match=r"variant is 'paper'; needs a mhc_core\.Variant"):
+        HyperHead(8, variant="paper")
+    with pytest.raises(TypeError, match=r"layer is a builtin.*; needs a torch\.nn\.Module"):
+        HyperConnectedBlock(torch.tanh, 8)
+    block = HyperConnectedBlock(nn.Identity(), 8)
+    with pytest.raises(ValueError, match=r"blocks\[0\] has n=4 and dims=8; needs n=2"):
+        HyperConnectedStack([block], 2)
+    with pytest.raises(ValueError, match="recompute is True"):
+        HyperConnectedStack([block], recompute=True)
+    with pytest.raises(ValueError, match="each has 2 entries"):
+        HyperConnectedStack([block])(torch.ones(8), each=[{}, {}])
+    with pytest.raises(ValueError, match="the single-pass order has no head"):
+        HyperConnectedStack([block], single_pass=True, head=HyperHead(8))
+
+
+# ---- recomputation ------------------------------------------------------------------------------
+
+
+@orders
+def test_recomputation_changes_no_bit_also_with_dropout(single_pass: bool) -> None:
+    h, results = torch.randn(2, DIMS), []
+    for recompute in (1, False):
+        stack = made(single_pass, recompute=recompute, dropout=0.5)
+        torch.manual_seed(7)
+        results.append(gradients(stack, h, scale=0.5))
+        assert stack.blocks[0].layer.runs == (2 if recompute else 1)
+    same(*results)
+
+
+def test_nothing_is_recomputed_where_it_must_not() -> None:
+    stack, h = made(recompute=1), torch.randn(2, DIMS)
+    gradients(stack, h, cache=object())
+    stack.eval()
+    gradients(stack, h)
+    stack.train()
+    with torch.no_grad():
+        stack(h)
+    assert stack.blocks[0].layer.runs == 3
+
+
+# ---- dtypes -------------------------------------------------------------------------------------
+
+
+def test_the_parameters_stay_float32() -> None:
+    stack = made()
+    before = {name: p.clone() for name, p in stack.named_parameters()}
+    for cast in (nn.Module.half, nn.Module.bfloat16, lambda m: m.to("cpu", torch.bfloat16)):
+        cast(stack)
+        assert stack.blocks[0].layer.linear.weight.dtype in (torch.float16, torch.bfloat16)
+        for name, parameter in stack.named_parameters():
+            if "connection" in name or "head" in name:
+                assert torch.equal(parameter, before[name])
+    assert stack(torch.randn(2, DIMS, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    rounded = {name: tensor.bfloat16() for name, tensor in stack.state_dict().items()}
+    for assign in (False, True):
+        stack.load_state_dict(rounded, assign=assign)
+        phi = stack.blocks[1].connection.fn
+        assert phi.dtype == torch.float32
+        assert torch.equal(phi, before["blocks.1.connection.fn"].bfloat16().float())
+    double = HyperConnection(DIMS, 4, QUICK).double()
+    assert double(torch.randn(2, 4, DIMS).double(), torch.tanh).dtype == torch.float64
+
+
+def test_autocast_and_grad_scaler() -> None:
+    stack, h = made(), torch.randn(8, DIMS)
+    connection, x = stack.blocks[0].connection, torch.randn(8, 4, DIMS)
+    want = connection.mappings(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(connection.mappings(x)[2], want[2])
+        got = stack(h)
+    assert got.dtype == torch.float32
+    same({"out": got}, {"out": stack(h)}, 0.05)
+    optimizer = torch.optim.SGD(stack.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = copy.deepcopy(stack.state_dict())
+    scaler.scale(stack(h).square().sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 1024
+    assert not torch.equal(before["head.fn"], stack.head.fn)
+
+
+# ---- PyTorch's tools ----------------------------------------------------------------------------
+
+
+def test_copies_and_files(tmp_path: Path) -> None:
+    stack, h = made(), torch.randn(2, DIMS)
+    want = gradients(stack, h)
+    same(gradients(copy.deepcopy(stack), h), want)
+    file = io.BytesIO()
+    torch.save(stack, file)
+    file.seek(0)
+    same(gradients(torch.load(file, weights_only=False), h), want)
+    other = made()
+    with torch.device("meta"):
+        empty = made()
+    empty.to_empty(device="cpu")
+    empty.head.reset_parameters()
+    assert torch.equal(empty.head.base, HyperHead(DIMS, 4, QUICK).base)
+    for target in (other, empty):
+        target.load_state_dict(stack.state_dict())
+        same(gradients(target, h), want)
+
+
+def test_two_variants_compile_without_a_graph_break() -> None:
+    """The second once failed: its constants became inputs of the graph."""
+    h = torch.randn(2, DIMS)
+    for variant in (QUICK, replace(QUICK, norm_eps=1e-1)):
+        stack = made(variant=variant, recompute=2)
+        compiled = torch.compile(stack, fullgraph=True)
+        got = {name.removeprefix("_orig_mod."): g for name, g in gradients(compiled, h).items()}
+        same(got, gradients(stack, h), 1e-5)
+
+
+def test_export() -> None:
+    stack, h = made().eval(), torch.randn(2, DIMS)
+    exported = torch.export.export(stack, (h,), dynamic_shapes=({0: torch.export.Dim("T")},))
+    again = torch.randn(5, DIMS)
+    same({"out": exported.module()(again)}, {"out": stack(again)}, 1e-6)
+
+
+def _train(rank: int, folder: str, h: torch.Tensor) -> None:
+    """Train one step under DDP and under FSDP2 and keep the parameters, in one of two processes."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+
+    def sharded() -> nn.Module:
+        stack = made()
+        for block in stack.blocks:
+            fully_shard(block.layer, mesh=mesh)
+        return fully_shard(stack, mesh=mesh)
+
+    for name, make in {
+        "ddp": lambda: nn.parallel.DistributedDataParallel(made()),
+        "fsdp2": sharded,
+    }.items():
+        model = make()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        model(h[rank]).square().mean().backward()
+        optimizer.step()
+        parameters = {
+            key.removeprefix("module."): p.full_tensor() if hasattr(p, "full_tensor") else p
+            for key, p in model.state_dict().items()
+        }
+        torch.save(parameters, f"{folder}/{name}{rank}")
+    distributed.destroy_process_group()
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    h = torch.randn(2, 3, DIMS)
+    threads, started = torch.get_num_threads(), torch.multiprocessing.get_context("spawn")
+    other = started.Process(target=_train, args=(1, str(tmp_path), h))
+    other.start()
+    try:
+        _train(0, str(tmp_path), h)
+    finally:
+        torch.set_num_threads(threads)
+        other.join()
+    stack = made()
+    optimizer = torch.optim.SGD(stack.parameters(), 0.1)
+    stack(h).square().mean().backward()
+    optimizer.step()
+    for name in ("ddp0", "ddp1", "fsdp20", "fsdp21"):
+        same(torch.load(tmp_path / name), dict(stack.state_dict()), 1e-5)
