@@ -14,6 +14,7 @@ from types import ModuleType as _ModuleType
 from mhc_core._api import *  # noqa: F403 - every op, and vjp
 from mhc_core.discovery import Backend as Backend
 from mhc_core.discovery import backends as backends
+from mhc_core.discovery import mixers as mixers
 from mhc_core.errors import BackendError as BackendError
 from mhc_core.errors import BackendUnavailableError as BackendUnavailableError
 from mhc_core.errors import UnknownBackendError as UnknownBackendError

@@ -1,7 +1,8 @@
 """The uniform API: one documented function per op, which runs on the chosen backend.
 
 Shapes: ``...`` is any leading shape (its product is T tokens), n the streams, C the channels,
-``m = n * n + 2 * n``. H_res is always oriented as in the paper, ``x'_i = sum_j H_res[i, j] x_j``.
+``m = 2 n + L``, with L the logits of the variant's mixer (``n * n`` with Sinkhorn). H_res is
+always oriented as in the paper, ``x'_i = sum_j H_res[i, j] x_j``.
 
 Dtypes: streams are float32, float16, bfloat16 or, where the library has it, float64. Mappings,
 Sinkhorn and all sums are computed in float32 (float64 for float64 streams); streams and h are
@@ -92,17 +93,17 @@ def mappings(
         r = 1 / sqrt(mean(vec(x)^2) + norm_eps)
         z = (vec(x) @ phi.T) * r * scale[group] + bias
         H_pre = sigmoid(z_pre) + pre_eps;  H_post = post_scale sigmoid(z_post)
-        H_res = sinkhorn(z_res)
+        H_res = the variant's mixer of z_res, such as sinkhorn(z_res)
 
     Parameters
     ----------
     x
         ``[..., n, C]`` streams.
     phi
-        ``[m, n * C]`` as checkpoints store it, rows ``[pre n | post n | res n * n]``; a norm weight
-        is absorbed in it.
+        ``[m, n * C]`` as checkpoints store it, rows ``[pre n | post n | res L]``; a norm weight is
+        absorbed in it. L is the number of the mixer's logits, ``n * n`` with Sinkhorn.
     scale
-        ``[3]``: for pre, post and res.
+        ``[3]``: for pre, post and res; ``[2]`` with a mixer without logits.
     bias
         ``[m]``, added after the division by the root mean square.
     variant
@@ -113,7 +114,8 @@ def mappings(
     Returns
     -------
     h_pre, h_post, h_res
-        ``[..., n]``, ``[..., n]`` and ``[..., n, n]``, float32 (float64 for float64 streams).
+        ``[..., n]``, ``[..., n]`` and ``[..., n, n]``, float32 (float64 for float64 streams). h_res
+        is None with the mixer ``"identity"``.
 
     Notes
     -----
@@ -147,7 +149,7 @@ def aggregate(x: Array, h_pre: Array, *, backend: str | None = None) -> Array:
 
 
 def combine(
-    x: Array, y: Array, h_post: Array, h_res: Array, *, backend: str | None = None
+    x: Array, y: Array, h_post: Array, h_res: Array | None, *, backend: str | None = None
 ) -> Array:
     """Mix the streams and write the layer's output, ``x'_i = sum_j H_res[i, j] x_j + h_post_i y``.
 
@@ -160,7 +162,8 @@ def combine(
     h_post
         ``[..., n]``, or ``[n]`` shared by all tokens.
     h_res
-        ``[..., n, n]``, or ``[n, n]`` shared by all tokens.
+        ``[..., n, n]``, or ``[n, n]`` shared by all tokens. None leaves the streams unmixed,
+        ``x'_i = x_i + h_post_i y``; no matrix is made.
     backend
         A backend's name, instead of the one chosen elsewhere.
 
@@ -181,7 +184,8 @@ def combine(
     >>> mhc.combine(x, y, numpy.array([1.0, 2.0]), numpy.eye(2)).tolist()
     [[2.0, 2.0, 2.0], [3.0, 3.0, 3.0]]
     """
-    return call("combine", (x, y, h_post, h_res), {}, backend)
+    arrays = (x, y, h_post) if h_res is None else (x, y, h_post, h_res)
+    return call("combine", arrays, {}, backend)
 
 
 def pre(
@@ -220,7 +224,7 @@ def combine_pre(
     x: Array,
     y: Array,
     h_post: Array,
-    h_res: Array,
+    h_res: Array | None,
     phi: Array,
     scale: Array,
     bias: Array,

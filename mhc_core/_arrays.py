@@ -46,6 +46,8 @@ def converting_host_arrays(
             return value
         if isinstance(value, tuple):
             return tuple(converted(item, names) for item in value)  # pyright: ignore[reportUnknownVariableType]
+        if value is None:  # an array that is absent
+            return None
         name = next(names)
         if not is_a(value, HOST_TYPE):
             return value

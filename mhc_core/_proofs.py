@@ -8,7 +8,7 @@ from typing import Any
 
 from mhc_core._messages import error_text, warn
 from mhc_core.backend import BackendSpec
-from mhc_core.signature import Signature
+from mhc_core.signature import UNMIXED, Signature
 
 __all__ = ["advice", "not_asked", "unproven", "unproven_text", "warn_once"]
 
@@ -25,11 +25,23 @@ def unproven(what: str, spec: BackendSpec, call: Signature) -> str | None:
     trusted = os.environ.get("MHC_TRUST", "").split(",")
     if spec.name in (name.strip() for name in trusted):
         return None
-    dtypes = call.dtypes if what == "vjp" else (*call.dtypes, *call.output_dtypes)
+    dtypes = _as_if_mixed(
+        call, call.dtypes if what == "vjp" else (*call.dtypes, *call.output_dtypes)
+    )
     try:
         return spec.proof.verdict(call.op.name, dtypes, call.n) or None
     except BaseException as error:  # of code that is not ours
         return f"its proof raised {error_text(error)}"
+
+
+def _as_if_mixed(call: Signature, dtypes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the dtypes of the call with an H_res: a proof of that covers all its kernels."""
+    arrays, names = list(dtypes[: len(dtypes) - len(call.outputs)]), list(call.op.arrays)
+    if UNMIXED in call.absent:
+        arrays.insert(names.index(UNMIXED), call.mapping_dtype)
+    given = iter(dtypes[len(dtypes) - len(call.outputs) :])
+    kept = call.op.kept(call.static)
+    return (*arrays, *(next(given) if there else call.mapping_dtype for there in kept))
 
 
 def unproven_text(spec: BackendSpec, call: Signature, source: str, reason: str) -> str:

@@ -111,6 +111,11 @@ class BackendSpec:
         The names of the ops that the module has.
     dtypes
         The dtypes that it accepts, for any array and cotangent, out of :data:`DTYPES`.
+    mixers
+        The names of the mixers whose variants its functions take, or None for all of them: then
+        they run the mixer's own forward and vjp (:class:`mhc_core.mixer.Mixer`) where they have no
+        code for it. Calls with another mixer are refused. With ``"identity"`` among them, its
+        functions take None for h_res, and return it.
     sizes
         The smallest and the largest number of streams ``n``; ``None`` stands for no bound.
     priority
@@ -157,6 +162,7 @@ class BackendSpec:
     ops: tuple[str, ...]
     dtypes: tuple[str, ...] = ("float32",)
     sizes: tuple[int, int | None] = (1, None)
+    mixers: tuple[str, ...] | None = ("sinkhorn",)
     priority: int = 0
     automatic: bool = True
     without: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -175,6 +181,10 @@ class BackendSpec:
             value = getattr(self, name)
             good = isinstance(value, tuple) and all(map(_is_word, value))  # pyright: ignore[reportUnknownArgumentType]
             self._require(name, good, "a tuple of words")
+        good = self.mixers is None or (
+            isinstance(self.mixers, tuple) and all(map(_is_word, self.mixers))  # pyright: ignore[reportUnnecessaryIsInstance]
+        )
+        self._require("mixers", good, "a tuple of words, or None")
         dotted = all("." in name for name in self.array_types)
         self._require("array_types", dotted, "dotted names, such as 'jax.Array'")
         self._require("dtypes", set(self.dtypes) <= set(DTYPES), f"names out of {DTYPES}")
@@ -207,8 +217,10 @@ class BackendSpec:
     def __hash__(self) -> int:
         return hash((self.name, self.module))
 
-    def refuses(self, op: str, dtypes: tuple[str, ...], n: int | None) -> str | None:
-        """Return why it does not accept this op, these dtypes or n streams, or None.
+    def refuses(
+        self, op: str, dtypes: tuple[str, ...], n: int | None, mixers: tuple[str, ...] = ()
+    ) -> str | None:
+        """Return why it does not accept this op, these dtypes, n streams or these mixers, or None.
 
         ``n`` is None for an op without streams, such as rms_norm.
         """
@@ -218,6 +230,10 @@ class BackendSpec:
         for dtype in dtypes:
             if dtype not in self.dtypes:
                 return f"has no {dtype} (it takes {', '.join(self.dtypes)})"
+        for mixer in mixers:
+            if self.mixers is not None and mixer not in self.mixers:
+                known = ", ".join(self.mixers) or "none"
+                return f"has no mixer {mixer!r} (it takes {known}; 'numpy' takes all)"
         if n is not None and not smallest <= n <= (largest or n):
             upwards = f"to {largest}" if largest else "on"
             return f"takes n from {smallest} {upwards}, not {n}"

@@ -14,9 +14,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from mhc_core._messages import error_text, warn
+from mhc_core._messages import error_text, nearest, warn
 from mhc_core.backend import API_VERSION, BackendSpec
 from mhc_core.errors import BackendUnavailableError
+from mhc_core.mixer import BUILTINS as BUILTIN_MIXERS
+from mhc_core.mixer import Mixer
 
 __all__ = [
     "Backend",
@@ -28,6 +30,8 @@ __all__ = [
     "discover",
     "hook_of",
     "missing_reason",
+    "mixer_named",
+    "mixers",
     "plugins",
 ]
 
@@ -96,6 +100,7 @@ class Discovered:
 
     plugins: list[Plugin] = field(default_factory=list[Plugin])
     specs: dict[str, BackendSpec] = field(default_factory=dict[str, BackendSpec])
+    mixers: dict[str, Mixer] = field(default_factory=dict[str, Mixer])
     broken: dict[str, str] = field(default_factory=dict[str, str])
     missing: dict[str, str | None] = field(default_factory=dict[str, "str | None"])
     manager: Any = None
@@ -196,15 +201,18 @@ def _load(found: Discovered) -> None:
             plugin = one.load()
             manager.register(plugin, one.name)
             if not manager.get_hookcallers(plugin):
-                raise TypeError("it implements neither mhc_backend_specs nor mhc_select")
+                raise TypeError("it implements none of mhc_backend_specs, mhc_mixers, mhc_select")
             brought = hook_of(manager, "mhc_backend_specs", plugin)()
             specs = _checked_specs(found.specs, [spec for specs in brought for spec in specs])
+            brought = hook_of(manager, "mhc_mixers", plugin)()
+            own = _checked_mixers(found.mixers, [mixer for mixers in brought for mixer in mixers])
         except BaseException as error:  # anything may go wrong in code that is not ours
             found.blame(one.name, error_text(error))
             if manager.has_plugin(one.name):
                 manager.unregister(name=one.name)
             continue
         found.specs.update(specs)
+        found.mixers.update(own)
 
 
 def hook_of(manager: Any, hook: str, plugin: Any) -> Callable[..., Any]:
@@ -229,6 +237,50 @@ def _checked_specs(known: Mapping[str, BackendSpec], brought: list[Any]) -> dict
             raise ValueError(f"backend {spec.name!r} is already there, from {there.module}")
         specs[spec.name] = spec
     return specs
+
+
+def _checked_mixers(known: Mapping[str, Mixer], brought: list[Any]) -> dict[str, Mixer]:
+    """Return a plugin's mixers by name; if one is wrong, none is accepted."""
+    mixers: dict[str, Mixer] = {}
+    for mixer in brought:
+        if not isinstance(mixer, Mixer):
+            raise TypeError(f"mhc_mixers gave {mixer!r}; needs mhc_core.mixer.Mixer")
+        if mixer.name in (*BUILTIN_MIXERS, *known, *mixers):
+            raise ValueError(f"mixer {mixer.name!r} is already there")
+        mixers[mixer.name] = mixer
+    return mixers
+
+
+def mixer_named(name: str) -> Mixer:
+    """Return a mixer; its module is imported, or the plugins are asked, on first use.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name; the message has the nearest name and all known ones.
+    """
+    if name in BUILTIN_MIXERS:
+        return importlib.import_module(BUILTIN_MIXERS[name]).MIXER
+    found = discover()
+    if name not in found.mixers:
+        known = (*BUILTIN_MIXERS, *found.mixers)
+        raise ValueError(
+            f"no mixer is named {name!r}{nearest(name, known)}; known are {', '.join(known)}"
+            + "".join(f" ({reason})" for reason in found.broken.values())
+        )
+    return found.mixers[name]
+
+
+def mixers() -> dict[str, Mixer]:
+    """Return every mixer by name, those of mhc-core first.
+
+    Examples
+    --------
+    >>> import mhc_core as mhc
+    >>> mhc.mixers()["identity"].logits(4)
+    0
+    """
+    return {name: mixer_named(name) for name in BUILTIN_MIXERS} | discover().mixers
 
 
 def missing_reason(spec: BackendSpec) -> str | None:

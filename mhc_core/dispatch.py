@@ -20,7 +20,7 @@ from mhc_core.backend import TRACE_TIME_MARKS
 from mhc_core.discovery import backend_module, by_priority, discover, missing_reason
 from mhc_core.errors import BackendUnavailableError
 from mhc_core.selection import select
-from mhc_core.signature import Op, signature
+from mhc_core.signature import Op, Signature, signature
 
 __all__ = [
     "FUNCTIONS",
@@ -81,12 +81,17 @@ def checked_call(
     """Check and dispatch one call, in a function that a tracing compiler can keep as one step."""
     try:
         checked = signature(get_op, op, arrays, static)
-        function = select(op, checked, backend, arrays)
+        function = select(op, checked, backend, _there(checked, arrays))
     except TypeError:
         if (unwrapped := _unwrapped(arrays)) is None:
             raise
         return checked_call(op, unwrapped, static, backend)
     return function(*arrays, **checked.static)
+
+
+def _there(checked: Signature, arrays: Sequence[Any]) -> Sequence[Any]:
+    """Return the arrays that are not None."""
+    return [array for array in arrays if array is not None] if checked.absent else arrays
 
 
 def _unwrapped(values: Sequence[Any]) -> tuple[Any, ...] | None:
@@ -135,7 +140,8 @@ def checked_vjp(
     cotangents = _tuple(declared, "cotangents", cotangents)
     try:
         checked = signature(get_op, name, primals, _with_defaults(declared, static), cotangents)
-        function = select("vjp", checked, backend, (*primals, *cotangents))
+        given = [array for array in (*primals, *cotangents) if array is not None]
+        function = select("vjp", checked, backend, given)
     except TypeError:
         if (unwrapped := _unwrapped((*primals, *cotangents))) is None:
             raise
@@ -159,12 +165,12 @@ def _op_name(op: Any) -> str:
 
 def _primals(op: Op, primals: Any) -> tuple[Any, ...]:
     names = list(op.arrays)
-    least = len(names) - (op.optional is not None)
+    least = max((k + 1 for k, name in enumerate(names) if name not in op.optional), default=0)
     arrays = _tuple(op, "primals", primals)
     if not least <= len(arrays) <= len(names):
         raise ValueError(
             f"vjp of {op.name}: primals has length {len(arrays)}; needs {', '.join(names[:least])}"
-            + (f" and perhaps {op.optional}" if op.optional else "")
+            + (f" and perhaps {', '.join(names[least:])}" if names[least:] else "")
         )
     return arrays
 

@@ -1,7 +1,7 @@
-"""The two hooks of mhc-core. Built-in and third-party backends use the same ones.
+"""The hooks of mhc-core. Built-in and third-party backends use the same ones.
 
-A backend's distribution points the entry-point group ``mhc_core.backends`` at a module that
-implements ``mhc_backend_specs`` with :data:`hookimpl`.
+A distribution points the entry-point group ``mhc_core.backends`` at a module that implements
+``mhc_backend_specs``, ``mhc_mixers`` or both with :data:`hookimpl`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import pluggy
 
 from mhc_core.backend import BackendSpec
+from mhc_core.mixer import Mixer
 
-__all__ = ["PROJECT", "hookimpl", "mhc_backend_specs", "mhc_select"]
+__all__ = ["PROJECT", "hookimpl", "mhc_backend_specs", "mhc_mixers", "mhc_select"]
 
 PROJECT = "mhc_core"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -22,6 +23,11 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 @hookspec
 def mhc_backend_specs() -> Sequence[BackendSpec] | None:
     """Return the backends of this plugin; called once per process."""
+
+
+@hookspec
+def mhc_mixers() -> Sequence[Mixer] | None:
+    """Return the mixers of this plugin; called once per process."""
 
 
 @hookspec(firstresult=True)

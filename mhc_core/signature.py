@@ -2,7 +2,8 @@
 
 ``Op.arrays`` gives each array's shape in words: ``"... n C"`` is any leading shape and then the
 sizes n and C; ``"... n | n"`` is one per token or one for all. The first array that has a size
-binds it; every other array must agree. ``m`` is ``n * n + 2 * n`` and ``nC`` is ``n * C``.
+binds it; every other array must agree. ``nC`` is ``n * C``; ``m`` and ``parts`` are the rows of phi
+and the entries of scale, which the static argument ``variant`` knows.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ Shape = tuple[int, ...]
 class Out(NamedTuple):
     """The shape of an output in words, and whether it has the streams' dtype or the mappings'.
 
-    The mappings' dtype is float32, or float64 for float64 streams.
+    The mappings' dtype is float32, or float64 for float64 streams. ``mixed`` says that it is H_res,
+    which is None where the static argument ``variant`` mixes no streams.
     """
 
     shape: str
     dtype: Literal["stream", "mapping"]
+    mixed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,8 @@ class Op:
         that takes the op's name, the argument's name and the value, and returns the plain value
         or raises.
     optional
-        The last array, where it may be left out.
+        The arrays that may be None, or left out where they come last. A backend gets None for an
+        array that is absent before others.
     constraint
         A function that takes the sizes and returns what is wrong with them, or None.
     """
@@ -58,7 +62,7 @@ class Op:
     arrays: Mapping[str, str]
     outputs: Mapping[str, Out]
     static: Mapping[str, Check] = field(default_factory=dict[str, Check])
-    optional: str | None = None
+    optional: tuple[str, ...] = ()
     constraint: Callable[[Mapping[str, int]], str | None] | None = None
 
     @cached_property
@@ -69,6 +73,29 @@ class Op:
             for name, pattern in self.arrays.items()
         }
 
+    @cached_property
+    def projects(self) -> bool:
+        """Return whether the variant's mixer decides the shapes of some arrays."""
+        return any("m" in words for patterns in self.patterns.values() for words in patterns)
+
+    def outputs_of(self, static: Mapping[str, Any]) -> dict[str, Out]:
+        """Return the outputs that are not None with these static arguments."""
+        mixes = not self.projects or static["variant"].mixes
+        return {name: out for name, out in self.outputs.items() if mixes or not out.mixed}
+
+    def kept(self, static: Mapping[str, Any]) -> tuple[bool, ...]:
+        """Return, for each output, whether it is an array with these static arguments."""
+        kept = self.outputs_of(static)
+        return tuple(name in kept for name in self.outputs)
+
+    def sizes(self, n: int, C: int, static: Mapping[str, Any]) -> dict[str, int]:
+        """Return every size that the shapes in words may name."""
+        known = {"n": n, "C": C, "D": n * C, "nC": n * C}
+        if self.projects:
+            variant = static["variant"]
+            known |= {"m": variant.columns(n), "parts": variant.parts(n)}
+        return known
+
 
 class Signature(NamedTuple):
     """The description of one kind of call, after its checks."""
@@ -76,11 +103,13 @@ class Signature(NamedTuple):
     op: Op
     leading: Shape
     sizes: Mapping[str, int]
-    names: tuple[str, ...]  # of the arrays, for messages
+    names: tuple[str, ...]  # of the arrays that are there, for messages
     dtypes: tuple[str, ...]  # of the arrays, by name
     n: int | None  # streams; None for an op without streams
-    key: tuple[str, tuple[str, ...], int | None]  # op, dtypes and n: the input of a selection
+    key: tuple[Any, ...]  # op, dtypes, n, mixers and absent arrays: the input of a selection
     static: Mapping[str, Any]
+    mixers: tuple[str, ...] = ()  # the mixers that a backend needs for it
+    absent: tuple[str, ...] = ()  # the arrays that are None, or left out
 
     @property
     def stream_dtype(self) -> str:
@@ -95,7 +124,10 @@ class Signature(NamedTuple):
     @property
     def output_shapes(self) -> list[Shape]:
         """Return the shapes of the outputs."""
-        return [_expected(out.shape.split(), self.leading, self.sizes) for out in self.outputs]
+        return [
+            _expected(out.shape.split(), self.leading, self.sizes, self.static)
+            for out in self.outputs
+        ]
 
     @property
     def output_dtypes(self) -> list[str]:
@@ -105,9 +137,12 @@ class Signature(NamedTuple):
 
     @property
     def outputs(self) -> list[Out]:
-        """Return the declared outputs."""
-        return list(self.op.outputs.values())
+        """Return the outputs that are not None."""
+        return list(self.op.outputs_of(self.static).values())
 
+
+UNMIXED = "h_res"
+"""The array without which streams are not mixed: its absence stands for the identity."""
 
 _CACHE: dict[Any, Signature] = {}
 _CACHE_LIMIT = 4096
@@ -128,8 +163,10 @@ def signature(
         key: Any = (
             op,
             len(arrays),
-            None if cotangents is None else tuple([(c.shape, c.dtype) for c in cotangents]),
-            *[(array.shape, array.dtype) for array in arrays],
+            None
+            if cotangents is None
+            else tuple([None if c is None else (c.shape, c.dtype) for c in cotangents]),
+            *[None if array is None else (array.shape, array.dtype) for array in arrays],
             *[(type(value), value) for value in static.values()],
         )
         checked = _CACHE.get(key)
@@ -147,7 +184,13 @@ def _check(
     op: Op, arrays: Sequence[Any], static: Mapping[str, Any], cotangents: Sequence[Any] | None
 ) -> Signature:
     plain = {name: check(op.name, name, static[name]) for name, check in op.static.items()}
-    names = tuple(op.arrays)[: len(arrays)]
+    there = [
+        (name, array)
+        for name, array in zip(op.arrays, arrays, strict=False)
+        if array is not None or name not in op.optional
+    ]
+    names, arrays = tuple(name for name, _ in there), [array for _, array in there]
+    absent = tuple(name for name in op.arrays if name not in names)
     shapes = [_shape(op.name, name, a) for name, a in zip(names, arrays, strict=True)]
     dtypes = [_dtype(op.name, name, a) for name, a in zip(names, arrays, strict=True)]
     for name, dtype in zip(names, dtypes, strict=True):
@@ -159,12 +202,18 @@ def _check(
     sizes = {name: value for name, value in plain.items() if name == "n"}
     leading: Shape | None = None
     for name, shape in zip(names, shapes, strict=True):
-        leading = _match(op, name, shape, leading, sizes)
+        leading = _match(op, name, shape, leading, sizes, plain)
+        if op.projects and "n" in sizes and (reason := plain["variant"].refuses(sizes["n"])):
+            raise ValueError(f"{op.name}: {reason}")
     problem = op.constraint(sizes) if op.constraint else None
     if problem:
         raise ValueError(f"{op.name}: {problem}")
-    key = (op.name, tuple(dtypes), sizes.get("n"))
-    call = Signature(op, leading or (), sizes, names, *key[1:], key, plain)
+    mixers = (plain["variant"].mixer,) if op.projects else ()
+    if UNMIXED in absent:
+        mixers = tuple(dict.fromkeys((*mixers, "identity")))
+    n = sizes.get("n")
+    key = (op.name, tuple(dtypes), n, mixers, absent)
+    call = Signature(op, leading or (), sizes, names, tuple(dtypes), n, key, plain, mixers, absent)
     return call if cotangents is None else _with_cotangents(call, cotangents)
 
 
@@ -191,18 +240,31 @@ def _dtype(owner: str, name: str, array: Any) -> str:
     return dtype
 
 
-def _match(op: Op, name: str, shape: Shape, leading: Shape | None, sizes: dict[str, int]) -> Shape:
+def _match(
+    op: Op,
+    name: str,
+    shape: Shape,
+    leading: Shape | None,
+    sizes: dict[str, int],
+    static: Mapping[str, Any],
+) -> Shape:
     """Match one shape against its patterns, bind the sizes it defines, return the leading shape."""
     for words in op.patterns[name]:
         bound = dict(sizes)
-        got = _try(words, shape, leading, bound)
+        got = _try(words, shape, leading, bound, static)
         if got is not None:
             sizes.update(bound)
             return leading if leading is not None else got
-    raise ValueError(_mismatch(op, name, shape, leading, sizes))
+    raise ValueError(_mismatch(op, name, shape, leading, sizes, static))
 
 
-def _try(words: list[str], shape: Shape, leading: Shape | None, sizes: dict[str, int]):
+def _try(
+    words: list[str],
+    shape: Shape,
+    leading: Shape | None,
+    sizes: dict[str, int],
+    static: Mapping[str, Any],
+) -> Shape | None:
     """Return the leading shape if ``shape`` fits ``words``, else None; bind sizes on the way."""
     named = words[1:] if words[0] == "..." else words
     split = len(shape) - len(named)
@@ -211,7 +273,7 @@ def _try(words: list[str], shape: Shape, leading: Shape | None, sizes: dict[str,
     if words[0] == "..." and leading is not None and shape[:split] != leading:
         return None
     for word, size in zip(named, shape[split:], strict=True):
-        need = _size(word, sizes)
+        need = _size(word, sizes, static)
         if need is None and size >= 1:
             sizes[word] = int(size)  # a compiler's symbolic size becomes a number
         elif need != size:
@@ -219,20 +281,24 @@ def _try(words: list[str], shape: Shape, leading: Shape | None, sizes: dict[str,
     return shape[:split]
 
 
-def _size(word: str, sizes: Mapping[str, int]) -> int | None:
+def _size(word: str, sizes: Mapping[str, int], static: Mapping[str, Any]) -> int | None:
     if word.isdigit():
         return int(word)
     if word == "m" and "n" in sizes:
-        return sizes["n"] * (sizes["n"] + 2)
+        return static["variant"].columns(sizes["n"])
+    if word == "parts" and "n" in sizes:
+        return static["variant"].parts(sizes["n"])
     if word == "nC" and "n" in sizes and "C" in sizes:
         return sizes["n"] * sizes["C"]
     return sizes.get(word)
 
 
-def _expected(words: list[str], leading: Shape, sizes: Mapping[str, int]) -> Shape:
+def _expected(
+    words: list[str], leading: Shape, sizes: Mapping[str, int], static: Mapping[str, Any]
+) -> Shape:
     ahead = leading if words[0] == "..." else ()
     named = words[1:] if words[0] == "..." else words
-    return (*ahead, *[_size(word, sizes) or 0 for word in named])
+    return (*ahead, *[_size(word, sizes, static) or 0 for word in named])
 
 
 def _spell(words: Sequence[object]) -> str:
@@ -240,9 +306,17 @@ def _spell(words: Sequence[object]) -> str:
 
 
 def _mismatch(
-    op: Op, name: str, shape: Shape, leading: Shape | None, sizes: Mapping[str, int]
+    op: Op,
+    name: str,
+    shape: Shape,
+    leading: Shape | None,
+    sizes: Mapping[str, int],
+    static: Mapping[str, Any],
 ) -> str:
-    alternatives = op.patterns[name]
+    parts = _size("parts", sizes, static) if "parts" in op.patterns[name][0] else None
+    alternatives = [
+        [str(parts) if word == "parts" else word for word in words] for words in op.patterns[name]
+    ]
     symbolic = " or ".join(map(_spell, alternatives))
     text = f"{op.name}: {name} has shape {shape}; needs {symbolic}"
     if leading is None:
@@ -250,7 +324,9 @@ def _mismatch(
     here: list[list[object]] = []
     for words in alternatives:
         ahead = words[0] == "..."
-        known: list[object] = [_size(w, sizes) or w for w in (words[1:] if ahead else words)]
+        known: list[object] = [
+            _size(w, sizes, static) or w for w in (words[1:] if ahead else words)
+        ]
         here.append([*leading, *known] if ahead else known)
     bound = ", ".join(f"{key}={value}" for key, value in sizes.items())
     concrete = " or ".join(map(_spell, here))
@@ -260,12 +336,20 @@ def _mismatch(
 def _with_cotangents(call: Signature, cotangents: Sequence[Any]) -> Signature:
     """Raise unless there is one float cotangent per output, of its shape; describe the vjp."""
     owner = f"vjp of {call.op.name}"
-    names = tuple(f"the cotangent of {name}" for name in call.op.outputs)
-    if len(cotangents) != len(names):
+    if len(cotangents) != len(call.op.outputs):
         outputs = ", ".join(call.op.outputs)
         raise ValueError(
-            f"{owner}: cotangents has length {len(cotangents)}; needs {len(names)}, for {outputs}"
+            f"{owner}: cotangents has length {len(cotangents)}; needs {len(call.op.outputs)}, for "
+            f"{outputs}"
         )
+    kept = call.op.kept(call.static)
+    for name, cotangent, there in zip(call.op.outputs, cotangents, kept, strict=True):
+        if not there and cotangent is not None:
+            raise ValueError(
+                f"{owner}: the cotangent of {name} is given; needs None, as {name} is None"
+            )
+    names = tuple(f"the cotangent of {name}" for name in call.op.outputs_of(call.static))
+    cotangents = [c for c, there in zip(cotangents, kept, strict=True) if there]
     for name, shape, cotangent in zip(names, call.output_shapes, cotangents, strict=True):
         got = _shape(owner, name, cotangent)
         if got != shape:
@@ -276,5 +360,5 @@ def _with_cotangents(call: Signature, cotangents: Sequence[Any]) -> Signature:
                 "needs float32 or less (nothing is narrowed silently)"
             )
     dtypes = (*call.dtypes, *(dtype_name(cotangent.dtype) for cotangent in cotangents))
-    key = (call.op.name, dtypes, call.n)
+    key = (call.op.name, dtypes, call.n, call.mixers, call.absent)
     return call._replace(names=call.names + names, dtypes=dtypes, key=key)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from mhc_core import checks
+from mhc_core._messages import nearest
+from mhc_core.discovery import mixer_named
+from mhc_core.mixer import Mixer
 
 __all__ = ["DEEPSEEK_V4", "DEEPSEEK_V41", "LIGER", "PAPER", "First", "Variant", "check_first"]
 
@@ -34,7 +38,14 @@ class Variant:
         The lines of H_res that are normalised first: ``"columns"`` (each sums to 1) or ``"rows"``.
     res_transposed
         Whether the last ``n * n`` rows of phi and entries of bias are laid out as H_res
-        transposed, as DeepSeek-V4's checkpoints have them.
+        transposed, as DeepSeek-V4's checkpoints have them. With another mixer than
+        ``"sinkhorn"``, H_res is the transpose of what the mixer makes.
+    mixer
+        The name of the mixer that makes H_res of its logits: ``"sinkhorn"``, ``"identity"`` (the
+        streams are not mixed, and H_res is None), or another of :func:`mhc_core.mixers`.
+    mixer_options
+        The mixer's options by name; those not given have the mixer's defaults. It is kept as a
+        tuple of pairs. ``"sinkhorn"`` has the fields above instead.
 
     Raises
     ------
@@ -56,6 +67,8 @@ class Variant:
     sinkhorn_eps: float = 0.0
     sinkhorn_first: First = "columns"
     res_transposed: bool = False
+    mixer: str = "sinkhorn"
+    mixer_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         rules: dict[str, checks.Check] = {
@@ -73,6 +86,77 @@ class Variant:
         # Every dispatched call hashes its variant, so it is done once. The word is left out: its
         # hash differs between processes and this attribute travels in pickles.
         object.__setattr__(self, "_hash", hash((*plain[:5], plain[5] == "rows", plain[6])))
+        if self.mixer != "sinkhorn" or self.mixer_options:
+            object.__setattr__(self, "mixer_options", self._checked_options())
+
+    def _checked_options(self) -> tuple[tuple[str, Any], ...]:
+        if not isinstance(self.mixer, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"Variant: mixer is {self.mixer!r}; needs a name such as 'sinkhorn'")
+        try:
+            given = dict(self.mixer_options)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"Variant: mixer_options is {self.mixer_options!r}; needs a mapping of names to "
+                "values"
+            ) from error
+        try:
+            known = self.made_by.options
+        except ValueError as error:
+            raise ValueError(f"Variant: {error}") from None
+        for name in given:
+            if name not in known:
+                raise ValueError(
+                    f"Variant: mixer_options has {name!r}{nearest(name, known)}; mixer "
+                    f"{self.mixer!r} has {', '.join(known) or 'no options'}"
+                )
+        return tuple(
+            (
+                name,
+                option.check(
+                    "Variant", f"mixer_options[{name!r}]", given.get(name, option.default)
+                ),
+            )
+            for name, option in known.items()
+        )
+
+    @property
+    def made_by(self) -> Mixer:
+        """Return the mixer that makes H_res."""
+        return mixer_named(self.mixer)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the options that the mixer's functions take by keyword."""
+        if self.mixer != "sinkhorn":
+            return dict(self.mixer_options)
+        return {
+            "iterations": self.sinkhorn_iterations,
+            "eps": self.sinkhorn_eps,
+            "first": self.sinkhorn_first,
+            "transposed": self.res_transposed,
+        }
+
+    @property
+    def mixes(self) -> bool:
+        """Return whether H_res is a matrix; it is None where the streams are not mixed."""
+        return self.made_by.forward is not None
+
+    def logits(self, n: int) -> int:
+        """Return the number of the mixer's logits for n streams."""
+        return self.made_by.logits(n, **self.options)
+
+    def columns(self, n: int) -> int:
+        """Return m, the number of rows of phi and of entries of bias for n streams."""
+        return 2 * n + self.logits(n)
+
+    def parts(self, n: int) -> int:
+        """Return the number of entries of scale: for pre, post and, where there are logits, res."""
+        return 3 if self.logits(n) else 2
+
+    def refuses(self, n: int) -> str | None:
+        """Return why the mixer does not take n streams, or None."""
+        reason = self.made_by.refuses(n, **self.options)
+        return None if reason is None else f"mixer {self.mixer!r} {reason}, not n={n}"
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined]

@@ -41,6 +41,8 @@ class Variant:
     sinkhorn_eps: float = 0.0
     sinkhorn_first: str = "columns"
     res_transposed: bool = False
+    mixer: str = "sinkhorn"
+    mixer_options: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

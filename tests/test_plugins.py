@@ -125,7 +125,7 @@ def _asking(plugins: Plugins) -> None:
 BROKEN: list[tuple[Break, str]] = [
     (_no_module, "ModuleNotFoundError: No module named 'no_such_module'"),
     (_no_attribute, "AttributeError: module 'sys' has no attribute 'no_such_attribute'"),
-    (_no_hook, "TypeError: it implements neither mhc_backend_specs nor mhc_select"),
+    (_no_hook, "TypeError: it implements none of mhc_backend_specs, mhc_mixers, mhc_select"),
     (_raising, "OSError: no driver"),
     (_no_list, "TypeError: 'int' object is not iterable"),
     (_no_spec, "TypeError: mhc_backend_specs gave 'sinkhorn'; needs mhc_core.backend.BackendSpec"),

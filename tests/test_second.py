@@ -58,7 +58,7 @@ class _Trial:
         rng = np.random.default_rng(7)
         self.along = [rng.normal(size=p.shape).astype(np.float32) for p in self.primals]
         self.own = subject.take(self.primals)
-        self.function = subject.function(case.op, case.options)
+        self.function = subject.function(case)
         self.all = list(range(len(self.own)))
 
     def loss(self, function: Function) -> Function:

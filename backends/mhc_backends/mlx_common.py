@@ -63,6 +63,17 @@ def as_tuple(arrays: Any) -> tuple[Any, ...]:
     return (arrays,)
 
 
+def filled(given: Sequence[Any], there: Sequence[bool]) -> tuple[Any, ...]:
+    """Put None for each array that is not there: MLX's transformations take arrays alone."""
+    arrays = iter(given)
+    return tuple(next(arrays) if is_there else None for is_there in there)
+
+
+def present(arrays: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the arrays that are there, without the Nones."""
+    return tuple(array for array in arrays if array is not None)
+
+
 def placed(outputs: Sequence[Any], saved: Sequence[Any]) -> tuple[tuple[int, ...], tuple[Any, ...]]:
     """Append what a vjp saves to the outputs, unless it is one of them; return where each one is.
 

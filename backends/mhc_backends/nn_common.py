@@ -40,7 +40,6 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of one layer afte
 ALPHA = 0.01  # the scales: how much of a mapping depends on the token
 DEVIATION = 0.1  # the standard deviation of the projection that alpha scales
 LEAN = 0.5  # how much H_pre and H_post differ between the streams, relative to their mean
-MIXING = 0.01  # the share of the other streams in each stream after H_res
 
 
 def names_of(variant: Variant) -> tuple[str, str, str]:
@@ -73,8 +72,7 @@ def deviation(dims: int, n: int) -> float:
 def residual_bias(n: int, variant: Variant) -> list[float]:
     """Return the bias that starts as a plain residual; see the notes of HyperConnection."""
     post = [_logit(h / variant.post_scale) if variant.post_scale else 0.0 for h in _leaning(n, 2)]
-    diagonal = _logit(1 - MIXING) + math.log(max(n - 1, 1))  # of a softmax over n, the rest 0
-    res = [diagonal if i == j else 0.0 for i in range(n) for j in range(n)]
+    res = variant.made_by.init(n, **variant.options)
     return [*head_bias(n, variant), *post, *res]
 
 

@@ -39,9 +39,9 @@ def _hessian_vector(
     def gradients(step: float) -> tuple[Array, ...]:
         pairs = zip(in_float64, along, strict=True)
         at = [primal + step * u.astype(np.float64) for primal, u in pairs]
-        outputs = oracle.forward(case.op, at, **case.options)
+        outputs = oracle.forward(case.op, at, **case.asked)
         pulled = [c * (1 + o) for c, o in zip(cotangents, outputs, strict=True)]
-        return oracle.gradients(case.op, at, pulled, **case.options)
+        return oracle.gradients(case.op, at, pulled, **case.asked)
 
     def difference(step: float) -> list[Array]:
         pairs = zip(gradients(step), gradients(-step), strict=True)
@@ -70,7 +70,7 @@ def of_case(
     case: Case, dtype: str, seed: int, quantity: Quantity, rounded: Kept | None = None
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """Return :func:`answers` to a case; ``rounded`` has streams as the backend rounded them."""
-    options = {**case.options, **({"x_rounded": rounded.array} if rounded else {})}
+    options = {**case.asked, **({"x_rounded": rounded.array} if rounded else {})}
     drawn = data(case, dtype, seed)
     if quantity != "second":
         return answers(case.op, quantity, *drawn, options, dtype, seed)

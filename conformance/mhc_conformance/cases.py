@@ -121,7 +121,7 @@ def draw_of(patterns: Sequence[Sequence[str]]) -> Draw:
         return _mixing if own == ["n", "n"] else _positive
     if own == ["n", "n"]:
         return _normal(2)
-    if not per_token and (own == ["C"] or own[0].isdigit()):
+    if not per_token and (own in (["C"], ["parts"]) or own[0].isdigit()):
         return _positive
     return _normal(1)
 
@@ -140,7 +140,8 @@ class Case:
     draws: tuple[tuple[str, Draw], ...] = ()  # instead of draw_of's
     shared: bool = False  # one H_pre, H_post, H_res for all tokens
     for_all: tuple[str, ...] = ()  # or these arguments for all tokens, the others per token
-    optional: bool = False  # with the op's optional array
+    optional: bool = False  # with the op's optional array h_pre
+    unmixed: bool = False  # without its optional array h_res
     narrow: bool = False  # parameters and mappings in the streams' dtype too
     gradient_scale: float = 1.0
     quiet: tuple[str, ...] = ()  # outputs whose cotangent is 0
@@ -168,6 +169,28 @@ class Case:
         """Return the static arguments."""
         return dict(self.static)
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Return the options with which the oracle answers the case."""
+        return {**self.options, "absent": self.absent}
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Return the op's optional arrays that the case leaves out."""
+        given = {"h_pre": self.optional, "h_res": not self.unmixed}
+        return tuple(name for name in declaration(self.op).optional if not given[name])
+
+    @property
+    def names(self) -> list[str]:
+        """Return the arrays that the case has."""
+        return [name for name in declaration(self.op).arrays if name not in self.absent]
+
+    def placed(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the case's arrays as the op takes them: None for one that is absent."""
+        given, names = dict(zip(self.names, arrays, strict=True)), list(declaration(self.op).arrays)
+        last = max(names.index(name) for name in given)
+        return tuple(given.get(name) for name in names[: last + 1])
+
 
 class Data(NamedTuple):
     """A case's arrays: the primals, and a cotangent for each output."""
@@ -189,22 +212,24 @@ def data(case: Case, dtype: str, seed: int) -> Data:
     op = declaration(case.op)
     draws = {name: draw_of(patterns) for name, patterns in op.patterns.items()}
     draws.update(case.draws)
-    names = [name for name in op.arrays if case.optional or name != op.optional]
     primals: tuple[Array, ...] = tuple(
         draws[name](rng, _shape(op, name, case)).astype(
             numpy_dtype(_dtype(op, name, dtype, case.narrow))
         )
-        for name in names
+        for name in case.names
     )
     if case.op == "sinkhorn_knopp":
         primals = (_decided(rng, np.array(primals[0]), **case.options),)
-    call = signature(declaration, case.op, primals, case.options)
+    call = signature(declaration, case.op, case.placed(primals), case.options)
     cotangents = tuple(
         (rng.normal(size=shape) * scale).astype(numpy_dtype(dtype))
         for shape, dtype, scale in zip(
             call.output_shapes,
             call.output_dtypes,
-            [0.0 if name in case.quiet else case.gradient_scale for name in op.outputs],
+            [
+                0.0 if name in case.quiet else case.gradient_scale
+                for name in op.outputs_of(case.options)
+            ],
             strict=True,
         )
     )
@@ -215,7 +240,7 @@ def data(case: Case, dtype: str, seed: int) -> Data:
 
 def _shape(op: Op, name: str, case: Case) -> tuple[int, ...]:
     leading, n, C, _ = case.sizes
-    known = {"n": n, "C": C, "D": n * C, "m": n * n + 2 * n, "nC": n * C}
+    known = op.sizes(n, C, case.options)
     words = op.patterns[name][-1 if case.shared or name in case.for_all else 0]
     ahead = leading if words[0] == "..." else ()
     return (*ahead, *(known[w] if w in known else int(w) for w in words if w != "..."))
@@ -527,6 +552,7 @@ TOKENS: Sequence[tuple[Sizes, str, tuple[str, ...]]] = (  # so many that product
     (Sizes((16385,), 3, 5, "tens of thousands of tokens"), "head", ("float32",)),
 )
 ONCE = (("variant", replace(DEEPSEEK_V4, sinkhorn_iterations=1)),)
+UNMIXED = (("variant", replace(DEEPSEEK_V4, mixer="identity")),)
 P20, P1 = ((("variant", variant),) for variant in (PAPER, replace(PAPER, sinkhorn_iterations=1)))
 NARROW = ("float16", "bfloat16")
 EITHER = ("float32", "bfloat16")  # numbers as wide as the computation's, and narrow ones
@@ -603,6 +629,17 @@ SPECIAL: Sequence[Case] = (
     # single-pass mHC: the mix comes from the sublayer before
     Case("combine_pre", "h_pre given", SMALL, V4, optional=True),
     Case("combine_pre", "h_pre given, shared", SMALL, V4, optional=True, shared=True),
+    # streams that are not mixed
+    *(
+        Case(op, "no mixing, h_pre given" if given else "no mixing", SMALL, static, **how)
+        for op, given, static, how in (
+            ("mappings", False, UNMIXED, {}),
+            ("pre", False, UNMIXED, {}),
+            ("combine", False, (), {"unmixed": True}),
+            ("combine_pre", False, UNMIXED, {"unmixed": True}),
+            ("combine_pre", True, UNMIXED, {"unmixed": True, "optional": True, "shared": True}),
+        )
+    ),
     # one H_pre, H_post, H_res for all tokens: their gradients are summed over the tokens
     *(
         Case(op, "shared mappings", size, _first_static(op, size), shared=True)
@@ -643,7 +680,7 @@ SPECIAL: Sequence[Case] = (
             SMALL,
             static,
             _unknowns(op),
-            optional=declaration(op).optional is not None,
+            optional="h_pre" in declaration(op).optional,
         )
         for op, static in (
             *((op, _first_static(op, SMALL)) for op in math.OPS),

@@ -49,7 +49,7 @@ def gradient(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Compa
     """Check every case's gradients through mhc_core.vjp."""
     for trial in trials(subject, op, dtype, seed):
         primals, cotangents = subject.take(trial.primals), subject.take(trial.cotangents)
-        yield from trial.gradients(subject.vjp(op, primals, cotangents, trial.case.options))
+        yield from trial.gradients(subject.vjp(trial.case, primals, cotangents))
 
 
 def grad(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
@@ -74,10 +74,9 @@ def vmap(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Compariso
     """Check forward and gradient, mapped over the first leading axis of arrays that have one."""
     trial = ordinary(subject, op, dtype, seed)
     declared = declaration(op)
-    names = list(declared.arrays)[: len(trial.primals)]
     axes = [
         0 if _has_leading(declared, name, a) else None
-        for name, a in zip(names, trial.primals, strict=True)
+        for name, a in zip(trial.case.names, trial.primals, strict=True)
     ]
     mapped = subject.transform("vmap")(trial.function, axes)
     yield from trial.forward(mapped(*subject.take(trial.primals)))
@@ -159,7 +158,7 @@ def repeated(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Compa
         runs = [
             [
                 *subject.give(trial.function(*own)),
-                *subject.give(subject.vjp(op, own, cotangents, trial.case.options)),
+                *subject.give(subject.vjp(trial.case, own, cotangents)),
             ]
             for _ in range(2)
         ]
@@ -179,7 +178,7 @@ def host(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Compariso
             problem = f"gave a {type(output).__name__}; needs the backend's own {own.__name__}"
             yield Comparison(trial.case.name, math.nan, 0.0, problem)
     yield from trial.forward(outputs)
-    gradients = subject.vjp(op, trial.primals, trial.cotangents, trial.case.options)
+    gradients = subject.vjp(trial.case, trial.primals, trial.cotangents)
     yield from trial.gradients(gradients)
 
 
@@ -194,7 +193,7 @@ def updated(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Compar
     own = [subject.take([np.array(array) for array in both]) for both in given]
 
     def call(primals: Any, cotangents: Any) -> tuple[Any, tuple[Any, ...]]:
-        return trial.function(*primals), subject.vjp(op, primals, cotangents, trial.case.options)
+        return trial.function(*primals), subject.vjp(trial.case, primals, cotangents)
 
     outputs, gradients = call(*own)
     first = (*several(outputs), *gradients)

@@ -37,6 +37,9 @@ Path = tuple[str, ...]  # ("eps",), or ("variant", "norm_eps")
 Static = dict[str, Any]
 Change = Callable[[Any, Static], Any]  # of a value, among all static arguments of a call
 
+SHAPING = ("mixer", "mixer_options")
+"""The fields of a Variant that decide shapes, so that another value is an error and no mutant."""
+
 FORWARD, VJP = "forward", "vjp"
 CHECK_OF_HALF = {FORWARD: "forward", VJP: "gradient"}
 
@@ -48,7 +51,9 @@ def paths(op: str) -> Iterator[Path]:
     """Return every static argument of an op, and the fields of those that are variants."""
     for name, check in declaration(op).static.items():
         if check is check_variant:
-            yield from ((name, field.name) for field in fields(Variant))
+            yield from (
+                (name, field.name) for field in fields(Variant) if field.name not in SHAPING
+            )
         yield (name,)
 
 
@@ -315,7 +320,7 @@ def _of_array(
     patterns = declaration(op).patterns[name]
 
     def tells(case: Case) -> bool:
-        there = case.optional or name != declaration(op).optional
+        there = name not in case.absent
         alternative = patterns[-1 if case.shared else 0]
         return there and math.prod(case.sizes.leading) > 1 and shared == (alternative[0] != "...")
 
@@ -327,7 +332,8 @@ def _each(index: int, axes: int, spoil: Callable[..., Any]) -> Callable[..., Any
 
     def wrong(op: str, *arguments: Any, **static: Any) -> Any:
         array = _arrays(arguments)[index : index + 1]
-        per_token = bool(array) and array[0].ndim > axes and array[0].size > 0
+        there = bool(array) and array[0] is not None
+        per_token = there and array[0].ndim > axes and array[0].size > 0
         called = spoil if per_token else _unspoiled
         return called(op, index, axes, arguments, static)
 
@@ -339,7 +345,8 @@ def _shared(index: int, axes: int, spoil: Callable[..., Any]) -> Callable[..., A
 
     def wrong(op: str, *arguments: Any, **static: Any) -> Any:
         arrays = _arrays(arguments)
-        shared = len(arrays) > index and arrays[index].ndim == axes and arrays[0].size > 0
+        there = len(arrays) > index and arrays[index] is not None
+        shared = there and arrays[index].ndim == axes and arrays[0].size > 0
         called = spoil if shared else _unspoiled
         return called(op, index, axes, arguments, static)
 
@@ -400,7 +407,7 @@ def _zeros_after_first(op: str, index: int, axes: int, arguments: Any, static: S
         return _mixed_gradients(op, right_one, other)
     outputs = (several(right_one), several(other), declaration(op).outputs.values())
     mixed = tuple(
-        _first_then(one, two, _axes(out.shape.split()))
+        None if one is None else _first_then(one, two, _axes(out.shape.split()))
         for one, two, out in zip(*outputs, strict=True)
     )
     return mixed if isinstance(right_one, tuple) else mixed[0]
@@ -413,7 +420,8 @@ def _mixed_gradients(op: str, right_one: Any, other: Any) -> Any:
         declaration(op).patterns.values(), right_one, other, strict=False
     ):
         axes = _axes(patterns[0])
-        found.append(_first_then(one, two, axes) if one.ndim > axes else two)
+        per_token = one is not None and one.ndim > axes
+        found.append(_first_then(one, two, axes) if per_token else two)
     return tuple(found)
 
 
@@ -435,7 +443,7 @@ def _of_one_token(op: str, index: int, axes: int, arguments: Any, static: Static
     gradients = list(right_vjp(op, primals, cotangents, **static))
     outputs = declaration(op).outputs.values()
     alone = tuple(
-        _first_then(c, np.zeros_like(c), _axes(out.shape.split()))
+        None if c is None else _first_then(c, np.zeros_like(c), _axes(out.shape.split()))
         for c, out in zip(cotangents, outputs, strict=True)
     )
     gradients[index] = right_vjp(op, primals, alone, **static)[index]

@@ -10,8 +10,9 @@ arrays of any float dtype, which are raised to float64 exactly.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -53,13 +54,20 @@ class Variant(Protocol):
     def sinkhorn_first(self) -> str: ...
     @property
     def res_transposed(self) -> bool: ...
+    @property
+    def mixer(self) -> str: ...
+    @property
+    def mixer_options(self) -> Mapping[str, Any] | tuple[tuple[str, Any], ...]: ...
 
 
-Result: TypeAlias = "Value | tuple[Value, ...]"
+Result: TypeAlias = "Value | tuple[Value | None, ...]"
 Function = TypeVar("Function", bound=Callable[..., Result])
 
 OPS: dict[str, Callable[..., Result]] = {}
 """Every op by its name."""
+
+MIXERS: dict[str, Callable[..., Value]] = {}
+"""Every mixer but Sinkhorn's, by its name: H_res of logits [..., L], of n, and of its options."""
 
 
 def op(function: Function) -> Function:
@@ -142,21 +150,30 @@ def _converged(current: Value, epsilon: float, log_space: bool) -> NDArray[np.bo
 @op
 def mappings(
     x: Value, phi: Value, scale: Value, bias: Value, variant: Variant
-) -> tuple[Value, Value, Value]:
+) -> tuple[Value, Value, Value | None]:
     """Return H_pre, H_post and H_res of every token (eqs. 7-8 and 14-19)."""
     n = x.shape[-2]
     z = _project(x, phi, variant.norm_eps)
     z_pre = z[..., :n] * scale[0] + bias[:n]
     z_post = z[..., n : 2 * n] * scale[1] + bias[n : 2 * n]
-    z_res = z[..., 2 * n :] * scale[2] + bias[2 * n :]
-    logits = z_res.reshape(*z.shape[:-1], n, n)
-    if variant.res_transposed:
-        logits = logits.swapaxes(-1, -2)
-    return (
-        sigmoid(z_pre) + variant.pre_eps,
-        variant.post_scale * sigmoid(z_post),
-        sinkhorn(logits, variant.sinkhorn_iterations, variant.sinkhorn_eps, variant.sinkhorn_first),
-    )
+    H_res = None
+    if variant.mixer != "identity":
+        H_res = _mixed(z[..., 2 * n :] * scale[2] + bias[2 * n :], n, variant)
+    return sigmoid(z_pre) + variant.pre_eps, variant.post_scale * sigmoid(z_post), H_res
+
+
+def _mixed(z_res: Value, n: int, variant: Variant) -> Value:
+    """Return H_res of its logits, in the paper's orientation."""
+    if variant.mixer == "sinkhorn":
+        logits = z_res.reshape(*z_res.shape[:-1], n, n)
+        return sinkhorn(
+            logits.swapaxes(-1, -2) if variant.res_transposed else logits,
+            variant.sinkhorn_iterations,
+            variant.sinkhorn_eps,
+            variant.sinkhorn_first,
+        )
+    H_res = MIXERS[variant.mixer](z_res, n, **dict(variant.mixer_options))
+    return H_res.swapaxes(-1, -2) if variant.res_transposed else H_res
 
 
 def _project(x: Value, phi: Value, norm_eps: float) -> Value:
@@ -186,15 +203,15 @@ def aggregate(x: Value, h_pre: Value) -> Value:
 
 
 @op
-def combine(x: Value, y: Value, h_post: Value, h_res: Value) -> Value:
-    """Return ``H_res x + H_post (outer) y``."""
-    return h_res @ x + h_post[..., None] * y[..., None, :]
+def combine(x: Value, y: Value, h_post: Value, h_res: Value | None = None) -> Value:
+    """Return ``H_res x + H_post (outer) y``, with no H_res where the streams are not mixed."""
+    return (x if h_res is None else h_res @ x) + h_post[..., None] * y[..., None, :]
 
 
 @op
 def pre(
     x: Value, phi: Value, scale: Value, bias: Value, variant: Variant
-) -> tuple[Value, Value, Value]:
+) -> tuple[Value, Value, Value | None]:
     """Return h, H_post and H_res: the mappings, and the aggregate."""
     H_pre, H_post, H_res = mappings(x, phi, scale, bias, variant)
     return aggregate(x, H_pre), H_post, H_res
@@ -205,7 +222,7 @@ def combine_pre(
     x: Value,
     y: Value,
     h_post: Value,
-    h_res: Value,
+    h_res: Value | None,
     phi: Value,
     scale: Value,
     bias: Value,
@@ -213,7 +230,7 @@ def combine_pre(
     *,
     variant: Variant,
     x_rounded: NDArray[Any] | None = None,
-) -> tuple[Value, Value, Value, Value, Value]:
+) -> tuple[Value, Value, Value, Value, Value | None]:
     """Return x', h' and the mappings: a sublayer's combine, then the next one's pre.
 
     h' is collapsed with h_pre where it is given (V4.1), else with the H_pre' found here.
@@ -332,7 +349,11 @@ def _raised(array: NDArray[Any]) -> Array:
 
 
 def _outputs(op: str, inputs: tuple[Value, ...], static: dict[str, Any]) -> tuple[Value, ...]:
+    """Return the outputs that are not None; ``absent`` names the arrays that are left out."""
     if op not in OPS:
         raise KeyError(f"the oracle has no op {op!r}; it has {', '.join(sorted(OPS))}")
-    result = OPS[op](*inputs, **static)
-    return result if isinstance(result, tuple) else (result,)
+    absent: tuple[str, ...] = static.pop("absent", ())
+    names = [name for name in inspect.signature(OPS[op]).parameters if name not in absent]
+    result = OPS[op](**dict(zip(names, inputs, strict=False)), **dict.fromkeys(absent), **static)
+    outputs = result if isinstance(result, tuple) else (result,)
+    return tuple(output for output in outputs if output is not None)

@@ -142,7 +142,8 @@ class Draws:
     def op(self, name: str, *arrays: Array, **static: Any) -> tuple[Array, ...]:
         """Return a public op's results on host arrays, as host arrays in float64."""
         own = self.subject.take([array.astype(self.dtype) for array in arrays])
-        outputs = self.subject.give(self.subject.function(name, static)(*own))
+        case = Case(name, self.law.name, SMALL, tuple(static.items()))
+        outputs = self.subject.give(self.subject.function(case)(*own))
         return tuple(output.astype(np.float64) for output in outputs)
 
     def one(self, *choices: Any) -> Any:
@@ -359,9 +360,7 @@ def _gradients_are_slopes(d: Draws) -> Iterator[Comparison]:
     primals, cotangents = data(case, "float64", d.integer())
     rng = np.random.default_rng(d.integer())
     directions = [rng.normal(size=primal.shape) for primal in primals]
-    pulled = d.subject.vjp(
-        case.op, d.subject.take(primals), d.subject.take(cotangents), case.options
-    )
+    pulled = d.subject.vjp(case, d.subject.take(primals), d.subject.take(cotangents))
     terms = [g * u for g, u in zip(d.subject.give(pulled), directions, strict=True)]
 
     def value(step: float) -> float:

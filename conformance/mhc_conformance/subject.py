@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import mhc_core
+from mhc_conformance.cases import Case, declaration
 from mhc_core.backend import BackendSpec
 from mhc_core.discovery import backend_module
 
@@ -21,6 +22,10 @@ Array = NDArray[Any]
 def several(arrays: Any) -> tuple[Any, ...]:
     """Return the outputs of an op, one or many, as a tuple."""
     return tuple(cast("Sequence[Any]", arrays)) if isinstance(arrays, (tuple, list)) else (arrays,)
+
+
+def _there(arrays: Any) -> tuple[Any, ...]:
+    return tuple(array for array in arrays if array is not None)
 
 
 class Subject:
@@ -55,21 +60,35 @@ class Subject:
         """Convert one array or several to NumPy's."""
         return tuple(self.module.to_host(array) for array in several(arrays))
 
-    def function(self, op: str, static: dict[str, Any]) -> Callable[..., Any]:
-        """Return the public op as a function of positional arrays alone."""
-        public = getattr(mhc_core, op)
-        if op != "combine_pre":
-            return lambda *arrays: public(*arrays, **static, backend=self.name)
-        return lambda *arrays: public(
-            *arrays[:7],
-            h_pre=arrays[7] if len(arrays) > 7 else None,
-            **static,
+    def function(self, case: Case) -> Callable[..., Any]:
+        """Return a case's op as a function of the arrays that are there, to the outputs that are.
+
+        Nothing else knows of arrays that are None: those of the case, and H_res of streams that are
+        not mixed.
+        """
+        public, declared = getattr(mhc_core, case.op), declaration(case.op)
+
+        def call(*arrays: Any) -> Any:
+            named = {
+                **dict.fromkeys(declared.optional),
+                **dict(zip(case.names, arrays, strict=True)),
+            }
+            outputs = public(**named, **case.options, backend=self.name)
+            return _there(outputs) if isinstance(outputs, tuple) else outputs
+
+        return call
+
+    def vjp(self, case: Case, primals: Any, cotangents: Any) -> Any:
+        """Call the public vjp of a case's op, with the arrays that are there."""
+        kept, given = declaration(case.op).kept(case.options), iter(cotangents)
+        pulled = mhc_core.vjp(
+            case.op,
+            case.placed(primals),
+            tuple(next(given) if there else None for there in kept),
+            **case.options,
             backend=self.name,
         )
-
-    def vjp(self, op: str, primals: Any, cotangents: Any, static: dict[str, Any]) -> Any:
-        """Call the public vjp."""
-        return mhc_core.vjp(op, primals, cotangents, **static, backend=self.name)
+        return _there(pulled)
 
     def lacks(self, transform: str) -> str | None:
         """Return why the backend lacks a transform, or None where it declares to have it."""

@@ -79,7 +79,7 @@ class Trial:
 
     @property
     def function(self) -> Callable[..., Any]:
-        return self.subject.function(self.case.op, self.case.options)
+        return self.subject.function(self.case)
 
     def _seam(self) -> Kept | None:
         """Return the streams as the backend rounded them, for an op that reads them so, or None."""
@@ -95,11 +95,12 @@ class Trial:
         often = rounds(self.case.iterations)
         outputs = quantity == "forward"
         declared = declaration(self.case.op)
-        names = list(declared.outputs) if outputs else [f"d {name}" for name in declared.arrays]
+        kept = declared.outputs_of(self.case.options)
+        names = list(kept) if outputs else [f"d {name}" for name in self.case.names]
         like = self.cotangents if outputs else self.primals
         expected = [
             _Expected(name, value, str(array.dtype), 1.0)
-            for name, value, array in zip(names, values, like, strict=False)
+            for name, value, array in zip(names, values, like, strict=True)
         ]
         return [
             want._replace(condition=often * condition(want.value, other, self.dtype))
@@ -121,7 +122,7 @@ class Trial:
     ) -> Iterator[Comparison]:
         """Compare outputs and gradients on the backend's own arrays; ``how`` is in messages."""
         outputs = self.function(*primals)
-        gradients = self.subject.vjp(self.case.op, primals, cotangents, self.case.options)
+        gradients = self.subject.vjp(self.case, primals, cotangents)
         for comparison in (*self.forward(outputs), *self.gradients(gradients)):
             yield replace(comparison, where=f"{comparison.where}, {how}")
 

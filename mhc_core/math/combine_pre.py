@@ -15,13 +15,13 @@ from mhc_core.variants import Variant, check_variant
 OP = Op(
     name="combine_pre",
     arrays={**combine.OP.arrays, **PROJECTION, "h_pre": "... n | n"},
-    optional="h_pre",
+    optional=("h_res", "h_pre"),
     outputs={
         "x": Out("... n C", "stream"),
         "h": Out("... C", "stream"),
         "h_pre": Out("... n", "mapping"),
         "h_post": Out("... n", "mapping"),
-        "h_res": Out("... n n", "mapping"),
+        "h_res": Out("... n n", "mapping", mixed=True),
     },
     static={"variant": check_variant},
 )
@@ -77,7 +77,7 @@ def vjp(
         _, saved = forward_with_saved(*primals, variant=variant)
     x_new, u, r, h_pre = saved
     x_new = _xp.upcast(xp, x_new)
-    g_x, g_h, g_pre, g_post, g_res = (_xp.upcast(xp, g) for g in cotangents)
+    g_x, g_h, g_pre, g_post, g_res = (None if g is None else _xp.upcast(xp, g) for g in cotangents)
     used = _xp.upcast(xp, given[0]) if given else h_pre
     dx_new, dh_pre = aggregate.pullback(xp, x_new, used, g_h)
     if not given:
@@ -90,7 +90,8 @@ def vjp(
     more, dphi, dscale, dbias = mappings.pullback(
         xp, x_new, phi, scale, bias, Projected(u, r), (g_pre, g_post, g_res), variant, of_projected
     )
-    x, y, h_post, h_res = (_xp.upcast(xp, array) for array in (x, y, h_post, h_res))
+    x, y, h_post, h_res = (None if a is None else _xp.upcast(xp, a) for a in (x, y, h_post, h_res))
     streams = combine.pullback(xp, x, y, h_post, h_res, g_x + dx_new + more)
     gradients = (*streams, dphi, dscale, dbias, *([dh_pre] if given else []))
-    return tuple(_xp.sum_to(xp, d, p) for d, p in zip(gradients, primals, strict=True))
+    pairs = zip(gradients, primals, strict=True)
+    return tuple(None if p is None else _xp.sum_to(xp, d, p) for d, p in pairs)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from mhc_core.math import _xp, sinkhorn
+from mhc_core.math import _xp
 from mhc_core.signature import Op, Out
 from mhc_core.variants import Variant, check_variant
 
-PROJECTION = {"phi": "m nC", "scale": "3", "bias": "m"}
+PROJECTION = {"phi": "m nC", "scale": "parts", "bias": "m"}
+"""m and parts are the variant's: its mixer has its logits' rows of phi, and their scale."""
 
 OP = Op(
     name="mappings",
@@ -16,7 +17,7 @@ OP = Op(
     outputs={
         "h_pre": Out("... n", "mapping"),
         "h_post": Out("... n", "mapping"),
-        "h_res": Out("... n n", "mapping"),
+        "h_res": Out("... n n", "mapping", mixed=True),
     },
     static={"variant": check_variant},
 )
@@ -70,33 +71,50 @@ def projection(xp: Any, x: Any, phi: Any, norm_eps: float) -> Projected:
     return Projected(_xp.project(xp, x, phi), 1 / xp.sqrt(mean + norm_eps))
 
 
-def groups(xp: Any, scale: Any, n: int) -> Any:
-    """Repeat the three scales over their columns: pre n, post n, res n * n."""
-    parts = [xp.broadcast_to(scale[i : i + 1], (size,)) for i, size in enumerate((n, n, n * n))]
+def _sizes(n: int, columns: int) -> tuple[int, ...]:
+    """Return the columns of each part: pre n, post n, and the mixer's logits where it has any."""
+    return (n, n, columns - 2 * n)[: 2 + (columns > 2 * n)]
+
+
+def groups(xp: Any, scale: Any, sizes: tuple[int, ...]) -> Any:
+    """Repeat each scale over the columns of its part."""
+    parts = [xp.broadcast_to(scale[i : i + 1], (size,)) for i, size in enumerate(sizes)]
     return xp.concat(parts, axis=0)
 
 
-def _activate(xp: Any, n: int, projected: Projected, scale: Any, bias: Any, variant: Variant):
-    """Return the two sigmoids and the logits of H_res, in H_res's orientation."""
-    z = (projected.u * projected.r) * groups(xp, scale, n) + bias
-    logits = xp.reshape(z[..., 2 * n :], (*z.shape[:-1], n, n))
-    if variant.res_transposed:
-        logits = _xp.swap(xp, logits)
-    return _xp.sigmoid(xp, z[..., :n]), _xp.sigmoid(xp, z[..., n : 2 * n]), logits
+def _activate(xp: Any, n: int, projected: Projected, scale: Any, bias: Any):
+    """Return the two sigmoids and the mixer's logits."""
+    sizes = _sizes(n, bias.shape[0])
+    z = (projected.u * projected.r) * groups(xp, scale, sizes) + bias
+    return _xp.sigmoid(xp, z[..., :n]), _xp.sigmoid(xp, z[..., n : 2 * n]), z[..., 2 * n :]
 
 
-def _sinkhorn(variant: Variant) -> dict[str, Any]:
-    return {
-        "iterations": variant.sinkhorn_iterations,
-        "eps": variant.sinkhorn_eps,
-        "first": variant.sinkhorn_first,
-    }
+def _turned(variant: Variant) -> bool:
+    """Return whether H_res is the transpose of the mixer's; Sinkhorn transposes its logits."""
+    return variant.res_transposed and variant.mixer != "sinkhorn"
+
+
+def _mixed(xp: Any, logits: Any, n: int, variant: Variant) -> Any:
+    forward = variant.made_by.forward
+    if forward is None:
+        return None
+    h_res = forward(logits, n=n, **variant.options)
+    return _xp.swap(xp, h_res) if _turned(variant) else h_res
+
+
+def _unmixed(xp: Any, logits: Any, g: Any, n: int, variant: Variant) -> list[Any]:
+    """Return the gradient of the logits, or none where there are none."""
+    vjp = variant.made_by.vjp
+    if vjp is None or not logits.shape[-1]:
+        return []
+    g = _xp.swap(xp, g) if _turned(variant) else g
+    return [vjp(logits, g, n=n, **variant.options)]
 
 
 def activated(xp: Any, n: int, projected: Projected, scale: Any, bias: Any, variant: Variant):
-    """H_pre = sigmoid + pre_eps; H_post = post_scale sigmoid; H_res = sinkhorn."""
-    pre, post, logits = _activate(xp, n, projected, scale, bias, variant)
-    h_res = sinkhorn.forward(logits, **_sinkhorn(variant))
+    """H_pre = sigmoid + pre_eps; H_post = post_scale sigmoid; H_res is the mixer's, or None."""
+    pre, post, logits = _activate(xp, n, projected, scale, bias)
+    h_res = _mixed(xp, logits, n, variant)
     return pre + variant.pre_eps, variant.post_scale * post, h_res
 
 
@@ -115,24 +133,22 @@ def pullback(
 
     ``more`` holds cotangents of u and r to add to those from the mappings.
     """
-    n = x.shape[-2]
-    pre, post, logits = _activate(xp, n, projected, scale, bias, variant)
-    g_pre, g_post, g_res = (_xp.upcast(xp, g) for g in cotangents)
-    (d_logits,) = sinkhorn.vjp((logits,), (g_res,), **_sinkhorn(variant))
-    if variant.res_transposed:
-        d_logits = _xp.swap(xp, d_logits)
+    n, sizes = x.shape[-2], _sizes(x.shape[-2], bias.shape[0])
+    pre, post, logits = _activate(xp, n, projected, scale, bias)
+    g_pre, g_post, g_res = (None if g is None else _xp.upcast(xp, g) for g in cotangents)
     dz = xp.concat(
         [
             g_pre * pre * (1 - pre),
             g_post * variant.post_scale * post * (1 - post),
-            xp.reshape(d_logits, (*d_logits.shape[:-2], n * n)),
+            *_unmixed(xp, logits, g_res, n, variant),
         ],
         axis=-1,
     )
     summed = _xp.sum_tokens(xp, dz * (projected.u * projected.r), 1)
-    dscale = xp.stack([xp.sum(summed[:n]), xp.sum(summed[n : 2 * n]), xp.sum(summed[2 * n :])])
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    dscale = xp.stack([xp.sum(summed[end - k : end]) for end, k in zip(ends, sizes, strict=True)])
     dbias = _xp.sum_tokens(xp, dz, 1)
-    dx, dphi = projection_pullback(xp, x, phi, projected, dz * groups(xp, scale, n), more)
+    dx, dphi = projection_pullback(xp, x, phi, projected, dz * groups(xp, scale, sizes), more)
     return dx, dphi, dscale, dbias
 
 

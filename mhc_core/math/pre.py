@@ -15,7 +15,7 @@ OP = Op(
     outputs={
         "h": Out("... C", "stream"),
         "h_post": Out("... n", "mapping"),
-        "h_res": Out("... n n", "mapping"),
+        "h_res": Out("... n n", "mapping", mixed=True),
     },
     static={"variant": check_variant},
 )
@@ -62,7 +62,7 @@ def pullback(
     variant: Variant,
 ) -> tuple[Any, Any, Any, Any]:
     """Return dx, dphi, dscale and dbias in the dtype of computation."""
-    g_h, g_post, g_res = (_xp.upcast(xp, g) for g in cotangents)
+    g_h, g_post, g_res = (None if g is None else _xp.upcast(xp, g) for g in cotangents)
     if not saved:
         (_, _, _), saved = forward_with_saved(x, phi, scale, bias, variant=variant)
     u, r, h_pre = saved

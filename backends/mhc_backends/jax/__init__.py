@@ -29,6 +29,7 @@ SPEC = BackendSpec(
     array_types=("jax.Array",),
     ops=math.OPS,
     dtypes=DTYPES,
+    mixers=None,
     protocol="__jax_array__",
     missing=_missing,
     device=_device,

@@ -46,7 +46,7 @@ FORWARD_MODE = (
 )
 
 
-def _varying_alike(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def _varying_alike(arrays: tuple[jax.Array | None, ...]) -> tuple[jax.Array | None, ...]:
     """Make every array vary over all mesh axes of shard_map over which any of them varies.
 
     A custom vjp must return gradients that vary as their primals do. So a parameter that all
@@ -55,12 +55,13 @@ def _varying_alike(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """
     if not any(isinstance(array, Tracer) for array in arrays):
         return arrays
-    axes = [_varying_axes(array) for array in arrays]
+    axes = [frozenset[str]() if array is None else _varying_axes(array) for array in arrays]
     union = frozenset[str]().union(*axes)
     if not union:
         return arrays
     return tuple(
-        _spread(array, tuple(sorted(union - own))) for array, own in zip(arrays, axes, strict=True)
+        None if array is None else _spread(array, tuple(sorted(union - own)))
+        for array, own in zip(arrays, axes, strict=True)
     )
 
 

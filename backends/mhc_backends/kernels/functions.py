@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +14,7 @@ import mlx.core as mx
 from mhc_backends.kernels import ops
 from mhc_backends.kernels.mlx import Kernels
 from mhc_backends.mlx_common import as_tuple, distinct, placed
+from mhc_backends.mlx_compiled import ops as mlx_ops
 from mhc_core import gradients
 from mhc_core import math as neutral_math
 
@@ -42,7 +43,9 @@ class Ops:
         if name not in ops.OPS:
             raise AttributeError(name)
 
-        def op(*arrays: mx.array, **static: Any) -> Any:
+        def op(*arrays: mx.array | None, **static: Any) -> Any:
+            if not _has_kernels(arrays, static):
+                return getattr(mlx_ops, name)(*arrays, **static)
             function = self._forward if gradients.wanted() else self._inference
             outputs = function(name, tuple(static.items()))(*arrays)
             count = ops.outputs(name)
@@ -51,9 +54,11 @@ class Ops:
         return op
 
     def vjp(
-        self, op: str, primals: Sequence[mx.array], cotangents: Sequence[mx.array], **static: Any
-    ) -> tuple[mx.array, ...]:
+        self, op: str, primals: Sequence[Any], cotangents: Sequence[Any], **static: Any
+    ) -> tuple[Any, ...]:
         """Pull cotangents back by an op's vjp kernels."""
+        if not _has_kernels(primals, static):
+            return mlx_ops.vjp(op, tuple(primals), tuple(cotangents), **static)
         return tuple(self._vjp(op, tuple(static.items()))(tuple(primals), tuple(cotangents)))
 
     def _make_forward(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
@@ -96,6 +101,17 @@ class Ops:
     def _make_vjp(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
         function = functools.partial(ops.load(op).vjp, self._kernels, **dict(static))
         return self._compiled(function)
+
+
+def _has_kernels(arrays: Sequence[Any], static: Mapping[str, Any]) -> bool:
+    """Return whether kernels compute this call; if not, the neutral maths does, on MLX's arrays.
+
+    Kernels mix by a given H_res, and make it by Sinkhorn alone.
+    """
+    if any(array is None for array in arrays):
+        return False
+    variant = static.get("variant")
+    return variant is None or variant.mixer == "sinkhorn"
 
 
 def _second(op: str, options: dict[str, Any], given: Any, cotangents: Any, _: Any) -> Any:

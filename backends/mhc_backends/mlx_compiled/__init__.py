@@ -13,6 +13,7 @@ SPEC = BackendSpec(
     array_types=("mlx.core.array",),
     ops=math.OPS,
     dtypes=mlx_common.NO_FLOAT64,
+    mixers=None,
     missing=mlx_common.missing,
     device=mlx_common.device,
 )

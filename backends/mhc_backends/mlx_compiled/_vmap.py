@@ -22,10 +22,13 @@ Function = Callable[..., Any]  # of primals, to a tuple
 Back = Callable[[Any, Any, Any], Any]  # of primals, cotangents and outputs, to a tuple
 
 
-def differentiable(forward: Function, back: Back, op: Op, again: Function) -> Function:
+def differentiable(
+    forward: Function, back: Back, op: Op, names: Sequence[str], again: Function
+) -> Function:
     """Join a forward of an op with its vjp, so that mx.grad and mx.vmap work in any order.
 
-    ``again`` is the finished function as callers use it, for instance compiled.
+    ``names`` are those of its arrays, and ``again`` is the finished function as callers use it, for
+    instance compiled.
     """
     ranks: dict[Any, tuple[int, ...]] = {}
 
@@ -35,7 +38,7 @@ def differentiable(forward: Function, back: Back, op: Op, again: Function) -> Fu
         return outputs
 
     def rule(inputs: Sequence[mx.array], axes: Axes) -> Any:
-        led = leading(op, inputs, axes)
+        led = leading(op, names, inputs, axes)
         if led is None:
             return _by_the_body(forward, back, inputs, axes)
         before = [a.ndim - (k is not None) for a, k in zip(inputs, axes, strict=True)]
@@ -97,21 +100,23 @@ def _size(inputs: Sequence[mx.array], axes: Axes) -> int:
 # ---- arrays that may have leading axes are mapped ------------------------------------------------
 
 
-def leading(op: Op, inputs: Sequence[mx.array], axes: Axes) -> list[mx.array] | None:
+def leading(
+    op: Op, names: Sequence[str], inputs: Sequence[mx.array], axes: Axes
+) -> list[mx.array] | None:
     """Move the mapped axis to the front; return None if a parameter is mapped.
 
     A parameter is an array without leading axes in the op's declaration: all tokens share it.
     """
-    words = [alternatives[0] for alternatives in op.patterns.values()][: len(inputs)]
+    words = [op.patterns[name][0] for name in names]
     if any(k is not None and w[0] != "..." for k, w in zip(axes, words, strict=True)):
         return None
     x, k, named = inputs[0], axes[0], len(words[0]) - 1
     shape = x.shape if k is None else (*x.shape[:k], *x.shape[k + 1 :])
     tokens = (_size(inputs, axes), *shape[: len(shape) - named])
-    alone = [len(op.patterns[name]) == 1 for name in op.patterns]
+    alone = [len(op.patterns[name]) == 1 for name in names]
     return [
         a if w[0] != "..." else _led(a, k, len(w) - 1, tokens, always)
-        for a, k, w, always in zip(inputs, axes, words, alone, strict=False)
+        for a, k, w, always in zip(inputs, axes, words, alone, strict=True)
     ]
 
 

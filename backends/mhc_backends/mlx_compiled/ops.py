@@ -22,9 +22,11 @@ from mhc_backends.mlx_common import (
     checkpoint,
     compile,
     distinct,
+    filled,
     from_host,
     grad,
     placed,
+    present,
     to_host,
     vmap,
 )
@@ -42,11 +44,13 @@ UNCOMPILED = {"sinkhorn_knopp"}
 def __getattr__(name: str) -> Callable[..., Any]:
     if name not in math.OPS:
         raise AttributeError(name)
-    count = len(math.load(name).OP.outputs)
+    declared = math.load(name).OP
 
-    def op(*arrays: mx.array, **static: Any) -> Any:
-        outputs = _forward(name, tuple(static.items()), _device())(*arrays)
-        return outputs[0] if count == 1 else tuple(outputs[:count])
+    def op(*arrays: mx.array | None, **static: Any) -> Any:
+        there = tuple(array is not None for array in arrays)
+        made = _forward(name, tuple(static.items()), _device(), there)(*present(arrays))
+        outputs = filled(made, declared.kept(static))
+        return outputs[0] if len(outputs) == 1 else outputs
 
     return op
 
@@ -56,37 +60,49 @@ def _device() -> Any:  # MLX's stubs do not say that it can be hashed
 
 
 @functools.cache
-def _forward(op: str, static: Static, device: Any) -> Callable[..., Any]:
-    """Return a function from the op's arrays to one tuple of its outputs and what its vjp saves."""
+def _forward(op: str, static: Static, device: Any, there: tuple[bool, ...]) -> Callable[..., Any]:
+    """Return a function from the op's arrays to one tuple of its outputs and what its vjp saves.
+
+    It takes the arrays that are ``there``, and returns the outputs that are not None.
+    """
     module, options = math.load(op), dict(static)
-    count = len(module.OP.outputs)
+    kept = module.OP.kept(options)
+    count = sum(kept)
 
     places: tuple[int, ...] = ()  # the indices of the saved arrays in the tuple
 
     def forward(*primals: mx.array) -> Any:
         nonlocal places
+        arrays = filled(primals, there)
         if not hasattr(module, "forward_with_saved"):
-            return as_tuple(module.forward(*primals, **options))
-        outputs, saved = module.forward_with_saved(*primals, **options)
-        places, every = placed(outputs, saved)
+            return as_tuple(module.forward(*arrays, **options))
+        outputs, saved = module.forward_with_saved(*arrays, **options)
+        places, every = placed(present(outputs), saved)
         return every
 
     def pullback(primals: Any, cotangents: Any, outputs: Any) -> Any:
         # the cotangent of a sum is one number, broadcast: without a copy every pass is strided
         cotangents, outputs = as_tuple(cotangents), as_tuple(outputs)
-        given = tuple(mx.contiguous(c) for c in cotangents[:count])
-        kept = ([a[k] for k in places] for a in (outputs, cotangents)) if places else ()
-        return distinct(module.vjp(as_tuple(primals), given, *kept, **options))
+        given = filled([mx.contiguous(c) for c in cotangents[:count]], kept)
+        saved = ([a[k] for k in places] for a in (outputs, cotangents)) if places else ()
+        arrays = filled(as_tuple(primals), there)
+        return distinct(present(module.vjp(arrays, given, *saved, **options)))
 
     def again(*arrays: mx.array) -> Any:
-        return _forward(op, static, device)(*arrays)
+        return _forward(op, static, device, there)(*arrays)
 
-    return _compiled(differentiable(forward, pullback, module.OP, again), op, device)
+    words = [name for name, is_there in zip(module.OP.arrays, there, strict=False) if is_there]
+    return _compiled(differentiable(forward, pullback, module.OP, words, again), op, device)
 
 
 @functools.cache
-def _vjp(op: str, static: Static, device: Any) -> Callable[..., Any]:
-    function = functools.partial(math.load(op).vjp, **dict(static))
+def _vjp(op: str, static: Static, device: Any, there: tuple[bool, ...]) -> Callable[..., Any]:
+    module, options = math.load(op), dict(static)
+
+    def function(primals: Any, cotangents: Any) -> Any:
+        given = filled(cotangents, module.OP.kept(options))
+        return present(module.vjp(filled(primals, there), given, **options))
+
     return _compiled(function, op, device)
 
 
@@ -110,4 +126,6 @@ def vjp(
     op: str, primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], **static: Any
 ) -> tuple[mx.array, ...]:
     """Pull cotangents back by the hand-written vjp, compiled."""
-    return tuple(_vjp(op, tuple(static.items()), _device())(primals, cotangents))
+    there = tuple(array is not None for array in primals)
+    pull = _vjp(op, tuple(static.items()), _device(), there)
+    return filled(pull(present(primals), present(cotangents)), there)

@@ -41,6 +41,7 @@ SPEC = BackendSpec(
     array_types=("mlx.core.array",),
     ops=OPS,
     dtypes=mlx_common.NO_FLOAT64,
+    mixers=None,
     sizes=(1, 32),
     priority=10,
     without={"vmap": NO_VMAP},

@@ -172,7 +172,9 @@ class HyperConnection(Projection):
 
     def __init__(self, dims: int, n: int = 4, variant: Variant = PAPER) -> None:
         dims, n, variant = checked_sizes("HyperConnection", dims, n, variant)
-        super().__init__(dims, n, variant, 3, residual_bias(n, variant))
+        if reason := variant.refuses(n):
+            raise ValueError(f"HyperConnection: {reason}")
+        super().__init__(dims, n, variant, variant.parts(n), residual_bias(n, variant))
 
     def mappings(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Return H_pre, H_post and H_res of the streams x: :func:`mhc_core.mappings`."""

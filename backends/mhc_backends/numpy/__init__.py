@@ -12,6 +12,7 @@ SPEC = BackendSpec(
     array_types=("numpy.ndarray",),
     ops=math.OPS,
     dtypes=DTYPES,
+    mixers=None,
     without={
         "grad": "NumPy has no autodiff; mhc_core.vjp gives every op's gradients",
         "compile": "NumPy has no compiler",

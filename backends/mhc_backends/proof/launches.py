@@ -221,7 +221,7 @@ def _blank(call: Call) -> tuple[list[mx.array], list[mx.array]]:
 
 def _shape(call: Call, patterns: list[list[str]]) -> list[int]:
     n, C = call.n, call.C
-    known = {"n": n, "C": C, "D": n * C, "m": n * n + 2 * n, "nC": n * C, "...": call.T}
+    known = {**load(call.op).OP.sizes(n, C, call.options), "...": call.T}
     words = patterns[-1 if call.shared else 0]
     return [known[word] if word in known else int(word) for word in words]
 

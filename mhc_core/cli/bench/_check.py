@@ -48,7 +48,7 @@ def _check_op(backend: str, op: str, sizes: Sizes, seed: int) -> Iterator[Checke
     trial = Trial(own, case, sizes.dtype, seed)
     primals, cotangents = own.take(trial.primals), own.take(trial.cotangents)
     found = [("forward", c) for c in trial.forward(trial.function(*primals))]
-    pulled = own.vjp(op, primals, cotangents, case.options)
+    pulled = own.vjp(case, primals, cotangents)
     found += [("gradient", c) for c in trial.gradients(pulled)]
     for kind, result in found:
         what = f"{result.where}{result.problem and f': {result.problem}'}"

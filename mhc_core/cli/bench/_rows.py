@@ -100,9 +100,10 @@ def _op(name: str) -> Any:
 
 
 def arrays_of(op: str) -> tuple[str, ...]:
-    """Return an op's arrays as ``op.argument``, except the optional one."""
+    """Return an op's arrays as ``op.argument``, except h_pre where it is optional."""
     declared = _op(op)
-    return tuple(f"{op}.{name}" for name in declared.arrays if name != declared.optional)
+    left_out = {"h_pre"} & {*declared.optional}
+    return tuple(f"{op}.{name}" for name in declared.arrays if name not in left_out)
 
 
 def outputs_of(op: str) -> tuple[str, ...]:

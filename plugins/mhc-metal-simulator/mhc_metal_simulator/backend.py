@@ -45,6 +45,7 @@ SPEC = BackendSpec(
     array_types=METAL.array_types,
     ops=METAL.ops,
     dtypes=METAL.dtypes,
+    mixers=METAL.mixers,
     sizes=METAL.sizes,
     automatic=False,
     without={**METAL.without, "compile": _NO_COMPILE},

@@ -142,8 +142,8 @@ def _call(subject: Subject, case: Case, dtype: str) -> None:
     import mlx.core as mx
 
     primals, cotangents = (subject.take(arrays) for arrays in data(case, dtype, 0))
-    mx.eval(subject.function(case.op, case.options)(*primals))
-    mx.eval(subject.vjp(case.op, primals, cotangents, case.options))
+    mx.eval(subject.function(case)(*primals))
+    mx.eval(subject.vjp(case, primals, cotangents))
 
 
 def covered(ran: Ran, launches: Sequence[LaunchRecord]) -> Coverage:

@@ -147,10 +147,10 @@ def _run(ops: Any, op: str, n: int, dtype: str, sizes: Sequence[_Size]) -> None:
 def _zeros(op: Op, sizes: Sizes, dtype: str) -> list[mx.array]:
     """Return arrays without values: none is ever evaluated."""
     leading, n, C, _ = sizes
-    known = {"n": n, "C": C, "D": n * C, "m": n * n + 2 * n, "nC": n * C}
+    known = {"n": n, "C": C, "D": n * C, "m": n * n + 2 * n, "parts": 3, "nC": n * C}
     arrays: list[mx.array] = []
     for name, (words, *_) in op.patterns.items():
-        if name == op.optional:
+        if name == "h_pre" and name in op.optional:
             continue
         ahead: tuple[int, ...] = leading if words[0] == "..." else ()
         shape: tuple[int, ...] = (*ahead, *(known.get(w) or int(w) for w in words if w != "..."))

@@ -31,6 +31,7 @@ SPEC = BackendSpec(
     array_types=("torch.Tensor",),
     ops=math.OPS,
     dtypes=DTYPES,
+    mixers=None,
     missing=_missing,
     device=_device,
     api_version=1,

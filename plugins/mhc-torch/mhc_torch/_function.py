@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from mhc_torch._precision import full_float32
 __all__ = ["apply", "pull_back"]
 
 Tensors = tuple[torch.Tensor, ...]
+Arrays = tuple["torch.Tensor | None", ...]  # None for what is absent
 Static = tuple[tuple[str, Any], ...]
 
 # For each value that an op saves, its index among the outputs, or None if it is not an output: a
@@ -20,20 +22,28 @@ Static = tuple[tuple[str, Any], ...]
 _ALSO_OUTPUT: dict[str, tuple[int | None, ...]] = {}
 
 
-def apply(op: str, arrays: Tensors, static: dict[str, Any]) -> Any:
+def apply(op: str, arrays: Arrays, static: dict[str, Any]) -> Any:
     """Return an op's outputs, computed as one node of autograd's graph."""
-    results = cast("Tensors", _Op.apply(op, tuple(static.items()), *arrays))
-    count = len(math.load(op).OP.outputs)
-    return results[0] if count == 1 else results[:count]
+    outputs = filled(
+        cast("Tensors", _Op.apply(op, tuple(static.items()), *arrays)),
+        math.load(op).OP.kept(static),
+    )
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def filled(given: Iterable[torch.Tensor], there: Iterable[bool]) -> Arrays:
+    """Put None for each tensor that is not there; take no more tensors than are there."""
+    tensors = iter(given)
+    return tuple(next(tensors) if is_there else None for is_there in there)
 
 
 def pull_back(
-    op: str, primals: Tensors, cotangents: Tensors, saved: Tensors | None, static: dict[str, Any]
-) -> Tensors:
+    op: str, primals: Arrays, cotangents: Arrays, saved: Tensors | None, static: dict[str, Any]
+) -> Arrays:
     """Pull cotangents back by the hand-written vjp."""
     if op == "sinkhorn_knopp":
-        return (_knopp.pull_back(*primals, *cotangents, **static),)
-    with full_float32(primals[0]):
+        return (_knopp.pull_back(*cast("Tensors", (*primals, *cotangents)), **static),)
+    with full_float32(cast("torch.Tensor", primals[0])):
         return math.load(op).vjp(primals, cotangents, saved, **static)
 
 
@@ -46,7 +56,7 @@ class _Op(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(op: str, static: Static, *primals: torch.Tensor) -> Tensors:
+    def forward(op: str, static: Static, *primals: torch.Tensor | None) -> Tensors:
         outputs, saved = _run(op, dict(static), primals)
         where = tuple(_index(outputs, value) for value in saved)
         _ALSO_OUTPUT[op] = where
@@ -56,8 +66,8 @@ class _Op(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         ctx.op, ctx.static, *primals = inputs
-        ctx.outputs = len(math.load(ctx.op).OP.outputs)
-        extra = iter(output[ctx.outputs :])
+        ctx.kept = math.load(ctx.op).OP.kept(dict(ctx.static))
+        extra = iter(output[sum(ctx.kept) :])
         where = _ALSO_OUTPUT[ctx.op]
         ctx.primals = len(primals)
         ctx.save_for_backward(
@@ -71,21 +81,21 @@ class _Op(torch.autograd.Function):
         # If this backward is itself differentiated, the saved values are recomputed from the
         # primals, because the vjp has no cotangents for saved values.
         saved = None if torch.is_grad_enabled() else saved
-        given = cotangents[: ctx.outputs]
+        given = filled(cotangents, ctx.kept)
         gradients = pull_back(ctx.op, primals, given, saved, dict(ctx.static))
         needed = zip(ctx.needs_input_grad[2:], gradients, strict=True)
         return None, None, *[gradient if needs else None for needs, gradient in needed]
 
 
-def _run(op: str, static: dict[str, Any], primals: Tensors) -> tuple[Tensors, Tensors]:
+def _run(op: str, static: dict[str, Any], primals: Arrays) -> tuple[Tensors, Tensors]:
     """Return the outputs, and the values that the vjp would otherwise recompute."""
     if op == "sinkhorn_knopp":
-        return (_knopp.sinkhorn_knopp(*primals, **static),), ()
+        return (_knopp.sinkhorn_knopp(*cast("Tensors", primals), **static),), ()
     module = math.load(op)
-    with full_float32(primals[0]):
+    with full_float32(cast("torch.Tensor", primals[0])):
         if hasattr(module, "forward_with_saved"):
             outputs, saved = module.forward_with_saved(*primals, **static)
-            return tuple(outputs), tuple(saved)
+            return tuple(output for output in outputs if output is not None), tuple(saved)
         outputs: Any = module.forward(*primals, **static)
     return (outputs if len(module.OP.outputs) > 1 else (outputs,)), ()
 

@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Callable[..., Any]:
         raise AttributeError(name)
     names = tuple(math.load(name).OP.arrays)
 
-    def op(*arrays: torch.Tensor, **static: Any) -> Any:
+    def op(*arrays: torch.Tensor | None, **static: Any) -> Any:
         require_one_device(name, names, arrays)
         return _function.apply(name, arrays, static)
 
@@ -39,15 +39,18 @@ def __getattr__(name: str) -> Callable[..., Any]:
 
 
 def vjp(
-    op: str, primals: tuple[torch.Tensor, ...], cotangents: tuple[torch.Tensor, ...], **static: Any
-) -> tuple[torch.Tensor, ...]:
+    op: str,
+    primals: tuple[torch.Tensor | None, ...],
+    cotangents: tuple[torch.Tensor | None, ...],
+    **static: Any,
+) -> tuple[torch.Tensor | None, ...]:
     """Pull cotangents back by the hand-written vjp."""
     require_one_device_of_vjp(op, primals, cotangents)
     return _function.pull_back(op, primals, cotangents, None, static)
 
 
 def require_one_device_of_vjp(
-    op: str, primals: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor]
+    op: str, primals: Sequence[torch.Tensor | None], cotangents: Sequence[torch.Tensor | None]
 ) -> None:
     """Raise an error that names the first array of a vjp on another device than the first."""
     declared = math.load(op).OP
@@ -56,11 +59,13 @@ def require_one_device_of_vjp(
     require_one_device(f"vjp of {op}", names, (*primals, *cotangents))
 
 
-def require_one_device(owner: str, names: Iterable[str], arrays: Sequence[torch.Tensor]) -> None:
+def require_one_device(
+    owner: str, names: Iterable[str], arrays: Sequence[torch.Tensor | None]
+) -> None:
     """Raise an error that names the first array on another device than the first."""
-    device = arrays[0].device
+    device = next(array for array in arrays if array is not None).device
     for name, array in zip(names, arrays, strict=False):
-        if array.device != device:
+        if array is not None and array.device != device:
             raise ValueError(
                 f"{owner}: {name} is on {array.device}; needs {device}, where the first array is: "
                 f"move it with .to({str(device)!r})"

@@ -1,0 +1,46 @@
+"""sinkhorn: alternating normalisation of exp(logits), as in arXiv:2512.24880.
+
+Its options are fields of :class:`mhc_core.Variant`, which passes them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mhc_core.math import _xp, sinkhorn
+from mhc_core.mixer import Mixer
+
+MIXING = 0.01  # at the start, the share of the other streams in each stream after H_res
+
+
+def forward(logits: Any, *, n: int, transposed: bool, **options: Any) -> Any:
+    """Normalise the logits as [n, n], in H_res's orientation."""
+    return sinkhorn.forward(_square(logits, n, transposed), **options)
+
+
+def vjp(logits: Any, g: Any, *, n: int, transposed: bool, **options: Any) -> Any:
+    """Reverse the iterations."""
+    (gradient,) = sinkhorn.vjp((_square(logits, n, transposed),), (g,), **options)
+    if transposed:
+        gradient = _xp.swap(_xp.namespace(gradient), gradient)
+    return _xp.namespace(gradient).reshape(gradient, logits.shape)
+
+
+def _square(logits: Any, n: int, transposed: bool) -> Any:
+    xp = _xp.namespace(logits)
+    matrix = xp.reshape(logits, (*logits.shape[:-1], n, n))
+    return _xp.swap(xp, matrix) if transposed else matrix
+
+
+def _logits(n: int, **_: Any) -> int:
+    return n * n
+
+
+def _init(n: int, **_: Any) -> list[float]:
+    """Return the logits of a softmax over n: 1 - MIXING for the stream itself, the rest 0."""
+    diagonal = math.log((1 - MIXING) / MIXING) + math.log(max(n - 1, 1))
+    return [diagonal if i == j else 0.0 for i in range(n) for j in range(n)]
+
+
+MIXER = Mixer(name="sinkhorn", logits=_logits, forward=forward, vjp=vjp, init=_init)
