@@ -17,6 +17,7 @@ from mhc_backends.mlx_common import as_tuple, distinct, placed
 from mhc_backends.mlx_compiled import ops as mlx_ops
 from mhc_core import gradients
 from mhc_core import math as neutral_math
+from mhc_core.signature import UNMIXED
 
 __all__ = ["Ops"]
 
@@ -44,7 +45,7 @@ class Ops:
             raise AttributeError(name)
 
         def op(*arrays: mx.array | None, **static: Any) -> Any:
-            if not _has_kernels(arrays, static):
+            if not _has_kernels(name, arrays, static):
                 return getattr(mlx_ops, name)(*arrays, **static)
             function = self._forward if gradients.wanted() else self._inference
             outputs = function(name, tuple(static.items()))(*arrays)
@@ -57,7 +58,7 @@ class Ops:
         self, op: str, primals: Sequence[Any], cotangents: Sequence[Any], **static: Any
     ) -> tuple[Any, ...]:
         """Pull cotangents back by an op's vjp kernels."""
-        if not _has_kernels(primals, static):
+        if not _has_kernels(op, primals, static):
             return mlx_ops.vjp(op, tuple(primals), tuple(cotangents), **static)
         return tuple(self._vjp(op, tuple(static.items()))(tuple(primals), tuple(cotangents)))
 
@@ -103,13 +104,16 @@ class Ops:
         return self._compiled(function)
 
 
-def _has_kernels(arrays: Sequence[Any], static: Mapping[str, Any]) -> bool:
+def _has_kernels(op: str, arrays: Sequence[Any], static: Mapping[str, Any]) -> bool:
     """Return whether kernels compute this call; if not, the neutral maths does, on MLX's arrays.
 
     Kernels mix by a given H_res, and make it by Sinkhorn alone.
     """
-    if any(array is None for array in arrays):
-        return False
+    declared = neutral_math.load(op).OP
+    if UNMIXED in declared.optional:
+        at = list(declared.arrays).index(UNMIXED)
+        if at >= len(arrays) or arrays[at] is None:
+            return False
     variant = static.get("variant")
     return variant is None or variant.mixer == "sinkhorn"
 
