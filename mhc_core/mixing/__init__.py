@@ -1,7 +1,7 @@
 """The mixers that come with mhc-core, a module each, and what authors of mixers need.
 
 A mixer makes the matrix H_res of each token from its logits; :class:`mhc_core.mixer.Mixer` is its
-declaration. Sizes in comments: n streams, L logits.
+declaration. ``docs/mixers.md`` has the formulas, and a mixer of one's own step by step.
 """
 
 from __future__ import annotations
