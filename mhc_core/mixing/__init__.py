@@ -6,4 +6,11 @@ declaration. ``docs/mixers.md`` has the formulas, and a mixer of one's own step 
 
 from __future__ import annotations
 
-from mhc_core.math._xp import namespace as namespace
+from typing import Any
+
+
+def namespace(array: Any) -> Any:
+    """Return the array API namespace of an array."""
+    from mhc_core.math import _xp  # which a variant that names a mixer does not need yet
+
+    return _xp.namespace(array)

@@ -1,8 +1,8 @@
 """go-mhc: squares of an orthogonal matrix, averaged over blocks of s x s.
 
 theta [n s, n s], A = theta - theta^T, Q = (I - A)^-1 (I + A) (Cayley: orthogonal), and
-H_res[i, j] = 1/s sum_(k, l < s) Q[i s + k, j s + l]^2. Source: the code of go-mHC
-(https://github.com/itstorque/go-mHC). Its README has (I - A)(I + A)^-1, which is the transpose of
+H_res[i, j] = 1/s sum_(k, l < s) Q[i s + k, j s + l]^2. Source: go-mHC, arXiv:2604.02309, and its
+code (https://github.com/itstorque/go-mHC). The README there has (I - A)(I + A)^-1, the transpose of
 that Q, and so of H_res; ``res_transposed=True`` gives that one.
 """
 

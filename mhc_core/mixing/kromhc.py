@@ -2,7 +2,7 @@
 
 p_k = softmax(logits[2 k : 2 k + 2])[0], U_k = [[p_k, 1 - p_k], [1 - p_k, p_k]], and
 H_res = U_0 kron U_1 kron ... kron U_(K - 1). So H_res[i, j] = w[i xor j], where w is the Kronecker
-product of the vectors (p_k, 1 - p_k). Source: KromHC, arXiv:2601.21579, and its code.
+product of the vectors (p_k, 1 - p_k). Source: KromHC, arXiv:2601.21579.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """mhc-lite: a mean of all permutations, H_res = (sum_r a_r P_r)^T with a = softmax(logits).
 
 P_r[i, p_r(i)] = 1, and p_r are the n! permutations of 0 to n - 1 in lexicographic order. Every
-doubly stochastic matrix is such a mean (Birkhoff and von Neumann). Source: mHC-lite,
-arXiv:2601.05732, and its code (https://github.com/FFTYYY/mhc-lite), which mixes by the transpose,
-as DeepSeek-V4 does.
+doubly stochastic matrix is such a mean (Birkhoff and von Neumann). Source: the code of mHC-lite
+(https://github.com/FFTYYY/mhc-lite), which mixes by the transpose, as DeepSeek-V4 does.
 """
 
 from __future__ import annotations
