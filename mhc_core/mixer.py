@@ -1,6 +1,6 @@
 """The declaration of a mixer: how a token's logits become H_res.
 
-A mixer is built in (``mhc_core/mixers/``) or comes from a plugin's hook ``mhc_mixers``
+A mixer is built in (``mhc_core/mixing/``) or comes from a plugin's hook ``mhc_mixers``
 (:mod:`mhc_core.hookspecs`), and :class:`mhc_core.Variant` names it.
 """
 
@@ -15,8 +15,13 @@ from mhc_core.checks import Check
 __all__ = ["BUILTINS", "Mixer", "Option"]
 
 BUILTINS: Mapping[str, str] = {
-    "sinkhorn": "mhc_core.mixers.sinkhorn",
-    "identity": "mhc_core.mixers.identity",
+    "sinkhorn": "mhc_core.mixing.sinkhorn",
+    "identity": "mhc_core.mixing.identity",
+    "mhc-lite": "mhc_core.mixing.mhc_lite",
+    "kromhc": "mhc_core.mixing.kromhc",
+    "circulant": "mhc_core.mixing.circulant",
+    "go-mhc": "mhc_core.mixing.go_mhc",
+    "sinkhorn-limit": "mhc_core.mixing.sinkhorn_limit",
 }
 """The mixers that come with mhc-core: each name, and the module with its ``MIXER``."""
 
@@ -48,7 +53,7 @@ class Mixer:
     forward
         ``forward(logits, *, n, **options)``: H_res ``[..., n, n]`` of logits ``[..., L]``, with
         ``x'_i = sum_j H_res[i, j] x_j``. Written against the array API standard, for arrays of
-        float32 or float64 of every library (:func:`mhc_core.mixers.namespace`). None where H_res
+        float32 or float64 of every library (:func:`mhc_core.mixing.namespace`). None where H_res
         is the identity: then no H_res is made, and :func:`mhc_core.combine` gets None.
     vjp
         ``vjp(logits, g, *, n, **options)``: the gradient of the logits from ``g``, the cotangent of

@@ -121,7 +121,7 @@ def draw_of(patterns: Sequence[Sequence[str]]) -> Draw:
         return _mixing if own == ["n", "n"] else _positive
     if own == ["n", "n"]:
         return _normal(2)
-    if not per_token and (own == ["C"] or own[0].isdigit()):
+    if not per_token and (own in (["C"], ["parts"]) or own[0].isdigit()):
         return _positive
     return _normal(1)
 

@@ -15,10 +15,12 @@ from typing import Any
 __all__ = [
     "as_dtype_of",
     "collapse",
+    "constant",
     "dot",
     "doubled",
     "fused",
     "gram",
+    "inverse",
     "log_sum_exp",
     "matmul",
     "mean_square",
@@ -31,6 +33,7 @@ __all__ = [
     "scan_while",
     "shift",
     "sigmoid",
+    "stopped",
     "sum_to",
     "sum_tokens",
     "swap",
@@ -225,6 +228,48 @@ def log_sum_exp(xp: Any, logits: Array, axis: int) -> Array:
     """log(sum(exp(logits))) along an axis, which stays with size 1; the largest entry shifts it."""
     largest = shift(xp, logits, axis)
     return largest + xp.log(xp.sum(xp.exp(logits - largest), axis=axis, keepdims=True))
+
+
+def stopped(xp: Any, array: Array) -> Array:
+    """Return the array as a constant to autodiff."""
+    if _is(xp, "jax"):
+        return _lax().stop_gradient(array)
+    if _is(xp, "mlx"):
+        return xp.stop_gradient(array)
+    return array.detach() if hasattr(array, "detach") else array
+
+
+def constant(xp: Any, values: Any, like: Array) -> Array:
+    """Return nested sequences of numbers as an array of the dtype of ``like``, on its device."""
+    if _is(xp, "mlx"):
+        return xp.array(values, dtype=like.dtype)
+    if _is(xp, "jax"):
+        return xp.asarray(values, dtype=like.dtype)
+    return xp.asarray(values, dtype=like.dtype, device=like.device)
+
+
+def inverse(xp: Any, matrix: Array) -> Array:
+    """Invert matrices [..., N, N] whose symmetric part is positive definite.
+
+    MLX inverts on the CPU alone, and without a derivative; JAX's products on a GPU would be TF32.
+    There it is Gauss-Jordan elimination, in place and a column at a time. Such matrices need no
+    pivots: after every step, what is left of them has a positive definite symmetric part too.
+    """
+    if not (_is(xp, "jax") or _is(xp, "mlx")):
+        return xp.linalg.inv(matrix)
+    size = matrix.shape[-1]
+
+    def step(state: Any) -> tuple[Any, Any]:
+        a, e = state  # e is 1 at the column that is eliminated
+        across, down = 1 - e, (1 - e)[:, None]
+        column = xp.sum(a * e, axis=-1, keepdims=True) * down
+        row = xp.sum(a * e[:, None], axis=-2, keepdims=True)
+        row = (row * across + e) / xp.sum(row * e, axis=-1, keepdims=True)
+        a = a * across * down - column * row + e[:, None] * row
+        return (a, xp.roll(e, 1)), None
+
+    first = constant(xp, [1.0, *[0.0] * (size - 1)], matrix)
+    return scan(xp, step, (matrix, first), size)[0][0]
 
 
 # --------------------------------------------------------------------------------- fusion in MLX

@@ -1,9 +1,0 @@
-"""The mixers that come with mhc-core, a module each, and what authors of mixers need.
-
-A mixer makes the matrix H_res of each token from its logits; :class:`mhc_core.mixer.Mixer` is its
-declaration. Sizes in comments: n streams, L logits.
-"""
-
-from __future__ import annotations
-
-from mhc_core.math._xp import namespace as namespace
