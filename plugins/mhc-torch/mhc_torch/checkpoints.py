@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from mhc_backends.checkpoints import Library, Options, keys_of_stack, read
-from mhc_backends.checkpoints.names import OWNER, Key, model_key, unwrapped
 from torch import Tensor, nn
 
+from mhc_backends.checkpoints import Library, Options, keys_of_stack, read
+from mhc_backends.checkpoints.names import OWNER, Key, model_key, unwrapped
 from mhc_core.variants import Variant
 from mhc_torch.nn import HyperConnectedStack, HyperConnection, HyperHead
 from mhc_torch.ops import from_host

@@ -11,6 +11,10 @@ from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
+from torch import Tensor, nn
+
+import mhc_core as mhc
+import mhc_torch.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from mhc_backends.nn_common import (
     ALPHA,
     Recompute,
@@ -27,10 +31,6 @@ from mhc_backends.nn_common import (
     run_sublayers,
     segment,
 )
-from torch import Tensor, nn
-
-import mhc_core as mhc
-import mhc_torch.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from mhc_core import checks
 from mhc_core.variants import PAPER, Variant
 from mhc_torch._variants import key_of, variant_of
