@@ -17,7 +17,8 @@ from mhc_conformance.subject import several
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed, which launches the kernels")
 pytestmark = needs_gcc
 
-FEW, MANY = 2**30, 0  # as launch.BUSY: all sizes count as few tokens, or as many
+# as launch.BUSY: all sizes count as few tokens, or as many; or as the fewest
+FEW, MANY, FEWEST = 2**30, 0, 2**31
 NARROW = {"float32": 0.0, "float16": 2**-10, "bfloat16": 2**-7}
 
 
@@ -38,7 +39,10 @@ CASES = [
     Case("combine_pre", "float32", 4, FEW, back=True, T=9),
     Case("combine_pre", "float16", 3, MANY),
     Case("combine_pre", "bfloat16", 6, FEW, T=3),
+    Case("combine_pre", "bfloat16", 4, FEWEST, T=18),
+    Case("combine_pre", "float32", 4, FEWEST, T=3),
     Case("pre", "bfloat16", 4, FEW, T=3),
+    Case("pre", "float32", 4, FEWEST, T=3),
     Case("pre", "float16", 4, MANY, T=70, C=64),
     Case("pre", "bfloat16", 4, MANY, T=70, C=64),  # whole blocks: the streams are on their way
     Case("head", "float32", 4, FEW, back=True),
@@ -90,12 +94,19 @@ def test_kernels_on_a_cpu(case: Case, folder: Path, monkeypatch: pytest.MonkeyPa
     from mhc_backends.kernels.mlx import Kernels
 
     monkeypatch.setattr(launch, "BUSY", case.busy)
+    monkeypatch.setattr(launch, "FEWEST_TOKENS", case.T if case.busy == FEWEST else 0)
     own = Ops(Kernels(launcher(folder), "cuda", 227 * 1024))
     variant, primals = mhc.DEEPSEEK_V4, _draw(case)
     with mhc.no_grad():
         outputs = several(getattr(own, case.op)(*primals, variant=variant))
     wide = [_wide(array) for array in primals]
     _close(outputs, several(getattr(mhc, case.op)(*wide, variant, backend="numpy")))
+    if case.busy == FEWEST:  # the kernels for many tokens have the same bits
+        monkeypatch.setattr(launch, "BUSY", MANY)
+        monkeypatch.setattr(launch, "FEWEST_TOKENS", 0)
+        with mhc.no_grad():
+            many = several(getattr(own, case.op)(*primals, variant=variant))
+        assert all(mx.array_equal(a, b) for a, b in zip(outputs, many, strict=True))
     if case.back:
         rng = np.random.default_rng(5)
         given = [mx.array(rng.normal(size=out.shape).astype(np.float32)) for out in outputs]
@@ -132,6 +143,7 @@ def test_a_nan_that_gpus_make_stays_one(folder: Path, monkeypatch: pytest.Monkey
 
     case = Case("mappings", "float32", 2, MANY)
     monkeypatch.setattr(launch, "BUSY", case.busy)
+    monkeypatch.setattr(launch, "FEWEST_TOKENS", case.T if case.busy == FEWEST else 0)
     own = Ops(Kernels(launcher(folder), "cuda", 227 * 1024))
     streams, phi, *rest = _draw(case)
     unknown = np.array(phi)

@@ -26,13 +26,19 @@ __all__ = [
     "Launch",
     "Shape",
     "buffer_bytes",
+    "column_tiles",
     "few",
+    "fewest",
+    "k_blocks",
     "launch",
     "occupancy",
     "operand_bytes",
+    "per_split",
+    "run_steps",
     "shares",
     "splits",
     "stage",
+    "stream_steps",
 ]
 
 VARIABLE = "MHC_KERNEL_TUNING"
@@ -61,6 +67,12 @@ MOST_GROUPS = {"metal": MOST_GRID // 1024, "cuda": 128}  # threadgroups, each wi
 MOST_TOKENS = 4  # tokens whose partials a threadgroup adds up
 SHARED = 2048  # floats of threadgroup memory for the sums of some tokens
 SHARE_TOKENS = 128  # the least tokens of an N tile's simdgroup, unless there are fewer
+FEWEST_TOKENS = 64  # tokens whose K blocks leave their threadgroup as separate sums
+FEWEST_SPLITS = 64  # splits of all tiles of tokens; with more, their threadgroups fill a GPU
+FEWEST_STREAMS = 4  # with more, the mappings do not fit into the lanes of a simdgroup
+SPLITS_AT_ONCE = 32  # splits whose partials are in threadgroup memory
+K_BLOCK = 4  # the most streams in a K block of combine_project
+SPREAD = 128  # threadgroups, one for each of a large GPU's multiprocessors
 SCRATCH = {
     "metal": 8192,
     "cuda": 10240,
@@ -86,7 +98,9 @@ class Shape:
           lanes, rounded up to a power of two
         - ``"split_k"``: a split of the channels, for tiles of 16 tokens in each simdgroup
         - ``"k_blocks"``: the same for one tile; its simdgroups share the split's K blocks
+        - ``"k_block"``: a K block, 16 tokens and 8 columns in each simdgroup
         - ``"several"``: some tokens, with their partials and channels
+        - ``"one"``: some channels of a token, with its sums of K blocks
         - ``"sums"``: some tokens, with their partials alone
         - ``"n_tiles"``: N tiles of 32 channels of a stream, one in each simdgroup, for a share of
           the tokens
@@ -118,7 +132,9 @@ class Shape:
         "matrices",
         "split_k",
         "k_blocks",
+        "k_block",
         "several",
+        "one",
         "sums",
         "n_tiles",
     ]
@@ -136,7 +152,8 @@ TABLE: Mapping[str, Shape] = {
     "aggregate_vjp": Shape(groups="token"),
     "combine": Shape(groups="tile"),
     "combine_project": Shape(groups="split_k"),
-    "combine_project_few": Shape(groups="k_blocks", threads=512),
+    "combine_project_few": Shape(groups="k_blocks"),
+    "combine_project_k_blocks": Shape(groups="k_block", threads=128, resident=3),
     "combine_vjp": Shape(groups="token", elements=4),
     "combine_vjp_wide": Shape(groups="token", elements=1, streams=True),
     "gated_combine": Shape(groups="tile"),
@@ -146,12 +163,14 @@ TABLE: Mapping[str, Shape] = {
     "mappings": Shape(groups="sums"),
     "mappings_vjp": Shape(groups="matrices", threads=64),
     "pre": Shape(groups="several", resident=4),
+    "pre_k_blocks": Shape(groups="one", threads=160),
     "pre_scale": Shape(groups="tile"),
     "pre_scale_vjp": Shape(groups="token"),
     "project": Shape(groups="split_k"),
     "project_dphi": Shape(groups="n_tiles", resident=2, resident_float32=1),
     "project_dx": Shape(groups="n_tiles", iterations=4, resident=2),
     "project_few": Shape(groups="k_blocks", threads=512),
+    "project_k_blocks": Shape(groups="k_block", threads=128, resident=4),
     "residual_add_aggregate": Shape(groups="tile"),
     "residual_add_aggregate_vjp": Shape(groups="token"),
     "rms_norm": Shape(groups="token", keeps=1),
@@ -202,7 +221,11 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
     if shape.groups == "split_k":
         return _split_k(shape, T, C, TOKEN_TILES[dtype] if kernel == "project" else 1, dialect)
     if shape.groups == "k_blocks":
-        return _split_k_few(shape, T, n, C, dialect)
+        each = per_split(kernel, n, dtype)
+        return _split_k_few(shape, T, n, C, each, dialect)
+    if shape.groups == "k_block":
+        count, tiles = k_blocks(kernel, n, C, dtype), column_tiles(kernel, T, n, dtype)
+        return _spread(shape, T, n, count, tiles)
     if shape.groups == "sums":
         return _several(T, n, 1, shape.threads, 1)
     if shape.groups == "n_tiles":
@@ -212,6 +235,8 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
     threads = _threads(shape, accesses * n if shape.streams else accesses)
     if shape.groups == "several":
         return _several(T, n, accesses, threads, elements)
+    if shape.groups == "one":
+        return _one(shape, T, accesses, elements)
     groups = _token_shares(shape, T, n * C) if shape.groups == "share" else T
     if shape.keeps:
         turns = -(-accesses // threads)
@@ -271,6 +296,38 @@ def few(T: int, C: int) -> bool:
     return -(-T // (max(TOKEN_TILES.values()) * TILE_TOKENS)) * splits(C) < BUSY
 
 
+def fewest(T: int, n: int, C: int) -> bool:
+    """Return whether tokens are so few that K blocks spread over the GPU; this changes no bit."""
+    items = -(-T // TILE_TOKENS) * splits(C)
+    return T <= FEWEST_TOKENS and items <= FEWEST_SPLITS and n <= FEWEST_STREAMS
+
+
+def run_steps(dtype: str) -> int:
+    """Return the number of K steps of one stream in a K block of ``project``."""
+    return 1 if dtype == "float32" else 2
+
+
+def stream_steps(n: int, dtype: str) -> int:
+    """Return the number of streams in a K block of ``combine_project``."""
+    return 1 if dtype == "float32" else math.gcd(n, K_BLOCK)
+
+
+def per_split(kernel: str, n: int, dtype: str) -> int:
+    """Return the number of K blocks in a split."""
+    return n * SPLIT_STEPS // _steps(kernel, n, dtype)
+
+
+def k_blocks(kernel: str, n: int, C: int, dtype: str) -> int:
+    """Return the number of K blocks in all splits."""
+    if kernel.startswith("combine"):
+        return -(-C // STEP_CHANNELS) * n // stream_steps(n, dtype)
+    return -(-C // (run_steps(dtype) * STEP_CHANNELS)) * n
+
+
+def _steps(kernel: str, n: int, dtype: str) -> int:
+    return stream_steps(n, dtype) if kernel.startswith("combine") else run_steps(dtype)
+
+
 def shares(kernel: str, T: int, n: int, C: int, dialect: str = "metal") -> int:
     """Return the number of token shares that a kernel sums separately."""
     made = launch(kernel, T, n, C, "float32", dialect)
@@ -290,12 +347,38 @@ def _split_k(shape: Shape, T: int, C: int, token_tiles: int, dialect: str) -> La
     return Launch((groups * simdgroups * SIMD, 1, 1), (simdgroups * SIMD, 1, 1), 1)
 
 
-def _split_k_few(shape: Shape, T: int, n: int, C: int, dialect: str) -> Launch:
+def _split_k_few(shape: Shape, T: int, n: int, C: int, each: int, dialect: str) -> Launch:
     width = TILE_COLUMNS * -(-min(n * n + 2 * n, COLUMNS_AT_ONCE) // TILE_COLUMNS) + 4
     # K blocks whose sums fit into threadgroup memory beside their total
-    k_blocks = SCRATCH[dialect] // (TILE_TOKENS * width) - 1
-    threads = min(shape.threads, k_blocks * SIMD)
+    room = SCRATCH[dialect] // (TILE_TOKENS * width) - 1
+    threads = min(shape.threads, room * SIMD, each * SIMD)
     return _launch(-(-T // TILE_TOKENS) * splits(C), 1, threads, 1)
+
+
+def column_tiles(kernel: str, T: int, n: int, dtype: str) -> int:
+    """Return the tiles of columns that a simdgroup multiplies K blocks of the fewest tokens by.
+
+    The more simdgroups, the sooner. But the product of floats (cuda/dialect/operands.h) has the
+    same bits only with the same tiles.
+    """
+    if dtype != "float32" and (kernel.startswith("combine") or T <= TILE_TOKENS):
+        return 1
+    return -(-(n * n + 2 * n) // TILE_COLUMNS)
+
+
+def _spread(shape: Shape, T: int, n: int, count: int, tiles: int) -> Launch:
+    columns = -(-(n * n + 2 * n) // (TILE_COLUMNS * tiles))
+    items, simdgroups = -(-T // TILE_TOKENS) * count * columns, shape.threads // SIMD
+    while simdgroups > 1 and items < simdgroups * SPREAD:
+        simdgroups //= 2
+    return _launch(-(-items // simdgroups), 1, simdgroups * SIMD, 1)
+
+
+def _one(shape: Shape, T: int, accesses: int, elements: int) -> Launch:
+    """Choose the threads of a token; one simdgroup has no channels."""
+    threads = min(shape.threads, -(-accesses // SIMD) * SIMD + SIMD)
+    workers = max(threads - SIMD, SIMD)
+    return _launch(T, -(-accesses // workers), threads, elements)
 
 
 def operand_bytes(tiles: int, dtype: str, dialect: str) -> int:

@@ -31,12 +31,13 @@ from kernel_checks import (  # noqa: E402
 )
 from mhc_backends.kernels import launch as launches  # noqa: E402
 from mhc_backends.kernels.mlx import Kernels, Out  # noqa: E402
-from mhc_backends.kernels.ops import _projection, head, mappings  # noqa: E402
+from mhc_backends.kernels.ops import _projection, combine_pre, head, mappings, pre  # noqa: E402
 
 from mhc_metal_simulator import traffic  # noqa: E402
 
 KERNELS = Kernels(simulator.metal_kernel, "metal")
-MANY, FEW = 0, 2**30  # as launch.BUSY: all sizes count as many tokens, or as few
+# as launch.BUSY: all sizes count as many tokens, or as few; or as the fewest
+MANY, FEW, FEWEST = 0, 2**30, 2**31
 
 
 @contextlib.contextmanager
@@ -47,6 +48,9 @@ def small(busy: int, threads: int = 64) -> Iterator[None]:
         patch.setattr(launches, "TABLE", shapes)
         patch.setattr(launches, "MOST_GRID", threads)
         patch.setattr(launches, "BUSY", busy)
+        patch.setattr(launches, "FEWEST_TOKENS", busy if busy == FEWEST else 0)
+        patch.setattr(launches, "FEWEST_SPLITS", FEWEST)
+        patch.setattr(launches, "SPLITS_AT_ONCE", 1)
         yield
 
 
@@ -248,14 +252,14 @@ def _combine_project(size: Size, busy: int) -> None:
 
 def _combined(arrays: Sequence[mx.array], busy: int) -> None:
     x, y, h_post, h_res, phi = arrays
-    made, partials = _launched(busy, lambda: _projection.combine_project(KERNELS, *arrays))
+    made, (partials, _) = _launched(busy, lambda: _projection.combine_project(KERNELS, *arrays))
     mixed = np.einsum("...ij,...jc->...ic", _wide(h_res), _wide(x))
     _close([made], [mixed + _wide(h_post)[..., None] * _wide(y)[:, None]])
     _sums(partials, made, phi)
     if busy == FEW:
         many = _launched(MANY, lambda: _projection.combine_project(KERNELS, *arrays))
         _equal_bits(made, many[0])
-        _equal_bits(partials, many[1])
+        _equal_bits(partials, many[1].array)
 
 
 @contextlib.contextmanager
@@ -324,12 +328,44 @@ def _end(size: Size, busy: int) -> None:
     h, h_post, h_res = mhc.pre(*arrays, VARIANT, backend="numpy")
     h_pre, *_ = mhc.mappings(*arrays, VARIANT, backend="numpy")
     r = 1 / np.sqrt(numbers[:, columns:] / (n * C) + VARIANT.norm_eps)
+    sums = _projection.Sums(partials)
     with small(busy):
-        made = _projection.pre(KERNELS, x, partials, scale, bias, None, VARIANT)
+        made = _projection.pre(KERNELS, x, sums, scale, bias, None, VARIANT)
         _close([*made[:4], *made.saved], [h, h_pre, h_post, h_res, u, r])
-        other = _projection.pre(KERNELS, x, partials, scale, bias, given, VARIANT)
+        other = _projection.pre(KERNELS, x, sums, scale, bias, given, VARIANT)
         mixed = np.einsum("tn,tnc->tc", _wide(given), wide)
         _close([*other[:4], *other.saved], [mixed, h_pre, h_post, h_res, u, r])
+
+
+def _fewest(op: str, size: Size) -> None:
+    """Check an op of the fewest tokens, and that it has the bits of the kernels for many."""
+    primals = _draw(op, size)
+    primals[0] = _normal(primals[0].shape, primals[0].dtype) if op == "pre" else primals[0]
+    module = pre if op == "pre" else combine_pre
+    made: list[list[mx.array]] = []
+    for busy in (FEWEST, MANY):
+        with small(busy), simulator.record() as records:
+            outputs, saved = module.forward_with_saved(KERNELS, *primals, variant=VARIANT)
+        kernels = [traffic.kernel_of(record) for record in records]
+        assert all(name.endswith("_k_blocks") == (busy == FEWEST) for name in kernels), kernels
+        made.append([*outputs, *saved])
+    count = len(outputs)
+    arrays = [_wide(array) for array in primals]
+    wanted = _outputs(op, arrays, VARIANT, "numpy")
+    _close(made[0][:count], wanted)
+    projected = [wanted[0] if op != "pre" else arrays[0], arrays[1 if op == "pre" else 4]]
+    _close(saved[-3:-1], _projected(projected))
+    for few, many in zip(*made, strict=True):
+        _equal_bits(few, many)
+
+
+def _fewest_pre(size: Size, _: int) -> None:
+    _fewest("pre", size)
+
+
+def _fewest_combine_pre(size: Size, _: int) -> None:
+    for op in ("combine_pre with h_pre", "shared mappings"):
+        _fewest(op, size)
 
 
 def _mappings(size: Size, busy: int) -> None:
@@ -377,6 +413,16 @@ CHECKS: dict[str, tuple[Callable[[Size, int], None], int, Sequence[Size]]] = {
         FEW,
         [Size(13, 3, 37), TINY, Size(13, 9, 37), Size(13, 4, 296, "bfloat16")],
     ),
+    "pre_k_blocks": (
+        _fewest_pre,
+        FEWEST,
+        [Size(19, 3, 37), TINY, Size(3, 4, 544, "bfloat16"), Size(5, 2, 288)],
+    ),
+    "combine_project_k_blocks": (
+        _fewest_combine_pre,
+        FEWEST,
+        [Size(13, 3, 37), TINY, Size(19, 4, 288, "bfloat16"), Size(5, 4, 64)],
+    ),
     "weights_vjp": (_weights_vjp, MANY, [Size(5, 3, 37), TINY]),
     "project, ahead": (_project_ahead, MANY, [Size(70, 3, 160), *AHEAD_SIZES[:2]]),
     "combine_project, ahead": (_combine_project_ahead, MANY, AHEAD_SIZES[2:4]),
@@ -410,7 +456,8 @@ def test_rows_on_their_way(size: Size, k_blocks: int) -> None:
 
     def make() -> list[mx.array]:
         partials = _projection.project(KERNELS, arrays[0], arrays[4])
-        return [partials, *_projection.combine_project(KERNELS, *arrays)]
+        made, sums = _projection.combine_project(KERNELS, *arrays)
+        return [partials, made, sums.array]
 
     with small(MANY), simulator.options(schedules=["forward", "reversed"]):
         at_once = make()
@@ -445,6 +492,11 @@ K_BLOCK = f"put_block_sums(k_block, {MULTIPLIED}, tokens, lane);"
 HALF_K_BLOCK = (
     "auto sums = add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands);"
     f"{ROUNDED} put_block_sums(k_block, sums, tokens, lane);"
+)
+K_BLOCK_MADE = f"{MULTIPLIED}, column, tokens, lane);"
+HALF_K_BLOCK_MADE = (
+    "[&] { auto sums = add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands);"
+    f"{ROUNDED} return sums; }}(), column, tokens, lane);"
 )
 FEW_BARRIERS = [
     (
@@ -526,6 +578,33 @@ FAULTS = (
         ("index", "token) * N + i]", "token) * N]", WRONG),
         ("half sum", K_BLOCK, HALF_K_BLOCK, WRONG),
         ("space", "float(h_post[", f"float({_device('h_post')}[", NO_SPACE),
+    ),
+    *_many(
+        "project_k_blocks",
+        ("tail", "first, T, K, lane", "first, T + 1, K, lane", BOUNDS),
+        ("tokens' tail", "T - first < TILE_TOKENS ? int(T - first) :", "", ANYWHERE),
+        ("index", "own * RUN, lane", "(own + 1) * RUN, lane", f"{WRONG}|{BOUNDS}"),
+        ("half sum", K_BLOCK_MADE, HALF_K_BLOCK_MADE, f"{WRONG}|{BITS}"),
+        ("space", "(x) + begin", f"({_device('x')}) + begin", NO_SPACE),
+        op="pre_k_blocks",
+    ),
+    *_many(
+        "combine_project_k_blocks",
+        ("tail", "at < tokens ? first + at : T - 1", "first + at", BOUNDS),
+        ("stores' tail", "&& at < tokens)", "&& at <= tokens)", ANYWHERE),
+        ("index", "(h_post_shape_0, token) * N", "(h_post_shape_0, token)", ANYWHERE),
+        ("streams of other K blocks", "&& k != i)", "&& k != N - 1 - i)", ANYWHERE),
+        ("half sum", K_BLOCK_MADE, HALF_K_BLOCK_MADE, f"{WRONG}|{BITS}"),
+        ("space", "(y) + channel, first", f"({_device('y')}) + channel, first", NO_SPACE),
+    ),
+    *_many(
+        "pre_k_blocks",
+        ("barrier of the sums", "here); BARRIER;", "here);", RACE),
+        ("barrier of the next splits", "BARRIER;  // the next", "// the next", RACE),
+        ("tail", "if (own < C)", "if (own <= C)", ANYWHERE),
+        ("index", "token * M + lane]", "token * M + M - 1 - lane]", WRONG),
+        ("half sum", "next.at[k];", "float(half(next.at[k]));", f"{WRONG}|{BITS}"),
+        ("space", "float(scale[group])", f"float({_device('scale')}[group])", NO_SPACE),
     ),
     *_many(
         "project_dx",
@@ -640,6 +719,16 @@ FAULTS = (
         ),
         ("columns of the totals", "k < PRODUCTS && column + k < M", "k < PRODUCTS", ANYWHERE),
         op="project_few",
+    ),
+    *_many(
+        "common",
+        ("rows of a K block", "row < tokens && at < Block", "at < Block", ANYWHERE),
+        ("numbers of a K block", "at < BlockSums<M>::SQUARES)", "true)", f"{ANYWHERE}|{RACE}"),
+        ("the last K blocks", "begin + k < left ?", "true ?", ANYWHERE),
+        ("K blocks of a split", "left - split * BLOCKS", "left", ANYWHERE),
+        ("products of a split", "if (first + k < M)", "", f"{ANYWHERE}|{RACE}"),
+        ("squares of the lanes", "+ (sum.at[2] + sum.at[3])", "", WRONG),
+        op="pre_k_blocks",
     ),
     *_many(
         "common",

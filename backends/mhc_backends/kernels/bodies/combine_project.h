@@ -18,6 +18,7 @@
 #include "../common/project/layout.h"
 #include "../common/project/mix.h"
 #include "../common/project/mix_inputs.h"
+#include "../common/project/mix_loads.h"
 #include "../common/project/pipeline.h"
 #include "../common/project/schedule.h"
 #include "../common/project/stage_phi.h"

@@ -15,6 +15,7 @@
 #include "../common/project/k_steps.h"
 #include "../common/project/layout.h"
 #include "../common/project/mix.h"
+#include "../common/project/mix_loads.h"
 #include "../common/project/phi_registers.h"
 #include "../common/project/raw_within.h"
 #include "../common/project/sums.h"
@@ -48,6 +49,7 @@ FUNCTION void combine_project_few(X x, int64_t x_shape_0, int x_shape_2, Y y, HP
     const int64_t T = x_shape_0;
     const int C = x_shape_2, M = phi_shape_0;
     const int64_t K = int64_t(N) * C;
+    const bool KEPT = N <= 4;  // the streams are in registers, else they are read again
 
     typedef decltype(load_raw<8>(ACCESS::at(x))) Row;
     const int lane = here.id % SIMD, simdgroup = here.id / SIMD, channel = 4 * tile_pair(lane);
@@ -70,26 +72,30 @@ FUNCTION void combine_project_few(X x, int64_t x_shape_0, int x_shape_2, Y y, HP
                     const int k_step = (done + simdgroup) * STEPS;
                     const int c = begin + step_channel<N, 1>(k_step);
                     const int rest = C - c - channel;
-                    const auto phi_operands = load_b_operands<N, 1, COLUMN_TILES, STEPS>(
-                        Row(), ACCESS::at(phi), K, M, C, column, begin, k_step, lane);
                     AOperand<Row, STEPS, 1> rows;
-                    UNROLL for (int k = 0; k < 2 * STEPS; k++) {
-                        const int own = tile_row(lane) + k % 2 * 8;
-                        const int i = step_stream<N, 1>(k_step + k / 2);
+                    UNROLL for (int r = 0; r < 2; r++) {
+                        const int own = 8 * r + tile_row(lane);
                         const int64_t token = own < tokens ? first + own : T - 1;
-                        const float post = float(h_post[row(h_post_shape_0, token) * N + i]);
-                        const auto res = hold<N, (N <= 4)>(ACCESS::at(h_res) +
-                                                           (row(h_res_shape_0, token) * N + i) * N);
                         const auto from = ACCESS::at(x) + token * K + c + channel;
+                        const auto streams = load_streams_within<KEPT ? N : 1>(from, C, rest);
                         const Floats<8> layer = floats(
                             load_raw_within<8>(ACCESS::at(y) + token * C + c + channel, rest));
-                        const Floats<8> sum = mix_streams<N, false>(
-                            times(post, layer), res, 0, RawStreams<1, Row>(), from, C, rest);
-                        const Row mixed = packed(ACCESS::at(out), sum);
-                        const auto to = ACCESS::at(out) + token * K + int64_t(i) * C + c + channel;
-                        if (column == 0 && own < tokens) store_raw_within(to, mixed, rest);
-                        rows.at[k / 2][0].in_half[k % 2] = mixed;
+                        UNROLL for (int k = 0; k < STEPS; k++) {
+                            const int i = step_stream<N, 1>(k_step + k);
+                            const float post = float(h_post[row(h_post_shape_0, token) * N + i]);
+                            const auto res = hold<N, KEPT>(ACCESS::at(h_res) +
+                                                           (row(h_res_shape_0, token) * N + i) * N);
+                            const Floats<8> sum = mix_streams<N, KEPT>(times(post, layer), res, 0,
+                                                                       streams, from, C, rest);
+                            const Row mixed = packed(ACCESS::at(out), sum);
+                            const auto to =
+                                ACCESS::at(out) + token * K + int64_t(i) * C + c + channel;
+                            if (column == 0 && own < tokens) store_raw_within(to, mixed, rest);
+                            rows.at[k][0].in_half[r] = mixed;
+                        }
                     }
+                    const auto phi_operands = load_b_operands<N, 1, COLUMN_TILES, STEPS>(
+                        Row(), ACCESS::at(phi), K, M, C, column, begin, k_step, lane);
                     const auto k_block = k_blocks + simdgroup * NUMBERS;
                     TOGETHER;
                     put_block_sums(k_block,

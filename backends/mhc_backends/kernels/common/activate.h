@@ -7,6 +7,19 @@
 #include "sigmoid.h"
 #include "dialect/words.h"
 
+// The mapping of a column: H_pre's have group 0, H_post's 1, H_res's 2.
+template <int N>
+FUNCTION int column_group(int column) {
+    return column < N ? 0 : column < 2 * N ? 1 : 2;
+}
+
+// h_pre, h_post or the logit of a column, from the product, r and the column's scale and bias.
+FUNCTION float activated(int group, float product, float inverse, float scale, float bias,
+                         float pre_eps, float post_scale) {
+    const float z = product * inverse * scale + bias;
+    return group == 0 ? sigmoid(z) + pre_eps : group == 1 ? post_scale * sigmoid(z) : z;
+}
+
 // `sums` has M = n n + 2 n products and the sum of squares of each of TOKENS tokens. Computes u
 // (the products), r (1 / rms), h_pre and h_post, and stores them if `stores`. h_pre and the logits
 // of H_res replace the products in `sums`: a BARRIER must come before they are read.
@@ -19,13 +32,11 @@ FUNCTION void activate(S sums, A scale, B bias, float norm_eps, float pre_eps, f
     for (int item = here.id; item < tokens * M; item += here.threads) {
         const int k = item / M, column = item % M;
         const int64_t token = first + k;
-        const int group = column < N ? 0 : column < 2 * N ? 1 : 2;
+        const int group = column_group<N>(column);
         const float product = sums[k * (M + 1) + column];
         const float inverse = inverse_rms(sums[k * (M + 1) + M], count, norm_eps);
-        const float z = product * inverse * float(scale[group]) + float(bias[column]);
-        const float mapped = group == 0   ? sigmoid(z) + pre_eps
-                             : group == 1 ? post_scale * sigmoid(z)
-                                          : z;
+        const float mapped = activated(group, product, inverse, float(scale[group]),
+                                       float(bias[column]), pre_eps, post_scale);
         if (stores) {
             if (SAVES) u[token * M + column] = product;
             if (SAVES && column == 0) r[token] = inverse;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,12 +16,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Cotangents",
     "Projected",
+    "Sums",
     "combine_project",
     "constants",
     "local_vjp",
     "mapped",
     "pre",
     "project",
+    "project_for_pre",
     "projection_pullback",
     "pullback",
     "settings",
@@ -33,7 +34,7 @@ __all__ = [
 DPHI_STEPS = 8  # K steps of 32 tokens whose du is in threadgroup memory at a time
 DPHI_COLUMNS = 32  # columns whose sums a simdgroup keeps in registers
 KEPT = 4  # the most streams that combine_project keeps in registers
-K_BLOCK = 4  # the most streams in a K block of combine_project
+MOST_FEW = 256  # tokens of combine_project_few, whose threadgroups all read a split's phi again
 MOST_COLUMNS = 32  # columns whose B operands leave threadgroup memory for a second K step
 
 
@@ -69,7 +70,7 @@ def project(kernels: Kernels, x: mx.array, phi: mx.array) -> mx.array:
     """Return the sums over all channels, as split-K partials."""
     sizes = Sizes.of(x)
     inputs, out = {"x": tokens(x, 2), "phi": phi}, _partials(sizes, phi)
-    run = 1 if phi.shape[0] > MOST_COLUMNS else _run(x)
+    run = 1 if phi.shape[0] > MOST_COLUMNS else launch.run_steps(dtype_name(x.dtype))
     tiles = _tiles(phi, launch.COLUMNS_AT_ONCE)
     chosen = {"RUN": run, "COLUMN_TILES": tiles}
     if launch.few(sizes.T, sizes.C):
@@ -83,6 +84,28 @@ def project(kernels: Kernels, x: mx.array, phi: mx.array) -> mx.array:
     return kernels("project", inputs, {"partials": out}, sizes, None, stage, **chosen)[0]
 
 
+class Sums(NamedTuple):
+    """Sums over all channels for ``pre``.
+
+    They are split-K partials or, with ``blocks`` K blocks in a split, the sums of K blocks.
+    """
+
+    array: mx.array
+    blocks: int = 0
+
+
+def project_for_pre(kernels: Kernels, x: mx.array, phi: mx.array) -> Sums:
+    """Return the sums over all channels; those of the fewest tokens are sums of K blocks."""
+    sizes, dtype, kernel = Sizes.of(x), dtype_name(x.dtype), "project_k_blocks"
+    if not launch.fewest(*sizes):
+        return Sums(project(kernels, x, phi))
+    tiles = launch.column_tiles(kernel, *sizes[:2], dtype)
+    chosen = {"RUN": launch.run_steps(dtype), "COLUMN_TILES": tiles}
+    inputs, outputs = {"x": tokens(x, 2), "phi": phi}, {"blocks": _k_blocks(kernel, x)}
+    made = kernels(kernel, inputs, outputs, sizes, **chosen)[0]
+    return Sums(made, launch.per_split(kernel, sizes.n, dtype))
+
+
 def combine_project(
     kernels: Kernels,
     x: mx.array,
@@ -90,16 +113,23 @@ def combine_project(
     h_post: mx.array,
     h_res: mx.array,
     phi: mx.array,
-) -> tuple[mx.array, mx.array]:
-    """Return x', and its sums over all channels, as split-K partials."""
-    sizes = Sizes.of(x)
+) -> tuple[mx.array, Sums]:
+    """Return x', and its sums over all channels."""
+    sizes, dtype = Sizes.of(x), dtype_name(x.dtype)
     inputs = {**combine.inputs(x, y, h_post, h_res), "phi": phi}
+    steps = launch.stream_steps(sizes.n, dtype)
+    if launch.fewest(*sizes):
+        kernel = "combine_project_k_blocks"
+        tiles = launch.column_tiles(kernel, *sizes[:2], dtype)
+        chosen = {"COLUMN_TILES": tiles, "STEPS": steps}
+        outputs = {"out": Out.like(x), "blocks": _k_blocks(kernel, x)}
+        x_new, blocks = kernels(kernel, inputs, outputs, sizes, **chosen)
+        return x_new, Sums(blocks, launch.per_split(kernel, sizes.n, dtype))
     outputs = {"out": Out.like(x), "partials": _partials(sizes, phi)}
     tiles = _tiles(phi, launch.COLUMNS_AT_ONCE)
-    narrow = dtype_name(x.dtype) != FLOAT32
-    chosen = {"COLUMN_TILES": tiles, "STEPS": math.gcd(sizes.n, K_BLOCK) if narrow else 1}
-    # every simdgroup of combine_project_few reads all streams, so it is for one tile of tokens
-    if sizes.T <= launch.TILE_TOKENS and launch.few(sizes.T, sizes.C):
+    narrow = dtype != FLOAT32
+    chosen = {"COLUMN_TILES": tiles, "STEPS": steps}
+    if sizes.T <= MOST_FEW and launch.few(sizes.T, sizes.C):
         chosen["SCRATCH"] = launch.SCRATCH[kernels.dialect]
         x_new, partials = kernels("combine_project_few", inputs, outputs, sizes, **chosen)
     else:
@@ -111,16 +141,19 @@ def combine_project(
             kernels, "combine_project", x, tiles, steps, unit, rows, most
         )
         x_new, partials = kernels("combine_project", inputs, outputs, sizes, None, stage, **chosen)
-    return x_new, partials
+    return x_new, Sums(partials)
+
+
+def _k_blocks(kernel: str, x: mx.array) -> Out:
+    """Return the output for the sums of K blocks, whose layout is in common/project."""
+    sizes = Sizes.of(x)
+    columns = sizes.n * sizes.n + 2 * sizes.n
+    count = launch.k_blocks(kernel, sizes.n, sizes.C, dtype_name(x.dtype))
+    return Out((sizes.T, count, -(-columns // 4) * 4 + 4), FLOAT32)
 
 
 def _partials(sizes: Sizes, phi: mx.array) -> Out:
     return Out((sizes.T, launch.splits(sizes.C), phi.shape[0] + 1), FLOAT32)
-
-
-def _run(x: mx.array) -> int:
-    """Return the number of K steps of one stream in a K block."""
-    return 1 if dtype_name(x.dtype) == FLOAT32 else 2
 
 
 def _tiles(phi: mx.array, most: int) -> int:
@@ -175,7 +208,7 @@ class Pre(NamedTuple):
 def pre(
     kernels: Kernels,
     x: mx.array,
-    partials: mx.array,
+    sums: Sums,
     scale: mx.array,
     bias: mx.array,
     given: mx.array | None,
@@ -184,9 +217,10 @@ def pre(
 ) -> Pre:
     """Launch ``pre`` on the sums of x; h is weighted by ``given``, or else by H_pre."""
     sizes, ahead = Sizes.of(x), x.shape[:-2]
+    kernel = "pre_k_blocks" if sums.blocks else "pre"
     inputs: dict[str, mx.array | None] = {
         "x": tokens(x, 2),
-        "partials": partials,
+        "blocks" if sums.blocks else "partials": sums.array,
         "scale": scale,
         "bias": bias,
     }
@@ -196,8 +230,9 @@ def pre(
         **mapped(ahead, sizes.n, bias.size, saves),
     }
     chosen = {"GIVEN": given is not None, "SAVES": saves, **constants(variant)}
+    chosen |= {"BLOCKS": sums.blocks, "SPLITS": launch.SPLITS_AT_ONCE}
     h, h_pre, h_post, h_res, *saved = kernels(
-        "pre", inputs, outputs, sizes, settings(variant), **chosen
+        kernel, inputs, outputs, sizes, settings(variant), **chosen
     )
     return Pre(h, h_pre, h_post, h_res, tuple(saved))
 

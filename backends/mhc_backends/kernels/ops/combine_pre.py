@@ -1,4 +1,4 @@
-"""combine_pre: kernels ``combine_project`` (or ``combine_project_few``) and ``pre``.
+"""combine_pre: kernels ``combine_project`` and ``pre``, or their forms for few tokens.
 
 The vjp is pre's, then combine's.
 """
@@ -35,8 +35,8 @@ def forward_with_saved(
     saves: bool = True,
 ) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
     """Return the outputs and, for the vjp, x' and the projection of x'."""
-    x_new, partials = _projection.combine_project(kernels, x, y, h_post, h_res, phi)
-    made = _projection.pre(kernels, x_new, partials, scale, bias, h_pre, variant, saves)
+    x_new, sums = _projection.combine_project(kernels, x, y, h_post, h_res, phi)
+    made = _projection.pre(kernels, x_new, sums, scale, bias, h_pre, variant, saves)
     outputs = (x_new, made.h, made.h_pre, made.h_post, made.h_res)
     return outputs, (x_new, *made.saved, made.h_pre)
 

@@ -1,4 +1,4 @@
-"""pre: kernels ``project`` (or ``project_few``) and ``pre``, and the kernels of their vjps."""
+"""pre: kernels ``project`` and ``pre`` (or their forms for few tokens), and those of their vjps."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def forward_with_saved(
     saves: bool = True,
 ) -> tuple[tuple[mx.array, mx.array, mx.array], tuple[mx.array, ...]]:
     """Return the outputs and, for the vjp, the projection and H_pre."""
-    partials = _projection.project(kernels, x, phi)
-    made = _projection.pre(kernels, x, partials, scale, bias, None, variant, saves)
+    sums = _projection.project_for_pre(kernels, x, phi)
+    made = _projection.pre(kernels, x, sums, scale, bias, None, variant, saves)
     return (made.h, made.h_post, made.h_res), (*made.saved, made.h_pre)
 
 
