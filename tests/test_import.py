@@ -84,7 +84,7 @@ def test_no_name_is_there_by_accident(name: str) -> None:
     assert "annotations" not in dir(importlib.import_module(name))
 
 
-CONSTANTS = ["DEEPSEEK_V4", "DEEPSEEK_V41", "LIGER", "PAPER"]
+CONSTANTS = ["DEEPSEEK_V4", "DEEPSEEK_V41", "GLM53_FLASH", "HY_V4", "LIGER", "PAPER", "XING40"]
 CLASSES = [
     *("Backend", "BackendError", "BackendUnavailableError"),
     *("UnknownBackendError", "UnsupportedError", "Variant"),

@@ -20,12 +20,12 @@ struct mappings_memory {
 };
 
 template <int N, int TOKENS, int CHANNELS, bool SAVES, int ITERATIONS, bool LOG, bool FIRST_COLUMNS,
-          bool TRANSPOSED, typename Partials, typename Scale, typename Bias, typename HPre,
-          typename HPost, typename HRes, typename U, typename R>
+          bool TRANSPOSED, bool EXP_START, bool CLAMPED, typename Partials, typename Scale,
+          typename Bias, typename HPre, typename HPost, typename HRes, typename U, typename R>
 FUNCTION void mappings(Partials partials, int64_t partials_shape_0, int partials_shape_1,
                        Scale scale, Bias bias, HPre h_pre, HPost h_post, HRes h_res, U u, R r,
                        float norm_eps, float pre_eps, float post_scale, float sinkhorn_eps,
-                       threadgroup float* sums, Position here) {
+                       float clamp_low, float clamp_high, threadgroup float* sums, Position here) {
     const int64_t T = partials_shape_0;
     const int M = N * N + 2 * N;
 
@@ -36,8 +36,8 @@ FUNCTION void mappings(Partials partials, int64_t partials_shape_0, int partials
         activate<N, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale,
                                    float(N) * CHANNELS, first, T, true, u, r, h_pre, h_post, here);
         BARRIER;
-        mix_matrices<N, TOKENS, ITERATIONS, LOG, FIRST_COLUMNS, TRANSPOSED>(sums, sinkhorn_eps,
-                                                                            first, T, h_res, here);
+        mix_matrices<N, TOKENS, ITERATIONS, LOG, FIRST_COLUMNS, TRANSPOSED, EXP_START, CLAMPED>(
+            sums, sinkhorn_eps, clamp_low, clamp_high, first, T, h_res, here);
         BARRIER;  // the next tokens use sums again
     }
 }

@@ -36,6 +36,10 @@ _MODELS = {
     ),
 }
 
+_OTHERS = {  # models that widen the residual path in another way
+    "mlx_vlm.models.kimi_k3.kimi_k3.Model": "attention residuals are not hyper-connections",
+}
+
 _FROZEN = "_frozen_by_mhc_core"  # an attribute of modules: the parameters that accelerate froze
 
 _UNTRAINED = (
@@ -179,6 +183,9 @@ def _family(model: Any) -> Family:
     names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__]
     name = next((name for name in names if name in _MODELS), None)
     if name is None:
+        reason = next((_OTHERS[other] for other in names if other in _OTHERS), None)
+        if reason:
+            raise TypeError(f"accelerate: model is a {names[0]}, whose {reason}")
         raise TypeError(f"accelerate: model is a {names[0]}; needs {' or '.join(_MODELS)}")
     library = _MODELS[name]
     found = _version(library.distribution)
