@@ -503,7 +503,7 @@ def gated_pre(
 def gated_head(
     x: Array, norm: Array, down: Array, up: Array, eps: float = 1e-6, *, backend: str | None = None
 ) -> Array:
-    """Collapse the streams before the output as :func:`gated_pre` does, ``h`` alone.
+    """Collapse the streams before the output, ``h = mean_i sigmoid(z_i) u_i`` as in gated_pre.
 
     Parameters
     ----------

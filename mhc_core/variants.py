@@ -216,14 +216,8 @@ GLM53_FLASH = replace(DEEPSEEK_V4, norm_eps=1e-5)
 HY_V4 = Variant(norm_eps=1e-5, pre_eps=1e-6, post_eps=1e-6, mixer="identity")
 """The constants of Hunyuan HY-V4, which does not mix its streams."""
 
-XING40 = Variant(
-    norm_eps=1e-6,
-    sinkhorn_eps=1e-6,
-    sinkhorn_first="rows",
-    sinkhorn_start="exp",
-    sinkhorn_clamp=(-30.0, 30.0),
-)
-"""The constants of Xing4.0 (TeleChat4). Its head is the mean of the streams."""
-
 LIGER = Variant(norm_eps=1e-6, sinkhorn_eps=1e-6, sinkhorn_first="rows")
 """The constants of Liger-Kernel's mHC."""
+
+XING40 = replace(LIGER, sinkhorn_start="exp", sinkhorn_clamp=(-30.0, 30.0))
+"""The constants of Xing4.0 (TeleChat4). Its head is the mean of the streams."""

@@ -283,6 +283,7 @@ APART = Variant(
     norm_eps=0.4,
     pre_eps=0.2,
     post_scale=1.5,
+    post_eps=0.3,
     sinkhorn_iterations=7,
     sinkhorn_eps=0.15,
     sinkhorn_first="rows",

@@ -472,6 +472,7 @@ MUTANTS: Mapping[str, Mutant] = {
 
 _UNUSED = (
     "post_scale",
+    "post_eps",
     "sinkhorn_iterations",
     "sinkhorn_eps",
     "sinkhorn_first",
@@ -492,6 +493,13 @@ EQUIVALENT: Mapping[tuple[str, ...], str] = {
     ("mappings", "variant.pre_eps", VJP): (
         "H_pre = sigmoid(z) + pre_eps, and its derivative by z is sigmoid's own"
     ),
+    **{
+        (op, "variant.post_eps", VJP): (
+            "H_post = post_scale sigmoid(z) + post_eps is an output that no other output depends "
+            "on, and its derivative by z is sigmoid's own times post_scale"
+        )
+        for op in ("mappings", "pre", "combine_pre")
+    },
     ("expand", "n", VJP): "dh is the sum of the cotangent's streams, whose shape says how many",
     **{
         (op, name, VJP, FIRST): f"{op} is linear in {name} alone: its vjp reads no entry of it"

@@ -12,8 +12,8 @@
 // of H_res replace the products in `sums`: a BARRIER must come before they are read.
 template <int N, int TOKENS, bool SAVES, typename S, typename A, typename B, typename P, typename Q>
 FUNCTION void activate(S sums, A scale, B bias, float norm_eps, float pre_eps, float post_scale,
-                       float count, int64_t first, int64_t T, bool stores, Q u, Q r, P h_pre,
-                       P h_post, Position here) {
+                       float post_eps, float count, int64_t first, int64_t T, bool stores, Q u, Q r,
+                       P h_pre, P h_post, Position here) {
     const int M = N * N + 2 * N;
     const int tokens = T - first < TOKENS ? int(T - first) : TOKENS;
     for (int item = here.id; item < tokens * M; item += here.threads) {
@@ -24,7 +24,7 @@ FUNCTION void activate(S sums, A scale, B bias, float norm_eps, float pre_eps, f
         const float inverse = inverse_rms(sums[k * (M + 1) + M], count, norm_eps);
         const float z = product * inverse * float(scale[group]) + float(bias[column]);
         const float mapped = group == 0   ? sigmoid(z) + pre_eps
-                             : group == 1 ? post_scale * sigmoid(z)
+                             : group == 1 ? post_scale * sigmoid(z) + post_eps
                                           : z;
         if (stores) {
             if (SAVES) u[token * M + column] = product;

@@ -52,6 +52,7 @@ def settings(variant: Variant) -> dict[str, float]:
         "norm_eps": v.norm_eps,
         "pre_eps": v.pre_eps,
         "post_scale": v.post_scale,
+        "post_eps": v.post_eps,
         "sinkhorn_eps": v.sinkhorn_eps,
         "clamp_low": low,
         "clamp_high": high,
