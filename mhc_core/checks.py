@@ -18,7 +18,6 @@ __all__ = [
     "iterations",
     "non_negative",
     "one_of",
-    "positive",
     "positive_int",
 ]
 

@@ -6,6 +6,7 @@ Variant                  Our ops
 glm.*                    as v4.* with norm_eps 1e-5; glm.head is contract(how="mean")
 xing.*                   mappings, pre and combine (rows first, not transposed, start "exp",
                          clamped, no pre_eps), contract(how="mean")
+hyv4.*                   mappings, pre and combine without H_res, head
 qwen4.*                  gated_pre, combine without H_res, gated_head
 *.pre_norm, *.stack_norm rms_norm after pre
 =======================  =======================================================================
@@ -66,6 +67,16 @@ def _xing(a: Attrs) -> mhc.Variant:
     )
 
 
+def _hy_v4(a: Attrs) -> mhc.Variant:
+    return mhc.Variant(
+        norm_eps=a["norm_eps"],
+        pre_eps=a["hc_eps"],
+        post_scale=a["magnitude"],
+        post_eps=a["hc_eps"],
+        mixer="identity",
+    )
+
+
 def _weights(p: Arrays, prefix: str = "") -> tuple[Any, Any, Any]:
     return p[f"{prefix}fn"], p[f"{prefix}scale"], p[f"{prefix}base"]
 
@@ -79,13 +90,16 @@ class Mapped:
     def _stored(self, a: Attrs, h_res: Any) -> Any:
         return h_res.swapaxes(-1, -2) if self.variant(a).res_transposed else h_res
 
+    def _comb(self, a: Attrs, h_res: Any) -> dict[str, Any]:
+        return {} if h_res is None else {"comb": self._stored(a, h_res)}
+
     def maps(self, ops: Ops, p: Arrays, a: Attrs) -> dict[str, Any]:
         H_pre, H_post, H_res = ops.mappings(p["x"], *_weights(p), variant=self.variant(a))
-        return {"pre": H_pre, "post": H_post, "comb": self._stored(a, H_res)}
+        return {"pre": H_pre, "post": H_post} | self._comb(a, H_res)
 
     def pre(self, ops: Ops, p: Arrays, a: Attrs) -> dict[str, Any]:
         collapsed, H_post, H_res = ops.pre(p["x"], *_weights(p), variant=self.variant(a))
-        return {"collapsed": collapsed, "post": H_post, "comb": self._stored(a, H_res)}
+        return {"collapsed": collapsed, "post": H_post} | self._comb(a, H_res)
 
     def pre_norm(self, ops: Ops, p: Arrays, a: Attrs) -> dict[str, Any]:
         found = self.pre(ops, p, a)
@@ -93,7 +107,8 @@ class Mapped:
         return {"h": h, **found}
 
     def post(self, ops: Ops, p: Arrays, a: Attrs) -> dict[str, Any]:
-        return {"x": ops.combine(p["residual"], p["y"], p["post"], self._stored(a, p["comb"]))}
+        comb = self._stored(a, p["comb"]) if "comb" in p else None
+        return {"x": ops.combine(p["residual"], p["y"], p["post"], comb)}
 
     def head(self, ops: Ops, p: Arrays, a: Attrs) -> dict[str, Any]:
         return {"h": ops.contract(p["x"], how="mean")}
@@ -122,6 +137,16 @@ class Mapped:
         weight = f"{prefix}norm_weight"
         h = ops.rms_norm(h, p[weight], eps=a["norm_eps"]) if weight in p else h
         return ops.layer(h, p[f"{prefix}W"])
+
+
+class Headed(Mapped):
+    """The forms of a family with a head as DeepSeek-V4's."""
+
+    def head(self, ops: Ops, p: Arrays, a: Attrs) -> dict[str, Any]:
+        return {"h": ops.head(p["x"], *_weights(p), variant=self.variant(a))}
+
+    def _end(self, ops: Ops, x: Any, p: Arrays, a: Attrs) -> Any:
+        return ops.head(x, *_weights(p, "head."), variant=self.variant(a))
 
 
 class Gated:
@@ -177,7 +202,8 @@ KINDS = ("maps", "pre", "pre_norm", "post", "head", "stack", "stack_norm", "mode
 FORMS: Mapping[str, Form] = {
     **_forms("glm", Mapped(_glm), KINDS),
     **_forms("xing", Mapped(_xing), tuple(kind for kind in KINDS if kind != "head")),
-    **_forms("qwen4", Gated(), ("pre", "head")),
+    **_forms("hyv4", Headed(_hy_v4), KINDS),
+    **_forms("qwen4", Gated(), ("pre", "post", "head", "stack", "model")),
 }
 
 CASES = [
@@ -192,7 +218,7 @@ def _size(case: Golden) -> int:
 
 
 # the neutral maths, compiled anew for every shape: one variant of each kind of formula
-ON_JAX = ("xing.pre", "qwen4.pre")
+ON_JAX = ("xing.pre", "hyv4.pre", "qwen4.pre")
 SMALLEST = {case.variant: case for case in sorted(CASES, key=lambda case: -_size(case))}
 BACKENDS = ("numpy", "mlx-compiled", "jax")
 NATIVE = {"jax": JaxOps, "mlx-compiled": MlxOps}

@@ -92,7 +92,7 @@ CLASSES = [
 
 
 def test_the_public_names_are_the_ops_and_these() -> None:
-    functions = sorted([*math.OPS, "vjp", "backends", "no_grad", "use_backend"])
+    functions = sorted([*math.OPS, "vjp", "backends", "mixers", "no_grad", "use_backend"])
     assert mhc_core.__all__ == [*CONSTANTS, *CLASSES, *functions]
     assert _api.__all__ == sorted([*math.OPS, "vjp"])
 
