@@ -34,6 +34,14 @@ _MODELS = {
     "mlx_vlm.models.deepseek_v41.deepseek_v41.Model": _Library(
         "mlx_vlm_deepseek_v41", "mlx-vlm", ("0.7.10",)
     ),
+    "mlx_vlm.models.glm5_next.glm5_next.Model": _Library(
+        "mlx_vlm_glm5_next", "mlx-vlm", ("0.7.10",)
+    ),
+    "mlx_vlm.models.hy_v4.hy_v4.Model": _Library("mlx_vlm_hy_v4", "mlx-vlm", ("0.7.10",)),
+    "mlx_vlm.models.qwen4_exp.qwen4_exp.Model": _Library(
+        "mlx_vlm_qwen4_exp", "mlx-vlm", ("0.7.10",)
+    ),
+    "mlx_vlm.models.xing4_0.xing4_0.Model": _Library("mlx_vlm_xing4_0", "mlx-vlm", ("0.7.10",)),
 }
 
 _OTHERS = {  # models that widen the residual path in another way
