@@ -18,6 +18,7 @@ __all__ = [
     "iterations",
     "non_negative",
     "one_of",
+    "positive",
     "positive_int",
 ]
 

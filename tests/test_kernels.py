@@ -158,7 +158,7 @@ LARGEST = {
     **dict.fromkeys(("project_few", "sinkhorn_vjp"), 20.5),
     **dict.fromkeys(("sinkhorn_knopp_vjp",), 21),
     **dict.fromkeys(("static_mappings_vjp",), 21.5),
-    **dict.fromkeys(("mappings",), 22.5),
+    **dict.fromkeys(("mappings",), 23),
     **dict.fromkeys(("mappings_vjp",), 23.5),
     **dict.fromkeys(("project",), 24.5),
     **dict.fromkeys(("combine_project_few", "pre"), 25.5),

@@ -23,9 +23,7 @@ xing: Any = import_module("mlx_vlm.models.xing4_0.language")
 
 
 @functools.cache
-def _variant(
-    norm_eps: float, eps: float, iterations: int, clamp: tuple[float, float]
-) -> Variant:
+def _variant(norm_eps: float, eps: float, iterations: int, clamp: tuple[float, float]) -> Variant:
     return replace(
         XING40,
         norm_eps=norm_eps,
