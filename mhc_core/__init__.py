@@ -23,8 +23,11 @@ from mhc_core.gradients import no_grad as no_grad
 from mhc_core.selection import use_backend as use_backend
 from mhc_core.variants import DEEPSEEK_V4 as DEEPSEEK_V4
 from mhc_core.variants import DEEPSEEK_V41 as DEEPSEEK_V41
+from mhc_core.variants import GLM53_FLASH as GLM53_FLASH
+from mhc_core.variants import HY_V4 as HY_V4
 from mhc_core.variants import LIGER as LIGER
 from mhc_core.variants import PAPER as PAPER
+from mhc_core.variants import XING40 as XING40
 from mhc_core.variants import Variant as Variant
 
 __version__ = "0.1.0"

@@ -452,6 +452,78 @@ def static_layer(
     return call("static_layer", arrays, {"eps": eps, "iterations": iterations}, backend)
 
 
+def gated_pre(
+    x: Array,
+    norm: Array,
+    down: Array,
+    up: Array,
+    inject: Array,
+    eps: float = 1e-6,
+    *,
+    backend: str | None = None,
+) -> tuple[Array, Array]:
+    """Compute a layer's input from streams that are normalised one by one and gated by channel.
+
+    ::
+
+        u_i = x_i / sqrt(mean(x_i^2) + eps) (1 + norm_i)
+        z = silu(vec(u) @ down.T / n) @ up.T
+        h = mean_i sigmoid(z_i) u_i;  h_post = 2 sigmoid(vec(u) @ inject.T / n)
+
+    The layer's output y is written by :func:`combine` without H_res: ``x'_i = x_i + h_post_i y``.
+
+    Parameters
+    ----------
+    x
+        ``[..., n, C]`` streams.
+    norm
+        ``[n * C]``, the weight of the norm without its 1, as checkpoints store it.
+    down, up
+        ``[R, n * C]`` and ``[n * C, R]``, the two factors of the gates' projection.
+    inject
+        ``[n, n * C]``.
+    eps
+        Added to the mean square of each stream, at least 0.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    h, h_post
+        ``[..., C]`` in x's dtype, the layer's input; ``[..., n]``, float32 (float64 for float64
+        streams), for :func:`combine`.
+
+    Notes
+    -----
+    The gated residual of Qwen4-Exp. Errors: see :mod:`mhc_core._api`.
+    """
+    return call("gated_pre", (x, norm, down, up, inject), {"eps": eps}, backend)
+
+
+def gated_head(
+    x: Array, norm: Array, down: Array, up: Array, eps: float = 1e-6, *, backend: str | None = None
+) -> Array:
+    """Collapse the streams before the output, ``h = mean_i sigmoid(z_i) u_i`` as in gated_pre.
+
+    Parameters
+    ----------
+    x, norm, down, up, eps
+        As for :func:`gated_pre`.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    array
+        ``[..., C]`` in x's dtype.
+
+    Notes
+    -----
+    The last mixer of Qwen4-Exp. Errors: see :mod:`mhc_core._api`.
+    """
+    return call("gated_head", (x, norm, down, up), {"eps": eps}, backend)
+
+
 def gated_combine(
     x: Array, y: Array, h_pre: Array, h_post: Array, h_res: Array, *, backend: str | None = None
 ) -> Array:

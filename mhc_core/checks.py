@@ -14,6 +14,7 @@ from typing import Any
 __all__ = [
     "Check",
     "boolean",
+    "bounds",
     "iterations",
     "non_negative",
     "one_of",
@@ -71,6 +72,27 @@ def boolean(owner: str, name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{owner}: {name} is {_shown(value)}; needs True or False")
     return value
+
+
+def bounds(owner: str, name: str, value: Any) -> tuple[float, float] | None:
+    """Return ``value``, None or two finite numbers of which the first is smaller, as floats."""
+    if value is None:
+        return None
+    need = "needs None or two finite numbers, the smaller one first"
+    try:
+        low, high = value
+        numbers = [isinstance(one, Real) and not isinstance(one, bool) for one in (low, high)]
+    except (TypeError, ValueError):
+        numbers = [False]
+    if not all(numbers):
+        raise TypeError(f"{owner}: {name} is {_shown(value)}; {need}")
+    try:
+        plain = float(low), float(high)
+    except OverflowError:  # an int or a fraction beyond float's range
+        plain = math.inf, -math.inf
+    if not -math.inf < plain[0] < plain[1] < math.inf:
+        raise ValueError(f"{owner}: {name} is {_shown(value)}; {need}")
+    return plain
 
 
 def one_of(*allowed: str) -> Check:

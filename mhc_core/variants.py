@@ -11,9 +11,22 @@ from mhc_core._messages import nearest
 from mhc_core.discovery import mixer_named
 from mhc_core.mixer import Mixer
 
-__all__ = ["DEEPSEEK_V4", "DEEPSEEK_V41", "LIGER", "PAPER", "First", "Variant", "check_first"]
+__all__ = [
+    "DEEPSEEK_V4",
+    "DEEPSEEK_V41",
+    "GLM53_FLASH",
+    "HY_V4",
+    "LIGER",
+    "PAPER",
+    "XING40",
+    "First",
+    "Start",
+    "Variant",
+    "check_first",
+]
 
 First = Literal["columns", "rows"]
+Start = Literal["softmax", "exp"]
 check_first = checks.one_of(*get_args(First))
 
 
@@ -27,8 +40,8 @@ class Variant:
         Added to the mean square of all ``n * C`` numbers of a token before the reciprocal root.
     pre_eps
         Added to ``sigmoid`` in H_pre (and in the head's weights).
-    post_scale
-        H_post = ``post_scale * sigmoid``.
+    post_scale, post_eps
+        H_post = ``post_scale * sigmoid + post_eps``.
     sinkhorn_iterations
         Pairs of normalisations, from 1 to 1000.
     sinkhorn_eps
@@ -36,6 +49,13 @@ class Variant:
         softmax that starts it.
     sinkhorn_first
         The lines of H_res that are normalised first: ``"columns"`` (each sums to 1) or ``"rows"``.
+    sinkhorn_start
+        The first normalisation: ``"softmax"``, to which ``sinkhorn_eps`` is added, or ``"exp"``,
+        ``exp(logits - largest) / (sum + sinkhorn_eps)`` with a gradient through the largest logit
+        of each line. They are the same where ``sinkhorn_eps`` is 0.
+    sinkhorn_clamp
+        The bounds of the logits of H_res, after scale and bias, or None. Logits beyond them have
+        no gradient.
     res_transposed
         Whether the last ``n * n`` rows of phi and entries of bias are laid out as H_res
         transposed, as DeepSeek-V4's checkpoints have them. With another mixer than
@@ -63,9 +83,12 @@ class Variant:
     norm_eps: float = 1e-20
     pre_eps: float = 0.0
     post_scale: float = 2.0
+    post_eps: float = 0.0
     sinkhorn_iterations: int = 20
     sinkhorn_eps: float = 0.0
     sinkhorn_first: First = "columns"
+    sinkhorn_start: Start = "softmax"
+    sinkhorn_clamp: tuple[float, float] | None = None
     res_transposed: bool = False
     mixer: str = "sinkhorn"
     mixer_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
@@ -75,17 +98,22 @@ class Variant:
             "norm_eps": checks.non_negative,
             "pre_eps": checks.non_negative,
             "post_scale": checks.non_negative,
+            "post_eps": checks.non_negative,
             "sinkhorn_iterations": checks.iterations,
             "sinkhorn_eps": checks.non_negative,
             "sinkhorn_first": check_first,
+            "sinkhorn_start": checks.one_of(*get_args(Start)),
+            "sinkhorn_clamp": checks.bounds,
             "res_transposed": checks.boolean,
         }
-        plain = [check("Variant", name, getattr(self, name)) for name, check in rules.items()]
-        for name, value in zip(rules, plain, strict=True):
+        plain = {name: check("Variant", name, getattr(self, name)) for name, check in rules.items()}
+        for name, value in plain.items():
             object.__setattr__(self, name, value)
-        # Every dispatched call hashes its variant, so it is done once. The word is left out: its
-        # hash differs between processes and this attribute travels in pickles.
-        object.__setattr__(self, "_hash", hash((*plain[:5], plain[5] == "rows", plain[6])))
+        # Every dispatched call hashes its variant, so it is done once. Words and None are left out:
+        # their hashes differ between processes and this attribute travels in pickles.
+        same = (value for value in plain.values() if not isinstance(value, (str, type(None))))
+        words = (self.sinkhorn_first == "rows", self.sinkhorn_start == "exp")
+        object.__setattr__(self, "_hash", hash((*same, *words)))
         if self.mixer != "sinkhorn" or self.mixer_options:
             object.__setattr__(self, "mixer_options", self._checked_options())
 
@@ -133,6 +161,8 @@ class Variant:
             "iterations": self.sinkhorn_iterations,
             "eps": self.sinkhorn_eps,
             "first": self.sinkhorn_first,
+            "start": self.sinkhorn_start,
+            "clamp": self.sinkhorn_clamp,
             "transposed": self.res_transposed,
         }
 
@@ -180,5 +210,14 @@ DEEPSEEK_V4 = Variant(norm_eps=1e-6, pre_eps=1e-6, sinkhorn_eps=1e-6, res_transp
 DEEPSEEK_V41 = replace(DEEPSEEK_V4, norm_eps=1e-20)
 """The constants of DeepSeek-V4.1: V4's but for norm_eps."""
 
+GLM53_FLASH = replace(DEEPSEEK_V4, norm_eps=1e-5)
+"""The constants of GLM-5.3-Flash: V4's but for norm_eps. Its head is the mean of the streams."""
+
+HY_V4 = Variant(norm_eps=1e-5, pre_eps=1e-6, post_eps=1e-6, mixer="identity")
+"""The constants of Hunyuan HY-V4, which does not mix its streams."""
+
 LIGER = Variant(norm_eps=1e-6, sinkhorn_eps=1e-6, sinkhorn_first="rows")
 """The constants of Liger-Kernel's mHC."""
+
+XING40 = replace(LIGER, sinkhorn_start="exp", sinkhorn_clamp=(-30.0, 30.0))
+"""The constants of Xing4.0 (TeleChat4). Its head is the mean of the streams."""

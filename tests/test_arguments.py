@@ -299,6 +299,7 @@ INTEGER = "needs an integer of at least 1"
 MOST = "needs an integer of at most 1000"
 NUMBER = "needs a finite number of at least 0"
 ORDER = "needs 'columns' or 'rows'"
+BOUNDS = "needs None or two finite numbers, the smaller one first"
 VARIANT = "needs a mhc_core.Variant, such as PAPER or DEEPSEEK_V4"
 
 
@@ -396,6 +397,11 @@ def test_plain_numbers_of_every_kind_are_taken(eps: Any) -> None:
         ("sinkhorn_eps", None, TypeError, NUMBER),
         ("sinkhorn_first", "colums", ValueError, ORDER),
         ("sinkhorn_first", np.zeros(2), ValueError, ORDER),
+        ("sinkhorn_start", "soft", ValueError, "needs 'softmax' or 'exp'"),
+        ("sinkhorn_clamp", 30.0, TypeError, BOUNDS),
+        ("sinkhorn_clamp", (-30.0, None), TypeError, BOUNDS),
+        ("sinkhorn_clamp", (30.0, -30.0), ValueError, BOUNDS),
+        ("sinkhorn_clamp", (-30.0, NAN), ValueError, BOUNDS),
         ("res_transposed", 1, TypeError, "needs True or False"),
     ],
 )

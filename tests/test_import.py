@@ -84,7 +84,7 @@ def test_no_name_is_there_by_accident(name: str) -> None:
     assert "annotations" not in dir(importlib.import_module(name))
 
 
-CONSTANTS = ["DEEPSEEK_V4", "DEEPSEEK_V41", "LIGER", "PAPER"]
+CONSTANTS = ["DEEPSEEK_V4", "DEEPSEEK_V41", "GLM53_FLASH", "HY_V4", "LIGER", "PAPER", "XING40"]
 CLASSES = [
     *("Backend", "BackendError", "BackendUnavailableError"),
     *("UnknownBackendError", "UnsupportedError", "Variant"),
@@ -92,7 +92,7 @@ CLASSES = [
 
 
 def test_the_public_names_are_the_ops_and_these() -> None:
-    functions = sorted([*math.OPS, "vjp", "backends", "no_grad", "use_backend"])
+    functions = sorted([*math.OPS, "vjp", "backends", "mixers", "no_grad", "use_backend"])
     assert mhc_core.__all__ == [*CONSTANTS, *CLASSES, *functions]
     assert _api.__all__ == sorted([*math.OPS, "vjp"])
 

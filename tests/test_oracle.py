@@ -37,9 +37,12 @@ class Variant:
     norm_eps: float = 1e-6
     pre_eps: float = 1e-2
     post_scale: float = 1.5
+    post_eps: float = 3e-3
     sinkhorn_iterations: int = 4
     sinkhorn_eps: float = 0.0
     sinkhorn_first: str = "columns"
+    sinkhorn_start: str = "softmax"
+    sinkhorn_clamp: tuple[float, float] | None = None
     res_transposed: bool = False
     mixer: str = "sinkhorn"
     mixer_options: tuple[tuple[str, Any], ...] = ()
@@ -67,6 +70,7 @@ VARIANTS = {
     "v4": Variant(sinkhorn_eps=1e-3, res_transposed=True),
     "rows": Variant(sinkhorn_first="rows", res_transposed=True),
     "rows-eps": Variant(sinkhorn_first="rows", sinkhorn_eps=1e-2, sinkhorn_iterations=1),
+    "exp": Variant(sinkhorn_start="exp", sinkhorn_eps=1e-1, sinkhorn_clamp=(-1.0, 0.5)),
 }
 LEADINGS = ((), (3,), (2, 3), (0,), (2, 0))
 C = 5
@@ -243,6 +247,8 @@ PRIMITIVES: dict[str, tuple[Callable[..., autodiff.Value], tuple[tuple[int, ...]
     "sigmoid": (autodiff.sigmoid, ((7,),)),
     "tanh": (autodiff.tanh, ((7,),)),
     "maximum": (lambda a: autodiff.maximum(a, 0.1), ((9,),)),
+    "clip": (lambda a: autodiff.clip(a, -0.3, 0.4), ((9,),)),
+    "largest": (lambda a: autodiff.largest(a, -2), ((2, 3, 4),)),
     "total": (lambda a: autodiff.total(a, -2), ((2, 3, 4),)),
     "where": (lambda a, b: autodiff.where(MASK, a, b), ((3, 4), (2, 3, 4))),
     "reshape": (lambda a: a.reshape(2, 6), ((3, 4),)),
@@ -372,7 +378,7 @@ def _sigmoid(z: float) -> float:
 
 
 def _loop_sinkhorn(
-    logits: NDArray[Any], iterations: int, eps: float, first: str
+    logits: NDArray[Any], iterations: int, eps: float, first: str, start: str = "softmax"
 ) -> NDArray[np.float64]:
     """Return section 3's division form, computed one line at a time; eps may be 0."""
     work = np.array(logits if first == "rows" else logits.T, dtype=np.float64)
@@ -380,7 +386,8 @@ def _loop_sinkhorn(
     for i in range(n):
         top = max(work[i])
         exps = [math.exp(entry - top) for entry in work[i]]
-        work[i] = [e / math.fsum(exps) + eps for e in exps]
+        sums = math.fsum(exps)
+        work[i] = [e / sums + eps if start == "softmax" else e / (sums + eps) for e in exps]
     for step in range(iterations):
         for i in range(n if step else 0):
             work[i] /= math.fsum(work[i]) + eps
@@ -420,11 +427,17 @@ def test_mappings_by_hand(name: str) -> None:
     z = [z[k] * scale[0 if k < n else 1 if k < 2 * n else 2] + bias[k] for k in range(len(z))]
     logits = np.array([z[2 * n + i * n : 2 * n + i * n + n] for i in range(n)])
     logits = logits.T if variant.res_transposed else logits
+    low, high = variant.sinkhorn_clamp or (-math.inf, math.inf)
+    logits = np.array([[min(max(entry, low), high) for entry in row] for row in logits])
     expected = (
         [_sigmoid(v) + variant.pre_eps for v in z[:n]],
-        [variant.post_scale * _sigmoid(v) for v in z[n : 2 * n]],
+        [variant.post_scale * _sigmoid(v) + variant.post_eps for v in z[n : 2 * n]],
         _loop_sinkhorn(
-            logits, variant.sinkhorn_iterations, variant.sinkhorn_eps, variant.sinkhorn_first
+            logits,
+            variant.sinkhorn_iterations,
+            variant.sinkhorn_eps,
+            variant.sinkhorn_first,
+            variant.sinkhorn_start,
         ),
     )
     found = oracle.forward("mappings", (x, phi, scale, bias), variant=variant)

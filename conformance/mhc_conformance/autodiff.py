@@ -263,6 +263,14 @@ def maximum(a: Operand, floor: float) -> Value:
     return node("maximum", np.where(below, floor, a.data), (a,), lambda g: (g * ~below,))
 
 
+def clip(a: Operand, low: float, high: float) -> Value:
+    """Return a within bounds, NaN for NaN; beyond them no gradient is passed back."""
+    a = value(a)
+    below, above = real_part(a.data) < low, real_part(a.data) > high
+    clipped = np.where(below, low, np.where(above, high, a.data))
+    return node("clip", clipped, (a,), lambda g: (g * ~(below | above),))
+
+
 # --- sums and choices -------------------------------------------------------------------------
 
 
@@ -275,6 +283,16 @@ def total(a: Operand, axis: int) -> Value:
         (a,),
         lambda g: (np.broadcast_to(g, a.shape),),
     )
+
+
+def largest(a: Operand, axis: int) -> Value:
+    """Return the largest entry along an axis, which stays with size 1; equal ones share its g."""
+    a = value(a)
+    order = real_part(a.data)
+    found = np.argmax(order, axis=axis, keepdims=True)
+    ties = order >= np.take_along_axis(order, found, axis)
+    share = ties / np.maximum(np.sum(ties, axis=axis, keepdims=True), 1)
+    return node("largest", np.take_along_axis(a.data, found, axis), (a,), lambda g: (g * share,))
 
 
 def where(condition: NDArray[np.bool_], a: Operand, b: Operand) -> Value:

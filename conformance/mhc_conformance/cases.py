@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 import mhc_core
 from mhc_conformance import oracle
-from mhc_core import DEEPSEEK_V4, DEEPSEEK_V41, LIGER, PAPER, Variant, math
+from mhc_core import DEEPSEEK_V4, DEEPSEEK_V41, LIGER, PAPER, XING40, Variant, math
 from mhc_core.backend import DTYPES
 from mhc_core.checks import Check
 from mhc_core.signature import Op, signature
@@ -81,6 +81,7 @@ SIZES = (
     Sizes((2,), 32, 6, "the most streams that kernels take"),
     Sizes((1,), 64, 2, "two H_res of it take more than 32 KiB of threadgroup memory"),
 )
+LOW_RANK = 3  # R of gates with a low-rank projection
 SMALL = SIZES[0]
 TAIL = SIZES[6]
 # not in SIZES, because it tests no variant; n C is a multiple of 64, as in real models
@@ -240,7 +241,7 @@ def data(case: Case, dtype: str, seed: int) -> Data:
 
 def _shape(op: Op, name: str, case: Case) -> tuple[int, ...]:
     leading, n, C, _ = case.sizes
-    known = op.sizes(n, C, case.options)
+    known = {**op.sizes(n, C, case.options), "R": LOW_RANK}
     words = op.patterns[name][-1 if case.shared or name in case.for_all else 0]
     ahead = leading if words[0] == "..." else ()
     return (*ahead, *(known[w] if w in known else int(w) for w in words if w != "..."))
@@ -282,9 +283,12 @@ APART = Variant(
     norm_eps=0.4,
     pre_eps=0.2,
     post_scale=1.5,
+    post_eps=0.3,
     sinkhorn_iterations=7,
     sinkhorn_eps=0.15,
     sinkhorn_first="rows",
+    sinkhorn_start="exp",
+    sinkhorn_clamp=(-1.3, 1.1),
     res_transposed=True,
 )
 """Constants that all differ, from each other and from published ones, and show on any input."""
@@ -298,6 +302,7 @@ VARIANTS = (
     ("large constants, all apart", APART),
     ("one iteration, eps", replace(LIGER, sinkhorn_iterations=1)),
     ("one iteration, eps 0", replace(PAPER, sinkhorn_iterations=1)),
+    ("XING40", XING40),
 )
 
 Static = tuple[tuple[str, Any], ...]

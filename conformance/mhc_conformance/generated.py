@@ -180,6 +180,16 @@ def _of_a_choice(op: str, path: Path, _: Sequence[Any]) -> Iterator[tuple[str, C
     yield "another choice", lambda value, _: following[value]
 
 
+def _of_bounds(*given: Any) -> Iterator[tuple[str, Change]]:
+    low, high = next(value for value in given[2] if value is not None)
+    yield "always None", _always(None)
+    yield f"always {low:g} to {high:g}", _always((low, high))
+    yield f"{low:g} to {high:g} for None", _instead(None, (low, high))
+    yield "without the lower bound", lambda value, _: value and (-1e30, value[1])
+    yield "without the upper bound", lambda value, _: value and (value[0], 1e30)
+    yield "the bounds of the negative", lambda value, _: value and (-value[1], -value[0])
+
+
 def _of_a_variant(*_: Any) -> Iterator[tuple[str, Change]]:
     return iter(())
 
@@ -188,13 +198,17 @@ CHANGES: Mapping[str, Callable[..., Iterator[tuple[str, Change]]]] = {
     "number": _of_a_number,
     "count": _of_a_count,
     "choice": _of_a_choice,
+    "bounds": _of_bounds,
     "variant": _of_a_variant,  # its fields have mutants of their own
 }
 
 
 def _category(op: str, path: Path) -> str:
     """Return a static argument's key in ``CHANGES``, by the type of its published values."""
-    one = published(op, path)[0]
+    values = published(op, path)
+    one = values[0]
+    if any(isinstance(value, tuple) for value in values):
+        return "bounds"
     if isinstance(one, Variant):
         return "variant"
     if isinstance(one, (bool, str)):
@@ -456,7 +470,16 @@ MUTANTS: Mapping[str, Mutant] = {
     mutant.name: mutant for op in OPS for mutant in (*_of_static_arguments(op), *_of_arrays(op))
 }
 
-_UNUSED = ("post_scale", "sinkhorn_iterations", "sinkhorn_eps", "sinkhorn_first", "res_transposed")
+_UNUSED = (
+    "post_scale",
+    "post_eps",
+    "sinkhorn_iterations",
+    "sinkhorn_eps",
+    "sinkhorn_first",
+    "sinkhorn_start",
+    "sinkhorn_clamp",
+    "res_transposed",
+)
 EQUIVALENT: Mapping[tuple[str, ...], str] = {
     # (op, argument, half), or with what replaces it too: proof
     **{
@@ -470,6 +493,13 @@ EQUIVALENT: Mapping[tuple[str, ...], str] = {
     ("mappings", "variant.pre_eps", VJP): (
         "H_pre = sigmoid(z) + pre_eps, and its derivative by z is sigmoid's own"
     ),
+    **{
+        (op, "variant.post_eps", VJP): (
+            "H_post = post_scale sigmoid(z) + post_eps is an output that no other output depends "
+            "on, and its derivative by z is sigmoid's own times post_scale"
+        )
+        for op in ("mappings", "pre", "combine_pre")
+    },
     ("expand", "n", VJP): "dh is the sum of the cotangent's streams, whose shape says how many",
     **{
         (op, name, VJP, FIRST): f"{op} is linear in {name} alone: its vjp reads no entry of it"

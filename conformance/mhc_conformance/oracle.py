@@ -22,7 +22,9 @@ from mhc_conformance.autodiff import (
     Array,
     Value,
     broadcast_to,
+    clip,
     exp,
+    largest,
     logsumexp,
     maximum,
     pull_back,
@@ -47,11 +49,17 @@ class Variant(Protocol):
     @property
     def post_scale(self) -> float: ...
     @property
+    def post_eps(self) -> float: ...
+    @property
     def sinkhorn_iterations(self) -> int: ...
     @property
     def sinkhorn_eps(self) -> float: ...
     @property
     def sinkhorn_first(self) -> str: ...
+    @property
+    def sinkhorn_start(self) -> str: ...
+    @property
+    def sinkhorn_clamp(self) -> tuple[float, float] | None: ...
     @property
     def res_transposed(self) -> bool: ...
     @property
@@ -159,21 +167,32 @@ def mappings(
     H_res = None
     if variant.mixer != "identity":
         H_res = _mixed(z[..., 2 * n :] * scale[2] + bias[2 * n :], n, variant)
-    return sigmoid(z_pre) + variant.pre_eps, variant.post_scale * sigmoid(z_post), H_res
+    H_post = variant.post_scale * sigmoid(z_post) + variant.post_eps
+    return sigmoid(z_pre) + variant.pre_eps, H_post, H_res
 
 
 def _mixed(z_res: Value, n: int, variant: Variant) -> Value:
     """Return H_res of its logits, in the paper's orientation."""
     if variant.mixer == "sinkhorn":
         logits = z_res.reshape(*z_res.shape[:-1], n, n)
-        return sinkhorn(
-            logits.swapaxes(-1, -2) if variant.res_transposed else logits,
-            variant.sinkhorn_iterations,
-            variant.sinkhorn_eps,
-            variant.sinkhorn_first,
-        )
+        return _doubly(logits.swapaxes(-1, -2) if variant.res_transposed else logits, variant)
     H_res = MIXERS[variant.mixer](z_res, n, **dict(variant.mixer_options))
     return H_res.swapaxes(-1, -2) if variant.res_transposed else H_res
+
+
+def _doubly(logits: Value, variant: Variant) -> Value:
+    """Return Sinkhorn's matrix, in a variant's way."""
+    iterations, eps = variant.sinkhorn_iterations, variant.sinkhorn_eps
+    if variant.sinkhorn_clamp is not None:
+        logits = clip(logits, *variant.sinkhorn_clamp)
+    if variant.sinkhorn_start == "softmax" or eps == 0:  # without eps, the starts are the same
+        return sinkhorn(logits, iterations, eps, variant.sinkhorn_first)
+    lines = _lines(variant.sinkhorn_first)
+    matrix = exp(logits - largest(logits, lines[0]))  # which has its share of the gradient
+    for _ in range(iterations):
+        for line in lines:
+            matrix = matrix / (total(matrix, line) + eps)
+    return matrix
 
 
 def _project(x: Value, phi: Value, norm_eps: float) -> Value:
@@ -282,6 +301,40 @@ def residual_add_aggregate(x: Value, res: Value, h_pre: Value) -> tuple[Value, V
     """Return ``x + res`` and its aggregate."""
     added = x + res
     return added, aggregate(added, h_pre)
+
+
+# --- gated streams ----------------------------------------------------------------------------
+
+
+@op
+def gated_pre(
+    x: Value, norm: Value, down: Value, up: Value, inject: Value, eps: float
+) -> tuple[Value, Value]:
+    """Return h and H_post of streams that are normalised one by one and gated by channel."""
+    h, u = _gated(x, norm, down, up, eps)
+    return h, 2.0 * sigmoid(_times(u, inject) / x.shape[-2])
+
+
+@op
+def gated_head(x: Value, norm: Value, down: Value, up: Value, eps: float) -> Value:
+    """Return the streams collapsed before the output, by gates for each channel."""
+    return _gated(x, norm, down, up, eps)[0]
+
+
+def _gated(x: Value, norm: Value, down: Value, up: Value, eps: float) -> tuple[Value, Value]:
+    """Return ``mean_i sigmoid(z_i) u_i``, and the normalised streams u."""
+    n, C = x.shape[-2:]
+    u = rms_norm(x, norm.reshape(n, C) + 1.0, eps)
+    low = _times(u, down) / n
+    gates = sigmoid(_times((low * sigmoid(low))[..., None, :], up))
+    return _drop(total(gates.reshape(*x.shape) * u, -2)) / n, u
+
+
+def _times(u: Value, weight: Value) -> Value:
+    """Return ``vec(u) @ weight.T``, ``[..., rows of weight]``."""
+    leading = u.shape[:-2]
+    vec = u.reshape(math.prod(leading), u.shape[-2] * u.shape[-1])
+    return (vec @ weight.swapaxes(0, 1)).reshape(*leading, weight.shape[0])
 
 
 # --- static forms -----------------------------------------------------------------------------

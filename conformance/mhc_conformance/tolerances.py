@@ -41,6 +41,8 @@ K: Mapping[str, tuple[float, float, float]] = {
     "contract": (4, 4, 4),
     "expand": (0, 4, 4),
     "gated_combine": (4, 16, 8),
+    "gated_head": (4, 16, 8),
+    "gated_pre": (16, 16, 8),
     "head": (8, 64, 32),
     "mappings": (16, 32, 8),
     "pre": (32, 32, 8),

@@ -14,6 +14,7 @@ from typing import Any
 
 __all__ = [
     "as_dtype_of",
+    "clamped",
     "collapse",
     "constant",
     "dot",
@@ -21,6 +22,7 @@ __all__ = [
     "fused",
     "gram",
     "inverse",
+    "largest",
     "log_sum_exp",
     "matmul",
     "mean_square",
@@ -31,6 +33,7 @@ __all__ = [
     "scan",
     "scan_reverse",
     "scan_while",
+    "share_of_largest",
     "shift",
     "sigmoid",
     "stopped",
@@ -40,6 +43,7 @@ __all__ = [
     "tokens",
     "unproject",
     "upcast",
+    "within",
 ]
 
 Array = Any
@@ -214,6 +218,45 @@ def shift(xp: Any, logits: Array, axis: int) -> Array:
     if _is(xp, "jax"):
         return _lax().stop_gradient(largest)
     return xp.stop_gradient(largest) if _is(xp, "mlx") else largest
+
+
+def largest(xp: Any, logits: Array, axis: int) -> Array:
+    """Return the largest entry along an axis, which stays with size 1, with its derivative."""
+    constant = shift(xp, logits, axis)
+    # adds 0; the difference keeps the gradient alone, that of the library's own max cancels
+    return constant + xp.sum(
+        share_of_largest(xp, logits, axis)
+        * xp.where(_ties(xp, logits, axis), logits - constant, 0),
+        axis=axis,
+        keepdims=True,
+    )
+
+
+def share_of_largest(xp: Any, logits: Array, axis: int) -> Array:
+    """Return the derivative of the largest entry along an axis: 1, shared among equal entries."""
+    ties = xp.astype(_ties(xp, logits, axis), logits.dtype)
+    return ties / xp.sum(ties, axis=axis, keepdims=True)
+
+
+def _ties(xp: Any, logits: Array, axis: int) -> Array:
+    return xp.logical_not(logits < shift(xp, logits, axis))  # NaN counts, so that none is 0 / 0
+
+
+def clamped(xp: Any, array: Array, bounds: tuple[float, float] | None) -> Array:
+    """Return an array within bounds, NaN for NaN; entries beyond them have no derivative."""
+    if bounds is None:
+        return array
+    low, high = bounds
+    array = xp.where(array < low, low, array)
+    return xp.where(array > high, high, array)
+
+
+def within(xp: Any, gradient: Array, array: Array, bounds: tuple[float, float] | None) -> Array:
+    """Return the gradient before :func:`clamped` from the one after it."""
+    if bounds is None:
+        return gradient
+    low, high = bounds
+    return xp.where(xp.logical_or(array < low, array > high), 0, gradient)
 
 
 def doubled(xp: Any, half: Array) -> Array:

@@ -115,7 +115,7 @@ def activated(xp: Any, n: int, projected: Projected, scale: Any, bias: Any, vari
     """H_pre = sigmoid + pre_eps; H_post = post_scale sigmoid; H_res is the mixer's, or None."""
     pre, post, logits = _activate(xp, n, projected, scale, bias)
     h_res = _mixed(xp, logits, n, variant)
-    return pre + variant.pre_eps, variant.post_scale * post, h_res
+    return pre + variant.pre_eps, variant.post_scale * post + variant.post_eps, h_res
 
 
 def pullback(

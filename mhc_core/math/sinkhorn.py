@@ -25,16 +25,26 @@ OP = Op(
 # there is one loop for both orders.
 
 
-def forward(logits: Any, *, iterations: int, eps: float, first: str) -> Any:
-    """Compute eq. (9), ``M_t = T_r(T_c(M_{t-1}))``, in float32."""
+def forward(logits: Any, *, iterations: int, eps: float, first: str, start: str = "softmax") -> Any:
+    """Compute eq. (9), ``M_t = T_r(T_c(M_{t-1}))``, in float32.
+
+    ``start`` is a variant's, and no argument of the op.
+    """
     xp = _xp.namespace(logits)
     inside = enter(xp, _xp.upcast(xp, logits), first)
-    matrix, _ = _normalise(xp, inside, iterations, eps, keep=False)
+    matrix, _ = _form(eps, start)[0](xp, inside, iterations, eps, keep=False)
     return leave(xp, matrix, logits.shape, first)
 
 
 def vjp(
-    primals: Any, cotangents: Any, saved: Any = None, *, iterations: int, eps: float, first: str
+    primals: Any,
+    cotangents: Any,
+    saved: Any = None,
+    *,
+    iterations: int,
+    eps: float,
+    first: str,
+    start: str = "softmax",
 ):
     """Reverse the iterations: with G = P g the cotangent of log P, each is G -= P sum(G).
 
@@ -43,9 +53,10 @@ def vjp(
     (logits,), (g,) = primals, cotangents
     xp = _xp.namespace(logits)
     inside = enter(xp, _xp.upcast(xp, logits), first)
-    matrix, kept = _normalise(xp, inside, iterations, eps, keep=True)
+    normalise, pullback = _form(eps, start)
+    matrix, kept = normalise(xp, inside, iterations, eps, keep=True)
     carried = matrix * enter(xp, _xp.upcast(xp, g), first)
-    g = (_pullback_log if eps == 0 else _pullback_eps)(xp, inside, carried, kept)
+    g = pullback(xp, inside, carried, kept)
     return (_xp.as_dtype_of(xp, leave(xp, g, logits.shape, first), logits),)
 
 
@@ -65,8 +76,13 @@ def leave(xp: Any, inside: Any, shape: tuple[int, ...], first: str) -> Any:
     return out if _xp.keeps_axes(xp) else xp.reshape(out, shape)
 
 
-def _normalise(xp: Any, logits: Any, iterations: int, eps: float, keep: bool) -> tuple[Any, Any]:
-    return (_normalise_log if eps == 0 else _normalise_eps)(xp, logits, iterations, eps, keep)
+def _form(eps: float, start: str) -> tuple[Any, Any]:
+    """Return the function that normalises and its pullback; with eps = 0 all starts are one."""
+    if eps == 0:
+        return _normalise_log, _pullback_log
+    if start == "exp":
+        return _normalise_exp, _pullback_exp
+    return _normalise_eps, _pullback_eps
 
 
 def _normalise_log(xp: Any, logits: Any, iterations: int, _: float, keep: bool) -> tuple[Any, Any]:
@@ -118,21 +134,34 @@ def half_normalised(xp: Any, half: Any, axis: int) -> tuple[Any, tuple[Any, Any]
 
 def _normalise_eps(xp: Any, logits: Any, iterations: int, eps: float, keep: bool):
     """eps > 0: softmax + eps, then every division by (sum + eps)."""
+    start = _softmax(xp, logits) + eps
+    first_b = xp.sum(start, axis=1, keepdims=True) + eps
+    matrix, kept = _iterate(xp, start / first_b, iterations - 1, eps, keep)
+    return matrix, (matrix, eps, kept)
 
+
+def _iterate(xp: Any, matrix: Any, iterations: int, eps: float, keep: bool) -> tuple[Any, Any]:
     def step(matrix: Any) -> tuple[Any, Any]:
         a = xp.sum(matrix, axis=0, keepdims=True) + eps
         matrix = matrix / a
         b = xp.sum(matrix, axis=1, keepdims=True) + eps
         return matrix / b, (a, b) if keep else None
 
-    start = _softmax(xp, logits) + eps
-    first_b = xp.sum(start, axis=1, keepdims=True) + eps
-    matrix, kept = _xp.scan(xp, step, start / first_b, iterations - 1)
-    return matrix, (matrix, eps, kept)
+    return _xp.scan(xp, step, matrix, iterations)
 
 
 def _pullback_eps(xp: Any, logits: Any, carried: Any, kept: Any) -> Any:
     matrix, eps, divisors = kept
+    g, matrix = _reverse(xp, carried, matrix, divisors)
+    g = g - matrix * xp.sum(g, axis=1, keepdims=True)
+    # the start, log(S + eps) with S a softmax along a
+    start = _softmax(xp, logits)
+    g = g * (start / (start + eps))
+    return g - start * xp.sum(g, axis=0, keepdims=True)
+
+
+def _reverse(xp: Any, carried: Any, matrix: Any, divisors: Any) -> tuple[Any, Any]:
+    """Return the cotangent of the logarithm of the matrix before all divisions, and that matrix."""
 
     def step(state: Any, divisor: Any) -> Any:
         (g, matrix), (a, b) = state, divisor
@@ -141,15 +170,24 @@ def _pullback_eps(xp: Any, logits: Any, carried: Any, kept: Any) -> Any:
         g = g - matrix * xp.sum(g, axis=0, keepdims=True)
         return g, matrix * a
 
-    g, matrix = _xp.scan_reverse(xp, step, (carried, matrix), divisors)
-    g = g - matrix * xp.sum(g, axis=1, keepdims=True)
-    # the start, log(S + eps) with S a softmax along a
-    start = _softmax(xp, logits)
-    g = g * (start / (start + eps))
-    return g - start * xp.sum(g, axis=0, keepdims=True)
+    return _xp.scan_reverse(xp, step, (carried, matrix), divisors)
 
 
 def _softmax(xp: Any, logits: Any) -> Any:
     half = logits / 2
     powers = xp.exp(_xp.doubled(xp, half - _xp.shift(xp, half, 0)))
     return powers / xp.sum(powers, axis=0, keepdims=True)
+
+
+def _normalise_exp(xp: Any, logits: Any, iterations: int, eps: float, keep: bool):
+    """eps > 0, without a softmax: exp(L - largest), then every division by (sum + eps)."""
+    half = logits / 2
+    start = xp.exp(_xp.doubled(xp, half - _xp.largest(xp, half, 0)))
+    matrix, kept = _iterate(xp, start, iterations, eps, keep)
+    return matrix, (matrix, kept)
+
+
+def _pullback_exp(xp: Any, logits: Any, carried: Any, kept: Any) -> Any:
+    """Let the cotangent of the largest logit of a line, where eps leaves any, reach that logit."""
+    g, _ = _reverse(xp, carried, *kept)
+    return g - _xp.share_of_largest(xp, logits, 0) * xp.sum(g, axis=0, keepdims=True)

@@ -11,20 +11,24 @@ from typing import Any
 from mhc_core.math import _xp, sinkhorn
 from mhc_core.mixer import Mixer
 
+Bounds = tuple[float, float] | None
 MIXING = 0.01  # at the start, the share of the other streams in each stream after H_res
 
 
-def forward(logits: Any, *, n: int, transposed: bool, **options: Any) -> Any:
-    """Normalise the logits as [n, n], in H_res's orientation."""
-    return sinkhorn.forward(_square(logits, n, transposed), **options)
+def forward(logits: Any, *, n: int, transposed: bool, clamp: Bounds, **options: Any) -> Any:
+    """Normalise the logits as [n, n], in H_res's orientation, kept within bounds first."""
+    matrix = _square(logits, n, transposed)
+    matrix = _xp.clamped(_xp.namespace(matrix), matrix, clamp)
+    return sinkhorn.forward(matrix, **options)
 
 
-def vjp(logits: Any, g: Any, *, n: int, transposed: bool, **options: Any) -> Any:
+def vjp(logits: Any, g: Any, *, n: int, transposed: bool, clamp: Bounds, **options: Any) -> Any:
     """Reverse the iterations."""
-    (gradient,) = sinkhorn.vjp((_square(logits, n, transposed),), (g,), **options)
-    if transposed:
-        gradient = _xp.swap(_xp.namespace(gradient), gradient)
-    return _xp.namespace(gradient).reshape(gradient, logits.shape)
+    matrix = _square(logits, n, transposed)
+    xp = _xp.namespace(matrix)
+    (gradient,) = sinkhorn.vjp((_xp.clamped(xp, matrix, clamp),), (g,), **options)
+    gradient = _xp.within(xp, gradient, matrix, clamp)
+    return xp.reshape(_xp.swap(xp, gradient) if transposed else gradient, logits.shape)
 
 
 def _square(logits: Any, n: int, transposed: bool) -> Any:

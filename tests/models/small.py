@@ -123,6 +123,140 @@ def mlx_vlm_v41(seed: int = 0, **config: Any) -> Any:
     return filled(library.Model(library.ModelConfig(**{**VLM_V41, **config})), seed)
 
 
+GLM = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "v_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "index_topk": 8,
+    "index_kpool": 4,
+    "index_head_dim": 32,
+    "index_n_heads": 2,
+    "linear_head_dim": 32,
+    "linear_num_heads": 2,
+    "first_k_dense_replace": 1,
+    "eos_token_id": 63,
+}
+GLM_VISION = {"depth": 1, "hidden_size": 16, "num_heads": 1, "intermediate_size": 16}
+HY = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "index_head_dim": 32,
+    "index_n_heads": 2,
+    "index_topk": 8,
+}
+QWEN4 = {
+    "model_type": "qwen4_exp_text",
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 32,
+    "moe_intermediate_size": 32,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 1024,
+    "hc_lowrank": 16,
+    "indexer_n_heads": 2,
+    "indexer_head_dim": 32,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+    "rope_parameters": {
+        "type": "default",
+        "mrope_section": [2, 1, 1],
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+    },
+}
+QWEN4_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "out_hidden_size": 64,
+    "num_heads": 2,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [],
+}
+XING = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "first_k_dense_replace": 1,
+}
+
+
+def mlx_vlm_glm5_next(seed: int = 0, **config: Any) -> Any:
+    """Return mlx-vlm's GLM-5.3-Flash."""
+    library = import_module("mlx_vlm.models.glm5_next")
+    made = library.ModelConfig(text_config={**GLM, **config}, vision_config=GLM_VISION)
+    return filled(library.Model(made), seed)
+
+
+def mlx_vlm_hy_v4(seed: int = 0, **config: Any) -> Any:
+    """Return mlx-vlm's Hunyuan HY-V4."""
+    library = import_module("mlx_vlm.models.hy_v4")
+    return filled(library.Model(library.ModelConfig(**{**HY, **config})), seed)
+
+
+def mlx_vlm_qwen4_exp(seed: int = 0, **config: Any) -> Any:
+    """Return mlx-vlm's Qwen4-Exp."""
+    library = import_module("mlx_vlm.models.qwen4_exp")
+    made = library.ModelConfig.from_dict(
+        {
+            "model_type": "qwen4_exp",
+            "text_config": {**QWEN4, **config},
+            "vision_config": {"model_type": "qwen4_exp", **QWEN4_VISION},
+        }
+    )
+    return filled(library.Model(made), seed)
+
+
+def mlx_vlm_xing4_0(seed: int = 0, **config: Any) -> Any:
+    """Return mlx-vlm's Xing4.0."""
+    library = import_module("mlx_vlm.models.xing4_0")
+    return filled(library.Model(library.ModelConfig(**{**XING, **config})), seed)
+
+
 FAMILIES = {
     "mlx-lm V4.1": Family(
         package="mlx-lm",
@@ -164,7 +298,7 @@ def logits(model: Any, ids: mx.array, cache: Any = None) -> mx.array:
 
 def greedy(model: Any, prompts: mx.array, count: int = 64) -> list[list[int]]:
     """Generate for several prompts at once, with the model's own cache."""
-    cache = model.make_cache()
+    cache = getattr(model, "language_model", model).make_cache()
     chosen, ids = [], prompts
     for _ in range(count):
         ids = mx.argmax(logits(model, ids, cache)[:, -1:], axis=-1)

@@ -201,6 +201,7 @@ VARIANTS = [
     mhc.DEEPSEEK_V4,
     mhc.LIGER,
     replace(mhc.PAPER, sinkhorn_first="rows", res_transposed=True, post_scale=1.5),
+    replace(mhc.XING40, sinkhorn_eps=0.1, sinkhorn_iterations=2, sinkhorn_clamp=(-1.0, 1.5)),
 ]
 
 
@@ -241,10 +242,7 @@ def _mappings_vjp(T: int, n: int, variant: Any, dtype: Any = mx.float32) -> None
             Sizes(T, n, C),
             _projection.settings(v),
             K=n * C,
-            ITERATIONS=v.sinkhorn_iterations,
-            LOG=v.sinkhorn_eps == 0,
-            FIRST_COLUMNS=v.sinkhorn_first == "columns",
-            TRANSPOSED=v.res_transposed,
+            **_projection.constants(v),
         )
 
     u, r, scale, bias, *cotangents = (
@@ -392,8 +390,7 @@ FAULTS = (
     *_slips(
         "mappings_vjp",
         "mappings_vjp",
-        "const Floats<N> dz ="
-        " sinkhorn_matrix_vjp<N, LOG>(z, dres, here, ITERATIONS, sinkhorn_eps, own);",
+        "const Floats<N> dz = CLAMPED ? clamped_vjp(z, dfrom, clamp_low, clamp_high) : dfrom;",
         ("float(g_post[token * N + b])", "float(g_pre[token * N + b])"),
         "g_res",
     ),

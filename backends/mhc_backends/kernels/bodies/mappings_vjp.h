@@ -15,6 +15,7 @@
 #include "../common/position.h"
 #include "../common/pull.h"
 #include "../common/sigmoid.h"
+#include "../common/sinkhorn/clamped.h"
 #include "../common/sinkhorn/lanes.h"
 #include "../common/sinkhorn/lines.h"
 #include "../common/sinkhorn/pull.h"
@@ -26,13 +27,13 @@ struct mappings_vjp_memory {
     enum { kept = DIVISORS * DIVISOR_SIMDGROUPS };
 };
 
-template <int N, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED, int K, typename U,
-          typename R, typename Scale, typename Bias, typename GPre, typename GPost, typename GRes,
-          typename Du, typename Pull, typename Terms>
+template <int N, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED, bool EXP_START,
+          bool CLAMPED, int K, typename U, typename R, typename Scale, typename Bias, typename GPre,
+          typename GPost, typename GRes, typename Du, typename Pull, typename Terms>
 FUNCTION void mappings_vjp(U u, int64_t u_shape_0, R r, Scale scale, Bias bias, GPre g_pre,
                            GPost g_post, GRes g_res, Du du, Pull pull, Terms terms,
-                           float post_scale, float sinkhorn_eps, threadgroup float* kept,
-                           Position here) {
+                           float post_scale, float sinkhorn_eps, float clamp_low, float clamp_high,
+                           threadgroup float* kept, Position here) {
     const int64_t T = u_shape_0;
     const int M = N * N + 2 * N;
     const auto own = own_divisors(&kept[0], here);
@@ -70,8 +71,11 @@ FUNCTION void mappings_vjp(U u, int64_t u_shape_0, R r, Scale scale, Bias bias, 
         const Floats<N> dres =
             load_line<N, FIRST_COLUMNS, false>(g_res + token * N * N, there, here);
         const Floats<N> z = add(biases, by, times(inverse, product));
-        const Floats<N> dz =
-            sinkhorn_matrix_vjp<N, LOG>(z, dres, here, ITERATIONS, sinkhorn_eps, own);
+        Floats<N> from = z;
+        if (CLAMPED) from = clamped(z, clamp_low, clamp_high);
+        const Floats<N> dfrom =
+            sinkhorn_matrix_vjp<N, LOG, EXP_START>(from, dres, here, ITERATIONS, sinkhorn_eps, own);
+        const Floats<N> dz = CLAMPED ? clamped_vjp(z, dfrom, clamp_low, clamp_high) : dfrom;
         if (mine) sums.at[2] = add_dot(0.0f, dz, product);
         store_line<N, FIRST_COLUMNS, TRANSPOSED>(dproducts + 2 * N, times(by * inverse, dz), there,
                                                  here);

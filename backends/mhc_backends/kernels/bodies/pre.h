@@ -33,13 +33,14 @@ FUNCTION bool pre_aligned(X x, H h, HRes h_res) {
 }
 
 template <typename ACCESS, int N, int W, int TOKENS, bool GIVEN, bool SAVES, int ITERATIONS,
-          bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED, typename X, typename Partials,
-          typename Scale, typename Bias, typename Given, typename H, typename HPre, typename HPost,
-          typename HRes, typename U, typename R>
+          bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED, bool EXP_START, bool CLAMPED, typename X,
+          typename Partials, typename Scale, typename Bias, typename Given, typename H,
+          typename HPre, typename HPost, typename HRes, typename U, typename R>
 FUNCTION void pre(X x, int x_shape_2, Partials partials, int64_t partials_shape_0,
                   int partials_shape_1, Scale scale, Bias bias, Given given, int given_shape_0, H h,
                   HPre h_pre, HPost h_post, HRes h_res, U u, R r, float norm_eps, float pre_eps,
-                  float post_scale, float sinkhorn_eps, threadgroup float* sums, Position here) {
+                  float post_scale, float post_eps, float sinkhorn_eps, float clamp_low,
+                  float clamp_high, threadgroup float* sums, Position here) {
     const int64_t T = partials_shape_0;
     const int C = x_shape_2, M = N * N + 2 * N;
 
@@ -53,12 +54,13 @@ FUNCTION void pre(X x, int x_shape_2, Partials partials, int64_t partials_shape_
                                              own);  // in flight while the partials are summed
         sum_partials<TOKENS, M + 1>(partials, partials_shape_1, first, T, sums, here);
         BARRIER;
-        activate<N, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale, float(N) * C,
-                                   first, T, here.group_y == 0, u, r, h_pre, h_post, here);
+        activate<N, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale, post_eps,
+                                   float(N) * C, first, T, here.group_y == 0, u, r, h_pre, h_post,
+                                   here);
         BARRIER;
         if (here.group_y == 0)
-            mix_matrices<N, TOKENS, ITERATIONS, LOG, FIRST_COLUMNS, TRANSPOSED>(
-                sums, sinkhorn_eps, first, T, ACCESS::at(h_res), here);
+            mix_matrices<N, TOKENS, ITERATIONS, LOG, FIRST_COLUMNS, TRANSPOSED, EXP_START, CLAMPED>(
+                sums, sinkhorn_eps, clamp_low, clamp_high, first, T, ACCESS::at(h_res), here);
         for (int64_t token = first; token < end; token++) {
             float weights[N];
             UNROLL for (int i = 0; i < N; i++)

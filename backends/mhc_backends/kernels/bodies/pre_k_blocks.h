@@ -17,6 +17,7 @@
 #include "../common/position.h"
 #include "../common/project/k_block_sums.h"
 #include "../common/raw.h"
+#include "../common/sinkhorn/clamped.h"
 #include "../common/sinkhorn/lanes.h"
 #include "../common/sinkhorn/lines.h"
 #include "../common/sinkhorn/sinkhorn.h"
@@ -41,13 +42,14 @@ FUNCTION bool pre_k_blocks_aligned(X x, Blocks blocks, H h, HRes h_res) {
 }
 
 template <typename ACCESS, int N, int W, int BLOCKS, int SPLITS, bool GIVEN, bool SAVES,
-          int ITERATIONS, bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED, typename X,
-          typename Blocks, typename Scale, typename Bias, typename Given, typename H, typename HPre,
-          typename HPost, typename HRes, typename U, typename R>
+          int ITERATIONS, bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED, bool EXP_START,
+          bool CLAMPED, typename X, typename Blocks, typename Scale, typename Bias, typename Given,
+          typename H, typename HPre, typename HPost, typename HRes, typename U, typename R>
 FUNCTION void pre_k_blocks(X x, int x_shape_2, Blocks blocks, int64_t blocks_shape_0,
                            int blocks_shape_1, Scale scale, Bias bias, Given given,
                            int given_shape_0, H h, HPre h_pre, HPost h_post, HRes h_res, U u, R r,
-                           float norm_eps, float pre_eps, float post_scale, float sinkhorn_eps,
+                           float norm_eps, float pre_eps, float post_scale, float post_eps,
+                           float sinkhorn_eps, float clamp_low, float clamp_high,
                            threadgroup float* sums, Position here) {
     const int64_t T = blocks_shape_0;
     const int C = x_shape_2, count = blocks_shape_1, splits = (count + BLOCKS - 1) / BLOCKS;
@@ -84,7 +86,8 @@ FUNCTION void pre_k_blocks(X x, int x_shape_2, Blocks blocks, int64_t blocks_sha
         }
 
         const float inverse = inverse_rms(simd_from(total, M), float(N) * C, norm_eps);
-        const float mapped = activated(group, total, inverse, factor, shift, pre_eps, post_scale);
+        const float mapped =
+            activated(group, total, inverse, factor, shift, pre_eps, post_scale, post_eps);
         UNROLL for (int i = 0; i < N; i++) {
             const float weight = simd_from(mapped, i);
             if (!GIVEN) weights[i] = weight;
@@ -104,7 +107,9 @@ FUNCTION void pre_k_blocks(X x, int x_shape_2, Blocks blocks, int64_t blocks_sha
                     simd_from(mapped, 2 * N + entry<N, FIRST_COLUMNS, TRANSPOSED>(a, b));
                 if (inside<N>(here)) logits.at[a] = one;
             }
-            const Floats<N> mixed = sinkhorn_matrix<N, LOG>(logits, here, ITERATIONS, sinkhorn_eps);
+            if (CLAMPED) logits = clamped(logits, clamp_low, clamp_high);
+            const Floats<N> mixed =
+                sinkhorn_matrix<N, LOG, EXP_START>(logits, here, ITERATIONS, sinkhorn_eps);
             store_line<N, FIRST_COLUMNS, false>(ACCESS::at(h_res) + token * N * N, mixed,
                                                 lane < Lanes<N>::COUNT, here);
         }

@@ -15,9 +15,9 @@ FUNCTION int column_group(int column) {
 
 // h_pre, h_post or the logit of a column, from the product, r and the column's scale and bias.
 FUNCTION float activated(int group, float product, float inverse, float scale, float bias,
-                         float pre_eps, float post_scale) {
+                         float pre_eps, float post_scale, float post_eps) {
     const float z = product * inverse * scale + bias;
-    return group == 0 ? sigmoid(z) + pre_eps : group == 1 ? post_scale * sigmoid(z) : z;
+    return group == 0 ? sigmoid(z) + pre_eps : group == 1 ? post_scale * sigmoid(z) + post_eps : z;
 }
 
 // `sums` has M = n n + 2 n products and the sum of squares of each of TOKENS tokens. Computes u
@@ -25,8 +25,8 @@ FUNCTION float activated(int group, float product, float inverse, float scale, f
 // of H_res replace the products in `sums`: a BARRIER must come before they are read.
 template <int N, int TOKENS, bool SAVES, typename S, typename A, typename B, typename P, typename Q>
 FUNCTION void activate(S sums, A scale, B bias, float norm_eps, float pre_eps, float post_scale,
-                       float count, int64_t first, int64_t T, bool stores, Q u, Q r, P h_pre,
-                       P h_post, Position here) {
+                       float post_eps, float count, int64_t first, int64_t T, bool stores, Q u, Q r,
+                       P h_pre, P h_post, Position here) {
     const int M = N * N + 2 * N;
     const int tokens = T - first < TOKENS ? int(T - first) : TOKENS;
     for (int item = here.id; item < tokens * M; item += here.threads) {
@@ -36,7 +36,7 @@ FUNCTION void activate(S sums, A scale, B bias, float norm_eps, float pre_eps, f
         const float product = sums[k * (M + 1) + column];
         const float inverse = inverse_rms(sums[k * (M + 1) + M], count, norm_eps);
         const float mapped = activated(group, product, inverse, float(scale[group]),
-                                       float(bias[column]), pre_eps, post_scale);
+                                       float(bias[column]), pre_eps, post_scale, post_eps);
         if (stores) {
             if (SAVES) u[token * M + column] = product;
             if (SAVES && column == 0) r[token] = inverse;

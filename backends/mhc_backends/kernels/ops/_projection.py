@@ -48,11 +48,15 @@ class Projected(NamedTuple):
 def settings(variant: Variant) -> dict[str, float]:
     """Return the variant's numbers, which are written into the text of its kernels."""
     v = variant
+    low, high = v.sinkhorn_clamp or (0.0, 0.0)
     return {
         "norm_eps": v.norm_eps,
         "pre_eps": v.pre_eps,
         "post_scale": v.post_scale,
+        "post_eps": v.post_eps,
         "sinkhorn_eps": v.sinkhorn_eps,
+        "clamp_low": low,
+        "clamp_high": high,
     }
 
 
@@ -63,6 +67,8 @@ def constants(variant: Variant) -> dict[str, int]:
         "LOG": variant.sinkhorn_eps == 0,
         "FIRST_COLUMNS": variant.sinkhorn_first == "columns",
         "TRANSPOSED": variant.res_transposed,
+        "EXP_START": variant.sinkhorn_start == "exp" and variant.sinkhorn_eps > 0,
+        "CLAMPED": variant.sinkhorn_clamp is not None,
     }
 
 

@@ -34,6 +34,18 @@ _MODELS = {
     "mlx_vlm.models.deepseek_v41.deepseek_v41.Model": _Library(
         "mlx_vlm_deepseek_v41", "mlx-vlm", ("0.7.10",)
     ),
+    "mlx_vlm.models.glm5_next.glm5_next.Model": _Library(
+        "mlx_vlm_glm5_next", "mlx-vlm", ("0.7.10",)
+    ),
+    "mlx_vlm.models.hy_v4.hy_v4.Model": _Library("mlx_vlm_hy_v4", "mlx-vlm", ("0.7.10",)),
+    "mlx_vlm.models.qwen4_exp.qwen4_exp.Model": _Library(
+        "mlx_vlm_qwen4_exp", "mlx-vlm", ("0.7.10",)
+    ),
+    "mlx_vlm.models.xing4_0.xing4_0.Model": _Library("mlx_vlm_xing4_0", "mlx-vlm", ("0.7.10",)),
+}
+
+_OTHERS = {  # models that widen the residual path in another way
+    "mlx_vlm.models.kimi_k3.kimi_k3.Model": "attention residuals are not hyper-connections",
 }
 
 _FROZEN = "_frozen_by_mhc_core"  # an attribute of modules: the parameters that accelerate froze
@@ -179,6 +191,9 @@ def _family(model: Any) -> Family:
     names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__]
     name = next((name for name in names if name in _MODELS), None)
     if name is None:
+        reason = next((_OTHERS[other] for other in names if other in _OTHERS), None)
+        if reason:
+            raise TypeError(f"accelerate: model is a {names[0]}, whose {reason}")
         raise TypeError(f"accelerate: model is a {names[0]}; needs {' or '.join(_MODELS)}")
     library = _MODELS[name]
     found = _version(library.distribution)

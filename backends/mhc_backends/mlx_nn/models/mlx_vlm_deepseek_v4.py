@@ -16,7 +16,7 @@ from mhc_backends.mlx_nn.models.gradients import with_globals
 from mhc_backends.mlx_nn.models.sublayers import Projection, check, deepseek, enter
 from mhc_core import head
 
-__all__ = ["FAMILY"]
+__all__ = ["CONNECTION", "FAMILY"]
 
 v4: Any = import_module("mlx_vlm.models.deepseek_v4.language")
 
@@ -119,6 +119,13 @@ def _check(path: str, connection: Any) -> None:
     check(path, connection, connection.hc_mult, "fn", "scale", "base")
 
 
+CONNECTION = Swap(
+    Connection,
+    "runs on mhc-core's ops, without a loop over the tokens of a short block",
+    _check,
+)
+"""Of every family that uses this class."""
+
 FAMILY = Family(
     layers=Layers(
         original=v4.DeepseekV4Block,
@@ -127,11 +134,7 @@ FAMILY = Family(
         why="combine_pre writes its streams and reads them in one pass",
     ),
     connections={
-        v4.HyperConnection: Swap(
-            Connection,
-            "runs on mhc-core's ops, without a loop over the tokens of a short block",
-            _check,
-        ),
+        v4.HyperConnection: CONNECTION,
         v4.HyperHead: Swap(
             Head, "runs on mhc-core's head, without a loop over the tokens of a short block"
         ),

@@ -10,7 +10,15 @@ import mlx.core as mx
 
 import mhc_core as mhc
 
-__all__ = ["Entered", "Pending", "Projection", "check", "deepseek", "enter"]
+__all__ = [
+    "Entered",
+    "Pending",
+    "Projection",
+    "check",
+    "check_rows",
+    "deepseek",
+    "enter",
+]
 
 
 class Pending(NamedTuple):
@@ -23,11 +31,18 @@ class Pending(NamedTuple):
     x: mx.array
     y: mx.array
     h_post: mx.array
-    h_res: mx.array
+    h_res: mx.array | None
 
     def written(self) -> mx.array:
         """Return the streams ``[..., n, C]``."""
         return mhc.combine(*self)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return an entry of this tuple, or of the streams by several indices.
+
+        mlx-vlm makes the mask of a layer from a stream, of which it reads the shape alone.
+        """
+        return self.written()[index] if isinstance(index, tuple) else tuple(self)[index]
 
     def mean(self, axis: int) -> mx.array:
         """Return the streams' mean, which mlx-vlm's drafters compute after any layer."""
@@ -60,7 +75,7 @@ class Entered(NamedTuple):
     h: mx.array
     h_pre: Any  # an array, or None if the next sublayer does not use it
     h_post: mx.array
-    h_res: mx.array
+    h_res: Any  # an array, or None if the streams are not mixed
 
     def finish(self, y: mx.array) -> Pending:
         """Return the pending streams after the sublayer, whose output is y."""
@@ -95,8 +110,16 @@ def deepseek(norm_eps: float, hc_eps: float, iterations: int = 20) -> mhc.Varian
 
 def check(path: str, module: Any, n: int, fn: str, scale: str, base: str) -> None:
     """Raise ValueError unless the parameters of these names have shapes for n streams."""
-    rows, columns = n * n + 2 * n, module[fn].shape[-1]
-    for name, shape in ((fn, (rows, columns - columns % n)), (scale, (3,)), (base, (rows,))):
+    check_rows(path, module, n, n * n + 2 * n, 3, (fn, scale, base))
+
+
+def check_rows(
+    path: str, module: Any, n: int, rows: int, parts: int, names: tuple[str, str, str]
+) -> None:
+    """Raise ValueError unless fn, scale and base, of these names, have shapes for n streams."""
+    columns = module[names[0]].shape[-1]
+    shapes = (rows, columns - columns % n), (parts,), (rows,)
+    for name, shape in zip(names, shapes, strict=True):
         if module[name].shape != shape:
             raise ValueError(
                 f"accelerate: {path}.{name} has shape {module[name].shape}; needs {shape} for "

@@ -27,8 +27,9 @@ FUNCTION Floats<N> take_linear_steps(Floats<N> v, int steps, float eps, Position
 }
 
 // Returns H_res of logits, after at least one iteration. LOG: eps is 0, and a matrix whose entries
-// might underflow is iterated in LogSpace; the others in LinearSpace, which is faster.
-template <int N, bool LOG>
+// might underflow is iterated in LogSpace; the others in LinearSpace, which is faster. EXP_START:
+// all iterations are alike, from shifted exponentials; with eps = 0 there is no difference.
+template <int N, bool LOG, bool EXP_START = false>
 FUNCTION Floats<N> sinkhorn_matrix(Floats<N> logits, Position here, int iterations, float eps) {
     Floats<N> out = zeros<N>();
     if (LOG) {
@@ -39,6 +40,8 @@ FUNCTION Floats<N> sinkhorn_matrix(Floats<N> logits, Position here, int iteratio
             const Floats<N> other = take_steps<LogSpace>(start, iterations, 0.0f, here);
             if (!linear) out = other;
         }
+    } else if (EXP_START) {
+        out = take_linear_steps(powers(logits, here), iterations, eps, here);
     } else {
         const Floats<N> start = started(softmax(logits, here), eps, here);
         out = take_linear_steps(start, iterations - 1, eps, here);

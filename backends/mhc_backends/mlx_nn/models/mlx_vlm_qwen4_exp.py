@@ -1,0 +1,84 @@
+"""Qwen4-Exp of mlx-vlm: the replacements of its classes.
+
+Each class is a subclass of the library's, without parameters of its own. Its streams, side by side
+in the last axis, are not mixed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mhc_backends.mlx_nn.models.family import Family, Layers, Swap
+from mhc_core import combine, gated_head, gated_pre
+
+__all__ = ["CONNECTION", "FAMILY"]
+
+qwen4: Any = import_module("mlx_vlm.models.qwen4_exp.language")
+
+
+class Connection(qwen4.Qwen4ExpGatedResidual):
+    """A gated residual on the uniform ops, while its projections are plain matrices."""
+
+    def __call__(self, hyper_input: mx.array) -> Any:
+        """Return the sublayer's input, the streams and H_post; the last mixer, its input alone."""
+        names = [name for name in PROJECTIONS if name in self]
+        if any(type(self[name]) is not nn.Linear for name in names):
+            return super().__call__(hyper_input)  # quantised, or with an adapter
+        norm = self.hc_norm
+        x = hyper_input.reshape(*hyper_input.shape[:-1], self.hc_count, self.hidden_size)
+        weights = [norm.weight, *(self[name].weight for name in names)]
+        if len(names) < len(PROJECTIONS):
+            return gated_head(x, *weights, norm.eps)
+        h, h_post = gated_pre(x, *weights, norm.eps)
+        return h, hyper_input, h_post.astype(hyper_input.dtype)
+
+
+PROJECTIONS = ("input_mix_weight_down", "input_mix_weight_up", "block_inject_weight")
+
+
+class Block(qwen4.Qwen4ExpDecoderLayer):
+    """A layer: attention, linear or sparse, then experts."""
+
+    def __call__(
+        self,
+        hidden_states: mx.array,
+        input_ids: mx.array,
+        mask: mx.array | None,
+        cache: Any,
+        position_ids: mx.array | None,
+    ) -> mx.array:
+        """Return the streams."""
+        x = hidden_states
+        if "ple" in self:
+            x = x + self.ple(x, input_ids, cache, mask)
+        h, x, h_post = self.attn_hyper_connection(x)
+        if self.is_linear:
+            y = self.linear_attn(h, mask=mask, cache=cache)
+        else:
+            y = self.self_attn(h, mask=mask, cache=cache, position_ids=position_ids)
+        h, x, h_post = self.mlp_hyper_connection(_written(x, y, h_post))
+        return _written(x, self.mlp(h), h_post)
+
+
+def _written(x: mx.array, y: mx.array, h_post: mx.array) -> mx.array:
+    streams = x.reshape(*x.shape[:-1], h_post.shape[-1], y.shape[-1])
+    return combine(streams, y, h_post, None).reshape(x.shape)
+
+
+CONNECTION = Swap(Connection, "runs on mhc-core's ops while its projections are not quantised")
+FAMILY = Family(
+    layers=Layers(
+        original=qwen4.Qwen4ExpDecoderLayer,
+        passing=Block,
+        writing=Block,
+        why="combine writes its streams in one pass",
+    ),
+    connections={qwen4.Qwen4ExpGatedResidual: CONNECTION},
+    trainable={},
+    untrained={},
+    left={},
+)

@@ -1,0 +1,92 @@
+"""Xing4.0 (TeleChat4) of mlx-vlm: the replacements of its classes.
+
+Each class is a subclass of the library's, without parameters of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import mlx.core as mx
+
+from mhc_backends.mlx_nn.models.family import Family, Layers, Swap
+from mhc_backends.mlx_nn.models.sublayers import Projection, check, enter
+from mhc_core import XING40, Variant
+
+__all__ = ["FAMILY"]
+
+xing_v3: Any = import_module("mlx_vlm.models.deepseek_v3.language")
+xing: Any = import_module("mlx_vlm.models.xing4_0.language")
+
+
+@functools.cache
+def _variant(norm_eps: float, eps: float, iterations: int, clamp: tuple[float, float]) -> Variant:
+    return replace(
+        XING40,
+        norm_eps=norm_eps,
+        sinkhorn_eps=eps,
+        sinkhorn_iterations=iterations,
+        sinkhorn_clamp=clamp,
+    )
+
+
+class Connection(xing.HyperConnection):
+    """A hyper-connection on the uniform ops."""
+
+    @property
+    def projection(self) -> Projection:
+        """Return the projection's parameters for the ops."""
+        config = self.config
+        clamp = config.mhc_h_res_clamp_min, config.mhc_h_res_clamp_max
+        variant = _variant(config.rms_norm_eps, config.hc_eps, config.hc_sinkhorn_iters, clamp)
+        return Projection(self.hc_fn, self.hc_scale, self.hc_base, variant)
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Return H_post, H_res and the sublayer's input."""
+        entered = enter(x, self.projection)
+        return entered.h_post.astype(x.dtype), entered.h_res.astype(x.dtype), entered.h
+
+
+class Block(xing.DecoderLayer):
+    """A layer: attention, then the MLP."""
+
+    passes_on = True
+
+    def __call__(self, x: Any, mask: mx.array | None = None, cache: Any = None) -> Any:
+        """Return the streams, or the pending ones."""
+        attention = enter(x, self.attn_hc.projection)
+        y = self.self_attn(self.input_layernorm(attention.h), mask, cache)
+        mlp = enter(attention.finish(y), self.ffn_hc.projection)
+        pending = mlp.finish(self.mlp(self.post_attention_layernorm(mlp.h)))
+        return pending if self.passes_on else pending.written()
+
+
+class LastBlock(Block):
+    """A layer that writes the streams."""
+
+    passes_on = False
+
+
+def _check(path: str, connection: Any) -> None:
+    check(path, connection, connection.config.hc_mult, "hc_fn", "hc_scale", "hc_base")
+
+
+FAMILY = Family(
+    layers=Layers(
+        original=xing.DecoderLayer,
+        passing=Block,
+        writing=LastBlock,
+        why="combine_pre writes its streams and reads them in one pass",
+    ),
+    connections={
+        xing.HyperConnection: Swap(Connection, "runs on mhc-core's ops", _check),
+    },
+    trainable={},
+    untrained={
+        xing_v3.MoEGate: "e_score_correction_bias only chooses, so its gradient is zero",
+    },
+    left={},
+)
