@@ -77,24 +77,24 @@ def accelerate(model: Any, *, everywhere: bool = False) -> AccelerationReport:
     plan: list[Planned] = []
     left: list[Note] = []
     reasons: dict[type[Any], str | None] = {}
-    originals = {swap.cls: original for original, swap in family.swaps.items()}
+    ours = {swap.cls for swap in family.swaps.values()}
     for path, module in modules:
-        original = originals.get(type(module), type(module))
-        if original not in family.swaps:
+        cls = type(module)
+        if cls not in family.swaps:
             continue
-        swap = family.swaps[original]
-        if swap.check and original not in reasons:
-            swap.check(path, module)
-        if original not in reasons:
-            reasons[original] = family.leaves(original, module)
-        reason = reasons[original]
-        if reason is not None:
-            left.append(Note(path, original.__name__, reason))
-        elif type(module) is original:
-            plan.append(Planned(path, module, original, swap))
+        swap = family.swaps[cls]
+        if cls not in reasons:  # the first of its class
+            if swap.check:
+                swap.check(path, module)
+            reasons[cls] = family.leaves(cls, module)
+        reason = reasons[cls]
+        if reason is None:
+            plan.append(Planned(path, module, cls, swap))
+        else:
+            left.append(Note(path, cls.__name__, reason))
     swap_classes(plan)
     for _, module in modules:
-        if type(module) in originals:
+        if type(module) in ours:
             vars(module)[EVERYWHERE] = everywhere
     return AccelerationReport(tuple(planned.note for planned in plan), tuple(left))
 
