@@ -7,13 +7,20 @@ classes, functions and modules stay as they are, and so do other models.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple, cast
 
-from mhc_backends.mlx_nn.models.family import Family, Swap
+from mhc_backends.acceleration import (
+    AccelerationReport,
+    Note,
+    Planned,
+    Swap,
+    natural,
+    swap_classes,
+)
+from mhc_backends.mlx_nn.models.family import Family
 
 __all__ = ["AccelerationReport", "Note", "accelerate", "restore"]
 
@@ -54,31 +61,6 @@ _UNTRAINED = (
     "not always differentiable in this version of the library; accelerate(model, trainable=True) "
     "makes it so"
 )
-
-
-class Note(NamedTuple):
-    """A module's path, the name of its class, and what was done with it, or why nothing was."""
-
-    path: str
-    class_name: str
-    text: str
-
-
-class AccelerationReport(NamedTuple):
-    """The modules that :func:`accelerate` replaced and left; its text has a line per class."""
-
-    replaced: tuple[Note, ...]
-    left: tuple[Note, ...]
-
-    def __str__(self) -> str:
-        return "\n".join([*_lines("replaced", self.replaced), *_lines("left", self.left)])
-
-
-def _lines(title: str, notes: tuple[Note, ...]) -> Iterator[str]:
-    yield f"{title}: {len(notes)}"
-    first = {note[1:]: note.path for note in reversed(notes)}
-    for (name, text), count in Counter(note[1:] for note in notes).items():
-        yield f"  {count} {name}, {first[name, text]}{' ...' * (count > 1)}: {text}"
 
 
 def accelerate(model: Any, *, trainable: bool = False) -> AccelerationReport:
@@ -135,7 +117,7 @@ def accelerate(model: Any, *, trainable: bool = False) -> AccelerationReport:
     arXiv:2512.24880 for the connections, arXiv:1308.3432 for straight-through gradients.
     """
     family = _family(model)
-    modules = sorted(model.named_modules(), key=lambda item: _natural(item[0]))
+    modules = sorted(model.named_modules(), key=lambda item: natural(item[0]))
     plan = list(_plan(family, model, modules, trainable))
     left = tuple(_left(family, modules, trainable))
     _swap(plan)
@@ -164,7 +146,7 @@ def restore(model: Any) -> AccelerationReport:
         As :func:`accelerate` raises them.
     """
     family = _family(model)
-    modules = sorted(model.named_modules(), key=lambda item: _natural(item[0]))
+    modules = sorted(model.named_modules(), key=lambda item: natural(item[0]))
     plan = list(_restorations(family, modules))
     _swap(plan)
     for planned in plan:
@@ -173,7 +155,7 @@ def restore(model: Any) -> AccelerationReport:
     return AccelerationReport(tuple(planned.note for planned in plan), ())
 
 
-def _restorations(family: Family, modules: Sequence[tuple[str, Any]]) -> Iterator[_Planned]:
+def _restorations(family: Family, modules: Sequence[tuple[str, Any]]) -> Iterator[Planned]:
     """Yield the modules that get the library's class back."""
     layers = family.layers
     swaps = {**family.trainable, **family.connections}
@@ -183,7 +165,7 @@ def _restorations(family: Family, modules: Sequence[tuple[str, Any]]) -> Iterato
         cls = cast("type[Any]", type(module))
         if cls in originals:
             original = originals[cls]
-            yield _Planned(path, module, cls, Swap(original, f"restored to {original.__name__}"))
+            yield Planned(path, module, cls, Swap(original, f"restored to {original.__name__}"))
 
 
 def _family(model: Any) -> Family:
@@ -214,24 +196,9 @@ def _version(distribution: str) -> str:
         return "of unknown version"
 
 
-def _natural(path: str) -> list[str]:
-    return [part.zfill(6) for part in path.split(".")]
-
-
-class _Planned(NamedTuple):
-    path: str
-    module: Any
-    before: type[Any]
-    swap: Swap
-
-    @property
-    def note(self) -> Note:
-        return Note(self.path, self.before.__name__, self.swap.why)
-
-
 def _plan(
     family: Family, model: Any, modules: Sequence[tuple[str, Any]], trainable: bool
-) -> Iterator[_Planned]:
+) -> Iterator[Planned]:
     """Yield the modules whose class changes, with their new classes."""
     swaps = {**family.connections, **(family.trainable if trainable else {})}
     layers = family.layers
@@ -249,7 +216,7 @@ def _plan(
         if swap.cls is not cls:
             if swap.check:
                 swap.check(path, module)
-            yield _Planned(path, module, cls, swap)
+            yield Planned(path, module, cls, swap)
 
 
 def _accepts_pending(family: Family, layer: Any) -> bool:
@@ -269,15 +236,9 @@ def _left(family: Family, modules: Sequence[tuple[str, Any]], trainable: bool) -
                 yield Note(path, cls.__name__, reason)
 
 
-def _swap(plan: Sequence[_Planned]) -> None:
-    """Change all classes, or none if one fails."""
-    try:
-        for planned in plan:
-            planned.module.__class__ = planned.swap.cls
-    except TypeError:
-        for planned in plan:
-            planned.module.__class__ = planned.before
-        raise
+def _swap(plan: list[Planned]) -> None:
+    """Change all classes, or none if one fails; then freeze."""
+    swap_classes(plan)
     for _, module, _, swap in plan:
         names = [name for name in swap.freeze if name in module.trainable_parameters()]
         for name in names:

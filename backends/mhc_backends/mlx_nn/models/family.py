@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
+
+from mhc_backends.acceleration import Swap
 
 __all__ = ["Family", "Layers", "Swap"]
-
-
-class Swap(NamedTuple):
-    """The subclass that replaces a library's class, and a sentence about it for the report."""
-
-    cls: type[Any]
-    why: str
-    check: Callable[[str, Any], None] | None = None  # raises for an instance that it cannot replace
-    freeze: tuple[str, ...] = ()  # parameters that cannot be trained
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,170 @@
+"""The dynamic connection as pure functions of JAX; public as :mod:`mhc_core.jax`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import mhc_core as mhc
+from mhc_backends.nn_common import (
+    ALPHA,
+    checked_sizes,
+    deviation,
+    head_bias,
+    names_of,
+    residual_bias,
+)
+from mhc_core.variants import PAPER, Variant
+
+__all__ = ["HyperConnection", "HyperHead"]
+
+Params = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """Sizes and constants, without arrays: hashable, so a static argument of ``jax.jit``."""
+
+    dims: int
+    n: int = 4
+    variant: Variant = PAPER
+
+    def __post_init__(self) -> None:
+        sizes = checked_sizes(type(self).__name__, self.dims, self.n, self.variant)
+        for name, value in zip(("dims", "n", "variant"), sizes, strict=True):
+            object.__setattr__(self, name, value)
+
+    def _start(self, key: jax.Array, groups: int, bias: list[float]) -> Params:
+        shape = (len(bias), self.n * self.dims)
+        arrays = (
+            deviation(self.dims, self.n) * jax.random.normal(key, shape, jnp.float32),
+            jnp.full((groups,), ALPHA, jnp.float32),
+            jnp.array(bias, jnp.float32),
+        )
+        return dict(zip(names_of(self.variant), arrays, strict=True))
+
+    def _arrays(self, params: Params) -> list[jax.Array]:
+        """Return phi, scale and bias, as the ops take them."""
+        return [params[name] for name in names_of(self.variant)]
+
+
+@dataclass(frozen=True)
+class HyperConnection(_Projection):
+    """Connect a layer F to n streams by mappings that are computed from the streams.
+
+    ::
+
+        H_pre, H_post, H_res = mappings(x);  h = sum_i H_pre_i x_i
+        x'_i = sum_j H_res[i, j] x_j + H_post_i F(h)
+
+    It holds no arrays: :meth:`init` makes the parameters, a dict, which every method takes first.
+    Wrap it in a module of flax or equinox, or use it as it is.
+
+    Parameters
+    ----------
+    dims
+        C, the channels of a stream.
+    n
+        The number of streams.
+    variant
+        The constants and the layout of the parameters: :data:`mhc_core.PAPER`, or
+        :data:`mhc_core.DEEPSEEK_V4` or ``DEEPSEEK_V41`` for released checkpoints.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments of the wrong type or size; the error names them.
+
+    Notes
+    -----
+    The parameters are ``phi``, ``alpha`` and ``bias``, or with the DeepSeek variants ``fn``,
+    ``scale`` and ``base``, as in released checkpoints. Keep them in float32. The start is that of
+    ``mhc_core.mlx.HyperConnection``: between :func:`mhc_core.expand` and ``contract(x, "mean")`` a
+    network starts as the plain residual ``x + F(x)``.
+
+    Eqs. (3), (7-9) and (14-19) of arXiv:2512.24880.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp
+    >>> from mhc_core.jax import HyperConnection
+    >>> connection = HyperConnection(dims=8)
+    >>> params = connection.init(jax.random.key(0))
+    >>> connection(params, jnp.ones((2, 4, 8)), jnp.tanh).shape
+    (2, 4, 8)
+    """
+
+    def init(self, key: jax.Array) -> Params:
+        """Return the parameters at the start."""
+        return self._start(key, 3, residual_bias(self.n, self.variant))
+
+    def mappings(self, params: Params, x: jax.Array) -> Any:
+        """Return H_pre, H_post and H_res of the streams x: :func:`mhc_core.mappings`."""
+        return mhc.mappings(x, *self._arrays(params), self.variant)
+
+    def pre(self, params: Params, x: jax.Array) -> Any:
+        """Return h, the layer's input, H_post and H_res: :func:`mhc_core.pre`."""
+        return mhc.pre(x, *self._arrays(params), self.variant)
+
+    def combine_pre(
+        self,
+        params: Params,
+        x: jax.Array,
+        y: jax.Array,
+        h_post: jax.Array,
+        h_res: jax.Array,
+        h_pre: jax.Array | None = None,
+    ) -> Any:
+        """End the previous sublayer and begin this one in one pass: :func:`mhc_core.combine_pre`.
+
+        x, H_post and H_res come from the previous connection and y from its layer. Return the
+        streams, this layer's input (computed with the h_pre argument, if given) and this
+        connection's H_pre, H_post and H_res.
+        """
+        return mhc.combine_pre(x, y, h_post, h_res, *self._arrays(params), self.variant, h_pre)
+
+    def __call__(
+        self,
+        params: Params,
+        x: jax.Array,
+        layer: Callable[..., jax.Array],
+        *args: Any,
+        **kwargs: Any,
+    ) -> jax.Array:
+        """Apply ``layer(h, *args, **kwargs)`` to the streams ``[..., n, dims]``."""
+        h, h_post, h_res = self.pre(params, x)
+        return mhc.combine(x, layer(h, *args, **kwargs), h_post, h_res)
+
+
+@dataclass(frozen=True)
+class HyperHead(_Projection):
+    """Collapse the streams before the output, by weights that are computed from the streams.
+
+    ``h = sum_i w_i x_i`` with ``w = sigmoid((vec(x) @ phi.T) r scale + bias) + pre_eps``.
+
+    Parameters
+    ----------
+    dims, n, variant
+        As for :class:`HyperConnection`, whose H_pre the weights w start as.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments of the wrong type or size; the error names them.
+
+    Notes
+    -----
+    DeepSeek-V4's ``hc_head``.
+    """
+
+    def init(self, key: jax.Array) -> Params:
+        """Return the parameters at the start."""
+        return self._start(key, 1, head_bias(self.n, self.variant))
+
+    def __call__(self, params: Params, x: jax.Array) -> jax.Array:
+        """Return ``[..., dims]`` from the streams ``[..., n, dims]``: :func:`mhc_core.head`."""
+        return mhc.head(x, *self._arrays(params), self.variant)

@@ -1,0 +1,201 @@
+"""accelerate: transformers' deepseek_v4 computes the same on the uniform ops."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mhc_core as mhc
+import mhc_torch
+from mhc_torch.models import family
+
+transformers = pytest.importorskip(
+    "transformers", "5.17", reason="needs transformers>=5.17: pip install 'mhc-torch[transformers]'"
+)
+v4 = pytest.importorskip(
+    "transformers.models.deepseek_v4.modeling_deepseek_v4", reason="its DeepSeek-V4"
+)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 8,
+    "q_lora_rank": 8,
+    "o_groups": 1,
+    "o_lora_rank": 8,
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "index_head_dim": 8,
+    "index_n_heads": 2,
+    "index_topk": 4,
+    "hc_mult": 3,
+    "hc_sinkhorn_iters": 3,
+    "hc_eps": 1e-3,
+    "rms_norm_eps": 1e-4,
+    "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"],
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """Return a model, its connections far from the start. Tests change only copies of it."""
+    torch.manual_seed(0)
+    made = transformers.DeepseekV4ForCausalLM(transformers.DeepseekV4Config(**SIZES))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "hc" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+    return made
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(2, 32, (2, 10))
+
+
+def accelerated(model: nn.Module) -> nn.Module:
+    other = copy.deepcopy(model)
+    report = mhc_torch.accelerate(other, everywhere=True)
+    assert not report.left
+    return other
+
+
+def step(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the logits, the streams between the layers, and the gradients of the loss."""
+    model.zero_grad()
+    out = model(tokens, labels=tokens, output_hidden_states=True)
+    out.loss.backward()
+    states = {f"state {k}": state for k, state in enumerate(out.hidden_states)}
+    own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": out.logits, **states, **own}
+
+
+def close(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert got.keys() == want.keys()
+    for name, one in got.items():
+        error = (one - want[name]).abs().max()
+        assert error <= tolerance * want[name].abs().max() + 1e-9, (name, error)
+
+
+def test_outputs_and_gradients_are_the_models_own(model: Any, tokens: torch.Tensor) -> None:
+    want = step(model, tokens)
+    other = accelerated(model)
+    ops = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("pre", "combine_pre", "combine", "head"):
+            op = getattr(mhc, name)
+            patch.setattr(mhc, name, lambda *a, op=op, name=name: (ops.append(name), op(*a))[1])
+        close(step(other, tokens), want, 1e-4)
+    assert ops == ["pre", "combine_pre", "combine"] * 2 + ["head"]
+    old = other.gradient_checkpointing_enable  # its name before transformers 5.24
+    getattr(other, "activation_checkpointing_enable", old)()
+    close(step(other.train(), tokens), step(model.train(), tokens), 1e-4)
+
+
+def test_generation_files_and_names_stay(model: Any, tokens: torch.Tensor, tmp_path: Path) -> None:
+    other = accelerated(model)
+    assert list(other.state_dict()) == list(model.state_dict())
+    options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    options |= {"pad_token_id": 0, "eos_token_id": 31}
+    want = model.generate(tokens, **options)
+    assert torch.equal(other.generate(tokens, **options), want)
+    other.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert type(loaded.model.layers[0]) is v4.DeepseekV4DecoderLayer
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+    connections = mhc_torch.load_hyper_connections(tmp_path)
+    assert torch.equal(connections.layers[1].ffn.fn, model.model.layers[1].ffn_hc.fn)
+    restored = mhc_torch.restore(other)
+    assert len(restored.replaced) == 7
+    assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+    assert not any(family.EVERYWHERE in vars(m) for m in other.modules())
+
+
+def test_bfloat16(model: Any, tokens: torch.Tensor) -> None:
+    plain = copy.deepcopy(model).bfloat16()
+    want = copy.deepcopy(plain).float()(tokens).logits
+    other = accelerated(plain)
+    errors = [(m(tokens).logits.float() - want).abs().mean() for m in (other, plain)]
+    assert other(tokens).logits.dtype == torch.bfloat16
+    assert errors[0] <= 1.5 * errors[1]
+
+
+def test_on_the_cpu_the_models_own_code_runs(
+    model: Any, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = copy.deepcopy(model)
+    report = mhc_torch.accelerate(other)
+    assert "4 DeepseekV4HyperConnection, model.layers.0.attn_hc ..." in str(report)
+    with torch.no_grad():
+        want = model(tokens).logits
+        for name in ("pre", "combine_pre", "combine", "head"):
+            monkeypatch.setattr(mhc, name, None)
+        assert torch.equal(other(tokens).logits, want)
+    assert not mhc_torch.accelerate(other, everywhere=True).replaced
+    with pytest.raises(TypeError):
+        other(tokens)
+
+
+def test_a_connection_with_a_hook_is_called(model: Any, tokens: torch.Tensor) -> None:
+    other, called = accelerated(model), []
+    other.model.layers[0].ffn_hc.register_forward_pre_hook(lambda *_: called.append(1))
+    with torch.no_grad():
+        close({"": other(tokens).logits}, {"": model(tokens).logits}, 1e-4)
+    assert called == [1]
+
+
+def test_what_is_not_known_is_refused(model: Any) -> None:
+    with pytest.raises(TypeError, match="model is a Linear, without hyper-connections of a known"):
+        mhc_torch.accelerate(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="model is a int; needs a"):
+        mhc_torch.accelerate(3)
+    hy = pytest.importorskip("transformers.models.hy_v4.modeling_hy_v4", reason="another family")
+    cls = next(cls for name, cls in vars(hy).items() if "HyperConnection" in name)
+    with pytest.raises(TypeError, match=r"hyper-connections of hy_v4, which are not known yet"):
+        mhc_torch.accelerate(_holding(cls))
+    other = copy.deepcopy(model)
+    del other.model.layers[0].attn_hc.hc_eps
+    with pytest.raises(RuntimeError, match=r"attn_hc, a DeepseekV4HyperConnection .* no hc_eps"):
+        mhc_torch.accelerate(other)
+    with pytest.raises(RuntimeError, match="has no Another; look for a newer"):
+        family.classes_of(v4.__name__, ("DeepseekV4Model", "Another"))
+
+
+def _holding(cls: type[Any]) -> nn.Module:
+    """Return a module that holds an instance of a class, which need not be initialised."""
+    inner = cls.__new__(cls)
+    nn.Module.__init__(inner)
+    return nn.Sequential(inner)
+
+
+def test_another_release_that_computes_something_else(
+    model: Any, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = v4.DeepseekV4DecoderLayer.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(v4.DeepseekV4DecoderLayer, "forward", lambda *a, **k: 1.01 * forward(*a, **k))
+        other = copy.deepcopy(model)
+        report = mhc_torch.accelerate(other, everywhere=True)
+        assert {note.class_name for note in report.left} == {"DeepseekV4DecoderLayer"}
+        assert "computes something else (off by 9.9e-03)" in str(report)
+        with torch.no_grad():
+            close({"": other(tokens).logits}, {"": model(tokens).logits}, 1e-4)
+    mapped = v4.DeepseekV4HyperConnection.forward
+    monkeypatch.setattr(
+        v4.DeepseekV4HyperConnection,
+        "forward",
+        lambda *a: (mapped(*a)[0], mapped(*a)[1].mT, mapped(*a)[2]),
+    )
+    other = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match="computes something else"):
+        mhc_torch.accelerate(other)
+    assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
