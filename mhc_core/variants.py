@@ -25,6 +25,10 @@ class Variant:
     ----------
     norm_eps
         Added to the mean square of all ``n * C`` numbers of a token before the reciprocal root.
+    norm_root_eps
+        Added to that root, outside of it: what phi gives is divided by
+        ``sqrt(mean + norm_eps) + norm_root_eps``. Kernels have none; with another value than 0 the
+        mappings are computed by the formulas.
     pre_eps
         Added to ``sigmoid`` in H_pre (and in the head's weights).
     post_scale
@@ -67,6 +71,7 @@ class Variant:
     sinkhorn_eps: float = 0.0
     sinkhorn_first: First = "columns"
     res_transposed: bool = False
+    norm_root_eps: float = 0.0
     mixer: str = "sinkhorn"
     mixer_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
 
@@ -79,13 +84,14 @@ class Variant:
             "sinkhorn_eps": checks.non_negative,
             "sinkhorn_first": check_first,
             "res_transposed": checks.boolean,
+            "norm_root_eps": checks.non_negative,
         }
         plain = [check("Variant", name, getattr(self, name)) for name, check in rules.items()]
         for name, value in zip(rules, plain, strict=True):
             object.__setattr__(self, name, value)
         # Every dispatched call hashes its variant, so it is done once. The word is left out: its
         # hash differs between processes and this attribute travels in pickles.
-        object.__setattr__(self, "_hash", hash((*plain[:5], plain[5] == "rows", plain[6])))
+        object.__setattr__(self, "_hash", hash((*plain[:5], plain[5] == "rows", *plain[6:])))
         if self.mixer != "sinkhorn" or self.mixer_options:
             object.__setattr__(self, "mixer_options", self._checked_options())
 
@@ -135,6 +141,11 @@ class Variant:
             "first": self.sinkhorn_first,
             "transposed": self.res_transposed,
         }
+
+    @property
+    def beyond(self) -> tuple[str, ...]:
+        """Return the fields in use that only the formulas of ``mhc_core.math`` know."""
+        return ("norm_root_eps",) if self.norm_root_eps else ()
 
     @property
     def mixes(self) -> bool:
