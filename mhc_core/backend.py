@@ -58,6 +58,10 @@ what PyTorch's ``torch._dynamo.assume_constant_result`` sets.
 """
 
 
+UNFUSED = "where no backend is named, one that runs the formulas is chosen"
+"""The remedy for a call that a backend has no code for."""
+
+
 def _always_there() -> str | None:
     return None
 
@@ -114,8 +118,8 @@ class BackendSpec:
     mixers
         The names of the mixers whose variants its functions take, or None for all of them: then
         they run the mixer's own forward and vjp (:class:`mhc_core.mixer.Mixer`) where they have no
-        code for it. Calls with another mixer are refused. With ``"identity"`` among them, its
-        functions take None for h_res, and return it.
+        code for it, and know every field of a Variant. Calls with another mixer are refused. With
+        ``"identity"`` among them, its functions take None for h_res, and return it.
     sizes
         The smallest and the largest number of streams ``n``; ``None`` stands for no bound.
     priority
@@ -218,9 +222,16 @@ class BackendSpec:
         return hash((self.name, self.module))
 
     def refuses(
-        self, op: str, dtypes: tuple[str, ...], n: int | None, mixers: tuple[str, ...] = ()
+        self,
+        op: str,
+        dtypes: tuple[str, ...],
+        n: int | None,
+        mixers: tuple[str, ...] = (),
+        fields: tuple[str, ...] = (),
     ) -> str | None:
-        """Return why it does not accept this op, these dtypes, n streams or these mixers, or None.
+        """Return why it does not accept this op, these dtypes, n streams, ..., or None.
+
+        ``fields`` are those of a variant that only a backend knows that takes all mixers.
 
         ``n`` is None for an op without streams, such as rms_norm.
         """
@@ -233,7 +244,9 @@ class BackendSpec:
         for mixer in mixers:
             if self.mixers is not None and mixer not in self.mixers:
                 known = ", ".join(self.mixers) or "none"
-                return f"has no mixer {mixer!r} (it takes {known}; 'numpy' takes all)"
+                return f"has no mixer {mixer!r} (it takes {known}); {UNFUSED}"
+        if self.mixers is not None and fields:
+            return f"does not know a variant's {fields[0]}; {UNFUSED}"
         if n is not None and not smallest <= n <= (largest or n):
             upwards = f"to {largest}" if largest else "on"
             return f"takes n from {smallest} {upwards}, not {n}"

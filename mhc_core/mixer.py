@@ -65,7 +65,7 @@ class Mixer:
     options
         Its options by name, numbers, words or booleans, to write in ``Variant(mixer_options=...)``.
     doubly_stochastic
-        Whether the rows and the columns of every H_res sum to 1, with no entry below 0.
+        Whether the rows and the columns of every H_res sum to 1 to rounding, with no entry below 0.
 
     Raises
     ------

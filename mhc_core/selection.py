@@ -244,7 +244,7 @@ def _named(what: str, name: Any, source: str, call: Signature, arrays: Sequence[
                 f"{call.op.name}: {argument} is a {full_name(array)}; backend {name!r}{source} "
                 f"needs {takes}: convert it with numpy.asarray(...)"
             )
-    reason = spec.refuses(call.op.name, call.dtypes, call.n, call.mixers)
+    reason = spec.refuses(call.op.name, call.dtypes, call.n, call.mixers, call.fields)
     if reason:
         raise UnsupportedError(f"{call.op.name}: backend {name!r}{source} {reason}")
     reason = unproven(what, spec, call)
@@ -276,7 +276,7 @@ def _automatic(
     for spec in specs:
         if library in spec.array_types and spec.name not in refused:
             reason = missing_reason(spec) or spec.refuses(
-                call.op.name, call.dtypes, call.n, call.mixers
+                call.op.name, call.dtypes, call.n, call.mixers, call.fields
             )
             if not spec.automatic:
                 refusals[spec.name] = "runs only when chosen by name"

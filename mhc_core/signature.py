@@ -106,9 +106,10 @@ class Signature(NamedTuple):
     names: tuple[str, ...]  # of the arrays that are there, for messages
     dtypes: tuple[str, ...]  # of the arrays, by name
     n: int | None  # streams; None for an op without streams
-    key: tuple[Any, ...]  # op, dtypes, n, mixers and absent arrays: the input of a selection
+    key: tuple[Any, ...]  # op, dtypes, n and all that follows static: the input of a selection
     static: Mapping[str, Any]
     mixers: tuple[str, ...] = ()  # the mixers that a backend needs for it
+    fields: tuple[str, ...] = ()  # the variant's fields that not every backend knows
     absent: tuple[str, ...] = ()  # the arrays that are None, or left out
 
     @property
@@ -212,8 +213,11 @@ def _check(
     if UNMIXED in absent:
         mixers = tuple(dict.fromkeys((*mixers, "identity")))
     n = sizes.get("n")
-    key = (op.name, tuple(dtypes), n, mixers, absent)
-    call = Signature(op, leading or (), sizes, names, tuple(dtypes), n, key, plain, mixers, absent)
+    fields: tuple[str, ...] = plain["variant"].beyond if "variant" in plain else ()
+    key = (op.name, tuple(dtypes), n, mixers, fields, absent)
+    call = Signature(
+        *(op, leading or (), sizes, names, tuple(dtypes), n, key, plain), mixers, fields, absent
+    )
     return call if cotangents is None else _with_cotangents(call, cotangents)
 
 
@@ -360,5 +364,5 @@ def _with_cotangents(call: Signature, cotangents: Sequence[Any]) -> Signature:
                 "needs float32 or less (nothing is narrowed silently)"
             )
     dtypes = (*call.dtypes, *(dtype_name(cotangent.dtype) for cotangent in cotangents))
-    key = (call.op.name, dtypes, call.n, call.mixers, call.absent)
+    key = (call.op.name, dtypes, *call.key[2:])
     return call._replace(names=call.names + names, dtypes=dtypes, key=key)

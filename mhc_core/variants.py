@@ -38,6 +38,10 @@ class Variant:
     ----------
     norm_eps
         Added to the mean square of all ``n * C`` numbers of a token before the reciprocal root.
+    norm_root_eps
+        Added to that root, outside of it: what phi gives is divided by
+        ``sqrt(mean + norm_eps) + norm_root_eps``. Kernels have none; with another value than 0 the
+        mappings are computed by the formulas.
     pre_eps
         Added to ``sigmoid`` in H_pre (and in the head's weights).
     post_scale, post_eps
@@ -90,6 +94,7 @@ class Variant:
     sinkhorn_start: Start = "softmax"
     sinkhorn_clamp: tuple[float, float] | None = None
     res_transposed: bool = False
+    norm_root_eps: float = 0.0
     mixer: str = "sinkhorn"
     mixer_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
 
@@ -105,6 +110,7 @@ class Variant:
             "sinkhorn_start": checks.one_of(*get_args(Start)),
             "sinkhorn_clamp": checks.bounds,
             "res_transposed": checks.boolean,
+            "norm_root_eps": checks.non_negative,
         }
         plain = {name: check("Variant", name, getattr(self, name)) for name, check in rules.items()}
         for name, value in plain.items():
@@ -165,6 +171,11 @@ class Variant:
             "clamp": self.sinkhorn_clamp,
             "transposed": self.res_transposed,
         }
+
+    @property
+    def beyond(self) -> tuple[str, ...]:
+        """Return the fields in use that only the formulas of ``mhc_core.math`` know."""
+        return ("norm_root_eps",) if self.norm_root_eps else ()
 
     @property
     def mixes(self) -> bool:

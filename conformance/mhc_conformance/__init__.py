@@ -16,28 +16,31 @@ in this field, and ``mhc conformance --mutations`` shows the check that fails fo
 from typing import TYPE_CHECKING, Any
 
 from mhc_conformance.checks import CHECKS, applies, check, grid, skips
+from mhc_conformance.mixers import check_mixer
 from mhc_conformance.records import Record, Skip
 from mhc_conformance.subject import Subject
 
 if TYPE_CHECKING:
-    from mhc_conformance.suite import BackendConformance
+    from mhc_conformance.suite import BackendConformance, MixerConformance
 
 __all__ = [
     "CHECKS",
     "BackendConformance",
+    "MixerConformance",
     "Record",
     "Skip",
     "Subject",
     "applies",
     "check",
+    "check_mixer",
     "grid",
     "skips",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "BackendConformance":  # needs pytest, which the command does without
-        from mhc_conformance.suite import BackendConformance
+    if name in ("BackendConformance", "MixerConformance"):  # need pytest; the command does not
+        from mhc_conformance import suite
 
-        return BackendConformance
+        return getattr(suite, name)
     raise AttributeError(name)

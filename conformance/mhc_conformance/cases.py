@@ -557,6 +557,16 @@ TOKENS: Sequence[tuple[Sizes, str, tuple[str, ...]]] = (  # so many that product
     (Sizes((16385,), 3, 5, "tens of thousands of tokens"), "head", ("float32",)),
 )
 ONCE = (("variant", replace(DEEPSEEK_V4, sinkhorn_iterations=1)),)
+MIXED = {
+    name: replace(PAPER, norm_eps=1e-3, norm_root_eps=0.1, mixer=name, mixer_options=options)
+    for name, options in (
+        ("mhc-lite", {}),
+        ("kromhc", {}),
+        ("circulant", {"gamma": 0.4}),
+        ("go-mhc", {"s": 2}),
+        ("sinkhorn-limit", {}),
+    )
+} | {"mhc-lite, transposed": replace(PAPER, mixer="mhc-lite", res_transposed=True)}
 UNMIXED = (("variant", replace(DEEPSEEK_V4, mixer="identity")),)
 P20, P1 = ((("variant", variant),) for variant in (PAPER, replace(PAPER, sinkhorn_iterations=1)))
 NARROW = ("float16", "bfloat16")
@@ -634,6 +644,11 @@ SPECIAL: Sequence[Case] = (
     # single-pass mHC: the mix comes from the sublayer before
     Case("combine_pre", "h_pre given", SMALL, V4, optional=True),
     Case("combine_pre", "h_pre given, shared", SMALL, V4, optional=True, shared=True),
+    # each mixer but Sinkhorn, and a norm with an eps outside its root
+    *(
+        Case("mappings", f"mixer {name}", SMALL, (("variant", variant),))
+        for name, variant in MIXED.items()
+    ),
     # streams that are not mixed
     *(
         Case(op, "no mixing, h_pre given" if given else "no mixing", SMALL, static, **how)

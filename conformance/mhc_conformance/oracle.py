@@ -11,6 +11,7 @@ arrays of any float dtype, which are raised to float64 exactly.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -24,6 +25,7 @@ from mhc_conformance.autodiff import (
     broadcast_to,
     clip,
     exp,
+    inverse,
     largest,
     logsumexp,
     maximum,
@@ -62,6 +64,8 @@ class Variant(Protocol):
     def sinkhorn_clamp(self) -> tuple[float, float] | None: ...
     @property
     def res_transposed(self) -> bool: ...
+    @property
+    def norm_root_eps(self) -> float: ...
     @property
     def mixer(self) -> str: ...
     @property
@@ -152,6 +156,78 @@ def _converged(current: Value, epsilon: float, log_space: bool) -> NDArray[np.bo
     return (largest[0] < epsilon) & (largest[1] < epsilon)
 
 
+# --- other mixers -----------------------------------------------------------------------------
+
+
+def mixer(name: str) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
+    """Register a mixer of the oracle, by the name that variants give."""
+
+    def register(function: Callable[..., Value]) -> Callable[..., Value]:
+        MIXERS[name] = function
+        return function
+
+    return register
+
+
+@mixer("mhc-lite")
+def _mean_of_permutations(logits: Value, n: int) -> Value:
+    """Return the transposed mean of all permutation matrices, in lexicographic order."""
+    weights = exp(logits - logsumexp(logits, -1))
+    rows = (np.eye(n)[list(p)] for p in itertools.permutations(range(n)))
+    return _weighted(weights, list(rows)).swapaxes(-1, -2)
+
+
+@mixer("kromhc")
+def _kronecker(logits: Value, n: int) -> Value:
+    """Return the Kronecker product of 2 x 2 mixes, the first logits' outermost."""
+    product, swap = None, np.array([[0.0, 1.0], [1.0, 0.0]])
+    for k in range(0, logits.shape[-1], 2):
+        pair = logits[..., k : k + 2]
+        factor = _weighted(exp(pair - logsumexp(pair, -1)), [np.eye(2), swap])
+        if product is None:
+            product = factor
+            continue
+        outer = product[..., :, None, :, None] * factor[..., None, :, None, :]
+        size = 2 * product.shape[-1]
+        product = outer.reshape(*logits.shape[:-1], size, size)
+    assert product is not None
+    return product
+
+
+@mixer("circulant")
+def _shifts(logits: Value, n: int, gamma: float) -> Value:
+    """Return the mean of the cyclic shifts, of which gamma moves."""
+    weights = gamma * exp(logits - logsumexp(logits, -1))
+    return (1 - gamma) * np.eye(n) + _weighted(
+        weights, [np.roll(np.eye(n), k, axis=1) for k in range(n)]
+    )
+
+
+@mixer("go-mhc")
+def _orthostochastic(logits: Value, n: int, s: int) -> Value:
+    """Return the means over blocks of Q squared, with Q Cayley's of theta - theta^T."""
+    size = n * s
+    theta = logits.reshape(*logits.shape[:-1], size, size)
+    skew = theta - theta.swapaxes(-1, -2)
+    q = inverse(np.eye(size) - skew) @ (skew + np.eye(size))
+    rows = np.repeat(np.eye(n), s, axis=1)  # [n, n s]: 1 where a row belongs to a stream
+    return value(rows) @ (q * q) @ rows.T / s
+
+
+@mixer("sinkhorn-limit")
+def _doubly_stochastic(logits: Value, n: int) -> Value:
+    """Return Sinkhorn after so many iterations that no more of them change it."""
+    return sinkhorn(logits.reshape(*logits.shape[:-1], n, n), 400)
+
+
+def _weighted(weights: Value, matrices: Sequence[Array]) -> Value:
+    """Return ``sum_k weights[..., k] matrices[k]``."""
+    return sum(
+        (weights[..., k, None, None] * matrix for k, matrix in enumerate(matrices[1:], 1)),
+        weights[..., 0, None, None] * matrices[0],
+    )
+
+
 # --- mappings ---------------------------------------------------------------------------------
 
 
@@ -161,7 +237,7 @@ def mappings(
 ) -> tuple[Value, Value, Value | None]:
     """Return H_pre, H_post and H_res of every token (eqs. 7-8 and 14-19)."""
     n = x.shape[-2]
-    z = _project(x, phi, variant.norm_eps)
+    z = _project(x, phi, variant)
     z_pre = z[..., :n] * scale[0] + bias[:n]
     z_post = z[..., n : 2 * n] * scale[1] + bias[n : 2 * n]
     H_res = None
@@ -195,11 +271,12 @@ def _doubly(logits: Value, variant: Variant) -> Value:
     return matrix
 
 
-def _project(x: Value, phi: Value, norm_eps: float) -> Value:
-    """Return ``(vec(x) @ phi.T) * rsqrt(mean(vec(x)^2) + norm_eps)``, ``[..., rows of phi]``."""
+def _project(x: Value, phi: Value, variant: Variant) -> Value:
+    """Return ``(vec(x) @ phi.T) / (sqrt(mean(vec(x)^2) + norm_eps) + norm_root_eps)``, by rows."""
     leading, size = x.shape[:-2], x.shape[-2] * x.shape[-1]
     vec = x.reshape(math.prod(leading), size)
-    r = (total(vec * vec, -1) / size + norm_eps) ** -0.5
+    mean = total(vec * vec, -1) / size + variant.norm_eps
+    r = (mean**0.5 + variant.norm_root_eps) ** -1.0 if variant.norm_root_eps else mean**-0.5
     return (vec @ phi.swapaxes(0, 1) * r).reshape(*leading, phi.shape[0])
 
 
@@ -266,7 +343,7 @@ def combine_pre(
 @op
 def head(x: Value, phi: Value, scale: Value, bias: Value, variant: Variant) -> Value:
     """Return the streams collapsed before the output: one sigmoid weight for each."""
-    weights = sigmoid(_project(x, phi, variant.norm_eps) * scale + bias) + variant.pre_eps
+    weights = sigmoid(_project(x, phi, variant) * scale + bias) + variant.pre_eps
     return aggregate(x, weights)
 
 

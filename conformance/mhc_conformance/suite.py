@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
 import pytest
 
 from mhc_conformance.checks import CHECKS, applies, check, everything
+from mhc_conformance.mixers import MIXER_CHECKS, backends_of, curved_by, ran_by
+from mhc_conformance.records import Comparison
 from mhc_conformance.subject import Subject
 from mhc_core.math import OPS
 
-__all__ = ["BackendConformance"]
+__all__ = ["BackendConformance", "MixerConformance"]
 
 
 class BackendConformance:
@@ -72,3 +74,55 @@ def _test(kind: str) -> Any:
 
 for _kind in CHECKS:
     setattr(BackendConformance, f"test_{_kind}", _test(_kind))
+
+
+class MixerConformance:
+    """Every check of the kit on one mixer, as pytest tests: three lines make the suite of a mixer.
+
+    ::
+
+        class TestMine(MixerConformance):
+            mixer = "mine"
+
+    What the mixer declares must hold: the number of its logits, its start and, where it says so,
+    that H_res is doubly stochastic. Its vjp must equal differences of its forward. Every backend
+    here that runs it must compute the same mappings and the same first and second gradients as
+    NumPy in float64.
+
+    Attributes
+    ----------
+    mixer
+        The name of the mixer.
+    options
+        The options to check it with; its defaults if empty.
+    seed
+        The seed of all inputs.
+    """
+
+    mixer: ClassVar[str]
+    options: ClassVar[Mapping[str, Any]] = {}
+    seed: ClassVar[int] = 0
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Make one test per check, and one per backend."""
+        if "backend" in metafunc.fixturenames:
+            metafunc.parametrize("backend", backends_of(self.mixer))
+        if "kind" in metafunc.fixturenames:
+            metafunc.parametrize("kind", MIXER_CHECKS)
+
+    def test_mixer(self, kind: str) -> None:
+        """Hold the mixer to its declaration, its laws and its slopes."""
+        _all_pass(MIXER_CHECKS[kind](self.mixer, self.options, self.seed))
+
+    def test_backend(self, backend: str) -> None:
+        """Hold a backend's mappings and gradients to NumPy's."""
+        _all_pass(ran_by(backend, self.mixer, self.options, self.seed))
+
+    def test_second(self, backend: str) -> None:
+        """Hold a backend's second derivatives to differences of NumPy's gradients."""
+        _all_pass(curved_by(backend, self.mixer, self.options, self.seed))
+
+
+def _all_pass(comparisons: Iterable[Comparison]) -> None:
+    failed = [one.says for one in comparisons if not one.passed]
+    assert not failed, "\n".join(failed)

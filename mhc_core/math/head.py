@@ -26,7 +26,7 @@ def forward_with_saved(x: Any, phi: Any, scale: Any, bias: Any, *, variant: Vari
     """Return h and the projection behind its weights."""
     xp = _xp.namespace(x)
     streams, phi, scale, bias = (_xp.upcast(xp, array) for array in (x, phi, scale, bias))
-    projected = mappings.projection(xp, streams, phi, variant.norm_eps)
+    projected = mappings.projection(xp, streams, phi, variant)
     w = _sigmoid(xp, projected, scale, bias) + variant.pre_eps
     return (_xp.as_dtype_of(xp, _xp.collapse(xp, w, streams), x),), projected
 
@@ -43,14 +43,14 @@ def vjp(
     xp = _xp.namespace(primals[0])
     x, phi, scale, bias = (_xp.upcast(xp, array) for array in primals)
     g = _xp.upcast(xp, cotangents[0])
-    projected = Projected(*saved) if saved else mappings.projection(xp, x, phi, variant.norm_eps)
+    projected = Projected(*saved) if saved else mappings.projection(xp, x, phi, variant)
     s = _sigmoid(xp, projected, scale, bias)
     dx, dw = aggregate.pullback(xp, x, s + variant.pre_eps, g)
     dz = dw * s * (1 - s)
     dscale = xp.reshape(xp.sum(dz * (projected.u * projected.r)), (1,))
     dbias = _xp.sum_tokens(xp, dz, 1)
     given = Projected(*saved_cotangents) if saved_cotangents else None
-    more, dphi = mappings.projection_pullback(xp, x, phi, projected, dz * scale, given)
+    more, dphi = mappings.projection_pullback(xp, x, phi, projected, dz * scale, variant, given)
     gradients = (dx + more, dphi, dscale, dbias)
     return tuple(_xp.as_dtype_of(xp, d, p) for d, p in zip(gradients, primals, strict=True))
 

@@ -44,7 +44,7 @@ def forward_with_saved(
     """Return the mappings and the projection behind them."""
     xp = _xp.namespace(x)
     x, phi, scale, bias = (_xp.upcast(xp, array) for array in (x, phi, scale, bias))
-    projected = projection(xp, x, phi, variant.norm_eps)
+    projected = projection(xp, x, phi, variant)
     return activated(xp, x.shape[-2], projected, scale, bias, variant), projected
 
 
@@ -59,16 +59,17 @@ def vjp(
     """Pull back through the activations, the division by the RMS and the projection."""
     xp = _xp.namespace(primals[0])
     x, phi, scale, bias = (_xp.upcast(xp, array) for array in primals)
-    projected = Projected(*saved) if saved else projection(xp, x, phi, variant.norm_eps)
+    projected = Projected(*saved) if saved else projection(xp, x, phi, variant)
     more = Projected(*saved_cotangents) if saved_cotangents else None
     gradients = pullback(xp, x, phi, scale, bias, projected, cotangents, variant, more)
     return tuple(_xp.as_dtype_of(xp, g, p) for g, p in zip(gradients, primals, strict=True))
 
 
-def projection(xp: Any, x: Any, phi: Any, norm_eps: float) -> Projected:
+def projection(xp: Any, x: Any, phi: Any, variant: Variant) -> Projected:
     """Project vec(x) and take its root mean square, over all n * C numbers of a token."""
-    mean = _xp.mean_square(xp, x, axes=2)
-    return Projected(_xp.project(xp, x, phi), 1 / xp.sqrt(mean + norm_eps))
+    root = xp.sqrt(_xp.mean_square(xp, x, axes=2) + variant.norm_eps)
+    more = variant.norm_root_eps
+    return Projected(_xp.project(xp, x, phi), 1 / (root + more if more else root))
 
 
 def _sizes(n: int, columns: int) -> tuple[int, ...]:
@@ -148,12 +149,20 @@ def pullback(
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     dscale = xp.stack([xp.sum(summed[end - k : end]) for end, k in zip(ends, sizes, strict=True)])
     dbias = _xp.sum_tokens(xp, dz, 1)
-    dx, dphi = projection_pullback(xp, x, phi, projected, dz * groups(xp, scale, sizes), more)
+    dx, dphi = projection_pullback(
+        xp, x, phi, projected, dz * groups(xp, scale, sizes), variant, more
+    )
     return dx, dphi, dscale, dbias
 
 
 def projection_pullback(
-    xp: Any, x: Any, phi: Any, projected: Projected, d_product: Any, more: Projected | None = None
+    xp: Any,
+    x: Any,
+    phi: Any,
+    projected: Projected,
+    d_product: Any,
+    variant: Variant,
+    more: Projected | None = None,
 ):
     """Return dx and dphi from the cotangent of u * r, and from ``more``, those of u and r.
 
@@ -165,6 +174,8 @@ def projection_pullback(
     du = d_product * r
     if more is not None:
         du, pull = du + more.u, pull + more.r * r
+    if variant.norm_root_eps:  # of the root alone, without what is added to it
+        pull = pull / (1 - variant.norm_root_eps * r)
     pull = (pull * r / -(x.shape[-2] * x.shape[-1]))[..., None]
     dx = _xp.unproject(xp, du, phi, x) + pull * (x * r[..., None])
     return dx, _xp.gram(xp, du, x, like=phi)

@@ -47,4 +47,11 @@ def _init(n: int, **_: Any) -> list[float]:
     return [diagonal if i == j else 0.0 for i in range(n) for j in range(n)]
 
 
-MIXER = Mixer(name="sinkhorn", logits=_logits, forward=forward, vjp=vjp, init=_init)
+MIXER = Mixer(
+    name="sinkhorn",
+    logits=_logits,
+    forward=forward,
+    vjp=vjp,
+    init=_init,
+    doubly_stochastic=False,  # only as far as the iterations bring it
+)

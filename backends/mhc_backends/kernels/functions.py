@@ -115,7 +115,10 @@ def _has_kernels(op: str, arrays: Sequence[Any], static: Mapping[str, Any]) -> b
         if at >= len(arrays) or arrays[at] is None:
             return False
     variant = static.get("variant")
-    return variant is None or variant.mixer == "sinkhorn"
+    if variant is None:
+        return True
+    own = variant.mixer == "sinkhorn" or not declared.projects
+    return own and not variant.beyond
 
 
 def _second(op: str, options: dict[str, Any], given: Any, cotangents: Any, _: Any) -> Any:
