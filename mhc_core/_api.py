@@ -700,7 +700,27 @@ def vjp(
 
 FUNCTIONS.update(globals())  # a vjp's defaults are those of its op's function
 
-if not TYPE_CHECKING:  # which takes every public name of a module by itself
+if TYPE_CHECKING:  # editors read a list, and without one take the imports above for public too
+    __all__ = [
+        "aggregate",
+        "combine",
+        "combine_pre",
+        "contract",
+        "expand",
+        "gated_combine",
+        "head",
+        "mappings",
+        "pre",
+        "pre_scale",
+        "residual_add_aggregate",
+        "rms_norm",
+        "sinkhorn",
+        "sinkhorn_knopp",
+        "static_layer",
+        "static_mappings",
+        "vjp",
+    ]
+else:
     __all__ = sorted(
         name
         for name, value in globals().items()

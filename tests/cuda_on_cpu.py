@@ -229,10 +229,10 @@ _INCLUDE = '#include "cuda_on_cpu.h"\n'
 
 def _part(number: int, text: str, memory: int) -> str:
     """Return a namespace whose ``run`` reads a plan's arguments as a launch in CUDA does."""
-    text = re.sub(r"#(undef|define) __global__.*\n", "", text)
     text = re.sub(r"extern (__shared__ uint4 \w+)\[\];", rf"\1[{memory // 16 + 1}];", text)
-    (parameters,) = re.findall(r'extern "C" __global__ void mhc_kernel\((.*)\)', text)
-    text = text.replace('extern "C" __global__ void', "static void")
+    head = r'extern "C" __global__ __launch_bounds__\(\d+, \d+\) void mhc_kernel\((.*)\)'
+    (parameters,) = re.findall(head, text)
+    text = re.sub(head, r"static void mhc_kernel(\1)", text)
     given = ", ".join(
         f"*({parameter.rpartition(' ')[0]} *)a[{k}]"
         for k, parameter in enumerate(parameters.split(", "))

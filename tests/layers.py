@@ -46,7 +46,7 @@ def imports(files: Mapping[str, Path]) -> list[Import]:
     for module, file in files.items():
         tree = _tree(file)
         package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-        for node, when in _with_place(tree):
+        for node, when in _with_time(tree):
             for target, name in _targets(node, package):
                 whole = f"{target}.{name}"
                 if name and whole in files:
@@ -56,10 +56,10 @@ def imports(files: Mapping[str, Path]) -> list[Import]:
     return found
 
 
-Place = Literal["at import", "in a function", "for types"]
+When = Literal["at import", "in a function", "for types"]
 
 
-def _with_place(node: ast.AST, when: Place = "at import") -> Iterator[tuple[ast.stmt, Place]]:
+def _with_time(node: ast.AST, when: When = "at import") -> Iterator[tuple[ast.stmt, When]]:
     """Yield the statements and calls that may import, each with when it runs."""
     for child in ast.iter_child_nodes(node):
         inner = when
@@ -69,7 +69,7 @@ def _with_place(node: ast.AST, when: Place = "at import") -> Iterator[tuple[ast.
             inner = "for types"
         if isinstance(child, (ast.Import, ast.ImportFrom, ast.Call)):
             yield child, when  # type: ignore[misc]
-        yield from _with_place(child, inner)
+        yield from _with_time(child, inner)
 
 
 def _targets(node: ast.AST, package: str) -> Iterator[tuple[str, str]]:

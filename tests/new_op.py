@@ -1,8 +1,9 @@
 """The edits that CONTRIBUTING.md promises a new op, made in a copy of the tree.
 
-The op is ``stream_scale``: every stream times the sum of a number of its own and one for all.
-``add`` makes it without kernels, ``add_kernels`` gives it some. Its kernels are those of pre_scale
-under other names: both scale streams, and so the bodies are in whatever form bodies have.
+The op is ``stream_scale``: every stream times the sum of a number of its own and one for all, over
+a number above 0. ``add`` makes it without kernels, ``add_kernels`` gives it some. Its kernels are
+those of pre_scale, with other names for themselves and their inputs: both scale streams, and so the
+bodies are in whatever form bodies have.
 """
 
 from __future__ import annotations
@@ -31,29 +32,33 @@ OP = Op(
     name="stream_scale",
     arrays={"x": "... n C", "s": "... n | n"},
     outputs={"x": Out("... n C", "stream")},
-    static={"shift": NON_NEGATIVE},
+    static={"shift": NON_NEGATIVE, "temperature": POSITIVE},
 )
 
 
-def forward(x: Any, s: Any, *, shift: float) -> Any:
-    """x'_i = (s_i + shift) x_i."""
+def forward(x: Any, s: Any, *, shift: float, temperature: float) -> Any:
+    """x'_i = (s_i + shift) / temperature x_i."""
     xp = _xp.namespace(x)
-    factors = _xp.upcast(xp, s) + shift
+    factors = (_xp.upcast(xp, s) + shift) / temperature
     return _xp.as_dtype_of(xp, factors[..., None] * _xp.upcast(xp, x), x)
 
 
-def vjp(primals: Any, cotangents: Any, saved: Any = None, *, shift: float) -> tuple[Any, Any]:
-    """dx_i = (s_i + shift) g_i; ds_i = x_i . g_i."""
+def vjp(
+    primals: Any, cotangents: Any, saved: Any = None, *, shift: float, temperature: float
+) -> tuple[Any, Any]:
+    """dx_i = (s_i + shift) / temperature g_i; ds_i = x_i . g_i / temperature."""
     (x, s), (g,) = primals, cotangents
     xp = _xp.namespace(x)
-    g = _xp.upcast(xp, g)
+    g = _xp.upcast(xp, g) / temperature
     dx = (_xp.upcast(xp, s) + shift)[..., None] * g
     return _xp.as_dtype_of(xp, dx, x), _xp.sum_to(xp, _xp.dot(xp, _xp.upcast(xp, x), g, like=s), s)
 '''
 
 API = '''
-def stream_scale(x: Array, s: Array, shift: float = 0.0, *, backend: str | None = None) -> Array:
-    """Scale every stream, ``x'_i = (s_i + shift) x_i``.
+def stream_scale(
+    x: Array, s: Array, shift: float = 0.0, temperature: float = 1.0, *, backend: str | None = None
+) -> Array:
+    """Scale every stream, ``x'_i = (s_i + shift) / temperature x_i``.
 
     Parameters
     ----------
@@ -63,6 +68,8 @@ def stream_scale(x: Array, s: Array, shift: float = 0.0, *, backend: str | None 
         ``[..., n]``, or ``[n]`` shared by all tokens.
     shift
         Added to every s, at least 0.
+    temperature
+        What that is divided by, above 0.
     backend
         A backend's name, instead of the one chosen elsewhere.
 
@@ -75,16 +82,16 @@ def stream_scale(x: Array, s: Array, shift: float = 0.0, *, backend: str | None 
     -----
     Errors: see :mod:`mhc_core._api`.
     """
-    return call("stream_scale", (x, s), {"shift": shift}, backend)
+    return call("stream_scale", (x, s), {"shift": shift, "temperature": temperature}, backend)
 
 
 '''
 
 ORACLE = '''
 @op
-def stream_scale(x: Value, s: Value, shift: float) -> Value:
-    """Return ``(s_i + shift) x_i``."""
-    return (s + shift)[..., None] * x
+def stream_scale(x: Value, s: Value, shift: float, temperature: float) -> Value:
+    """Return ``(s_i + shift) / temperature x_i``."""
+    return ((s + shift) / temperature)[..., None] * x
 
 
 '''
@@ -101,26 +108,35 @@ from typing import Any
 from mhc_backends.kernels.host import FLOAT32, Array, Kernels, Out, Sizes, tokens
 
 
-def forward(kernels: Kernels, x: Array, s: Array, *, shift: float) -> Array:
-    """x'_i = (s_i + shift) x_i."""
-    inputs = _inputs(kernels, x, s, shift)
+def forward(kernels: Kernels, x: Array, s: Array, *, shift: float, temperature: float) -> Array:
+    """x'_i = (s_i + shift) / temperature x_i."""
+    inputs = _inputs(kernels, x, s, shift, temperature)
     return kernels("stream_scale", inputs, {"out": Out.like(x)}, Sizes.of(x))[0]
 
 
 def vjp(
-    kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, shift: float
+    kernels: Kernels,
+    primals: Any,
+    cotangents: Any,
+    saved: Any = None,
+    *,
+    shift: float,
+    temperature: float,
 ) -> tuple[Array, Array]:
-    """dx_i = (s_i + shift) g_i; ds_i = x_i . g_i."""
+    """dx_i = (s_i + shift) / temperature g_i; ds_i = x_i . g_i / temperature."""
     (x, s), (g,) = primals, cotangents
     sizes = Sizes.of(x)
-    inputs = {**_inputs(kernels, x, s, shift), "g": tokens(g, 2)}
-    outputs = {"dx": Out.like(x), "dh_pre": Out((sizes.T, sizes.n), FLOAT32)}
-    dx, ds = kernels("stream_scale_vjp", inputs, outputs, sizes)
-    return dx, kernels.sum_to(ds, s, 1)
+    inputs = {**_inputs(kernels, x, s, shift, temperature), "g": tokens(g, 2)}
+    outputs = {"dx": Out.like(x), "dfactor": Out((sizes.T, sizes.n), FLOAT32)}
+    dx, dfactor = kernels("stream_scale_vjp", inputs, outputs, sizes)
+    return dx, kernels.sum_to(dfactor / temperature, s, 1)
 
 
-def _inputs(kernels: Kernels, x: Array, s: Array, shift: float) -> dict[str, Array]:
-    return {"x": tokens(x, 2), "h_pre": tokens(kernels.host.cast(s, FLOAT32) + shift, 1)}
+def _inputs(
+    kernels: Kernels, x: Array, s: Array, shift: float, temperature: float
+) -> dict[str, Array]:
+    factor = (kernels.host.cast(s, FLOAT32) + shift) / temperature
+    return {"x": tokens(x, 2), "factor": tokens(factor, 1)}
 '''
 
 
@@ -139,9 +155,12 @@ def add(root: Path) -> None:
     like = (root / "mhc_core" / "math" / "rms_norm.py").read_text(encoding="utf-8")
     imports = "".join(re.findall(r"^from mhc_core.*\n", like, re.MULTILINE))
     (check,) = re.findall(r'"eps": (\w+\.non_negative)', like)
+    positive = check.replace("non_negative", "positive")
     text = MATH.replace("IMPORTS", imports).replace("NON_NEGATIVE", check)
+    text = text.replace("POSITIVE", positive)
     _write(root / "mhc_core" / "math" / f"{NAME}.py", text)
     _insert(root / "mhc_core" / "_api.py", "def vjp(\n", API)
+    _insert(root / "mhc_core" / "_api.py", '        "vjp",\n', f'        "{NAME}",\n')
     _insert(root / "conformance/mhc_conformance/oracle.py", "def forward(op: str", ORACLE)
     _insert(root / "conformance/mhc_conformance/tolerances.py", '    "static_layer":', TOLERANCE)
 
@@ -150,7 +169,9 @@ def add_kernels(root: Path) -> None:
     """Add kernels for its forward and vjp, their launch shapes, and what launches them."""
     kernels = root / "backends" / "mhc_backends" / "kernels"
     for like in tuple(kernels.rglob("pre_scale*.h")):
-        text = like.read_text(encoding="utf-8").replace("pre_scale", NAME)
+        text = (
+            like.read_text(encoding="utf-8").replace("pre_scale", NAME).replace("h_pre", "factor")
+        )
         _write(like.with_name(like.name.replace("pre_scale", NAME)), text)
     _write(kernels / "ops" / f"{NAME}.py", GLUE)
     table = (kernels / "launch.py").read_text(encoding="utf-8")

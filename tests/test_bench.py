@@ -99,6 +99,15 @@ def test_numpy_has_no_steps_and_says_so(tmp_path: Path) -> None:
     assert any("numpy: without sublayer fwd+bwd" in note for note in report["notes"])
 
 
+def test_every_op_has_a_row_when_asked_for(tmp_path: Path) -> None:
+    made = _rows.rows_of_ops()
+    assert {row.ops for row in made.values()} == {(op,) for op in ops.OPS if op != "expand"}
+    chosen = [word for name in ("rms_norm", "sinkhorn vjp") for word in ("--row", name)]
+    report = measured(tmp_path, *SMALL, "--backend", "numpy", "--vs", "none", *chosen)
+    check_rows(report["rows"])
+    assert [row["row"] for row in report["rows"]] == ["rms_norm", "sinkhorn vjp"]
+
+
 def test_libraries_side_by_side(tmp_path: Path) -> None:
     several = ("--backend", "numpy", "--backend", "mlx-compiled", "--vs", "jax")
     report = measured(tmp_path, *SMALL, *several, "--row", "combine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import inspect
@@ -101,6 +102,10 @@ def test_the_ops_are_the_same_everywhere() -> None:
     assert tuple(OPS) == math.OPS
     assert set(oracle.OPS) == set(math.OPS)
     assert all(math.load(op).OP.name == op for op in math.OPS)
+    # the list that editors read, which cannot be computed
+    listed = re.search(r"__all__ = (\[\s[^]]*\])", inspect.getsource(_api))
+    assert listed is not None
+    assert ast.literal_eval(listed[1]) == _api.__all__
 
 
 @pytest.mark.parametrize("name", mhc_core.__all__)

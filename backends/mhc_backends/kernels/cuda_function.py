@@ -52,6 +52,7 @@ def function(step: Launch) -> Function:
         step.program.header,
         step.program.source,
         step.program.template,
+        step.program.bounds,
         tuple((name, value.dtype) for name, value in step.inputs.items()),
         tuple((name, value.dtype) for name, value in step.outputs.items()),
     )
@@ -62,6 +63,7 @@ def _function(
     header: str,
     source: str,
     template: tuple[tuple[str, int], ...],
+    bounds: tuple[int, int] | None,
     inputs: tuple[tuple[str, str], ...],
     outputs: tuple[tuple[str, str], ...],
 ) -> Function:
@@ -81,7 +83,8 @@ def _function(
         parameters.append(f"const int64_t {name}_length_{axis}")
     body = re.sub(r"\b(\w+)_shape\[(\d)\]", r"\1_length_\2", source)
     constants = "".join(f"constexpr {_constant(word, value)};\n" for word, value in template)
-    head = f'extern "C" __global__ void {NAME}({", ".join(parameters)})'
+    limits = f"__launch_bounds__({bounds[0]}, {bounds[1]}) " if bounds else ""
+    head = f'extern "C" __global__ {limits}void {NAME}({", ".join(parameters)})'
     return Function(f"{header}{head} {{\n{constants}{body}}}\n", tuple(arguments))
 
 

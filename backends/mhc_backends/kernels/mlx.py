@@ -98,10 +98,30 @@ class _Mlx:
                 input_names=list(inputs),
                 output_names=list(outputs),
                 source=runs.source,
-                header=runs.header,
+                header=runs.header + launch_bounds(runs),
                 **dynamic,
             )
         return made
+
+
+def launch_bounds(runs: Program) -> str:
+    """Return the end of a CUDA header that gives launch bounds to the function that MLX writes.
+
+    They go into the definition of ``__global__``, because nothing else of that function's own text
+    is ours. MLX 0.32 writes ``__global__ void custom_kernel_NAME(`` with all parameters
+    (build_kernel in mlx/backend/cuda/custom_kernel.cpp) and gives NVRTC no options but the
+    architecture and folders of headers (mlx/backend/cuda/jit_module.cpp), so no
+    ``--maxrregcount``. As tried with NVRTC 13.0: a ``#pragma clang attribute`` is ignored, inline
+    PTX cannot have ``.maxntid``, and an attribute before the namespace that MLX opens is an error.
+    Bounds on a declaration ahead of MLX's function do reach it, but that declaration would have to
+    repeat its name, hash and parameters exactly: else it is an overload, and NVRTC refuses to look
+    up the name.
+    """
+    if runs.bounds is None:
+        return ""
+    threads, groups = runs.bounds
+    words = f"__attribute__((global)) __launch_bounds__({threads}, {groups})"
+    return f"#undef __global__\n#define __global__ {words}\n"
 
 
 def _dtype(dtype: Any) -> mx.Dtype:

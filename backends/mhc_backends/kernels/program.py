@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from mhc_backends.kernels.launch import ACCESS_BYTES, Launch, launch, occupancy
-from mhc_backends.kernels.text import bounds, entry, header, signature
+from mhc_backends.kernels.text import entry, header, signature
 
 __all__ = ["Program", "Sizes", "Stage", "program"]
 
@@ -69,6 +69,10 @@ class Program(NamedTuple):
         The grid and the threadgroup.
     memory
         The bytes of threadgroup memory that a launch in CUDA asks for.
+    bounds
+        CUDA's launch bounds: the most threads, and how many such threadgroups fit on a
+        multiprocessor at least. Without them a kernel may need more registers than its threads
+        have. None in Metal.
     """
 
     header: str
@@ -77,6 +81,7 @@ class Program(NamedTuple):
     template: tuple[tuple[str, int], ...]
     launch: Launch
     memory: int
+    bounds: tuple[int, int] | None
 
 
 def program(
@@ -124,7 +129,7 @@ def program(
         words |= {"STAGE_STEPS": stage.steps, "BUFFER_FRAGMENTS": stage.buffers // ACCESS_BYTES}
     taken = signature(kernel).parameters
     given = tuple((name, value) for name, value in (numbers or {}).items() if name in taken)
-    texts = _texts(kernel, dialect, dtype, absent, given, stage is not None)
+    texts = _texts(kernel, dialect, absent, given, stage is not None)
     template = tuple((word, value) for word, value in words.items() if word in texts.words)
     return Program(
         texts.header,
@@ -133,6 +138,7 @@ def program(
         template,
         made,
         memory if dialect == "cuda" else 0,  # in Metal the text has the size
+        occupancy(kernel, dtype) if dialect == "cuda" else None,
     )
 
 
@@ -147,14 +153,11 @@ class _Texts(NamedTuple):
 def _texts(
     kernel: str,
     dialect: str,
-    dtype: str,
     absent: frozenset[str],
     numbers: tuple[tuple[str, float], ...],
     launched: bool,
 ) -> _Texts:
     source = entry(kernel, dialect, absent, numbers, launched)
-    before = header(kernel, dialect)
-    if dialect == "cuda":  # without bounds it may need more registers than its threads have
-        before += bounds(*occupancy(kernel, dtype))
     digest = f"{zlib.crc32(source.encode()):x}" if absent or numbers else ""
-    return _Texts(before, source, digest, frozenset(re.findall(r"\w+", source)))
+    words = signature(kernel).words & {*re.findall(r"\w+", source)}
+    return _Texts(header(kernel, dialect), source, digest, words)

@@ -1,4 +1,4 @@
-"""The texts of the kernels: a body's header with all that it includes, and the lines that call it.
+"""The texts of the kernels: what a body uses of the headers that it includes, and its call.
 
 ``bodies/<kernel>.h`` has the function template of a kernel. ``common`` has the functions that
 several bodies use. ``metal/dialect`` and ``cuda/dialect`` define the same words in the two
@@ -19,7 +19,6 @@ __all__ = [
     "DIALECTS",
     "KERNELS",
     "Signature",
-    "bounds",
     "entry",
     "flat",
     "header",
@@ -46,9 +45,9 @@ _INCLUDE = re.compile(r'#include "(.*)"')
 
 @functools.cache
 def header(kernel: str, dialect: str) -> str:
-    """Return a kernel's body after all that it includes, without comments."""
+    """Return a kernel's body and the definitions that it uses, without comments."""
     _known(kernel, dialect)
-    return flat(dialect, f"bodies/{kernel}.h")
+    return _used(flat(dialect, f"bodies/{kernel}.h"), entry(kernel, dialect))
 
 
 def flat(dialect: str, *paths: str) -> str:
@@ -85,7 +84,7 @@ def _resolved(path: str, included: str, dialect: str) -> str:
 @functools.cache
 def _compact(path: str) -> str:
     """Return a header without comments, indentation, empty lines and ``#include "..."``."""
-    lines = (line.partition("//")[0].strip() for line in _read(path).splitlines())
+    lines = (" ".join(line.partition("//")[0].split()) for line in _read(path).splitlines())
     return "".join(
         f"{line}\n" for line in lines if line and not re.match(r'#pragma once|#include "', line)
     )
@@ -100,6 +99,57 @@ def _known(kernel: str, dialect: str) -> None:
         raise ValueError(f"no kernel is named {kernel!r}; known are {', '.join(KERNELS)}")
     if dialect not in DIALECTS:
         raise ValueError(f"no dialect is named {dialect!r}; known are {', '.join(DIALECTS)}")
+
+
+# ---- definitions that are used -------------------------------------------------------------------
+
+
+def _used(text: str, source: str) -> str:
+    """Return those definitions of a text that ``source`` needs, by the names that each mentions."""
+    definitions = [(one, _defines(one)) for one in _definitions(text)]
+    words = set(re.findall(r"\w+", source))
+    used: list[int] = []
+    while new := [
+        at
+        for at, (_, names) in enumerate(definitions)
+        if at not in used and (not names or names & words)
+    ]:
+        used += new
+        words.update(word for at in new for word in re.findall(r"\w+", definitions[at][0]))
+    return "".join(definitions[at][0] for at in sorted(used))
+
+
+def _definitions(text: str) -> Iterator[str]:
+    """Split a text without comments into its definitions and lines for the preprocessor."""
+    lines: list[str] = []
+    depth = 0
+    for line in text.splitlines(keepends=True):
+        lines.append(line)
+        directive = line.startswith("#")
+        if not directive:
+            depth += len(re.findall(r"[({[]", line)) - len(re.findall(r"[)}\]]", line))
+        if depth == 0 and (directive or line.endswith((";\n", "}\n"))):
+            yield "".join(lines)
+            lines = []
+    if lines:
+        raise ValueError(f"no definition ends after {lines[0]!r}")
+
+
+_NAMED = re.compile(
+    r"#define (?P<macro>\w+)|(?:template <[^<>]*>\s|namespace \w+ {\s)?(?:"
+    r"enum \{(?P<constants>[^}]*)\}|typedef [^;]*?(?P<type>\w+);|struct (?P<struct>\w+)"
+    r"|[^({;=]*?\b(?P<function>\w+)\()"
+)
+
+
+def _defines(definition: str) -> set[str]:
+    """Return the names that a definition defines; none for what a text needs in any case."""
+    if not (found := _NAMED.match(definition)):
+        return set()
+    named = {name: text for name, text in found.groupdict().items() if text is not None}
+    if "constants" in named:
+        return {re.findall(r"\w+", one)[0] for one in named["constants"].split(",") if one.strip()}
+    return set(named.values())
 
 
 # ---- signatures ----------------------------------------------------------------------------------
@@ -119,48 +169,78 @@ class Signature(NamedTuple):
     shared
         The threadgroup arrays among the parameters, each with the type of its elements.
     sizes
-        The template arguments of ``<kernel>_memory``, which has the size of each of these arrays.
+        The size of each of these arrays, as ``<kernel>_memory`` has it.
     aligned
         The template arguments and the parameters of ``<kernel>_aligned``; None if the body has no
         access policy.
+    statements
+        The statements of a body that has no access policy and mentions no type of its arrays: they
+        are written where others are called. Empty for the others.
     """
 
     constants: Sequence[str]
     parameters: Sequence[str]
     lengths: Mapping[str, str]
     shared: Mapping[str, str]
-    sizes: Sequence[str]
+    sizes: Mapping[str, str]
     aligned: tuple[Sequence[str], Sequence[str]] | None
+    statements: str
+
+    @property
+    def words(self) -> frozenset[str]:
+        """Return the names of all values that its text takes as template arguments."""
+        sizes = re.findall(r"\w+", " ".join(self.sizes.values()))
+        asked = self.aligned[0] if self.aligned else ()
+        return frozenset([*self.constants, *sizes, *asked])
 
 
 @functools.cache
 def signature(kernel: str) -> Signature:
     """Read the signature of a kernel's body."""
     text = _compact(f"bodies/{kernel}.h")
-    template, declared = _function(text, "void", kernel)
+    template, declared, statements = _function(text, "void", kernel)
     shared = {name: kind.split()[1].rstrip("*") for name, kind in declared if "threadgroup" in kind}
     lengths = {name: kind for name, kind in declared if re.search(r"_shape_\d$", name)}
-    memory = re.search(rf"(?:template <([^<>]*)>\s+)?struct {kernel}_memory ", text)
+    types = [name for name, kind in map(_declared, template) if kind == "typename"]
     aligned = None
-    if template[0] == "typename ACCESS":
-        constants, given = _function(text, "bool", f"{kernel}_aligned")
+    if "ACCESS" in types:
+        constants, given, _ = _function(text, "bool", f"{kernel}_aligned")
         aligned = _values(constants), [name for name, _ in given]
     return Signature(
         _values(template),
         [name for name, _ in declared[:-1]],
         lengths,
         shared,
-        _values((memory[1] or "").split(",") if memory else []),
+        _sizes(kernel, text),
         aligned,
+        "" if set(types) & set(re.findall(r"\w+", statements)) else statements,
     )
 
 
-def _function(text: str, result: str, name: str) -> tuple[list[str], list[tuple[str, str]]]:
-    """Return the template's parameters, and the names and types of the function's."""
-    found = re.search(rf"template <([^<>]*)>\s+FUNCTION {result} {name}\(([^()]*)\) {{", text)
+def _sizes(kernel: str, text: str) -> dict[str, str]:
+    """Return the sizes of a body's threadgroup arrays, as its struct of constants has them."""
+    struct = rf"(?:template <([^<>]*)>\s+)?struct {kernel}_memory {{\s+enum {{([^}}]*)}};"
+    if not (memory := re.search(struct, text)):
+        return {}
+    pairs = (one.split("=", 1) for one in re.split(r",\s*(?=\w+ =)", memory[2].strip().rstrip(",")))
+    values = {name.strip(): " ".join(value.split()) for name, value in pairs}
+    constants = f"<{', '.join(_values(memory[1].split(',')))}>" if memory[1] else ""
+    return {
+        name: f"{kernel}_memory{constants}::{name}"
+        if set(values) & set(re.findall(r"\w+", value))
+        else value
+        for name, value in values.items()
+    }
+
+
+def _function(text: str, result: str, name: str) -> tuple[list[str], list[tuple[str, str]], str]:
+    """Return the template's parameters, names and types of the function's, and its statements."""
+    found = re.search(rf"template <([^<>]*)>\s+FUNCTION {result} {name}\(([^()]*)\) {{\n", text)
     if found is None:
         raise ValueError(f"no function template of a body is `FUNCTION {result} {name}(`")
-    return found[1].split(","), [_declared(parameter) for parameter in found[2].split(",")]
+    statements = next(_definitions("{\n" + text[found.end() :]))[2:-2]
+    declared = [_declared(parameter) for parameter in found[2].split(",")]
+    return found[1].split(","), declared, statements
 
 
 def _values(template: Sequence[str]) -> list[str]:
@@ -191,7 +271,7 @@ def entry(
     numbers: tuple[tuple[str, float], ...] = (),
     launched: bool = False,
 ) -> str:
-    """Return the lines inside the function that MLX writes: they call the body.
+    """Return the lines inside the function that MLX writes: they call the body, or are its own.
 
     Parameters
     ----------
@@ -216,7 +296,7 @@ def entry(
             *_absent(body, absent),
             *_lengths(body, absent),
             *(f"const float {name} = {_float(value)};\n" for name, value in numbers),
-            *_memory(kernel, body, dialect, launched),
+            *_memory(body, dialect, launched),
             *_calls(kernel, body),
         ]
     )
@@ -235,16 +315,18 @@ def _lengths(body: Signature, absent: Collection[str]) -> Iterator[str]:
         yield f"const {kind} {name} = {length};\n"
 
 
-def _memory(kernel: str, body: Signature, dialect: str, launched: bool) -> Iterator[str]:
-    sizes = f"<{', '.join(body.sizes)}>" if body.sizes else ""
+def _memory(body: Signature, dialect: str, launched: bool) -> Iterator[str]:
     for name, kind in body.shared.items():
         if launched and dialect == "cuda":
             yield f"extern __shared__ {kind} {name}[];\n"
         else:
-            yield f"{_SHARED[dialect]} {kind} {name}[{kernel}_memory{sizes}::{name}];\n"
+            yield f"{_SHARED[dialect]} {kind} {name}[{body.sizes[name]}];\n"
 
 
 def _calls(kernel: str, body: Signature) -> Iterator[str]:
+    if body.statements:
+        yield body.statements
+        return
     arguments = ", ".join(
         [*(f"&{name}[0]" if name in body.shared else name for name in body.parameters), "here"]
     )
@@ -260,13 +342,3 @@ def _calls(kernel: str, body: Signature) -> Iterator[str]:
 
 def _float(value: float) -> str:
     return f"{struct.unpack('f', struct.pack('f', value))[0]!r}f"
-
-
-def bounds(threads: int, groups: int) -> str:
-    """Return the end of a CUDA header: it limits registers so that ``groups`` threadgroups fit.
-
-    Launch bounds belong into the kernel's first line, which MLX writes. So they go into the
-    definition of its ``__global__``.
-    """
-    words = f"__attribute__((global)) __launch_bounds__({threads}, {groups})"
-    return f"#undef __global__\n#define __global__ {words}\n"

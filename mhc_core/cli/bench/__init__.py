@@ -106,8 +106,8 @@ def bench(
     row: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Only this row; may be repeated. {', '.join(ROWS)}; "
-            f"with --mode decode: {', '.join(CHAINS)}."
+            help=f"Only this row; may be repeated. {', '.join(ROWS)}, or any other op, or its name "
+            f"and vjp; with --mode decode: {', '.join(CHAINS)}."
         ),
     ] = None,
     backend: Annotated[
@@ -247,11 +247,14 @@ def _chosen_rows(mode: Mode, chosen: Sequence[str] | None, depth: int) -> list[R
     from mhc_core.cli.bench import _rows
 
     every = _rows.decode_rows(depth) if mode is Mode.decode else _rows.rows()
-    known = _rows.TRAIN if mode is Mode.train else tuple(every)
+    usual = known = _rows.TRAIN if mode is Mode.train else tuple(every)
+    if mode in (Mode.latency, Mode.throughput):
+        every = {**_rows.rows_of_ops(), **every}
+        known = (*usual, *(name for name in every if name not in usual))
     for name in chosen or ():
         if name not in known:
             raise typer.BadParameter(f"--row is {name!r}; needs one of {', '.join(known)}")
-    return [every[name] for name in dict.fromkeys(chosen or known)]
+    return [every[name] for name in dict.fromkeys(chosen or usual)]
 
 
 def _theirs(chosen: Sequence[str] | None, libraries: set[str]) -> tuple[list[Side], list[str]]:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["STREAMS", "Sizes", "draw", "dtype_of", "nbytes", "shape_of"]
+__all__ = ["Sizes", "draw", "dtype_of", "nbytes", "shape_of"]
 
-STREAMS = frozenset({"x", "y", "res", "h"})  # have the streams' dtype; all else is float32
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 POOL = 1_000_003  # numbers drawn for one array; a prime, so that no two of its rows are alike
 
@@ -56,9 +55,10 @@ def shape_of(pattern: str, sizes: Sizes, shared: bool = False) -> tuple[int, ...
     return (*ahead, *(known[w] if w in known else int(w) for w in words if w != "..."))
 
 
-def dtype_of(name: str, sizes: Sizes) -> str:
-    """Return the dtype of an argument of that name."""
-    return sizes.dtype if name in STREAMS else "float32"
+def dtype_of(pattern: str, sizes: Sizes) -> str:
+    """Return the dtype of an array of a declared shape: streams' own, float32 for all else."""
+    words = pattern.split("|")[0].split()
+    return sizes.dtype if words[0] == "..." and words[-1] in ("C", "D") else "float32"
 
 
 def nbytes(shape: tuple[int, ...], dtype: str) -> int:

@@ -74,7 +74,7 @@ def _arrays(backend: str, op: str, optional: bool) -> tuple[Any, ...]:
     own, rng = backend_module(spec), numpy.random.default_rng()
     declared = get_op(op)
     return tuple(
-        own.from_host(draw(name, shape_of(pattern, SMALL), dtype_of(name, SMALL), rng))
+        own.from_host(draw(name, shape_of(pattern, SMALL), dtype_of(pattern, SMALL), rng))
         for name, pattern in declared.arrays.items()
         if optional or name != "h_pre" or name not in declared.optional
     )

@@ -16,7 +16,7 @@ from mhc_core.cli.bench._arrays import Sizes, draw, dtype_of, nbytes, shape_of
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["TRAIN", "Row", "decode_rows", "rows"]
+__all__ = ["TRAIN", "Row", "decode_rows", "rows", "rows_of_ops"]
 
 Array = Any
 Ops = Any  # has the ops as attributes, their static arguments already given
@@ -113,7 +113,8 @@ def outputs_of(op: str) -> tuple[str, ...]:
 
 def _input(word: str, sizes: Sizes, shared: bool = False) -> tuple[tuple[int, ...], str]:
     op, _, name = word.partition(".")
-    return shape_of(_op(op).arrays[name], sizes, shared), dtype_of(name, sizes)
+    pattern = _op(op).arrays[name]
+    return shape_of(pattern, sizes, shared), dtype_of(pattern, sizes)
 
 
 def _output(word: str, sizes: Sizes) -> tuple[tuple[int, ...], str]:
@@ -200,6 +201,23 @@ def rows() -> Mapping[str, Row]:
         *map(_vjp, ("pre", "combine", "combine_pre", "aggregate", "static_layer")),
     ]
     return {row.name: row for row in every}
+
+
+@cache
+def rows_of_ops() -> Mapping[str, Row]:
+    """Return a row for the forward and one for the vjp of every op that needs only arrays."""
+    import inspect
+
+    import mhc_core
+    from mhc_core import math
+
+    made: dict[str, Row] = {}
+    for op in math.OPS:
+        parameters = inspect.signature(getattr(mhc_core, op)).parameters
+        given = (parameters[name].default for name in _op(op).static if name != "variant")
+        if inspect.Parameter.empty not in given:
+            made |= {row.name: row for row in (_forward(op), _vjp(op))}
+    return made
 
 
 TRAIN = ("sublayer fwd+bwd", "static_layer fwd+bwd", "gated_layer fwd+bwd")

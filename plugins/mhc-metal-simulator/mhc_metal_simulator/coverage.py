@@ -28,7 +28,7 @@ from mhc_metal_simulator.traffic import kernel_of
 
 __all__ = [
     "Coverage",
-    "Place",
+    "Outcome",
     "Ran",
     "checked",
     "classes",
@@ -57,8 +57,8 @@ class Ran(NamedTuple):
         return f"{self.op} {self.dtype}: {self.case}"
 
 
-class Place(NamedTuple):
-    """One side of a choice of a kernel."""
+class Outcome(NamedTuple):
+    """A branch outcome: one side of a choice of a kernel."""
 
     kernel: str
     branch: Branch
@@ -72,18 +72,18 @@ class Place(NamedTuple):
 class Coverage(NamedTuple):
     """The kernels, classes of launches and sides of choices that ran, each with its first case.
 
-    ``sides`` are all sides in the texts, of functions that any launch of the kernel calls.
+    ``outcomes`` are all in the texts, of functions that any launch of the kernel calls.
     """
 
     kernels: Mapping[str, Ran]
     classes: Mapping[tuple[str, str], Ran]
-    places: Mapping[Place, Ran]
-    sides: frozenset[Place]
+    taken: Mapping[Outcome, Ran]
+    outcomes: frozenset[Outcome]
 
     @property
-    def missing(self) -> list[Place]:
+    def missing(self) -> list[Outcome]:
         """Return the sides that no case ran."""
-        return sorted(self.sides - set(self.places), key=str)
+        return sorted(self.outcomes - set(self.taken), key=str)
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -150,31 +150,31 @@ def covered(ran: Ran, launches: Sequence[LaunchRecord]) -> Coverage:
     """Return what the launches of a case cover."""
     kernels = {kernel_of(one): ran for one in launches}
     found = {(kernel_of(one), word): ran for one in launches for word in classes(one)}
-    places = {Place(kernel_of(one), *taken): ran for one in launches for taken in one.took}
-    sides = {
-        Place(kernel_of(one), branch, side)
+    taken = {Outcome(kernel_of(one), *side): ran for one in launches for side in one.took}
+    outcomes = {
+        Outcome(kernel_of(one), branch, side)
         for one in launches
         for branch in one.branches
         for side in SIDES[branch.kind]
     }
-    return Coverage(kernels, found, places, frozenset(sides))
+    return Coverage(kernels, found, taken, frozenset(outcomes))
 
 
 def together(parts: Iterable[Coverage]) -> Coverage:
     """Return the union of what was found, with the first case for each."""
     kernels: dict[str, Ran] = {}
     found: dict[tuple[str, str], Ran] = {}
-    places: dict[Place, Ran] = {}
-    sides: set[Place] = set()
+    taken: dict[Outcome, Ran] = {}
+    outcomes: set[Outcome] = set()
     for part in parts:
         kernels = {**part.kernels, **kernels}
         found = {**part.classes, **found}
-        places = {**part.places, **places}
-        sides |= part.sides
-    called = {(place.kernel, place.branch.function) for place in places}
+        taken = {**part.taken, **taken}
+        outcomes |= part.outcomes
+    called = {(one.kernel, one.branch.function) for one in taken}
     # a text may have functions by whose name it calls others, which it never calls itself
-    own = frozenset(p for p in sides if (p.kernel, p.branch.function) in called)
-    return Coverage(kernels, found, places, own)
+    own = frozenset(one for one in outcomes if (one.kernel, one.branch.function) in called)
+    return Coverage(kernels, found, taken, own)
 
 
 # ---- classes of launches -------------------------------------------------------------------------
@@ -319,12 +319,12 @@ UNREACHED: Sequence[Unreached] = (
 )
 
 
-def reasons(missing: Iterable[Place]) -> dict[Unreached | None, list[Place]]:
+def reasons(missing: Iterable[Outcome]) -> dict[Unreached | None, list[Outcome]]:
     """Sort sides by the reason why no case runs them; None for those without a reason."""
-    found: dict[Unreached | None, list[Place]] = defaultdict(list)
-    for place in missing:
-        why = (one for one in UNREACHED if re.search(one.pattern, str(place)))
-        found[next(why, None)].append(place)
+    found: dict[Unreached | None, list[Outcome]] = defaultdict(list)
+    for outcome in missing:
+        why = (one for one in UNREACHED if re.search(one.pattern, str(outcome)))
+        found[next(why, None)].append(outcome)
     return found
 
 
@@ -338,16 +338,16 @@ def listing(found: Coverage) -> Iterator[str]:
         for (name, word), one in sorted(found.classes.items()):
             if name == kernel:
                 yield f"  launch {word}: {one}"
-        for place in sorted(found.sides, key=str):
-            if place.kernel == kernel:
-                one = found.places.get(place)
-                yield f"  {str(place).removeprefix(kernel)}: {one or 'no case'}"
+        for outcome in sorted(found.outcomes, key=str):
+            if outcome.kernel == kernel:
+                one = found.taken.get(outcome)
+                yield f"  {str(outcome).removeprefix(kernel)}: {one or 'no case'}"
     total = len(found.sides)
     yield f"{len(found.kernels)} of {len(KERNELS)} kernels run"
     yield f"{total - len(found.missing)} of {total} sides of their choices run; the others:"
-    for why, places in sorted(reasons(found.missing).items(), key=str):
-        yield f"{len(places)} sides: {why.reason if why else 'no reason is known'}"
-        yield from (f"  {place}" for place in places)
+    for why, outcomes in sorted(reasons(found.missing).items(), key=str):
+        yield f"{len(outcomes)} sides: {why.reason if why else 'no reason is known'}"
+        yield from (f"  {outcome}" for outcome in outcomes)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -61,7 +61,7 @@ def kind(launch: LaunchRecord, name: str, op: Op, size: Size) -> str:
     without channels, matrices have an entry for each token. All else is small: mappings, and
     parameters other than phi. All threads of a token read it, all but the first from the cache.
     """
-    if name in _gradients_too(name for name, words in op.patterns.items() if words[0][-1] == "nC"):
+    if name in _gradients_too(one for one, words in op.patterns.items() if words[0][1:] == ["nC"]):
         return "phi"
     parameters = (name for name, words in op.patterns.items() if words[0][0] != "...")
     if kernel_of(launch) == "sum_rows" or name in SUMS or name in {f"d{one}" for one in parameters}:

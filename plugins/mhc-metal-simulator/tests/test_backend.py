@@ -224,18 +224,20 @@ ADD = "sum = add(sum, value(weights, i), load<W>(streams + i * C + c));"
 MIX = "sum = add(sum, value(res, i * N + j), xs[j]);"
 CHANNELS = "c < C; c += next_channel"
 TOO_FAR = "c <= C; c += next_channel"
-PLACE = f"{WRONG}|misaligned"  # where vectors are known to begin at their own multiples
+MISALIGNED = f"{WRONG}|misaligned"  # where vectors are known to begin at their own multiples
 
 FAULTS = (
     Fault("aggregate", "tail", CHANNELS, TOO_FAR, BOUNDS, "aggregate"),
-    Fault("aggregate", "index", "streams + i * C + c", "streams + c * N + i", PLACE, "aggregate"),
+    Fault(
+        "aggregate", "index", "streams + i * C + c", "streams + c * N + i", MISALIGNED, "aggregate"
+    ),
     Fault("aggregate", "half sum", ADD, HALVED.format(ADD, "sum"), WRONG, "aggregate"),
     Fault(
         "aggregate", "space", "(x) + token", "((const device float*)x) + token", SPACE, "aggregate"
     ),
     Fault("aggregate_vjp", "barrier", "    BARRIER;  //", "    //", RACE, "aggregate"),
     Fault("aggregate_vjp", "tail", CHANNELS, TOO_FAR, BOUNDS, "aggregate"),
-    Fault("aggregate_vjp", "index", "token * C + c", "token + c * T", PLACE, "aggregate"),
+    Fault("aggregate_vjp", "index", "token * C + c", "token + c * T", MISALIGNED, "aggregate"),
     Fault(
         "aggregate_vjp",
         "half sum",

@@ -36,7 +36,7 @@ def test_every_class_of_launches_runs(found: Coverage) -> None:
 
 def test_every_side_of_a_choice_runs_or_has_its_reason(found: Coverage) -> None:
     sorted_out = reasons(found.missing)
-    assert [str(place) for place in sorted_out.pop(None, [])] == []
+    assert [str(one) for one in sorted_out.pop(None, [])] == []
     assert set(sorted_out) == set(UNREACHED)  # no reason is left for what now runs
 
 

@@ -30,7 +30,7 @@ from mhc_metal_simulator import compiler
 from mhc_metal_simulator import kernel as simulated
 from mhc_metal_simulator.source import prepare
 
-NUMBERS = ("uint group_x, group_y;", "uint groups_x, groups_y;")
+POSITION = "uint group_x, group_y, groups_x, groups_y, id, threads;"
 # Whole numbers of tokens and threadgroups that are small, and say so by a cast.
 SMALL = (
     r"int\(T - first\)|int\(item % P\)|int\(tile - stage\)|int\(here\.group_x % n_tiles\)"
@@ -68,9 +68,9 @@ def texts() -> dict[str, str]:
 
 def narrowed(name: str, text: str, folder: Path) -> list[str]:
     """Return the places where a text converts a number of 64 bits to one of 32."""
-    for number in NUMBERS:
-        assert number in text
-        text = text.replace(number, number.replace("uint", "int64_t"))
+    assert POSITION in text
+    wide = POSITION.replace("uint", "int64_t").replace(", id", "; uint id")
+    text = text.replace(POSITION, wide)
     path = folder / "kernel.cpp"
     path.write_text(prepare(text, name).text)
     language = compiler._LANGUAGE.split()  # pyright: ignore[reportPrivateUsage]

@@ -128,7 +128,7 @@ def _cotangents(outputs: Sequence[mx.array]) -> list[mx.array]:
     ]
 
 
-def _wide(array: mx.array) -> Any:
+def _float64(array: mx.array) -> Any:
     return np.array(array.astype(mx.float32)).astype(np.float64)
 
 
@@ -148,10 +148,10 @@ def _run(name: str, size: Size, variant: Any) -> None:
         outputs = _outputs(name, primals, variant, BACKEND)
         given = _cotangents(outputs)
         gradients = _vjp(name, primals, given, variant, BACKEND)
-    wide = [_wide(array) for array in primals]
+    wide = [_float64(array) for array in primals]
     _close(outputs, _outputs(name, wide, variant, "numpy"))
     assert [g.dtype for g in gradients] == [p.dtype for p in primals]
-    _close(gradients, _vjp(name, wide, [_wide(g) for g in given], variant, "numpy"))
+    _close(gradients, _vjp(name, wide, [_float64(g) for g in given], variant, "numpy"))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "-".join(map(str, size)))
@@ -219,7 +219,7 @@ def _sums(partials: mx.array, x: mx.array, phi: mx.array) -> None:
     """Compare split-K partials with x . phi and x . x over their own channels."""
     products: list[Any] = []
     squares: list[Any] = []
-    wide, across = _wide(x), _wide(phi).reshape(phi.shape[0], *x.shape[1:])
+    wide, across = _float64(x), _float64(phi).reshape(phi.shape[0], *x.shape[1:])
     for begin in range(0, x.shape[2], launches.SPLIT_CHANNELS):
         own = slice(begin, begin + launches.SPLIT_CHANNELS)
         products.append(np.einsum("tnc,mnc->tm", wide[..., own], across[..., own]))
@@ -253,8 +253,8 @@ def _combine_project(size: Size, busy: int) -> None:
 def _combined(arrays: Sequence[mx.array], busy: int) -> None:
     x, y, h_post, h_res, phi = arrays
     made, (partials, _) = _launched(busy, lambda: _projection.combine_project(KERNELS, *arrays))
-    mixed = np.einsum("...ij,...jc->...ic", _wide(h_res), _wide(x))
-    _close([made], [mixed + _wide(h_post)[..., None] * _wide(y)[:, None]])
+    mixed = np.einsum("...ij,...jc->...ic", _float64(h_res), _float64(x))
+    _close([made], [mixed + _float64(h_post)[..., None] * _float64(y)[:, None]])
     _sums(partials, made, phi)
     if busy == FEW:
         many = _launched(MANY, lambda: _projection.combine_project(KERNELS, *arrays))
@@ -287,7 +287,7 @@ def _weights_vjp(size: Size, busy: int) -> None:
     x, dh = _normal((T, n, C), getattr(mx, dtype)), _normal((T, C), getattr(mx, dtype), 4)
     with small(busy):
         dw = _projection.weights_vjp(KERNELS, x, dh)
-    _close([dw], [np.einsum("tnc,tc->tn", _wide(x), _wide(dh))])
+    _close([dw], [np.einsum("tnc,tc->tn", _float64(x), _float64(dh))])
 
 
 def _back(size: Size, busy: int) -> None:
@@ -305,11 +305,11 @@ def _back(size: Size, busy: int) -> None:
     out = Out(x.shape, mx.float32)
     with small(busy):
         dx, dphi = _projection.projection_pullback(KERNELS, x, phi, local, out, w, dh, g)
-    flat, wide = _wide(x).reshape(T, n * C), _wide(du)
-    through = (wide @ _wide(phi) - _wide(pull) * 2.0**-24 * flat).reshape(x.shape)
+    flat, wide = _float64(x).reshape(T, n * C), _float64(du)
+    through = (wide @ _float64(phi) - _float64(pull) * 2.0**-24 * flat).reshape(x.shape)
     _close(
         [dx, dphi],
-        [through + _wide(w)[..., None] * _wide(dh)[:, None] + _wide(g), wide.T @ flat],
+        [through + _float64(w)[..., None] * _float64(dh)[:, None] + _float64(g), wide.T @ flat],
     )
 
 
@@ -318,13 +318,13 @@ def _end(size: Size, busy: int) -> None:
     T, n, C, _ = size
     x, phi, scale, bias = _draw("pre", size)
     x, given = _normal(x.shape, x.dtype), _normal((T, n), seed=4)
-    wide, columns = _wide(x), phi.shape[0]
-    u = wide.reshape(T, n * C) @ _wide(phi).T
+    wide, columns = _float64(x), phi.shape[0]
+    u = wide.reshape(T, n * C) @ _float64(phi).T
     numbers = np.concatenate([u, (wide**2).sum(axis=(1, 2))[:, None]], axis=1)
     shares = np.random.default_rng(1).uniform(size=(1, 11, 1))
     units = np.append(np.ones(columns), SQUARES_UNIT)
     partials = mx.array((numbers[:, None] * units * shares / shares.sum()).astype(np.float32))
-    arrays = [wide, *(_wide(array) for array in (phi, scale, bias))]
+    arrays = [wide, *(_float64(array) for array in (phi, scale, bias))]
     h, h_post, h_res = mhc.pre(*arrays, VARIANT, backend="numpy")
     h_pre, *_ = mhc.mappings(*arrays, VARIANT, backend="numpy")
     r = 1 / np.sqrt(numbers[:, columns:] / (n * C) + VARIANT.norm_eps)
@@ -333,7 +333,7 @@ def _end(size: Size, busy: int) -> None:
         made = _projection.pre(KERNELS, x, sums, scale, bias, None, VARIANT)
         _close([*made[:4], *made.saved], [h, h_pre, h_post, h_res, u, r])
         other = _projection.pre(KERNELS, x, sums, scale, bias, given, VARIANT)
-        mixed = np.einsum("tn,tnc->tc", _wide(given), wide)
+        mixed = np.einsum("tn,tnc->tc", _float64(given), wide)
         _close([*other[:4], *other.saved], [mixed, h_pre, h_post, h_res, u, r])
 
 
@@ -350,7 +350,7 @@ def _fewest(op: str, size: Size) -> None:
         assert all(name.endswith("_k_blocks") == (busy == FEWEST) for name in kernels), kernels
         made.append([*outputs, *saved])
     count = len(outputs)
-    arrays = [_wide(array) for array in primals]
+    arrays = [_float64(array) for array in primals]
     wanted = _outputs(op, arrays, VARIANT, "numpy")
     _close(made[0][:count], wanted)
     projected = [wanted[0] if op != "pre" else arrays[0], arrays[1 if op == "pre" else 4]]
@@ -372,7 +372,7 @@ def _mappings(size: Size, busy: int) -> None:
     primals = _draw("mappings", size)
     with small(busy):
         outputs, saved = mappings.forward_with_saved(KERNELS, *primals, variant=VARIANT)
-    arrays = [_wide(array) for array in primals]
+    arrays = [_float64(array) for array in primals]
     truth = mhc.mappings(*arrays, VARIANT, backend="numpy")
     _close([*outputs, *saved], [*truth, *_projected(arrays)])
 
@@ -381,7 +381,7 @@ def _head(size: Size, busy: int) -> None:
     primals = _draw("head", size)
     with small(busy):
         (h,), (u, w, r) = head.forward_with_saved(KERNELS, *primals, variant=VARIANT)
-    arrays = [_wide(array) for array in primals]
+    arrays = [_float64(array) for array in primals]
     products, inverse = _projected(arrays)
     weights = 1 / (1 + np.exp(-(products * inverse * arrays[2] + arrays[3]))) + VARIANT.pre_eps
     truth = mhc.head(*arrays, VARIANT, backend="numpy")

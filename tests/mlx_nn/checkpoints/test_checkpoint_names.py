@@ -136,7 +136,7 @@ def test_a_layer_beyond_any_model_is_refused_at_once(
 def test_the_three_ways_of_transformers(tmp_path: Path) -> None:
     """Check files that ``save_pretrained`` itself writes; the head's numbers come back."""
     transformers = pytest.importorskip("transformers", minversion="5.24", reason="needs 5.24")
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="PyTorch is not installed, which transformers runs on")
     sizes = {
         "vocab_size": 16,
         "hidden_size": 16,

@@ -23,8 +23,10 @@ FUNCTION void head_vjp(U u, int64_t u_shape_0, R r, Scale scale, Bias bias, GW g
     const int b = line<N>(here);
     const float by = float(scale[0]);
 
-    for (int64_t tokens = first_tokens<N>(T, here); tokens < T; tokens += next_tokens<N>(here)) {
-        const int64_t token = tokens + own_token<N>(here);
+    const int64_t each = here.threads / Lanes<N>::COUNT;  // tokens of a threadgroup at a time
+
+    for (int64_t tokens = here.group_x * each; tokens < T; tokens += here.groups_x * each) {
+        const int64_t token = tokens + here.id / Lanes<N>::COUNT;
         const bool there = token < T;
         const float inverse = there ? float(r[token]) : 0.0f;
         float sum = 0.0f;  // of dz u

@@ -8,7 +8,6 @@ enum { SIMD = 32, MOST_SIMDGROUPS = 32 };
 
 // Threadgroups have one dimension of whole simdgroups, and the last one is complete too.
 struct Position {
-    uint group_x, group_y;    // the threadgroup's position
-    uint groups_x, groups_y;  // how many there are
-    uint id, threads;         // within the threadgroup
+    // the threadgroup's position, the number of threadgroups, the position in the threadgroup
+    uint group_x, group_y, groups_x, groups_y, id, threads;
 };

@@ -29,20 +29,20 @@ MHC_EXPORT const SharedArray* mhc_shared_arrays(u64* count) {
 
 // ---- finding the array of an address -----------------------------------------------------------
 
-struct Place {
+struct Location {
     Space space;
     u32 array;
     i64 offset;
     u64 size;
 };
 
-static Place place_in_shared(u64 at) {
+static Location location_in_shared(u64 at) {
     u32 i = 0;
     while (i + 1 < shared_count && shared_arrays[i + 1].offset - SHARED_GAP / 2 <= at) i++;
     return {SPACE_THREADGROUP, i, i64(at - shared_arrays[i].offset), shared_arrays[i].size};
 }
 
-static Place place_of(u64 address) {
+static Location location_of(u64 address) {
     const u64 in_arena = address - (u64)m.launch->arena;
     if (in_arena < m.launch->arena_size) {
         const u32 i = m.launch->page_owner[in_arena >> 12];
@@ -50,7 +50,7 @@ static Place place_of(u64 address) {
         return {SPACE_BUFFER, i, i64(address - (u64)buffer.data), buffer.size};
     }
     const u64 in_shared = address - (u64)shared_memory;
-    if (in_shared < SHARED_ROOM && shared_count) return place_in_shared(in_shared);
+    if (in_shared < SHARED_ROOM && shared_count) return location_in_shared(in_shared);
     return {SPACE_NONE, 0, i64(address), 0};
 }
 
@@ -58,12 +58,12 @@ static Place place_of(u64 address) {
 
 MHC_INTERNAL char __ehdr_start[], _end[];
 
-[[noreturn]] static void memory_fault(FaultKind kind, const Place& place, u32 size, bool write,
+[[noreturn]] static void memory_fault(FaultKind kind, const Location& where, u32 size, bool write,
                                       u64 caller, u32 other = NOBODY, bool other_write = false) {
     Fault& fault = new_fault(kind, m.current);
-    fault.space = place.space;
-    fault.array = place.array;
-    fault.offset = place.offset;
+    fault.space = where.space;
+    fault.array = where.array;
+    fault.offset = where.offset;
     fault.size = size;
     fault.write = write;
     fault.other = other;
@@ -72,13 +72,13 @@ MHC_INTERNAL char __ehdr_start[], _end[];
     stop();
 }
 
-static void check_races(Cell& cell, const Access& now, const Place& place, u32 size, bool write,
+static void check_races(Cell& cell, const Access& now, const Location& where, u32 size, bool write,
                         u64 caller) {
     u32 other = race_with_write(cell, now);
-    if (other != NO_RACE) memory_fault(RACE, place, size, write, caller, other, true);
+    if (other != NO_RACE) memory_fault(RACE, where, size, write, caller, other, true);
     if (!write) return record_read(cell, now);
     other = race_with_read(cell, now);
-    if (other != NO_RACE) memory_fault(RACE, place, size, write, caller, other, false);
+    if (other != NO_RACE) memory_fault(RACE, where, size, write, caller, other, false);
     record_write(cell, now);
 }
 
@@ -106,35 +106,35 @@ static void set_bits(u64* bits, u64 at, u64 count) {
     }
 }
 
-static void buffer_access(const Place& place, u32 size, bool write, bool atomic, u64 caller) {
-    Buffer& buffer = m.launch->buffers[place.array];
-    if (write && !buffer.writable) memory_fault(INPUT_WRITTEN, place, size, write, caller);
-    if (!write && !buffer.initialised && !all_set(buffer.stored_bits, place.offset, size))
-        memory_fault(UNWRITTEN_READ, place, size, write, caller);
+static void buffer_access(const Location& where, u32 size, bool write, bool atomic, u64 caller) {
+    Buffer& buffer = m.launch->buffers[where.array];
+    if (write && !buffer.writable) memory_fault(INPUT_WRITTEN, where, size, write, caller);
+    if (!write && !buffer.initialised && !all_set(buffer.stored_bits, where.offset, size))
+        memory_fault(UNWRITTEN_READ, where, size, write, caller);
     if (buffer.writable && !atomic) {
         const Access now = access_now(DEVICE);
-        const u64 last = (place.offset + size - 1) >> buffer.element_shift;
-        for (u64 i = place.offset >> buffer.element_shift; i <= last; i++)
-            check_races(buffer.cells[i], now, place, size, write, caller);
+        const u64 last = (where.offset + size - 1) >> buffer.element_shift;
+        for (u64 i = where.offset >> buffer.element_shift; i <= last; i++)
+            check_races(buffer.cells[i], now, where, size, write, caller);
     }
-    set_bits(write ? buffer.stored_bits : buffer.loaded_bits, place.offset, size);
+    set_bits(write ? buffer.stored_bits : buffer.loaded_bits, where.offset, size);
     (write ? buffer.stored : buffer.loaded) += size;
 }
 
-static void shared_access(const Place& place, u32 size, bool write, bool atomic, u64 caller) {
+static void shared_access(const Location& where, u32 size, bool write, bool atomic, u64 caller) {
     const Access now = access_now(THREADGROUP);
-    Cell* cells = shared_cells + shared_arrays[place.array].offset + place.offset;
+    Cell* cells = shared_cells + shared_arrays[where.array].offset + where.offset;
     for (u32 i = 0; i < size; i++) {
         Cell& cell = cells[i];
         // Cells of earlier threadgroups are stale, not in conflict: each group has its own memory.
         if (cell.write_epoch < now.first_epoch && cell.read_epoch < now.first_epoch)
             cell = {0, 0, 0, 0, 0, NOBODY, NOBODY, 0};
         if (!write && cell.write_epoch == 0)
-            memory_fault(UNWRITTEN_READ, place, size, write, caller);
+            memory_fault(UNWRITTEN_READ, where, size, write, caller);
         if (atomic && write)
             record_write(cell, now);
         else if (!atomic)
-            check_races(cell, now, place, size, write, caller);
+            check_races(cell, now, where, size, write, caller);
     }
 }
 
@@ -145,20 +145,20 @@ static bool is_private(u64 address) {
 
 static void check_access(u64 address, u64 size, bool write, u64 caller, bool atomic = false) {
     if (!m.launch) return;  // the library is being loaded
-    const Place place = place_of(address);
-    if (place.space == SPACE_NONE) {
-        if (!is_private(address)) memory_fault(WILD_ACCESS, place, size, write, caller);
+    const Location where = location_of(address);
+    if (where.space == SPACE_NONE) {
+        if (!is_private(address)) memory_fault(WILD_ACCESS, where, size, write, caller);
         return;
     }
-    if (place.offset < 0 || u64(place.offset) + size > place.size)
-        memory_fault(OUT_OF_BOUNDS, place, size, write, caller);
-    if (place.space == SPACE_BUFFER) return buffer_access(place, size, write, atomic, caller);
-    return shared_access(place, size, write, atomic, caller);
+    if (where.offset < 0 || u64(where.offset) + size > where.size)
+        memory_fault(OUT_OF_BOUNDS, where, size, write, caller);
+    if (where.space == SPACE_BUFFER) return buffer_access(where, size, write, atomic, caller);
+    return shared_access(where, size, write, atomic, caller);
 }
 
 static void check_aligned(u64 address, u32 size, bool write, u64 caller) {
     if (address % size && m.launch)
-        memory_fault(MISALIGNED, place_of(address), size, write, caller);
+        memory_fault(MISALIGNED, location_of(address), size, write, caller);
     check_access(address, size, write, caller);
 }
 
@@ -167,7 +167,7 @@ MHC_INTERNAL void mhc_atomic_access(u64 address, u64 size, u32 read, u32 write, 
                                     u32 column) {
     m.launch->fault.line = line;  // counts only if a fault follows
     m.launch->fault.column = column;
-    if (address % size) memory_fault(MISALIGNED, place_of(address), size, write, 0);
+    if (address % size) memory_fault(MISALIGNED, location_of(address), size, write, 0);
     if (read) check_access(address, size, false, 0, true);
     if (write) check_access(address, size, true, 0, true);
     m.launch->fault.line = m.launch->fault.column = 0;

@@ -5,10 +5,19 @@
 #include "words.h"
 
 // The functions by the names that the Metal dialect needs, for floats.
-struct precise {
-    static FUNCTION float exp(float v) { return ::exp(v); }
-    static FUNCTION float log(float v) { return ::log(v); }
-    static FUNCTION float sqrt(float v) { return ::sqrt(v); }
-    static FUNCTION float max(float u, float v) { return ::max(u, v); }
-    static FUNCTION float min(float u, float v) { return ::min(u, v); }
-};
+// Each is in a block of its own, so that a text has only those that it calls.
+namespace precise {
+FUNCTION float exp(float v) { return ::exp(v); }
+}  // namespace precise
+namespace precise {
+FUNCTION float log(float v) { return ::log(v); }
+}  // namespace precise
+namespace precise {
+FUNCTION float sqrt(float v) { return ::sqrt(v); }
+}  // namespace precise
+namespace precise {
+FUNCTION float max(float u, float v) { return ::max(u, v); }
+}  // namespace precise
+namespace precise {
+FUNCTION float min(float u, float v) { return ::min(u, v); }
+}  // namespace precise
