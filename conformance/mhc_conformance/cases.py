@@ -171,6 +171,13 @@ class Case:
         return dict(self.static)
 
     @property
+    def mixers(self) -> tuple[str, ...]:
+        """Return the mixers that a backend needs for it."""
+        named = self.options["variant"].mixer if declaration(self.op).projects else None
+        wanted = (named, "identity" if "h_res" in self.absent else None)
+        return tuple(dict.fromkeys(mixer for mixer in wanted if mixer))
+
+    @property
     def asked(self) -> dict[str, Any]:
         """Return the options with which the oracle answers the case."""
         return {**self.options, "absent": self.absent}

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import mhc_core
-from mhc_conformance.cases import SIZES, Case, declaration
+from mhc_conformance.cases import SIZES, Case, cases, declaration
 from mhc_conformance.properties import hold, lacks
 from mhc_conformance.records import Comparison, Record, Skip
 from mhc_conformance.subject import Subject, several
@@ -106,9 +106,8 @@ def second(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Compari
 
     A backend that declares not to have them must raise, and name the op and the remedy.
     """
-    smallest, largest = subject.spec.sizes
     for case in [case for case in SECOND if case.op == op]:
-        if smallest <= case.sizes.n <= (largest or case.sizes.n):
+        if subject.accepts(case):
             subject.trying = case.name
             yield from Trial(subject, case, dtype, seed).second()
 
@@ -309,6 +308,10 @@ def skips(subject: Subject) -> Iterator[Skip]:
         reason = subject.spec.refuses(subject.spec.ops[0], (), n)
         if reason is not None:
             yield Skip(subject.name, "all", "all", f"n={n}", reason)
+    for mixer in sorted({mixer for op in OPS for case in cases(op) for mixer in case.mixers}):
+        reason = subject.spec.refuses(subject.spec.ops[0], (), None, (mixer,))
+        if reason is not None:
+            yield Skip(subject.name, "all", "all", f"mixer={mixer}", reason)
 
 
 def comparisons(

@@ -66,14 +66,13 @@ class Subject:
         Nothing else knows of arrays that are None: those of the case, and H_res of streams that are
         not mixed.
         """
-        public, declared = getattr(mhc_core, case.op), declaration(case.op)
+        # read here, since a compiler that traces the call cannot follow an import
+        public, names, options = getattr(mhc_core, case.op), case.names, case.options
+        optional = declaration(case.op).optional
 
         def call(*arrays: Any) -> Any:
-            named = {
-                **dict.fromkeys(declared.optional),
-                **dict(zip(case.names, arrays, strict=True)),
-            }
-            outputs = public(**named, **case.options, backend=self.name)
+            named = {**dict.fromkeys(optional), **dict(zip(names, arrays, strict=True))}
+            outputs = public(**named, **options, backend=self.name)
             return _there(outputs) if isinstance(outputs, tuple) else outputs
 
         return call
@@ -89,6 +88,10 @@ class Subject:
             backend=self.name,
         )
         return _there(pulled)
+
+    def accepts(self, case: Case) -> bool:
+        """Return whether the backend declares the case's number of streams and its mixers."""
+        return self.spec.refuses(self.spec.ops[0], (), case.sizes.n, case.mixers) is None
 
     def lacks(self, transform: str) -> str | None:
         """Return why the backend lacks a transform, or None where it declares to have it."""

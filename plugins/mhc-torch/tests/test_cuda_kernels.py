@@ -134,6 +134,16 @@ def test_strided_tensors_are_copied_once() -> None:
     assert_close(gradients(_kernels(call), gaps), gradients(_kernels(call), plain), rtol=0, atol=0)
 
 
+def test_results_share_no_memory() -> None:
+    call = BY_OP["residual_add_aggregate"]  # whose gradients of x and res are equal
+    primals = tuple(one.detach() for one in call.arrays(torch.float32))
+    cotangents = tuple(torch.randn_like(one) for one in several(_kernels(call)(*primals)))
+    dx, dres, _ = mhc.vjp(call.op, primals, cotangents, backend=NAME)
+    assert torch.equal(dx, dres)
+    dx.zero_()
+    assert dres.any()
+
+
 def test_no_tokens() -> None:
     x = torch.zeros(0, N, C, requires_grad=True)
     parameters = [torch.randn(shape, requires_grad=True) for shape in PROJECTION]

@@ -77,8 +77,11 @@ class Replay:
         self._results: list[None] = [None] * layout.computed
         self._steps, self._arguments = _steps(plan, driver, index, layout)
         self._computes = layout.computed > 0
-        self._returned = [layout.view(value) for value in returned]
-        self._whole = all(view is None for _, view in self._returned)
+        views = [layout.view(value) for value in returned]
+        # a result is the caller's alone: not an input, nor another result
+        shared = [one[0] < plan.inputs or one in views[:k] for k, one in enumerate(views)]
+        self._returned = [(*one, copied) for one, copied in zip(views, shared, strict=True)]
+        self._whole = all(view is None for _, view in views) and not any(shared)
         self._tables: list[_Table] = []
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -112,8 +115,9 @@ class Replay:
                     raise _failed(error)
         self._tables.append(table)
         if self._whole:
-            return [held[place] for place, _ in self._returned]
-        return [_viewed(held[place], view) for place, view in self._returned]
+            return [held[place] for place, _, _ in self._returned]
+        results = [(_viewed(held[place], view), copied) for place, view, copied in self._returned]
+        return [result.clone() if copied else result for result, copied in results]
 
     def _run_in_turn(self, held: list[Any], table: _Table) -> None:
         """Run a plan in which PyTorch's own functions compute some values between launches."""
