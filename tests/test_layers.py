@@ -33,6 +33,7 @@ LAYERS = (
     "mhc_conformance",
     "mhc_backends",
     "mhc_core.mlx",  # the modules of mhc_backends, under a public name
+    "mhc_core.jax",  # likewise
     "mhc_core.cli",
     "mhc_core.cli:app",  # the command itself
     "mhc_torch",
@@ -46,13 +47,14 @@ IMPORTS = [
     "mhc_backends -> mhc_core",
     "mhc_backends -> mhc_conformance",  # a backend's proof runs cases of the kit
     "mhc_core.mlx -> mhc_backends",
+    "mhc_core.jax -> mhc_backends",
     "mhc_core.cli -> mhc_core",
     "mhc_core.cli -> mhc_conformance",
     "mhc_core.cli -> mhc_backends",
     "mhc_core.cli -> mhc_mlx",  # what mhc bench compares with: the original, where it is installed
     "mhc_core.cli -> mlx_mhc",  # likewise
     "mhc_torch -> mhc_core",
-    "mhc_torch -> mhc_backends",  # the kernels, their plans, and the folder of the cache
+    "mhc_torch -> mhc_backends",  # kernels, plans, the cache; what modules of all libraries share
     "mhc_metal_simulator -> mhc_core",
     "mhc_metal_simulator -> mhc_conformance",
     "mhc_metal_simulator -> mhc_backends",
@@ -169,7 +171,7 @@ def test_what_was_crossed_before_is_not_crossed(
 
 # --- core knows no library --------------------------------------------------------------------
 
-MAY_KNOW = ("mhc_core.math._xp", "mhc_core.mlx", "mhc_core.cli")
+MAY_KNOW = ("mhc_core.math._xp", "mhc_core.mlx", "mhc_core.jax", "mhc_core.cli")
 NAMES = re.compile(r"[\w.-]*(torch|dynamo|mlx|jax|numpy|metal|cuda)[\w.-]*", re.IGNORECASE)
 KNOWN = {
     ("mhc_core", "mlx"): "the name of the lazy module",

@@ -1,4 +1,4 @@
-"""What ``accelerate`` shares in every library: the declaration of a swap, and the report."""
+"""The common part of ``accelerate`` in every library: how a swap is declared, and the report."""
 
 from __future__ import annotations
 

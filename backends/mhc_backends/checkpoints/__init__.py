@@ -73,7 +73,7 @@ class Read(NamedTuple):
 
 
 class Library(NamedTuple):
-    """What the reader must know of an array library.
+    """The operations of an array library that the reader needs.
 
     Attributes
     ----------

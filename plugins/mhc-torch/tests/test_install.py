@@ -37,8 +37,9 @@ assert "torch" not in sys.modules and "mhc_torch.ops" not in sys.modules
 
 
 def test_the_readme() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    _run(sys.executable, "-c", example + "\nassert phi.grad.any() and x.grad.any()")
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    ends = "assert phi.grad.any() and x.grad.any() and len(list(stack.parameters())) == 20"
+    _run(sys.executable, "-c", "\n".join([*examples, ends]))
 
 
 @pytest.fixture

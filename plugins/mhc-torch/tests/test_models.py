@@ -14,9 +14,7 @@ import mhc_core as mhc
 import mhc_torch
 from mhc_torch.models import family
 
-transformers = pytest.importorskip(
-    "transformers", "5.17", reason="needs transformers>=5.17: pip install 'mhc-torch[transformers]'"
-)
+transformers = pytest.importorskip("transformers", "5.17", reason="needs transformers>=5.17")
 v4 = pytest.importorskip(
     "transformers.models.deepseek_v4.modeling_deepseek_v4", reason="its DeepSeek-V4"
 )
