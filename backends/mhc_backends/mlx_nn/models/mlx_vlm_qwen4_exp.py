@@ -40,6 +40,17 @@ class Connection(qwen4.Qwen4ExpGatedResidual):
 PROJECTIONS = ("input_mix_weight_down", "input_mix_weight_up", "block_inject_weight")
 
 
+class Indexer(qwen4.Qwen4ExpQSAIndexer):
+    """An indexer whose choice is a constant of the gradient."""
+
+    def select_from_projected(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the chosen blocks, as the library does."""
+        selection: Any = super().select_from_projected(*args, **kwargs)
+        if selection is not None:
+            selection.selected_blocks = mx.stop_gradient(selection.selected_blocks)
+        return selection
+
+
 class Block(qwen4.Qwen4ExpDecoderLayer):
     """A layer: attention, linear or sparse, then experts."""
 
@@ -78,7 +89,13 @@ FAMILY = Family(
         why="combine writes its streams in one pass",
     ),
     connections={qwen4.Qwen4ExpGatedResidual: CONNECTION},
-    trainable={},
-    untrained={},
+    trainable={
+        qwen4.Qwen4ExpQSAIndexer: Swap(
+            Indexer, "the blocks it chooses are constants of the gradient"
+        ),
+    },
+    untrained={
+        qwen4.Qwen4ExpQSAIndexer: "it only chooses, so the gradients of all its parameters are zero"
+    },
     left={},
 )
