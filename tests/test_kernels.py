@@ -148,7 +148,9 @@ LARGEST = {
     **dict.fromkeys(("combine", "pre_scale"), 8),
     **dict.fromkeys(("aggregate_vjp", "residual_add_aggregate"), 8.5),
     **dict.fromkeys(("pre_scale_vjp",), 9),
-    **dict.fromkeys(("combine_vjp", "gated_combine", "head", "residual_add_aggregate_vjp", "rms_norm"), 9.5),
+    **dict.fromkeys(
+        ("combine_vjp", "gated_combine", "head", "residual_add_aggregate_vjp", "rms_norm"), 9.5
+    ),
     **dict.fromkeys(("rms_norm_vjp",), 11),
     **dict.fromkeys(("gated_combine_vjp", "static_layer"), 11.5),
     **dict.fromkeys(("static_layer_vjp",), 14),
