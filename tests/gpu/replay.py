@@ -251,7 +251,7 @@ class Replay:
         return not different
 
     def _as_before(self, version: int, tag: str, results: dict[str, Any]) -> bool:
-        """Whether the first tokens have the same bits as with other numbers of tokens."""
+        """Return whether the first tokens have the same bits as with other numbers of tokens."""
         T = int(tag.split("T=")[1].split()[0])
         key = (version, tag.replace(f"T={T} ", ""))
         known = self._tokens.setdefault(key, {})
