@@ -708,6 +708,8 @@ if TYPE_CHECKING:  # editors read a list, and without one take the imports above
         "contract",
         "expand",
         "gated_combine",
+        "gated_head",
+        "gated_pre",
         "head",
         "mappings",
         "pre",

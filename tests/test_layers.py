@@ -174,8 +174,8 @@ def test_what_was_crossed_before_is_not_crossed(
 MAY_KNOW = ("mhc_core.math._xp", "mhc_core.mlx", "mhc_core.jax", "mhc_core.cli")
 NAMES = re.compile(r"[\w.-]*(torch|dynamo|mlx|jax|numpy|metal|cuda)[\w.-]*", re.IGNORECASE)
 KNOWN = {
-    ("mhc_core", "mlx"): "the name of a lazy module",
-    ("mhc_core", "jax"): "the name of a lazy module",
+    ("mhc_core", "mlx"): "the name of the lazy module",
+    ("mhc_core", "jax"): "likewise",
     ("mhc_core._arrays", "numpy.ndarray"): "host arrays, which every backend converts",
     ("mhc_core.backend", "_dynamo_marked_constant"): "a mark in TRACE_TIME_MARKS",
 }

@@ -18,7 +18,7 @@ NAME = "mhc_kernel"
 """The name of every function; its text tells them apart."""
 
 PRELUDE = "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\ntypedef long long int64_t;\n"
-"""The text before a function's: NVRTC needs no #include <...> of the standard library."""
+"""The text that NVRTC needs before a function's, without an #include of the standard library."""
 
 TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 """The CUDA types of dtypes."""

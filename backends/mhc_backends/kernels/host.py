@@ -47,7 +47,7 @@ class Out(NamedTuple):
 
 
 class Host(Protocol):
-    """The functions that the ops need of an array library. Dtypes are its own or names."""
+    """The functions of an array library that the ops need. Dtypes are its own or names."""
 
     def zeros(self, shape: Sequence[int], dtype: Any) -> Array:
         """Return an array of zeros."""

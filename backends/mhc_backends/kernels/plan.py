@@ -174,7 +174,7 @@ Step = Launch | Compute
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of an op for arrays of certain shapes.
+    """The launches and buffers of an op for arrays of certain shapes.
 
     Attributes
     ----------

@@ -40,7 +40,7 @@ class Sizes:
     def by_word(self) -> dict[str, int]:
         """Return the size that each word of the ops' declarations stands for."""
         n, C = self.n, self.C
-        return {"n": n, "C": C, "D": n * C, "m": n * n + 2 * n, "parts": 3, "nC": n * C}
+        return {"n": n, "C": C, "D": n * C, "m": n * n + 2 * n, "parts": 3, "nC": n * C, "R": 64}
 
     def __str__(self) -> str:
         batch = f"B={self.B} " if self.B != 1 else ""

@@ -60,3 +60,7 @@ def test_the_tests_of_kernels_have_it(tree: Path) -> None:
     chosen = f"has_a_launch or size_of_each or stands_twice or directive or {new_op.NAME}"
     printed = new_op.run(tree, *PYTEST, "-k", chosen, "tests/test_kernels.py")
     assert re.search(r"\d passed", printed)
+    # few small threadgroups, odd sizes and any address, as follows from its declaration
+    own = "plugins/mhc-metal-simulator/tests/test_every_op.py"
+    printed = new_op.run(tree, *PYTEST, "-k", f"{new_op.NAME} and (odd or whole)", own)
+    assert re.search(r"2 passed", printed)

@@ -137,7 +137,7 @@ def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(cuda, "find_spec", lambda name: spec if name == "torch" else None)
     assert "without CUDA" in str(cuda.missing())
     (tmp_path / "lib" / "libtorch_cuda.so").touch()
-    assert "pip install 'mhc-torch[cuda]'" in str(cuda.missing())
+    assert "pip install -e 'plugins/mhc-torch[cuda]'" in str(cuda.missing())
     monkeypatch.setattr(cuda, "_bindings", lambda: True)
     monkeypatch.setattr(cuda, "_devices", lambda: 0)
     assert cuda.missing() == "NVIDIA's driver finds no GPU"

@@ -33,7 +33,7 @@ def missing() -> str | None:
     if not any(list(folder.glob("*torch_cuda.*")) for folder in libraries):
         return "this PyTorch is built without CUDA: see pytorch.org for one that is"
     if not _bindings():
-        return "cuda-bindings is not installed: pip install 'mhc-torch[cuda]'"
+        return "cuda-bindings is not installed: pip install -e 'plugins/mhc-torch[cuda]'"
     try:
         count = _devices()
     except OSError as error:

@@ -34,7 +34,7 @@ class Wanted(NamedTuple):
 
 
 class Driver(Protocol):
-    """The functions of a device that a replay calls."""
+    """The functions of a device that a replay needs."""
 
     device_type: str
     """The kind of tensors that it takes."""

@@ -108,7 +108,8 @@ def _headers() -> Path:
             return candidate
     raise BackendUnavailableError(
         f"backend 'torch-cuda' cannot compile its kernels: {' and '.join(HEADERS)} are neither in "
-        "the wheel nvidia-cuda-runtime nor under CUDA_HOME: pip install 'mhc-torch[cuda]'"
+        "the wheel nvidia-cuda-runtime nor under CUDA_HOME: "
+        "pip install -e 'plugins/mhc-torch[cuda]'"
     )
 
 
