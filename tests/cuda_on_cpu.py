@@ -47,6 +47,7 @@ PTX = {
     "mma.sync.aligned.m16n8k8.": "tensor_core<8>(sum, a, b0, b1)",
     "mma.sync.aligned.m16n8k16.": "tensor_core<16>(sum, a, b[0], b[1])",
     "rcp.approx.f32": "out = 1.0f / v",
+    "rcp.approx.ftz.f32": "out = 1.0f / v",
     "st.v2.u32": "memcpy(p, w, 8)",
     "st.v4.u32": "memcpy(p, w, 16)",
     "ld.global.": "memcpy(to, p, sizeof(*p))",

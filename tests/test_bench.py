@@ -167,7 +167,7 @@ def test_half_precision(tmp_path: Path, dtype: str) -> None:
 
 
 def test_lists_of_sizes(tmp_path: Path) -> None:
-    lists = ("--T", "2,3", "--B", "1", "--B", "2", "--C", "8,16", "--n", "2")
+    lists = ("--T", "2..3,3", "--B", "1", "--B", "2", "--C", "8,16", "--n", "2")
     dtypes = ("--dtype", "float32", "--dtype", "bfloat16")
     rest = ("--repeats", "1", "--calls", "1", "--row", "aggregate", "--backend", "numpy")
     report = measured(tmp_path, *lists, *dtypes, *rest)
@@ -659,6 +659,7 @@ def test_numbers_that_are_none_are_null_in_json() -> None:
         (("--row", "combin"), 2, "combine_pre"),
         (("--mode", "train", "--row", "combine"), 2, "sublayer fwd+bwd"),
         (("--T", "1,0"), 2, "from 1 on"),
+        (("--T", "4..2"), 2, "from 1 on"),
         (("--C", "many"), 2, "from 1 on"),
         (("--T", "²"), 2, "from 1 on"),
         (("--T", "٣"), 2, "from 1 on"),

@@ -67,7 +67,7 @@ DTYPES = {  # with the short names that people use
     "bfloat16": ("bfloat16", "bf16"),
 }
 NOBODY = "none"
-SEVERAL = "; several with commas (1,1024), or repeat the option."
+SEVERAL = "; several with commas (1,1024) or doubling (1..1024), or repeat the option."
 
 
 def _dtypes(words: list[str] | None) -> list[str]:
@@ -200,14 +200,25 @@ def bench(
 def _numbers(option: str, words: Sequence[str] | None, default: int) -> list[int]:
     found: list[int] = []
     for word in ",".join(words or [str(default)]).split(","):
-        number = word.strip().lstrip("0")
-        good = number.isascii() and number.isdigit() and len(number) <= len(str(LARGEST))
-        if not good or int(number) > LARGEST:
+        first, dots, last = word.partition("..")
+        ends = [_number(end) for end in ((first, last) if dots else (first,))]
+        if not all(ends) or ends[0] > ends[-1]:
             raise typer.BadParameter(
-                f"{option} is {word!r}; needs numbers from 1 on, to {LARGEST}, as 1,1024"
+                f"{option} is {word!r}; needs numbers from 1 on, to {LARGEST}, as 1,1024, or a "
+                "sweep that doubles, as 1..1024"
             )
-        found.append(int(number))
+        number = ends[0]
+        while number <= ends[-1]:
+            found.append(number)
+            number *= 2
     return list(dict.fromkeys(found))
+
+
+def _number(word: str) -> int:
+    """Return a number from 1 to LARGEST, or 0 if the word is none."""
+    number = word.strip().lstrip("0")
+    good = number.isascii() and number.isdigit() and len(number) <= len(str(LARGEST))
+    return int(number) if good and int(number) <= LARGEST else 0
 
 
 def _check_memory(rows: Sequence[Row], sizes: Sequence[Sizes], sides: Sequence[Side]) -> None:
