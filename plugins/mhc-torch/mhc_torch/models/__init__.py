@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from mhc_backends.acceleration import (
     AccelerationReport,
@@ -79,7 +79,7 @@ def accelerate(model: Any, *, everywhere: bool = False) -> AccelerationReport:
     reasons: dict[type[Any], str | None] = {}
     ours = {swap.cls for swap in family.swaps.values()}
     for path, module in modules:
-        cls = type(module)
+        cls = _class(module)
         if cls not in family.swaps:
             continue
         swap = family.swaps[cls]
@@ -94,7 +94,7 @@ def accelerate(model: Any, *, everywhere: bool = False) -> AccelerationReport:
             left.append(Note(path, cls.__name__, reason))
     swap_classes(plan)
     for _, module in modules:
-        if type(module) in ours:
+        if _class(module) in ours:
             vars(module)[EVERYWHERE] = everywhere
     return AccelerationReport(tuple(planned.note for planned in plan), tuple(left))
 
@@ -113,9 +113,9 @@ def restore(model: Any) -> AccelerationReport:
     family = _family(model, modules)
     originals = {swap.cls: original for original, swap in family.swaps.items()}
     plan = [
-        Planned(path, module, type(module), Swap(original, f"restored to {original.__name__}"))
+        Planned(path, module, _class(module), Swap(original, f"restored to {original.__name__}"))
         for path, module in modules
-        if (original := originals.get(type(module)))
+        if (original := originals.get(_class(module)))
     ]
     swap_classes(plan)
     for planned in plan:
@@ -130,10 +130,14 @@ def _modules(model: Any) -> list[tuple[str, Any]]:
     return sorted(model.named_modules(), key=lambda item: natural(item[0]))
 
 
+def _class(module: Any) -> type[Any]:
+    return cast("type[Any]", type(module))
+
+
 def _homes(modules: Sequence[tuple[str, Any]]) -> Iterator[str]:
     """Yield the Python modules that define the model's classes, and their base classes."""
     for _, module in modules:
-        for cls in type(module).__mro__:
+        for cls in _class(module).__mro__:
             yield cls.__module__
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class DeepseekV4HyperConnection(_Connection):
     def forward(self, hidden_streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return H_post, H_res transposed, and the layer's input."""
         if not pays(self, hidden_streams):
-            return super().forward(hidden_streams)
+            return cast("tuple[Tensor, Tensor, Tensor]", super().forward(hidden_streams))
         return _mapped(self, hidden_streams)
 
 
@@ -83,7 +83,7 @@ class DeepseekV4HyperHead(_Head):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the hidden state ``[batch, tokens, C]``."""
-        return _collapsed(self, x) if pays(self, x) else super().forward(x)
+        return _collapsed(self, x) if pays(self, x) else cast("Tensor", super().forward(x))
 
 
 def _collapsed(head: Any, x: Tensor) -> Tensor:
@@ -99,11 +99,11 @@ class DeepseekV4DecoderLayer(_Layer):
         # a connection with a hook is called, so that the hook can bring its parameters
         if pays(self, hidden_states) and not (_hooked(self.attn_hc) or _hooked(self.ffn_hc)):
             return _run(self, hidden_states, input_ids, kwargs)
-        return super().forward(hidden_states, input_ids=input_ids, **kwargs)
+        return cast("Tensor", super().forward(hidden_states, input_ids=input_ids, **kwargs))
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_pre_hooks) or hasattr(module, "_hf_hook")
+    return bool(vars(module)["_forward_pre_hooks"]) or hasattr(module, "_hf_hook")
 
 
 def _run(layer: Any, x: Tensor, input_ids: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -161,18 +161,35 @@ def _drawn(tensor: Tensor) -> Tensor:
     return tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(tensor.numel()))
 
 
+def _stub(layer: Any) -> Any:
+    """Return a layer with random connections around functions instead of attention and experts."""
+
+    def attention(h: Tensor, shift: float) -> tuple[Tensor, None]:
+        return torch.tanh(h) + shift, None
+
+    def experts(h: Tensor, input_ids: float) -> Tensor:
+        return torch.sin(h) + input_ids
+
+    def doubled(h: Tensor) -> Tensor:
+        return 2 * h
+
+    def tripled(h: Tensor) -> Tensor:
+        return 3 * h
+
+    stub: Any = _Layer.__new__(_Layer)  # transformers looks the forward up by the class
+    nn.Module.__init__(stub)
+    stub.attn_hc, stub.ffn_hc = _probe(layer.attn_hc), _probe(layer.ffn_hc)
+    stub.self_attn, stub.mlp = attention, experts
+    stub.input_layernorm, stub.post_attention_layernorm = doubled, tripled
+    return stub
+
+
 def _leaves(original: type[Any], layer: Any) -> str | None:
     """Return why layers keep their forward: the installed one does not what ours does."""
     if original is not _Layer or not has_values(layer.attn_hc):
         return None
     require("a layer", layer, ("attn_hc", "ffn_hc"))
-    stub: Any = _Layer.__new__(_Layer)  # transformers looks the forward up by the class
-    nn.Module.__init__(stub)
-    stub.attn_hc, stub.ffn_hc = _probe(layer.attn_hc), _probe(layer.ffn_hc)
-    stub.self_attn = lambda h, **kwargs: (torch.tanh(h) + kwargs["shift"], None)
-    stub.mlp = lambda h, input_ids: torch.sin(h) + input_ids
-    stub.input_layernorm = lambda h: 2 * h
-    stub.post_attention_layernorm = lambda h: 3 * h
+    stub = _stub(layer)
     n, fn = layer.attn_hc.hc_mult, layer.attn_hc.fn
     x = _drawn(torch.empty(1, 2, n, fn.shape[-1] // n, device=fn.device))
     try:
