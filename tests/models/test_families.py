@@ -109,23 +109,25 @@ def test_quantised_models_and_models_quantised_later(name: str) -> None:
     assert small.equal(in_parts(before, ids), in_parts(after, ids))
 
 
+CONNECTIONS = ("hc.", "hc_", "hyper_connection")
+STEP = 5e-4  # the loss curves so much along the other gradients that 5e-3 is off by a fifth
+
+
 def slope(model: Any, ids: mx.array, at: dict[str, mx.array], along: dict[str, mx.array]) -> float:
     """Return the derivative of the loss along a direction of length 1, by a difference."""
-    step, values = 5e-3, list[float]()
+    values = list[float]()
     for sign in (1, -1):
-        model.update(tree_unflatten([(k, at[k] + sign * step * along[k]) for k in along]))
+        model.update(tree_unflatten([(k, at[k] + sign * STEP * along[k]) for k in along]))
         values.append(small.loss(model, ids).item())
     model.update(tree_unflatten([(k, at[k]) for k in along]))
-    return (values[0] - values[1]) / (2 * step)
-
-
-CONNECTIONS = ("hc.", "hc_", "hyper_connection")
+    return (values[0] - values[1]) / (2 * STEP)
 
 
 def test_gradients_are_the_slopes_of_the_loss(name: str) -> None:
-    """Check along the hyper-connections' own gradients, all others', and a random direction.
+    """Check along the hyper-connections' own gradients, and along all others.
 
-    Everything is chosen, so that no choice turns over within a step.
+    Everything is chosen, so that no choice turns over within a step. The library's own connections
+    have the same gradients, once its indexers choose constants.
     """
     config: dict[str, Any] = {"index_topk": 64, "n_routed_experts": 2}
     if name == "qwen4_exp":
@@ -136,28 +138,24 @@ def test_gradients_are_the_slopes_of_the_loss(name: str) -> None:
     if name in NO_GRADIENT:
         with pytest.raises(ValueError, match=r"VJP with respect to indices|Not implemented for"):
             small.gradients(MAKE[name](), ids)
-    chooses = MAKE[name]()
-    accelerate(chooses, trainable=True)
-    _, with_choices = small.gradients(chooses, ids)
-    assert all(mx.isfinite(g).all().item() for _, g in tree_flatten(with_choices))
-    model = MAKE[name](**config)
+    model, plain = MAKE[name](**config), MAKE[name](**config)
     accelerate(model, trainable=True)
-    model.train()
-    gradient = dict(tree_flatten(small.gradients(model, ids)[1]))
-    at = dict(tree_flatten(model.trainable_parameters()))
+    family: Any = import_module(f"mhc_backends.mlx_nn.models.mlx_vlm_{name}").FAMILY
+    for _, module in plain.named_modules():
+        if type(module) in family.trainable:
+            module.__class__ = family.trainable[type(module)].cls
+    gradient, theirs = (
+        dict(tree_flatten(small.gradients(one.train(), ids)[1])) for one in (model, plain)
+    )
+    for path, expected in theirs.items():
+        assert mx.abs(gradient[path] - expected).max() <= 1e-4 * mx.abs(expected).max(), path
     ours = {path for path in gradient if any(word in path for word in CONNECTIONS)}
     assert all(mx.abs(gradient[path]).max().item() > 0 for path in ours)
-    mx.random.seed(1)
-    directions = [
-        {path: gradient[path] for path in ours},
-        {path: gradient[path] for path in gradient if path not in ours},
-        {path: mx.random.normal(g.shape) for path, g in gradient.items()},
-    ]
-    for along in directions:
-        norm = sum(mx.square(d).sum() for d in along.values()).item() ** 0.5
-        along = {path: d / norm for path, d in along.items()}
-        expected = sum((gradient[path] * d).sum() for path, d in along.items()).item()
-        assert slope(model, ids, at, along) == pytest.approx(expected, rel=1e-2, abs=3e-4)
+    at = dict(tree_flatten(model.trainable_parameters()))
+    for paths in (ours, gradient.keys() - ours):
+        norm = sum(mx.square(gradient[path]).sum() for path in paths).item() ** 0.5
+        along = {path: gradient[path] / norm for path in paths}
+        assert slope(model, ids, at, along) == pytest.approx(norm, rel=1e-2)
 
 
 def test_hy_v4_keeps_h_post_of_its_library_and_says_so() -> None:

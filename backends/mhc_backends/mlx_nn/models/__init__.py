@@ -67,7 +67,9 @@ def accelerate(model: Any, *, trainable: bool = False) -> AccelerationReport:
     """Run a model's hyper-connections on mhc-core, in place; optionally make it differentiable.
 
     For the DeepSeek-V4.1 model of mlx-lm (``mlx_lm.models.deepseek_v41``) and the DeepSeek-V4 and
-    V4.1 models of mlx-vlm (``mlx_vlm.models.deepseek_v4``, ``mlx_vlm.models.deepseek_v41``).
+    V4.1 models of mlx-vlm (``mlx_vlm.models.deepseek_v4``, ``mlx_vlm.models.deepseek_v41``), and
+    its GLM-5.3-Flash, HY-V4, Qwen4-Exp and Xing4.0 (``glm5_next``, ``hy_v4``, ``qwen4_exp``,
+    ``xing4_0``). On a CPU, these four may decode more slowly than before: docs/performance.md.
     One pass, :func:`mhc_core.combine_pre`, writes the streams after a sublayer and reads them for
     the next one, also across layers.
 

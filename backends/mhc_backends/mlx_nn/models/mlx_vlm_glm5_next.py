@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mhc_backends.mlx_nn.models.family import Family, Layers, Swap
 from mhc_backends.mlx_nn.models.mlx_vlm_deepseek_v4 import CONNECTION
-from mhc_backends.mlx_nn.models.sublayers import enter
+from mhc_backends.mlx_nn.models.sublayers import ON_CPU, enter
 
 __all__ = ["FAMILY"]
 
@@ -64,7 +64,7 @@ FAMILY = Family(
         original=glm.DecoderLayer,
         passing=Block,
         writing=LastBlock,
-        why="combine_pre writes its streams and reads them in one pass",
+        why="combine_pre writes its streams and reads them in one pass; " + ON_CPU,
     ),
     connections={glm.HyperConnection: CONNECTION},
     trainable={

@@ -13,7 +13,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mhc_backends.mlx_nn.models.family import Family, Layers, Swap
-from mhc_backends.mlx_nn.models.sublayers import Projection, check_rows, enter
+from mhc_backends.mlx_nn.models.sublayers import ON_CPU, Projection, check_rows, enter
 from mhc_core import HY_V4, Variant, head
 
 __all__ = ["FAMILY"]
@@ -101,7 +101,7 @@ FAMILY = Family(
         original=hy.HyV4DecoderLayer,
         passing=Block,
         writing=LastBlock,
-        why="combine_pre writes its streams and reads them in one pass",
+        why="combine_pre writes its streams and reads them in one pass; " + ON_CPU,
     ),
     connections={
         connections.IdentityHyperConnectionPre: Swap(

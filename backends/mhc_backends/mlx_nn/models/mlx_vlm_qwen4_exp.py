@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mhc_backends.mlx_nn.models.family import Family, Layers, Swap
+from mhc_backends.mlx_nn.models.sublayers import ON_CPU
 from mhc_core import combine, gated_head, gated_pre
 
 __all__ = ["CONNECTION", "FAMILY"]
@@ -86,7 +87,7 @@ FAMILY = Family(
         original=qwen4.Qwen4ExpDecoderLayer,
         passing=Block,
         writing=Block,
-        why="combine writes its streams in one pass",
+        why="combine writes its streams in one pass; " + ON_CPU,
     ),
     connections={qwen4.Qwen4ExpGatedResidual: CONNECTION},
     trainable={

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mhc_backends.mlx_nn.models.family import Family, Layers, Swap
-from mhc_backends.mlx_nn.models.sublayers import Projection, check, enter
+from mhc_backends.mlx_nn.models.sublayers import ON_CPU, Projection, check, enter
 from mhc_core import XING40, Variant
 
 __all__ = ["FAMILY"]
@@ -79,7 +79,7 @@ FAMILY = Family(
         original=xing.DecoderLayer,
         passing=Block,
         writing=LastBlock,
-        why="combine_pre writes its streams and reads them in one pass",
+        why="combine_pre writes its streams and reads them in one pass; " + ON_CPU,
     ),
     connections={
         xing.HyperConnection: Swap(Connection, "runs on mhc-core's ops", _check),

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mhc_core as mhc
 
 __all__ = [
+    "ON_CPU",
     "Entered",
     "Pending",
     "Projection",
@@ -19,6 +20,9 @@ __all__ = [
     "deepseek",
     "enter",
 ]
+
+
+ON_CPU = "on a CPU, decoding may be slower than with the library's own connections"
 
 
 class Pending(NamedTuple):
