@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import ml_dtypes
 import numpy as np
@@ -114,7 +114,7 @@ def make_case(record: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> 
         skipped_always=frozenset(record.get("nonfinite_arrays", ())),
         skipped_in_f32=frozenset(record.get("f32_native_nonfinite", ())),
         ill_conditioned_f32=record.get("ill_conditioned_f32", False),
-        rtol={p: record["tol"][f"rtol_{p}"] for p in ("f64", "f32", "bf16")},
+        rtol={p: t for p in ("f64", "f32", "bf16") if (t := record["tol"].get(f"rtol_{p}"))},
     )
     return _only_unclamped(case) if case.variant in CLAMPED else case
 
@@ -260,23 +260,29 @@ class VjpOps(TapeOps):
         return array.astype(self.widest) if array.dtype == np.float64 else array
 
     def call(self, op: str, *arrays: Any, h_pre: Any = None, **static: Any) -> Any:
-        """h_pre is an array that may be left out; vjp counts it as the last of the primals."""
+        """h_pre is an array that may be left out; vjp counts it as the last of the primals.
+
+        A primal may be None, and so may an output.
+        """
         optional = {} if h_pre is None else {"h_pre": self.enter(h_pre.data)}
-        primals = tuple(self.enter(array.data) for array in arrays)
+        primals = tuple(None if array is None else self.enter(array.data) for array in arrays)
         result = getattr(mhc, op)(*primals, **optional, **static, backend=self.backend)
         primals = (*primals, *optional.values())
-        parents = arrays if h_pre is None else (*arrays, h_pre)
+        parents = tuple(array for array in (*arrays, h_pre) if array is not None)
         single = not isinstance(result, tuple)
-        outputs = [on_host(output) for output in ((result,) if single else result)]
+        outputs = [
+            None if output is None else on_host(output)
+            for output in ((result,) if single else result)
+        ]
 
         def pull(index: int, g: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-            cotangents = [np.zeros_like(output) for output in outputs]
-            cotangents[index] = g.astype(outputs[index].dtype)
+            cotangents = [None if output is None else np.zeros_like(output) for output in outputs]
+            cotangents[index] = g.astype(cast("NDArray[Any]", outputs[index]).dtype)
             gradients = mhc.vjp(op, primals, tuple(cotangents), **static, backend=self.backend)
-            return tuple(on_host(gradient) for gradient in gradients)
+            return tuple(on_host(gradient) for gradient in gradients if gradient is not None)
 
         values = tuple(
-            autodiff.node(op, output, parents, partial(pull, index))
+            None if output is None else autodiff.node(op, output, parents, partial(pull, index))
             for index, output in enumerate(outputs)
         )
         return values[0] if single else values

@@ -1,6 +1,8 @@
-"""Write tests/data/golden.{json,npz}: a compact choice of golden cases.
+"""Write tests/data/NAME.{json,npz}: a compact choice of golden cases.
 
     python tests/make_golden_subset.py --golden DIR
+    python tests/make_golden_subset.py --golden DIR --name families --groups glm xing hyv4 qwen4
+    python tests/make_golden_subset.py --golden DIR --name mixers --groups GROUP...
 
 Cases are taken smallest first until the budget is spent, after those in WANTED, each of which is
 the only one to cover something. Equal arrays are stored once. All arrays of a dtype lie in one
@@ -17,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-BUDGET = 1_200_000  # bytes of the source files, which dedupe to less; the result is under 1 MB
+# bytes of the source files, which dedupe to less; the results are under 1 MB and under 0.5 MB
+BUDGETS = {"golden": 1_200_000, "families": 560_000, "mixers": 400_000}
 WANTED = {
     "sk_colrow_l1_rand_n32_t20__lucidrains_v2__f64": "n = 32",
     "v4pre_bf16_C64__mlx_lm_v41__bf16": "pre in bf16",
@@ -62,20 +65,22 @@ class Pool:
         return {dtype: np.concatenate(parts) for dtype, parts in self.parts.items()}
 
 
-def choose(records: list[dict[str, Any]], golden: Path) -> list[dict[str, Any]]:
+def choose(records: list[dict[str, Any]], golden: Path, budget: int) -> list[dict[str, Any]]:
     size = {record["id"]: (golden / record["file"]).stat().st_size for record in records}
     reached = [record for record in records if record["variant"] not in UNREACHED]
-    order = sorted(reached, key=lambda r: (r["id"] not in WANTED, size[r["id"]], r["id"]))
+    first = {r["variant"]: r["id"] for r in sorted(reached, key=lambda r: -size[r["id"]])}
+    wanted = {*WANTED, *first.values()}  # the smallest of each variant is there in any case
+    order = sorted(reached, key=lambda r: (r["id"] not in wanted, size[r["id"]], r["id"]))
     ends = np.cumsum([size[record["id"]] for record in order])
     return sorted(
-        (record for record, end in zip(order, ends, strict=True) if end <= BUDGET),
+        (record for record, end in zip(order, ends, strict=True) if end <= budget),
         key=lambda r: r["id"],
     )
 
 
 def compact(record: dict[str, Any], golden: Path, pool: Pool, formulas: dict[str, str]) -> Any:
     kept = {key: record[key] for key in KEPT if key in record}
-    kept |= {key: record[key] for key in FLAGS if record[key]}
+    kept |= {key: record[key] for key in FLAGS if record.get(key)}
     if record["formula"] != formulas[record["variant"]]:
         kept["formula"] = record["formula"]
     with np.load(golden / record["file"]) as stored:
@@ -89,26 +94,32 @@ def compact(record: dict[str, Any], golden: Path, pool: Pool, formulas: dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description="Choose golden cases for the repository.")
     parser.add_argument("--golden", type=Path, required=True)
+    parser.add_argument("--name", choices=BUDGETS, default="golden")
+    parser.add_argument(
+        "--groups", nargs="*", help="variants whose names begin so; all if left out"
+    )
     parser.add_argument("--into", type=Path, default=Path(__file__).parent / "data")
     options = parser.parse_args()
     index = json.loads((options.golden / "index.json").read_text())
-    chosen = choose(index["cases"], options.golden)
+    groups = options.groups or {record["variant"].split(".")[0] for record in index["cases"]}
+    given = [r for r in index["cases"] if r["variant"].split(".")[0] in groups]
+    chosen = choose(given, options.golden, BUDGETS[options.name])
     variants = {record["variant"] for record in chosen}
-    missing = {record["variant"] for record in index["cases"]} - variants - UNREACHED
+    missing = {record["variant"] for record in given} - variants - UNREACHED
     if missing:
         raise SystemExit(f"the budget leaves no case of {', '.join(sorted(missing))}")
-    (tolerance,) = {json.dumps(record["tol"], sort_keys=True) for record in index["cases"]}
+    (tolerance,) = {json.dumps(record["tol"], sort_keys=True) for record in given}
     pool = Pool()
     written = {
         "versions": index["versions"],
         "tolerance": json.loads(tolerance),
-        "formulas": index["formulas"],
+        "formulas": {key: index["formulas"][key] for key in sorted(variants)},
         "cases": [compact(record, options.golden, pool, index["formulas"]) for record in chosen],
     }
     options.into.mkdir(exist_ok=True)
     lines = json.dumps(written, separators=(",", ":")).replace('{"id":', '\n{"id":')
-    (options.into / "golden.json").write_text(lines + "\n")
-    np.savez_compressed(options.into / "golden.npz", **pool.long())
+    (options.into / f"{options.name}.json").write_text(lines + "\n")
+    np.savez_compressed(options.into / f"{options.name}.npz", **pool.long())
     print(f"{len(chosen)} of {len(index['cases'])} cases")
 
 
