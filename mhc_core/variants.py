@@ -184,7 +184,13 @@ class Variant:
 
     def logits(self, n: int) -> int:
         """Return the number of the mixer's logits for n streams."""
-        return self.made_by.logits(n, **self.options)
+        count = self.made_by.logits(n, **self.options)
+        if type(count) is not int or count < 0:
+            raise TypeError(
+                f"mixer {self.mixer!r} is broken: its logits gave {count!r} for n={n}; needs an "
+                "integer of at least 0"
+            )
+        return count
 
     def columns(self, n: int) -> int:
         """Return m, the number of rows of phi and of entries of bias for n streams."""

@@ -94,6 +94,17 @@ class Plugins:
         self.module(module, **hooks)
         self.point(name, module)
 
+    def mixers(self, name: str, mixers: Callable[[], Any]) -> None:
+        """Add a plugin that brings mixers."""
+
+        @hookimpl
+        def mhc_mixers() -> Any:
+            return mixers()
+
+        module = f"plugin_{name.replace('-', '_')}_{len(self._points)}"
+        self.module(module, mhc_mixers=mhc_mixers)
+        self.point(name, module)
+
     def spec(
         self, name: str, functions: dict[str, Any] | None = None, **fields: Any
     ) -> BackendSpec:

@@ -2,6 +2,7 @@
 
     python tests/make_golden_subset.py --golden DIR
     python tests/make_golden_subset.py --golden DIR --name families --groups glm xing hyv4 qwen4
+    python tests/make_golden_subset.py --golden DIR --name mixers --groups GROUP...
 
 Cases are taken smallest first until the budget is spent, after those in WANTED, each of which is
 the only one to cover something. Equal arrays are stored once. All arrays of a dtype lie in one
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # bytes of the source files, which dedupe to less; the results are under 1 MB and under 0.5 MB
-BUDGETS = {"golden": 1_200_000, "families": 560_000}
+BUDGETS = {"golden": 1_200_000, "families": 560_000, "mixers": 400_000}
 WANTED = {
     "sk_colrow_l1_rand_n32_t20__lucidrains_v2__f64": "n = 32",
     "v4pre_bf16_C64__mlx_lm_v41__bf16": "pre in bf16",

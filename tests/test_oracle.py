@@ -21,7 +21,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mhc_conformance import autodiff, oracle
-from mhc_conformance.cases import SMALL, cases, data
+from mhc_conformance.cases import MIXED, SMALL, cases, data
 
 Arrays = tuple[NDArray[Any], ...]
 Evaluate = Callable[[Sequence[NDArray[Any]]], Arrays]
@@ -45,6 +45,7 @@ class Variant:
     sinkhorn_start: str = "softmax"
     sinkhorn_clamp: tuple[float, float] | None = None
     res_transposed: bool = False
+    norm_root_eps: float = 0.0
     mixer: str = "sinkhorn"
     mixer_options: tuple[tuple[str, Any], ...] = ()
 
@@ -168,6 +169,21 @@ def _static_cases(n: int, leading: tuple[int, ...]) -> list[Case]:
     return [layer, Case("static_mappings", _static_shapes(n), {"iterations": 3}, f"n{n}")]
 
 
+def _mixed_cases(n: int = 4) -> Iterator[Case]:
+    """Yield a case of each mixer, and those of streams that are not mixed."""
+    x, h, identity = (3, n, C), (3, n), Variant(mixer="identity")
+    for name, variant in MIXED.items():
+        rows = variant.columns(n)
+        shapes = (x, (rows, n * C), (3,), (rows,))
+        yield Case("mappings", shapes, {"variant": variant}, name)
+    weights = ((2 * n, n * C), (2,), (2 * n,))
+    yield Case("pre", (x, *weights), {"variant": identity}, "identity")
+    unmixed: dict[str, Any] = {"absent": ("h_res",)}
+    yield Case("combine", (x, (3, C), h), unmixed, "identity")
+    both = (x, (3, C), h, *weights)
+    yield Case("combine_pre", both, {**unmixed, "variant": identity}, "identity")
+
+
 def _plain(op: str) -> list[Any]:
     """Return the kit's small cases without inputs of their own, whose values this test draws."""
     return [case for case in cases(op) if case.sizes == SMALL and not case.draws]
@@ -183,6 +199,7 @@ def _of_the_kit(op: str) -> Iterator[Case]:
 BY_HAND = _cases()
 CASES = [
     *BY_HAND,
+    *_mixed_cases(),
     *(case for op in sorted({*oracle.OPS} - {c.op for c in BY_HAND}) for case in _of_the_kit(op)),
 ]
 ONE_LEADING_AXIS = [case for case in CASES if case.shapes[0][0] == 3]
@@ -244,6 +261,7 @@ PRIMITIVES: dict[str, tuple[Callable[..., autodiff.Value], tuple[tuple[int, ...]
     "power": (lambda a: (2.0 + a * a) ** -0.5, ((3, 4),)),
     "matmul": (autodiff.matmul, ((3, 4), (2, 4, 5))),
     "exp": (autodiff.exp, ((3,),)),
+    "inverse": (lambda a: autodiff.inverse(np.eye(4) + 0.2 * a), ((2, 4, 4),)),
     "log": (lambda a: autodiff.log(2.0 + a * a), ((3,),)),
     "sigmoid": (autodiff.sigmoid, ((7,),)),
     "tanh": (autodiff.tanh, ((7,),)),

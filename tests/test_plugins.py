@@ -18,6 +18,8 @@ import mhc_core as mhc
 from mhc_core import discovery, dispatch, selection
 from mhc_core.backend import API_VERSION, BackendSpec
 from mhc_core.hookspecs import hookimpl
+from mhc_core.math import OPS
+from mhc_core.mixer import Mixer
 
 if TYPE_CHECKING:
     from conftest import FakeArray, Plugins
@@ -122,7 +124,40 @@ def _asking(plugins: Plugins) -> None:
     plugins.plugin("mine", lambda: [plugins.spec("good"), *mhc.backends()])
 
 
+MEAN: Any = {
+    "name": "mean",
+    "logits": lambda n: 1,
+    "forward": lambda logits, n: logits,
+    "vjp": lambda logits, g, n: logits,
+    "init": lambda n: [0.0],
+}
+
+
+def _mixing(plugins: Plugins, *makes: Callable[[], Any]) -> None:
+    plugins.mixers("mine", lambda: [make() for make in makes])
+
+
+def _no_mixer(plugins: Plugins) -> None:
+    _mixing(plugins, lambda: "sinkhorn")
+
+
+def _taken_mixer(plugins: Plugins) -> None:
+    _mixing(plugins, lambda: Mixer(**{**MEAN, "name": "sinkhorn"}))
+
+
+def _one_mixer_twice(plugins: Plugins) -> None:
+    _mixing(plugins, lambda: Mixer(**MEAN), lambda: Mixer(**MEAN))
+
+
+def _bad_mixer(plugins: Plugins) -> None:
+    _mixing(plugins, lambda: Mixer(**{**MEAN, "vjp": None}))
+
+
 BROKEN: list[tuple[Break, str]] = [
+    (_no_mixer, "TypeError: mhc_mixers gave 'sinkhorn'; needs mhc_core.mixer.Mixer"),
+    (_taken_mixer, "ValueError: mixer 'sinkhorn' is already there"),
+    (_one_mixer_twice, "ValueError: mixer 'mean' is already there"),
+    (_bad_mixer, "TypeError: Mixer: forward is <function"),
     (_no_module, "ModuleNotFoundError: No module named 'no_such_module'"),
     (_no_attribute, "AttributeError: module 'sys' has no attribute 'no_such_attribute'"),
     (_no_hook, "TypeError: it implements none of mhc_backend_specs, mhc_mixers, mhc_select"),
@@ -143,6 +178,37 @@ BROKEN: list[tuple[Break, str]] = [
     (_asking, "RuntimeError: a plugin asks for backends while they are being discovered"),
     (_wrong_arguments, "PluginValidationError: Plugin 'mine' for hook 'mhc_select'"),
 ]
+
+
+def test_a_mixer_of_a_plugin_is_there_and_its_mistakes_are_its_own(plugins: Plugins) -> None:
+    mean, wrong = Mixer(**MEAN), Mixer(**{**MEAN, "name": "wrong", "logits": lambda n: n / 2})
+    plugins.mixers("mine", lambda: [mean, wrong])
+    assert mhc.mixers()["mean"] is mean
+    assert mhc.Variant(mixer="mean").columns(4) == 9
+    with pytest.raises(ValueError, match=r"no mixer is named 'meen'; the nearest is 'mean'; known"):
+        mhc.Variant(mixer="meen")
+    x, phi = numpy.zeros((2, 3)), numpy.zeros((5, 6))
+    with pytest.raises(TypeError, match=r"mixer 'wrong' is broken: its logits gave 1.0 for n=2"):
+        mhc.mappings(x, phi, numpy.ones(3), numpy.zeros(5), mhc.Variant(mixer="wrong"))
+
+
+def test_a_backend_is_refused_for_a_mixer_that_it_does_not_take(plugins: Plugins) -> None:
+    fields: Any = {"dtypes": ("float64",), "ops": OPS, "priority": 9}
+    plugins.backend("mine", array_types=("numpy.ndarray",), **fields)
+    variant = mhc.Variant(mixer="identity")
+    arrays = (numpy.zeros((2, 3)), numpy.zeros((4, 6)), numpy.ones(2), numpy.zeros(4))
+    assert mhc.mappings(*arrays, variant)[2] is None  # the next backend answers
+    assert mhc.combine(arrays[0], arrays[0][0], arrays[2], None).shape == (2, 3)
+    for call in (
+        lambda: mhc.mappings(*arrays, variant, backend="mine"),
+        lambda: mhc.combine(arrays[0], arrays[0][0], arrays[2], None, backend="mine"),
+    ):
+        with pytest.raises(mhc.UnsupportedError, match="has no mixer 'identity'"):
+            call()
+    rooted = mhc.Variant(norm_root_eps=1e-8)
+    wide = (arrays[0], numpy.zeros((8, 6)), numpy.ones(3), numpy.zeros(8))
+    with pytest.raises(mhc.UnsupportedError, match="does not know a variant's norm_root_eps"):
+        mhc.mappings(*wide, rooted, backend="mine")
 
 
 @pytest.mark.parametrize(("make", "says"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))

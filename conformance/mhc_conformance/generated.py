@@ -23,7 +23,7 @@ import numpy as np
 
 import mhc_core
 from mhc_conformance.bugs import Bug, present, right, right_vjp
-from mhc_conformance.cases import Case, accepted, cases, declaration
+from mhc_conformance.cases import MIXED, Case, accepted, cases, declaration
 from mhc_conformance.checks import comparisons
 from mhc_conformance.subject import Subject, several
 from mhc_core import Variant
@@ -464,10 +464,87 @@ def _of_one_token(op: str, index: int, axes: int, arguments: Any, static: Static
     return tuple(gradients)
 
 
+# --- mixers -----------------------------------------------------------------------------------
+
+
+def _of_mixers(op: str) -> Iterator[Mutant]:
+    """Yield the mutants of the mixers, in the op that has no other part than the mappings."""
+    if op != "mappings":
+        return
+    for name, variant in MIXED.items():
+        if name != variant.mixer:
+            continue
+        changed = {
+            (FORWARD, "H_res transposed"): _turned,
+            (VJP, "the transposed cotangent"): _of_the_turned,
+            (FORWARD, "logits in reverse order"): _reversed,
+            (VJP, "no gradient of its logits"): _without_logits,
+        }
+        for option, declared in variant.made_by.options.items():
+            for half in (FORWARD, VJP):
+                changed[half, f"always {option}={declared.default}"] = _with_default(option, half)
+        for (half, what), wrong in changed.items():
+            if wrong is not None:
+                yield Mutant(
+                    op=op,
+                    argument=f"mixer {name}",
+                    what=what,
+                    half=half,
+                    tells=_mixed_by(name, what),
+                    wrong=wrong,
+                )
+
+
+def _mixed_by(name: str, what: str) -> Callable[[Case], bool]:
+    def tells(case: Case) -> bool:
+        variant = case.options["variant"]
+        same = any(what == f"always {option}={value}" for option, value in variant.mixer_options)
+        return variant.mixer == name and not same
+
+    return tells
+
+
+def _turned(op: str, *arrays: Any, **static: Any) -> Any:
+    *others, h_res = _forward(op, *arrays, **static)
+    return (*others, np.ascontiguousarray(np.swapaxes(h_res, -1, -2)))
+
+
+def _of_the_turned(op: str, primals: Any, cotangents: Any, **static: Any) -> Any:
+    *others, g = cotangents
+    return right_vjp(op, primals, (*others, np.swapaxes(g, -1, -2)), **static)
+
+
+def _reversed(op: str, x: Any, phi: Any, scale: Any, bias: Any, **static: Any) -> Any:
+    order = [*range(2 * x.shape[-2]), *reversed(range(2 * x.shape[-2], len(bias)))]
+    return _forward(op, x, phi[order], scale, bias[order], **static)
+
+
+def _without_logits(op: str, primals: Any, cotangents: Any, **static: Any) -> Any:
+    *others, g = cotangents
+    return right_vjp(op, primals, (*others, np.zeros_like(g)), **static)
+
+
+def _with_default(option: str, half: str) -> Callable[..., Any] | None:
+    """Return an op that ignores an option, unless the option decides the logits."""
+    call = _forward if half == FORWARD else right_vjp
+
+    def wrong(*arguments: Any, variant: Variant) -> Any:
+        options = {k: v for k, v in dict(variant.mixer_options).items() if k != option}
+        return call(*arguments, variant=replace(variant, mixer_options=tuple(options.items())))
+
+    return None if option in SHAPES_LOGITS else wrong
+
+
+SHAPES_LOGITS = ("s",)
+"""The options of which another value is an error, as the logits would not fit."""
+
+
 # --- all of them ------------------------------------------------------------------------------
 
 MUTANTS: Mapping[str, Mutant] = {
-    mutant.name: mutant for op in OPS for mutant in (*_of_static_arguments(op), *_of_arrays(op))
+    mutant.name: mutant
+    for op in OPS
+    for mutant in (*_of_static_arguments(op), *_of_arrays(op), *_of_mixers(op))
 }
 
 _UNUSED = (
@@ -499,6 +576,14 @@ EQUIVALENT: Mapping[tuple[str, ...], str] = {
             "on, and its derivative by z is sigmoid's own times post_scale"
         )
         for op in ("mappings", "pre", "combine_pre")
+    },
+    **{
+        (
+            "mappings",
+            "mixer kromhc",
+            *which,
+        ): "a Kronecker product of symmetric matrices is symmetric"
+        for which in ((FORWARD, "H_res transposed"), (VJP, "the transposed cotangent"))
     },
     ("expand", "n", VJP): "dh is the sum of the cotangent's streams, whose shape says how many",
     **{

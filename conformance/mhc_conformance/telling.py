@@ -146,6 +146,24 @@ BY_HAND: Sequence[Case] = (
         for op in PROJECTED
         for label, variant, draws in SMALLER
     ),
+    # an eps outside of the norm's root, by formulas alone: kernels have none
+    *(
+        Case(
+            op,
+            f"{label}, norm_root_eps",
+            SMALL,
+            _static(variant=replace(variant, norm_root_eps=root)),
+            draws,
+            dtypes=("float64",),
+            usual=("float64",),
+        )
+        for op in PROJECTED
+        for label, variant, root, draws in (
+            ("large", APART, 0.3, ()),
+            ("middling", MIDDLE, 7e-4, SMALLER[0][2]),
+            ("little", LITTLE, 6e-9, SMALLER[1][2]),
+        )
+    ),
     # nearly closed gates: with phi = 0 and no cotangent of x, only they carry the streams' gradient
     *(
         Case(

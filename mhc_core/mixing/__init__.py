@@ -14,3 +14,10 @@ def namespace(array: Any) -> Any:
     from mhc_core.math import _xp  # which a variant that names a mixer does not need yet
 
     return _xp.namespace(array)
+
+
+def constant(values: Any, like: Any) -> Any:
+    """Return nested sequences of numbers as an array of the dtype of ``like``, on its device."""
+    from mhc_core.math import _xp
+
+    return _xp.constant(_xp.namespace(like), values, like)

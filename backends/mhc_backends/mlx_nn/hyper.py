@@ -120,12 +120,14 @@ class HyperConnection(Projection):
         The number of streams.
     variant
         The constants and the layout of the parameters: :data:`mhc_core.PAPER`, or
-        :data:`mhc_core.DEEPSEEK_V4` or ``DEEPSEEK_V41`` for released checkpoints.
+        :data:`mhc_core.DEEPSEEK_V4` or ``DEEPSEEK_V41`` for released checkpoints. Its mixer makes
+        H_res; with ``"identity"`` there is none, and the methods take and return None for it.
 
     Attributes
     ----------
     phi, alpha, bias
-        ``[n * n + 2 n, n * dims]``, ``[3]`` and ``[n * n + 2 n]``. With the DeepSeek variants they
+        ``[m, n * dims]``, ``[3]`` and ``[m]``, with m = 2 n + n * n for Sinkhorn and
+        ``variant.columns(n)`` for any mixer; alpha is ``[2]`` for a mixer without logits. With the DeepSeek variants they
         are named ``fn``, ``scale`` and ``base``, as in released checkpoints. They are always
         float32: values that are loaded or assigned in another float dtype are upcast.
         ``set_dtype``, ``apply`` with a cast, and ``nn.quantize`` leave them unchanged.
@@ -143,7 +145,7 @@ class HyperConnection(Projection):
 
     - H_pre_i = (1 + c_1 / 2) / n, whose sum is 1;
     - H_post_i = 1 + c_2 / 2, whose mean is 1, with equal weights and with those of H_pre;
-    - H_res = 0.99 on the diagonal, equal elsewhere.
+    - H_res = 0.99 on the diagonal, equal elsewhere, or where another mixer starts.
 
     So H_pre reads the plain network's hidden state, however often this H_res has mixed the streams.
     The bias corrects for pre_eps and post_scale; ``sinkhorn_eps`` lets the rows and columns of
