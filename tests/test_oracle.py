@@ -45,7 +45,6 @@ class Variant:
     sinkhorn_start: str = "softmax"
     sinkhorn_clamp: tuple[float, float] | None = None
     res_transposed: bool = False
-    norm_root_eps: float = 0.0
     mixer: str = "sinkhorn"
     mixer_options: tuple[tuple[str, Any], ...] = ()
 

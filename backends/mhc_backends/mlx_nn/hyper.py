@@ -127,9 +127,10 @@ class HyperConnection(Projection):
     ----------
     phi, alpha, bias
         ``[m, n * dims]``, ``[3]`` and ``[m]``, with m = 2 n + n * n for Sinkhorn and
-        ``variant.columns(n)`` for any mixer; alpha is ``[2]`` for a mixer without logits. With the DeepSeek variants they
-        are named ``fn``, ``scale`` and ``base``, as in released checkpoints. They are always
-        float32: values that are loaded or assigned in another float dtype are upcast.
+        ``variant.columns(n)`` for any mixer; alpha is ``[2]`` for a mixer without logits. With the
+        DeepSeek variants they are named ``fn``, ``scale`` and ``base``, as in released checkpoints.
+        They are always float32: values that are loaded or assigned in another float dtype are
+        upcast.
         ``set_dtype``, ``apply`` with a cast, and ``nn.quantize`` leave them unchanged.
 
     Raises
