@@ -177,7 +177,7 @@ def test_each_matrix_is_frozen_by_itself(like: Callable[..., Any]) -> None:
     assert np.abs(both[1].sum(axis=-1) - 1).max() > 1e-4
 
 
-def _matrix_and_gradient(logits: Array, iterations: int) -> tuple[Array, Array]:
+def _matrix_and_gradient(logits: Any, iterations: int) -> tuple[Any, Any]:
     sinkhorn, options = math.load("sinkhorn"), {"iterations": iterations, "first": "rows"}
     (gradient,) = sinkhorn.vjp((logits,), (logits,), eps=0.0, **options)
     return sinkhorn.forward(logits, eps=0.0, **options), gradient
@@ -204,7 +204,7 @@ def test_the_forms_for_gpus_give_the_same_in_jax(monkeypatch: pytest.MonkeyPatch
     shapes = ((5, 3, 8), (5, 8), (5, 3), (5, 3, 3), (5, 3, 8))
     *primals, g = (jnp.asarray(rng.normal(size=shape), "float32") for shape in shapes)
 
-    def results() -> list[Array]:
+    def results() -> list[Any]:
         gradients = math.load("combine").vjp(tuple(primals), (g,))
         return [*_matrix_and_gradient(primals[3], 4), *gradients]
 
