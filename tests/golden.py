@@ -331,9 +331,9 @@ class NativeOps(Ops):
         return a.astype(like.dtype)
 
     def one_hot(self, shape: tuple[int, ...], like: Any) -> Any:
-        return self.take_in(np.eye(1, shape[-1]) * np.ones(shape), like.dtype)
+        return self.from_numpy(np.eye(1, shape[-1]) * np.ones(shape), like.dtype)
 
-    def take_in(self, array: NDArray[Any], dtype: Any = None) -> Any:
+    def from_numpy(self, array: NDArray[Any], dtype: Any = None) -> Any:
         """Return an array of the library, in a dtype of the library if one is given."""
         narrow = array.dtype == ml_dtypes.bfloat16
         taken = self.xp.array(array.astype(np.float32) if narrow else array)
@@ -440,7 +440,7 @@ def _run_on_tape(ops: Ops, case: Golden, form: Form, host: Mapping[str, NDArray[
 def _run_natively(
     ops: NativeOps, case: Golden, form: Form, host: Mapping[str, NDArray[Any]]
 ) -> Ran:
-    inputs = {name: ops.take_in(array) for name, array in host.items()}
+    inputs = {name: ops.from_numpy(array) for name, array in host.items()}
     given = case.role("ct")
     names: list[str] = []
 
@@ -452,7 +452,7 @@ def _run_natively(
 
     def cotangents(outputs: list[Any]) -> list[Any]:
         pairs = zip(names, outputs, strict=True)
-        return [ops.take_in(given[name], out.dtype) for name, out in pairs]
+        return [ops.from_numpy(given[name], out.dtype) for name, out in pairs]
 
     varied = [inputs[name] for name in case.differentiable]
     outputs, gradients = ops.differentiate(function, varied, cotangents)

@@ -74,7 +74,7 @@ def _draw(case: Case) -> list[Any]:
     return [streams, *mapped, phi, normal(1 if case.op == "head" else 3), normal(m)]
 
 
-def _wide(array: Any) -> Any:
+def _float64(array: Any) -> Any:
     return np.array(array.astype(mx.float32)).astype(np.float64)
 
 
@@ -83,7 +83,7 @@ def _close(got: Sequence[Any], want: Sequence[Any]) -> None:
 
     for one, other in zip(got, want, strict=True):
         size = np.abs(other).max()
-        off = np.abs(_wide(one) - other).max() / size
+        off = np.abs(_float64(one) - other).max() / size
         allowed = 4e-6 + NARROW[dtype_name(one.dtype)]
         assert off <= allowed, f"{one.shape} is off by {off:.2g}"
 
@@ -99,7 +99,7 @@ def test_kernels_on_a_cpu(case: Case, folder: Path, monkeypatch: pytest.MonkeyPa
     variant, primals = mhc.DEEPSEEK_V4, _draw(case)
     with mhc.no_grad():
         outputs = several(getattr(own, case.op)(*primals, variant=variant))
-    wide = [_wide(array) for array in primals]
+    wide = [_float64(array) for array in primals]
     _close(outputs, several(getattr(mhc, case.op)(*wide, variant, backend="numpy")))
     if case.busy == FEWEST:  # the kernels for many tokens have the same bits
         monkeypatch.setattr(launch, "BUSY", MANY)
@@ -112,7 +112,7 @@ def test_kernels_on_a_cpu(case: Case, folder: Path, monkeypatch: pytest.MonkeyPa
         given = [mx.array(rng.normal(size=out.shape).astype(np.float32)) for out in outputs]
         given = [one.astype(out.dtype) for one, out in zip(given, outputs, strict=True)]
         gradients = own.vjp(case.op, primals, given, variant=variant)
-        wide_given = [_wide(one) for one in given]
+        wide_given = [_float64(one) for one in given]
         cotangents = wide_given[0] if case.op == "head" else tuple(wide_given)
         want = mhc.vjp(case.op, tuple(wide), cotangents, variant=variant, backend="numpy")
         _close(gradients, want)
@@ -131,8 +131,8 @@ def test_mappings_begin_anywhere(folder: Path) -> None:
     for start in (0, 1, 2):
         h_pre, h_res = flat[start : start + 4], flat[start : start + 16].reshape(4, 4)
         weights, matrix = wide[start : start + 4], wide[start : start + 16].reshape(4, 4)
-        _close([own.aggregate(x, h_pre)], [np.einsum("n,tnc->tc", weights, _wide(x))])
-        want = np.einsum("ij,tjc->tic", matrix, _wide(x)) + weights[:, None]
+        _close([own.aggregate(x, h_pre)], [np.einsum("n,tnc->tc", weights, _float64(x))])
+        want = np.einsum("ij,tjc->tic", matrix, _float64(x)) + weights[:, None]
         _close([own.combine(x, y, h_pre, h_res)], [want])
 
 

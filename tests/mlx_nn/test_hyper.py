@@ -32,7 +32,7 @@ by_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 modules = pytest.mark.parametrize("module", [HyperConnection, HyperHead])
 
 
-def wide(array: mx.array) -> Array:
+def float64(array: mx.array) -> Array:
     return np.array(array.astype(mx.float32)).astype(np.float64)
 
 
@@ -66,9 +66,9 @@ def test_a_connected_layer_is_the_oracles(
     variant: mhc.Variant, n: int, leading: tuple[int, ...]
 ) -> None:
     connection, x = trained(HyperConnection, n, variant), streams(n, *leading)
-    arrays = [wide(a) for a in (x, *connection.projection)]
+    arrays = [float64(a) for a in (x, *connection.projection)]
     h, h_post, h_res = oracle.forward("pre", arrays, variant=variant)
-    want = oracle.forward("combine", [wide(x), np.tanh(h), h_post, h_res])
+    want = oracle.forward("combine", [float64(x), np.tanh(h), h_post, h_res])
     close(connection(x, mx.tanh), want[0])
     for got, mapped in zip(
         connection.mappings(x), oracle.forward("mappings", arrays, variant=variant), strict=True
@@ -80,7 +80,7 @@ def test_a_connected_layer_is_the_oracles(
 @pytest.mark.parametrize("n", [1, 4])
 def test_a_head_is_the_oracles(variant: mhc.Variant, n: int) -> None:
     head, x = trained(HyperHead, n, variant), streams(n, 2, 3)
-    arrays = [wide(a) for a in (x, *head.projection)]
+    arrays = [float64(a) for a in (x, *head.projection)]
     close(head(x), oracle.forward("head", arrays, variant=variant)[0])
 
 
@@ -114,7 +114,7 @@ def test_streams_of_half_precision_keep_their_dtype(dtype: mx.Dtype) -> None:
     assert (h.dtype, h_post.dtype, h_res.dtype) == (dtype, mx.float32, mx.float32)
     got = connection(x, lambda h: h.astype(mx.float32))
     assert got.dtype == dtype
-    close(wide(got), wide(connection(x.astype(mx.float32), lambda h: h)), 2e-2)
+    close(float64(got), float64(connection(x.astype(mx.float32), lambda h: h)), 2e-2)
 
 
 def test_they_ask_the_backend_that_is_chosen(plugins: Any) -> None:
@@ -163,10 +163,10 @@ def check_gradients(variant: mhc.Variant, n: int, transform: Callable[..., Any])
     gradients, dx = transform(mx.grad(step, argnums=(0, 1)))(before, x)
     connection.update(before)
 
-    primals = tuple(wide(a) for a in (x, *connection.projection))
+    primals = tuple(float64(a) for a in (x, *connection.projection))
     h, h_post, h_res = mhc.pre(*primals, variant)
     y = np.tanh(h)
-    want_x, dy, dpost, dres = mhc.vjp("combine", (primals[0], y, h_post, h_res), wide(cotangent))
+    want_x, dy, dpost, dres = mhc.vjp("combine", (primals[0], y, h_post, h_res), float64(cotangent))
     more, *want = mhc.vjp("pre", primals, (dy * (1 - y * y), dpost, dres), variant=variant)
     close(dx, want_x + more, 2e-5)
     for name, gradient in zip(connection.names, want, strict=True):
@@ -178,8 +178,8 @@ def test_gradients_of_a_head_are_those_of_float64(variant: mhc.Variant) -> None:
     head, x = trained(HyperHead, 4, variant), streams(4, 3)
     cotangent = mx.random.normal((3, DIMS))
     _, gradients = nn.value_and_grad(head, lambda: (cotangent * head(x)).sum())()
-    primals = tuple(wide(a) for a in (x, *head.projection))
-    _, *want = mhc.vjp("head", primals, wide(cotangent), variant=variant)
+    primals = tuple(float64(a) for a in (x, *head.projection))
+    _, *want = mhc.vjp("head", primals, float64(cotangent), variant=variant)
     for name, gradient in zip(head.names, want, strict=True):
         close(gradients[name], gradient, 2e-5)
 
