@@ -47,9 +47,10 @@ class _Projection:
         )
         return dict(zip(names_of(self.variant), arrays, strict=True))
 
-    def _arrays(self, params: Params) -> list[jax.Array]:
+    def _arrays(self, params: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return phi, scale and bias, as the ops take them."""
-        return [params[name] for name in names_of(self.variant)]
+        phi, scale, bias = names_of(self.variant)
+        return params[phi], params[scale], params[bias]
 
 
 @dataclass(frozen=True)
