@@ -90,9 +90,11 @@ class Mixer:
         neither = self.forward is None and self.vjp is None
         self._require("forward", both or neither, "a function beside a vjp, or None beside None")
         options: Any = self.options
-        good = isinstance(options, Mapping) and all(
+        good = isinstance(options, Mapping)
+        pairs: list[tuple[Any, Any]] = list(options.items()) if good else []
+        good = good and all(
             type(name) is str and isinstance(one, Option) and callable(one.check)
-            for name, one in options.items()  # pyright: ignore[reportUnknownVariableType]
+            for name, one in pairs
         )
         self._require("options", good, "a mapping of names to mhc_core.mixer.Option")
         good = type(self.doubly_stochastic) is bool

@@ -658,13 +658,21 @@ SPECIAL: Sequence[Case] = (
     ),
     # streams that are not mixed
     *(
-        Case(op, "no mixing, h_pre given" if given else "no mixing", SMALL, static, **how)
-        for op, given, static, how in (
-            ("mappings", False, UNMIXED, {}),
-            ("pre", False, UNMIXED, {}),
-            ("combine", False, (), {"unmixed": True}),
-            ("combine_pre", False, UNMIXED, {"unmixed": True}),
-            ("combine_pre", True, UNMIXED, {"unmixed": True, "optional": True, "shared": True}),
+        Case(
+            op,
+            "no mixing" + ", h_pre given" * given,
+            SMALL,
+            static,
+            unmixed=op.startswith("combine"),
+            optional=given,
+            shared=given,
+        )
+        for op, given, static in (
+            ("mappings", False, UNMIXED),
+            ("pre", False, UNMIXED),
+            ("combine", False, ()),
+            ("combine_pre", False, UNMIXED),
+            ("combine_pre", True, UNMIXED),
         )
     ),
     # one H_pre, H_post, H_res for all tokens: their gradients are summed over the tokens

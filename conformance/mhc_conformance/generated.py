@@ -346,8 +346,8 @@ def _each(index: int, axes: int, spoil: Callable[..., Any]) -> Callable[..., Any
 
     def wrong(op: str, *arguments: Any, **static: Any) -> Any:
         array = _arrays(arguments)[index : index + 1]
-        there = bool(array) and array[0] is not None
-        per_token = there and array[0].ndim > axes and array[0].size > 0
+        one: Any = array[0] if array else None
+        per_token = one is not None and one.ndim > axes and one.size > 0
         called = spoil if per_token else _unspoiled
         return called(op, index, axes, arguments, static)
 
@@ -474,7 +474,7 @@ def _of_mixers(op: str) -> Iterator[Mutant]:
     for name, variant in MIXED.items():
         if name != variant.mixer:
             continue
-        changed = {
+        changed: dict[tuple[str, str], Callable[..., Any] | None] = {
             (FORWARD, "H_res transposed"): _turned,
             (VJP, "the transposed cotangent"): _of_the_turned,
             (FORWARD, "logits in reverse order"): _reversed,

@@ -136,7 +136,8 @@ def pullback(
     """
     n, sizes = x.shape[-2], _sizes(x.shape[-2], bias.shape[0])
     pre, post, logits = _activate(xp, n, projected, scale, bias)
-    g_pre, g_post, g_res = (None if g is None else _xp.upcast(xp, g) for g in cotangents)
+    g_pre, g_post = (_xp.upcast(xp, g) for g in cotangents[:2])
+    g_res = None if cotangents[2] is None else _xp.upcast(xp, cotangents[2])
     dz = xp.concat(
         [
             g_pre * pre * (1 - pre),

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 from numpy.typing import NDArray
 
 from mhc_core.math import load
+from mhc_core.signature import UNMIXED
 
 __all__ = [
     "BUGS",
@@ -84,15 +85,35 @@ class Bug:
         replaced: dict[str, Any] = {}
         if self.forward is not None:
             stateful = isinstance(self.forward, type)
-            replaced[self.op] = self.forward() if stateful else self.forward
+            wrong = self.forward() if stateful else self.forward
+            replaced[self.op] = wrong if self.library != "numpy" else self._where_mixed(wrong)
         if self.vjp is not None:
             replaced["vjp"] = self._vjp
         return replaced
 
+    def _where_mixed(self, wrong: Op) -> Op:
+        """Return the wrong op, right where streams are not mixed: a separate formula has no bug."""
+
+        def op(*arrays: Any, **static: Any) -> Any:
+            called = right(self.op) if unmixed(self.op, arrays, static) else wrong
+            return called(*arrays, **static)
+
+        return op
+
     def _vjp(self, op: str, primals: Any, cotangents: Any, **static: Any) -> Any:
         assert self.vjp is not None
-        wrong = self.vjp if op == self.op else right_vjp
+        mine = op == self.op and not unmixed(op, primals, static)
+        wrong = self.vjp if mine else right_vjp
         return wrong(op, primals, cotangents, **static)
+
+
+def unmixed(op: str, arrays: Any, static: Any) -> bool:
+    """Return whether a call's streams are not mixed, before or after."""
+    declared = load(op).OP
+    if not all(declared.kept(static)):
+        return True
+    given = dict(zip(declared.arrays, arrays, strict=False))
+    return UNMIXED in declared.optional and given.get(UNMIXED) is None
 
 
 BUGS: dict[str, Bug] = {}
