@@ -224,7 +224,7 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
         each = per_split(kernel, n, dtype)
         return _split_k_few(shape, T, n, C, each, dialect)
     if shape.groups == "k_block":
-        count, tiles = k_blocks(kernel, n, C, dtype), column_tiles(kernel, T, n, dtype)
+        count, tiles = k_blocks(kernel, n, C, dtype), column_tiles(kernel, T, n, dtype, dialect)
         return _spread(shape, T, n, count, tiles)
     if shape.groups == "sums":
         return _several(T, n, 1, shape.threads, 1)
@@ -355,13 +355,14 @@ def _split_k_few(shape: Shape, T: int, n: int, C: int, each: int, dialect: str) 
     return _launch(-(-T // TILE_TOKENS) * splits(C), 1, threads, 1)
 
 
-def column_tiles(kernel: str, T: int, n: int, dtype: str) -> int:
+def column_tiles(kernel: str, T: int, n: int, dtype: str, dialect: str) -> int:
     """Return the tiles of columns that a simdgroup multiplies K blocks of the fewest tokens by.
 
-    The more simdgroups, the sooner. But the product of floats (cuda/dialect/operands.h) has the
-    same bits only with the same tiles.
+    The more simdgroups, the sooner, on an H200. But each reads the streams; and CUDA's product of
+    floats (cuda/dialect/operands.h) has the same bits only with the same tiles.
     """
-    if dtype != "float32" and (kernel.startswith("combine") or T <= TILE_TOKENS):
+    sooner = dialect == "cuda" and dtype != "float32"
+    if sooner and (kernel.startswith("combine") or T <= TILE_TOKENS):
         return 1
     return -(-(n * n + 2 * n) // TILE_COLUMNS)
 

@@ -47,7 +47,7 @@ DEFAULTS = Size()
 
 # ---- what is counted -----------------------------------------------------------------------------
 
-SUMS = frozenset({"partials", "terms", "sums"})
+SUMS = frozenset({"blocks", "partials", "terms", "sums"})
 """Names of partial sums that one launch writes and another adds up.
 
 Those of a parameter's gradient are named after it: ``dweight``.

@@ -494,9 +494,10 @@ HALF_K_BLOCK = (
     f"{ROUNDED} put_block_sums(k_block, sums, tokens, lane);"
 )
 K_BLOCK_MADE = f"{MULTIPLIED}, column, tokens, lane);"
+HALF_PRODUCTS = _halved("", "sums.products.at[0].tile[0].in_half[0]", 2)
 HALF_K_BLOCK_MADE = (
     "[&] { auto sums = add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands);"
-    f"{ROUNDED} return sums; }}(), column, tokens, lane);"
+    f"{HALF_PRODUCTS} return sums; }}(), column, tokens, lane);"
 )
 FEW_BARRIERS = [
     (

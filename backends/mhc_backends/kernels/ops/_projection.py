@@ -105,7 +105,7 @@ def project_for_pre(kernels: Kernels, x: mx.array, phi: mx.array) -> Sums:
     sizes, dtype, kernel = Sizes.of(x), dtype_name(x.dtype), "project_k_blocks"
     if not launch.fewest(*sizes):
         return Sums(project(kernels, x, phi))
-    tiles = launch.column_tiles(kernel, *sizes[:2], dtype)
+    tiles = launch.column_tiles(kernel, *sizes[:2], dtype, kernels.dialect)
     chosen = {"RUN": launch.run_steps(dtype), "COLUMN_TILES": tiles}
     inputs, outputs = {"x": tokens(x, 2), "phi": phi}, {"blocks": _k_blocks(kernel, x)}
     made = kernels(kernel, inputs, outputs, sizes, **chosen)[0]
@@ -126,7 +126,7 @@ def combine_project(
     steps = launch.stream_steps(sizes.n, dtype)
     if launch.fewest(*sizes):
         kernel = "combine_project_k_blocks"
-        tiles = launch.column_tiles(kernel, *sizes[:2], dtype)
+        tiles = launch.column_tiles(kernel, *sizes[:2], dtype, kernels.dialect)
         chosen = {"COLUMN_TILES": tiles, "STEPS": steps}
         outputs = {"out": Out.like(x), "blocks": _k_blocks(kernel, x)}
         x_new, blocks = kernels(kernel, inputs, outputs, sizes, **chosen)
