@@ -86,7 +86,7 @@ class Bug:
         if self.forward is not None:
             stateful = isinstance(self.forward, type)
             wrong = self.forward() if stateful else self.forward
-            replaced[self.op] = wrong if self.library != "numpy" else self._where_mixed(wrong)
+            replaced[self.op] = self._where_mixed(wrong)
         if self.vjp is not None:
             replaced["vjp"] = self._vjp
         return replaced
