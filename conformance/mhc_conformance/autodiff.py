@@ -299,7 +299,8 @@ def largest(a: Operand, axis: int) -> Value:
     order = real_part(a.data)
     found = np.argmax(order, axis=axis, keepdims=True)
     ties = order >= np.take_along_axis(order, found, axis)
-    share = ties / np.maximum(np.sum(ties, axis=axis, keepdims=True), 1)
+    counts = np.maximum(np.sum(ties, axis=axis, keepdims=True), 1)
+    share = np.asarray(ties / counts, dtype=np.float64)
     return node("largest", np.take_along_axis(a.data, found, axis), (a,), lambda g: (g * share,))
 
 
