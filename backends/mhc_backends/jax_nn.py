@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import mhc_core as mhc
 from mhc_backends.nn_common import (
     ALPHA,
+    checked_connection,
     checked_sizes,
     deviation,
     head_bias,
@@ -73,7 +74,8 @@ class HyperConnection(_Projection):
         The number of streams.
     variant
         The constants and the layout of the parameters: :data:`mhc_core.PAPER`, or
-        :data:`mhc_core.DEEPSEEK_V4` or ``DEEPSEEK_V41`` for released checkpoints.
+        :data:`mhc_core.DEEPSEEK_V4` or ``DEEPSEEK_V41`` for released checkpoints. Its mixer makes
+        H_res; with ``"identity"`` there is none, and the methods take and return None for it.
 
     Raises
     ------
@@ -99,9 +101,14 @@ class HyperConnection(_Projection):
     (2, 4, 8)
     """
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checked_connection("HyperConnection", self.dims, self.n, self.variant)
+
     def init(self, key: jax.Array) -> Params:
         """Return the parameters at the start."""
-        return self._start(key, 3, residual_bias(self.n, self.variant))
+        parts = self.variant.parts(self.n)
+        return self._start(key, parts, residual_bias(self.n, self.variant))
 
     def mappings(self, params: Params, x: jax.Array) -> Any:
         """Return H_pre, H_post and H_res of the streams x: :func:`mhc_core.mappings`."""

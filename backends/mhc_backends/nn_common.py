@@ -21,6 +21,7 @@ __all__ = [
     "Recompute",
     "calls",
     "check_stack",
+    "checked_connection",
     "checked_recompute",
     "checked_sizes",
     "collapse",
@@ -59,6 +60,14 @@ def checked_sizes(owner: str, dims: Any, n: Any, variant: Any) -> tuple[int, int
         checks.positive_int(owner, "n", n),
         check_variant(owner, "variant", variant),
     )
+
+
+def checked_connection(owner: str, dims: Any, n: Any, variant: Any) -> tuple[int, int, Variant]:
+    """Return the arguments of a connection, whose mixer must take n streams."""
+    dims, n, variant = checked_sizes(owner, dims, n, variant)
+    if reason := variant.refuses(n):
+        raise ValueError(f"{owner}: {reason}")
+    return dims, n, variant
 
 
 # ---- the start ----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from mlx import nn
 import mhc_core as mhc
 from mhc_backends.nn_common import (
     ALPHA,
+    checked_connection,
     checked_sizes,
     deviation,
     head_bias,
@@ -174,9 +175,7 @@ class HyperConnection(Projection):
     """
 
     def __init__(self, dims: int, n: int = 4, variant: Variant = PAPER) -> None:
-        dims, n, variant = checked_sizes("HyperConnection", dims, n, variant)
-        if reason := variant.refuses(n):
-            raise ValueError(f"HyperConnection: {reason}")
+        dims, n, variant = checked_connection("HyperConnection", dims, n, variant)
         super().__init__(dims, n, variant, variant.parts(n), residual_bias(n, variant))
 
     def mappings(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:

@@ -20,6 +20,7 @@ from mhc_backends.nn_common import (
     Recompute,
     calls,
     check_stack,
+    checked_connection,
     checked_recompute,
     checked_sizes,
     collapse,
@@ -120,15 +121,18 @@ class HyperConnection(_Projection):
         The number of streams.
     variant
         The constants and the layout of the parameters: :data:`mhc_core.PAPER`, or
-        :data:`mhc_core.DEEPSEEK_V4` or ``DEEPSEEK_V41`` for released checkpoints.
+        :data:`mhc_core.DEEPSEEK_V4` or ``DEEPSEEK_V41`` for released checkpoints. Its mixer makes
+        H_res; with ``"identity"`` there is none, and the methods take and return None for it.
     device
         Where the parameters are; by default PyTorch's default device.
 
     Attributes
     ----------
     phi, alpha, bias
-        ``[n * n + 2 n, n * dims]``, ``[3]`` and ``[n * n + 2 n]``. With the DeepSeek variants they
-        are named ``fn``, ``scale`` and ``base``, as in released checkpoints. They are float32
+        ``[m, n * dims]``, ``[3]`` and ``[m]``, with m = 2 n + n * n for Sinkhorn and
+        ``variant.columns(n)`` for any mixer; alpha is ``[2]`` for a mixer without logits. With the
+        DeepSeek variants they are named ``fn``, ``scale`` and ``base``, as in released checkpoints.
+        They are float32
         whatever dtype the rest of the model has: ``half()``, ``bfloat16()`` and ``to`` leave them
         so, and values that are loaded are upcast. ``double()`` is for float64 streams.
 
@@ -163,8 +167,9 @@ class HyperConnection(_Projection):
         variant: Variant = PAPER,
         device: torch.device | str | None = None,
     ) -> None:
-        dims, n, variant = checked_sizes("HyperConnection", dims, n, variant)
-        super().__init__(dims, n, variant, 3, residual_bias(n, variant), device)
+        dims, n, variant = checked_connection("HyperConnection", dims, n, variant)
+        bias = residual_bias(n, variant)
+        super().__init__(dims, n, variant, variant.parts(n), bias, device)
 
     def mappings(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return H_pre, H_post and H_res of the streams x: :func:`mhc_core.mappings`."""
