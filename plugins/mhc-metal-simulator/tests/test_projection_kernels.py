@@ -354,7 +354,7 @@ def _fewest(op: str, size: Size) -> None:
     wanted = _outputs(op, arrays, VARIANT, "numpy")
     _close(made[0][:count], wanted)
     projected = [wanted[0] if op != "pre" else arrays[0], arrays[1 if op == "pre" else 4]]
-    _close(saved[-3:-1], _projected(projected))
+    _close(made[0][-3:-1], _projected(projected))
     for few, many in zip(*made, strict=True):
         _equal_bits(few, many)
 
