@@ -134,7 +134,7 @@ def as_float64(arrays: list[mx.array]) -> list[Any]:
 
 
 def rounded(wide: Any, like: list[mx.array]) -> list[mx.array]:
-    arrays = wide if isinstance(wide, tuple) else (wide,)
+    arrays: tuple[Any, ...] = wide if isinstance(wide, tuple) else (wide,)
     pairs = zip(arrays, like, strict=True)
     return [mx.array(array.astype(np.float32)).astype(one.dtype) for array, one in pairs]
 

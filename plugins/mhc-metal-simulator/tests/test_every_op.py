@@ -56,7 +56,7 @@ def hold_cramped(op: str, at: int, start: int) -> set[str]:
     return {side for branch, side in took if "_aligned" in branch.condition}
 
 
-@pytest.mark.parametrize("at", range(len(TRIED)), ids=lambda at: TRIED[at][0].why)
+@pytest.mark.parametrize("at", range(len(TRIED)), ids=[one[0].why for one in TRIED])
 @pytest.mark.parametrize("op", OPS)
 def test_few_small_threadgroups(op: str, at: int) -> None:
     aligned, anywhere = hold_cramped(op, at, 0), hold_cramped(op, at, 1)
