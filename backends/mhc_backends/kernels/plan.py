@@ -97,7 +97,7 @@ class Value:
 
     def reshape(self, *shape: Any) -> Value:
         """View the elements in another shape, in which one length may be -1."""
-        wanted: list[int] = list(shape[0] if isinstance(shape[0], tuple) else shape)
+        wanted: list[int] = list(cast("Shape", shape[0]) if isinstance(shape[0], tuple) else shape)
         if -1 in wanted:
             rest = math.prod(length for length in wanted if length != -1)
             wanted[wanted.index(-1)] = self.size // max(rest, 1)
