@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from mhc_backends.kernels import ops
 from mhc_backends.kernels.host import FLOAT32, Kernels, Out, dtype_name
@@ -97,7 +97,7 @@ class Value:
 
     def reshape(self, *shape: Any) -> Value:
         """View the elements in another shape, in which one length may be -1."""
-        wanted: list[int] = list(shape[0] if isinstance(shape[0], tuple) else shape)
+        wanted: list[int] = list(cast("Shape", shape[0]) if isinstance(shape[0], tuple) else shape)
         if -1 in wanted:
             rest = math.prod(length for length in wanted if length != -1)
             wanted[wanted.index(-1)] = self.size // max(rest, 1)
@@ -235,7 +235,8 @@ def record(
         outputs, saved = module.forward_with_saved(kernels, *given[0], **static)
     else:
         outputs = module.forward(kernels, *given[0], **static)
-    several = tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+    many = isinstance(outputs, (tuple, list))
+    several = tuple(cast("Sequence[Value]", outputs)) if many else (cast("Value", outputs),)
     return Plan(inputs, recorder.buffers, recorder.steps, several, tuple(saved))
 
 
@@ -270,9 +271,9 @@ class _Recorder:
         return self.compute("zeros", (), tuple(shape), dtype)
 
     def constant(self, values: Sequence[Any]) -> Value:
-        rows = [list(row) if isinstance(row, (tuple, list)) else [row] for row in values]
         nested = isinstance(values[0], (tuple, list))
-        shape = (len(rows), len(rows[0])) if nested else (len(rows),)
+        rows: list[list[float]] = [list(row) for row in values] if nested else [list(values)]
+        shape = (len(rows), len(rows[0])) if nested else (len(values),)
         return self.given(shape, FLOAT32, tuple(float(one) for row in rows for one in row))
 
     def cast(self, array: Value, dtype: Any) -> Value:

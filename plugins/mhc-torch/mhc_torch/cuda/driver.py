@@ -10,9 +10,10 @@ import contextlib
 import functools
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from itertools import repeat
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,6 +23,8 @@ from mhc_core.errors import BackendUnavailableError
 from mhc_torch.cuda.nvrtc import compiled
 
 __all__ = ["Driver", "Nvidia", "Wanted"]
+
+_C: Any = import_module("torch._C")
 
 STATIC_MEMORY = 48 * 1024  # bytes of shared memory that no function has to ask for
 
@@ -80,13 +83,9 @@ class Nvidia:
         self._constants: dict[tuple[int, tuple[float, ...]], int] = {}
         self._streams: dict[int, Any] = {}
         self._here = threading.local()
-        self._raw: Callable[[int], int] = getattr(
-            torch._C, "_cuda_getCurrentRawStream", _raw_stream
-        )
-        self._current: Callable[[], int] = getattr(
-            torch._C, "_cuda_getDevice", torch.cuda.current_device
-        )
-        self.empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty)
+        self._raw: Callable[[int], int] = getattr(_C, "_cuda_getCurrentRawStream", _raw_stream)
+        self._current: Callable[[], int] = getattr(_C, "_cuda_getDevice", torch.cuda.current_device)
+        self.empty = getattr(_C._dynamo.guards, "_empty_strided_cuda", _empty)
         self.launch = self._launcher()
 
     def _launcher(self) -> Callable[..., Any]:
@@ -122,7 +121,7 @@ class Nvidia:
         if new:
             architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(index))
             with ThreadPoolExecutor(max_workers=8) as pool:
-                codes = list(pool.map(lambda one: compiled(one.text, architecture), new))
+                codes = list(pool.map(compiled, [one.text for one in new], repeat(architecture)))
             with self._lock, self._anywhere():
                 for one, code in zip(new, codes, strict=True):
                     if (index, one) not in self._functions:
@@ -162,7 +161,7 @@ class Nvidia:
         return function
 
     @contextlib.contextmanager
-    def _anywhere(self) -> Iterator[None]:
+    def _anywhere(self) -> Generator[None]:
         """Allow, while this thread's stream is being captured, what is no part of the capture."""
         relaxed = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         before = self._call("cuThreadExchangeStreamCaptureMode", relaxed)

@@ -12,6 +12,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib import import_module
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -32,6 +33,8 @@ Tensors = tuple[Tensor, ...]
 Static = dict[str, Any]
 
 MOST_PLANS = 4096  # of one backend; each is a few kilobytes
+
+_C: Any = import_module("torch._C")
 
 _BY_NAME: dict[str, Kernels] = {}
 
@@ -59,7 +62,7 @@ class Kernels:
         """
         found = self._replays.get(key)
         if found is None:
-            found = self._replays[key] = self._new(*key[:2], groups, static)
+            found = self._replays[key] = self._new(key[0], key[1], groups, static)
             if len(self._replays) > MOST_PLANS:
                 del self._replays[next(iter(self._replays))]
         return found
@@ -94,12 +97,12 @@ class Kernels:
                     graph = True
                 key += (one.shape, one.dtype)
             if transformed():
-                results: Any = _OpInTransforms.apply(self, op, static, *primals)
+                results = cast("Any", _OpInTransforms).apply(self, op, static, *primals)
             elif not plain:
                 require_one_device(op, names, primals)
-                results = self._operator(op, static, primals)
+                results = cast("Any", self._operator(op, static, primals))
             elif graph and torch.is_grad_enabled() and gradients.wanted():
-                results = _Op.apply(self, op, static, tuple(key), *primals)
+                results = cast("Any", _Op).apply(self, op, static, tuple(key), *primals)
             else:
                 results = self.replay(("forward", op, *key), (primals,), static)(primals)
             return results[0] if count == 1 else tuple(results[:count])
@@ -124,7 +127,8 @@ class Kernels:
         """Pull cotangents back by an op's vjp kernels; the result can be differentiated again."""
         every = (*primals, *cotangents, *saved)
         if _transformed() or (_plain(every) and _differentiable(every)):
-            return _PullBack.apply(self, op, static, len(primals), *primals, *cotangents)
+            apply = cast("Any", _PullBack).apply
+            return apply(self, op, static, len(primals), *primals, *cotangents)
         if _plain(every):
             groups = (primals, cotangents, saved) if saved else (primals, cotangents)
             key = _key("vjp", op, static, every, len(cotangents))
@@ -141,7 +145,7 @@ def _plain(tensors: Sequence[Tensor]) -> bool:
     return not _watched() and all([type(one) in _PLAIN for one in tensors])  # noqa: C419 (faster)
 
 
-_watched = torch._C._len_torch_dispatch_stack
+_watched: Callable[[], int] = _C._len_torch_dispatch_stack
 """Return the number of modes that watch operators."""
 
 
@@ -156,7 +160,7 @@ def _key(
 
 def _transformed() -> bool:
     """Return whether a transform of torch.func is under way."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return _C._functorch.peek_interpreter_stack() is not None
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -225,8 +229,8 @@ class _PullBack(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        _, *static, count = inputs[:4]
-        ctx.given = *static, count
+        _, op, static, count = inputs[:4]
+        ctx.given = op, static, count
         ctx.save_for_backward(*inputs[4:])
 
     @staticmethod
@@ -241,9 +245,10 @@ def _second(
     """Pull cotangents of a vjp back through the neutral vjp."""
 
     def pulled(*arrays: Tensor) -> Tensors:
-        return _function.pull_back(op, arrays[:count], arrays[count:], None, static)
+        pulled = _function.pull_back(op, arrays[:count], arrays[count:], None, static)
+        return cast("Tensors", pulled)
 
-    outputs, pull = torch.func.vjp(pulled, *given)
+    outputs, pull = cast("Any", torch.func.vjp)(pulled, *given)
     typed = (one.to(output.dtype) for one, output in zip(cotangents, outputs, strict=True))
     return cast("Tensors", pull(tuple(typed)))
 
@@ -293,10 +298,7 @@ def _described(op: str, static: str, arrays: Sequence[Tensor]) -> _Described:
     A length that a compiler leaves open is passed through the plan as an :class:`Axis`, which comes
     back in the results' shapes.
     """
-    given = [
-        (tuple(n if isinstance(n, int) else Axis.of(n) for n in one.shape), one.dtype)
-        for one in arrays
-    ]
+    given = [(tuple(_length(n) for n in one.shape), one.dtype) for one in arrays]
     plan = record("forward_with_saved", op, [given], _read(static), "cuda", 1 << 17)
     results = list(plan.outputs)
     for value in plan.saved:
@@ -308,6 +310,10 @@ def _described(op: str, static: str, arrays: Sequence[Tensor]) -> _Described:
         for one in results
     ]
     return _Described(shapes, saved, len(plan.outputs))
+
+
+def _length(length: Any) -> int:
+    return length if isinstance(length, int) else Axis.of(length)
 
 
 def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -405,8 +411,11 @@ def _written(static: Static) -> str:
 
 @functools.cache
 def _parsed(text: str) -> Static:
-    parsed: Static = json.loads(text)
-    return {k: Variant(**v["variant"]) if isinstance(v, dict) else v for k, v in parsed.items()}  # pyright: ignore[reportUnknownVariableType]
+    parsed: dict[str, Any] = json.loads(text)
+    for name, value in parsed.items():
+        if isinstance(value, dict):
+            parsed[name] = Variant(**cast("dict[str, Any]", value)["variant"])
+    return parsed
 
 
 def _read(text: str) -> Static:

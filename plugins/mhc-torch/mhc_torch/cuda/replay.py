@@ -7,6 +7,7 @@ calls is made once: functions, grids, lengths of axes, and the arrays of the arg
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -312,15 +313,19 @@ def _compute(step: Compute, layout: _Layout) -> Callable[[Sequence[Any]], Tensor
     if kind == "zeros":
         return lambda held: torch.zeros(shape, dtype=dtype, device=held[0].device)
     functions: dict[str, Callable[..., Tensor]] = {
-        "cast": lambda a: a.to(dtype),
-        "repeat": lambda a, n: a.unsqueeze(-2).expand(*a.shape[:-1], n, a.shape[-1]),
+        "cast": functools.partial(Tensor.to, dtype=dtype),
+        "repeat": _repeated,
         "add": torch.add,
         "mul": torch.mul,
         "div": torch.div,
-        "sum": lambda a, axis: a.sum(axis),
+        "sum": torch.sum,
     }
     run = functions[kind]
     return lambda held: run(*[read(held) for read in readers]).contiguous()
+
+
+def _repeated(a: Tensor, n: int) -> Tensor:
+    return a.unsqueeze(-2).expand(*a.shape[:-1], n, a.shape[-1])
 
 
 def _reader(argument: Any, layout: _Layout) -> Callable[[Sequence[Any]], Any]:
