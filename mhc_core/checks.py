@@ -80,14 +80,13 @@ def bounds(owner: str, name: str, value: Any) -> tuple[float, float] | None:
         return None
     need = "needs None or two finite numbers, the smaller one first"
     try:
-        low, high = value
-        numbers = [isinstance(one, Real) and not isinstance(one, bool) for one in (low, high)]
-    except (TypeError, ValueError):
-        numbers = [False]
-    if not all(numbers):
+        ends: list[Any] = list(value)
+    except TypeError:
+        ends = []
+    if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, Real) for end in ends):
         raise TypeError(f"{owner}: {name} is {_shown(value)}; {need}")
     try:
-        plain = float(low), float(high)
+        plain = float(ends[0]), float(ends[1])
     except OverflowError:  # an int or a fraction beyond float's range
         plain = math.inf, -math.inf
     if not -math.inf < plain[0] < plain[1] < math.inf:

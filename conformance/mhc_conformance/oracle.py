@@ -210,8 +210,8 @@ def _orthostochastic(logits: Value, n: int, s: int) -> Value:
     theta = logits.reshape(*logits.shape[:-1], size, size)
     skew = theta - theta.swapaxes(-1, -2)
     q = inverse(np.eye(size) - skew) @ (skew + np.eye(size))
-    rows = np.repeat(np.eye(n), s, axis=1)  # [n, n s]: 1 where a row belongs to a stream
-    return value(rows) @ (q * q) @ rows.T / s
+    rows: Array = np.repeat(np.eye(n), s, axis=1)  # [n, n s]: 1 where a row belongs to a stream
+    return value(rows) @ (q * q) @ value(np.transpose(rows)) / s
 
 
 @mixer("sinkhorn-limit")

@@ -253,7 +253,7 @@ def _declared(op: str) -> Iterator[Case]:
     """
     names = [name for name in declaration(op).static if name != "n"]
     values = {
-        name: chosen(op, name, *((*some, *around(op, name)) for some in (COUNTS, NUMBERS)))
+        name: chosen(op, name, (*COUNTS, *around(op, name)), (*NUMBERS, *around(op, name)))
         for name in names
     }
     if all(isinstance(value, (bool, str)) for some in values.values() for value in some):

@@ -123,8 +123,11 @@ def _any_empty(arrays: Any) -> bool:
 
 
 def vjp(
-    op: str, primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], **static: Any
-) -> tuple[mx.array, ...]:
+    op: str,
+    primals: tuple[mx.array | None, ...],
+    cotangents: tuple[mx.array | None, ...],
+    **static: Any,
+) -> tuple[mx.array | None, ...]:
     """Pull cotangents back by the hand-written vjp, compiled."""
     there = tuple(array is not None for array in primals)
     pull = _vjp(op, tuple(static.items()), _device(), there)

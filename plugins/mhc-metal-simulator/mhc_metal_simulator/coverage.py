@@ -342,7 +342,7 @@ def listing(found: Coverage) -> Iterator[str]:
             if outcome.kernel == kernel:
                 one = found.taken.get(outcome)
                 yield f"  {str(outcome).removeprefix(kernel)}: {one or 'no case'}"
-    total = len(found.sides)
+    total = len(found.outcomes)
     yield f"{len(found.kernels)} of {len(KERNELS)} kernels run"
     yield f"{total - len(found.missing)} of {total} sides of their choices run; the others:"
     for why, outcomes in sorted(reasons(found.missing).items(), key=str):

@@ -149,7 +149,7 @@ class Launched:
     @classmethod
     def of(cls, launch: LaunchRecord, op: Op, size: Size) -> Launched:
         """Return the bytes of a launch of an op, sorted into these kinds."""
-        counted = dict.fromkeys(("read", "written", "phi", "sums", "small"), 0)
+        counted: dict[str, int] = dict.fromkeys(("read", "written", "phi", "sums", "small"), 0)
         arrays = {k: one for k, one in launch.traffic.items() if one.role != "metadata"}
         for name, one in arrays.items():
             what = kind(launch, name, op, size)

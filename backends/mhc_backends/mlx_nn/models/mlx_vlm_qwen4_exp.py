@@ -7,17 +7,18 @@ in the last axis, are not mixed.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx import nn
 
+import mhc_core
 from mhc_backends.mlx_nn.models.family import Family, Layers, Swap
 from mhc_backends.mlx_nn.models.sublayers import ON_CPU
-from mhc_core import combine, gated_head, gated_pre
 
 __all__ = ["CONNECTION", "FAMILY"]
 
+mhc: Any = mhc_core  # the arrays here are those of any library
 qwen4: Any = import_module("mlx_vlm.models.qwen4_exp.language")
 
 
@@ -26,15 +27,16 @@ class Connection(qwen4.Qwen4ExpGatedResidual):
 
     def __call__(self, hyper_input: mx.array) -> Any:
         """Return the sublayer's input, the streams and H_post; the last mixer, its input alone."""
-        names = [name for name in PROJECTIONS if name in self]
-        if any(type(self[name]) is not nn.Linear for name in names):
-            return super().__call__(hyper_input)  # quantised, or with an adapter
+        modules: Any = self
+        names = [name for name in PROJECTIONS if name in modules]
+        if any(type(modules[name]) is not nn.Linear for name in names):
+            return cast("Any", super().__call__(hyper_input))  # quantised, or with an adapter
         norm = self.hc_norm
         x = hyper_input.reshape(*hyper_input.shape[:-1], self.hc_count, self.hidden_size)
-        weights = [norm.weight, *(self[name].weight for name in names)]
+        weights: list[mx.array] = [norm.weight, *(modules[name].weight for name in names)]
         if len(names) < len(PROJECTIONS):
-            return gated_head(x, *weights, norm.eps)
-        h, h_post = gated_pre(x, *weights, norm.eps)
+            return mhc.gated_head(x, *weights, norm.eps)
+        h, h_post = mhc.gated_pre(x, *weights, norm.eps)
         return h, hyper_input, h_post.astype(hyper_input.dtype)
 
 
@@ -46,7 +48,8 @@ class Indexer(qwen4.Qwen4ExpQSAIndexer):
 
     def select_from_projected(self, *args: Any, **kwargs: Any) -> Any:
         """Return the chosen blocks, as the library does."""
-        selection: Any = super().select_from_projected(*args, **kwargs)
+        chosen: Any = super()
+        selection: Any = chosen.select_from_projected(*args, **kwargs)
         if selection is not None:
             selection.selected_blocks = mx.stop_gradient(selection.selected_blocks)
         return selection
@@ -78,7 +81,7 @@ class Block(qwen4.Qwen4ExpDecoderLayer):
 
 def _written(x: mx.array, y: mx.array, h_post: mx.array) -> mx.array:
     streams = x.reshape(*x.shape[:-1], h_post.shape[-1], y.shape[-1])
-    return combine(streams, y, h_post, None).reshape(x.shape)
+    return mhc.combine(streams, y, h_post, None).reshape(x.shape)
 
 
 CONNECTION = Swap(Connection, "runs on mhc-core's ops while its projections are not quantised")

@@ -39,14 +39,16 @@ class Pending(NamedTuple):
 
     def written(self) -> mx.array:
         """Return the streams ``[..., n, C]``."""
-        return mhc.combine(*self)
+        combine: Any = mhc.combine
+        return combine(*self)
 
     def __getitem__(self, index: Any) -> Any:
         """Return an entry of this tuple, or of the streams by several indices.
 
         mlx-vlm makes the mask of a layer from a stream, of which it reads the shape alone.
         """
-        return self.written()[index] if isinstance(index, tuple) else tuple(self)[index]
+        fields: tuple[Any, ...] = tuple(self)
+        return self.written()[index] if isinstance(index, tuple) else fields[index]
 
     def mean(self, axis: int) -> mx.array:
         """Return the streams' mean, which mlx-vlm's drafters compute after any layer."""
