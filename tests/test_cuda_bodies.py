@@ -94,7 +94,7 @@ def test_kernels_on_a_cpu(case: Case, folder: Path, monkeypatch: pytest.MonkeyPa
     from mhc_backends.kernels.mlx import Kernels
 
     monkeypatch.setattr(launch, "BUSY", case.busy)
-    monkeypatch.setattr(launch, "FEWEST_TOKENS", case.T if case.busy == FEWEST else 0)
+    monkeypatch.setattr(launch, "FEWEST_TOKENS", {"cuda": case.T if case.busy == FEWEST else 0})
     own = Ops(Kernels(launcher(folder), "cuda", 227 * 1024))
     variant, primals = mhc.DEEPSEEK_V4, _draw(case)
     with mhc.no_grad():
@@ -103,7 +103,7 @@ def test_kernels_on_a_cpu(case: Case, folder: Path, monkeypatch: pytest.MonkeyPa
     _close(outputs, several(getattr(mhc, case.op)(*wide, variant, backend="numpy")))
     if case.busy == FEWEST:  # the kernels for many tokens have the same bits
         monkeypatch.setattr(launch, "BUSY", MANY)
-        monkeypatch.setattr(launch, "FEWEST_TOKENS", 0)
+        monkeypatch.setattr(launch, "FEWEST_TOKENS", {"cuda": 0})
         with mhc.no_grad():
             many = several(getattr(own, case.op)(*primals, variant=variant))
         assert all(mx.array_equal(a, b) for a, b in zip(outputs, many, strict=True))
@@ -143,7 +143,7 @@ def test_a_nan_that_gpus_make_stays_one(folder: Path, monkeypatch: pytest.Monkey
 
     case = Case("mappings", "float32", 2, MANY)
     monkeypatch.setattr(launch, "BUSY", case.busy)
-    monkeypatch.setattr(launch, "FEWEST_TOKENS", case.T if case.busy == FEWEST else 0)
+    monkeypatch.setattr(launch, "FEWEST_TOKENS", {"cuda": case.T if case.busy == FEWEST else 0})
     own = Ops(Kernels(launcher(folder), "cuda", 227 * 1024))
     streams, phi, *rest = _draw(case)
     unknown = np.array(phi)

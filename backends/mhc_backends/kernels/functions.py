@@ -19,7 +19,7 @@ from mhc_core import gradients
 from mhc_core import math as neutral_math
 from mhc_core.signature import UNMIXED
 
-__all__ = ["Ops"]
+__all__ = ["Ops", "has_kernels"]
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -45,7 +45,7 @@ class Ops:
             raise AttributeError(name)
 
         def op(*arrays: mx.array | None, **static: Any) -> Any:
-            if not _has_kernels(name, arrays, static):
+            if not has_kernels(name, arrays, static):
                 return getattr(mlx_ops, name)(*arrays, **static)
             function = self._forward if gradients.wanted() else self._inference
             outputs = function(name, tuple(static.items()))(*arrays)
@@ -58,7 +58,7 @@ class Ops:
         self, op: str, primals: Sequence[Any], cotangents: Sequence[Any], **static: Any
     ) -> tuple[Any, ...]:
         """Pull cotangents back by an op's vjp kernels."""
-        if not _has_kernels(op, primals, static):
+        if not has_kernels(op, primals, static):
             return mlx_ops.vjp(op, tuple(primals), tuple(cotangents), **static)
         return tuple(self._vjp(op, tuple(static.items()))(tuple(primals), tuple(cotangents)))
 
@@ -104,7 +104,7 @@ class Ops:
         return self._compiled(function)
 
 
-def _has_kernels(op: str, arrays: Sequence[Any], static: Mapping[str, Any]) -> bool:
+def has_kernels(op: str, arrays: Sequence[Any], static: Mapping[str, Any]) -> bool:
     """Return whether kernels compute this call; if not, the neutral maths does, on MLX's arrays.
 
     Kernels mix by a given H_res, and make it by Sinkhorn alone.

@@ -67,7 +67,9 @@ MOST_GROUPS = {"metal": MOST_GRID // 1024, "cuda": 128}  # threadgroups, each wi
 MOST_TOKENS = 4  # tokens whose partials a threadgroup adds up
 SHARED = 2048  # floats of threadgroup memory for the sums of some tokens
 SHARE_TOKENS = 128  # the least tokens of an N tile's simdgroup, unless there are fewer
-FEWEST_TOKENS = 64  # tokens whose K blocks leave their threadgroup as separate sums
+# tokens whose K blocks leave their threadgroup as separate sums: no Apple GPU was measured, and the
+# sums of more tokens would be most of the bytes
+FEWEST_TOKENS = {"metal": 4, "cuda": 64}
 FEWEST_SPLITS = 64  # splits of all tiles of tokens; with more, their threadgroups fill a GPU
 FEWEST_STREAMS = 4  # with more, the mappings do not fit into the lanes of a simdgroup
 SPLITS_AT_ONCE = 32  # splits whose partials are in threadgroup memory
@@ -296,10 +298,10 @@ def few(T: int, C: int) -> bool:
     return -(-T // (max(TOKEN_TILES.values()) * TILE_TOKENS)) * splits(C) < BUSY
 
 
-def fewest(T: int, n: int, C: int) -> bool:
+def fewest(T: int, n: int, C: int, dialect: str) -> bool:
     """Return whether tokens are so few that K blocks spread over the GPU; this changes no bit."""
     items = -(-T // TILE_TOKENS) * splits(C)
-    return T <= FEWEST_TOKENS and items <= FEWEST_SPLITS and n <= FEWEST_STREAMS
+    return FEWEST_TOKENS[dialect] >= T and items <= FEWEST_SPLITS and n <= FEWEST_STREAMS
 
 
 def run_steps(dtype: str) -> int:

@@ -17,10 +17,10 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 from mhc_backends.kernels import KERNELS, launch
+from mhc_backends.kernels.ops import OPS
 from mhc_conformance import Subject, check
 from mhc_conformance.cases import Case, cases, data
 from mhc_conformance.checks import dtypes_of
-from mhc_core.math import OPS
 
 from mhc_metal_simulator.branches import SIDES, Branch
 from mhc_metal_simulator.launch import LaunchRecord, record

@@ -48,9 +48,9 @@ def small(busy: int, threads: int = 64) -> Iterator[None]:
         patch.setattr(launches, "TABLE", shapes)
         patch.setattr(launches, "MOST_GRID", threads)
         patch.setattr(launches, "BUSY", busy)
-        patch.setattr(launches, "FEWEST_TOKENS", busy if busy == FEWEST else 0)
+        patch.setattr(launches, "FEWEST_TOKENS", {"metal": busy if busy == FEWEST else 0})
         patch.setattr(launches, "FEWEST_SPLITS", FEWEST)
-        patch.setattr(launches, "SPLITS_AT_ONCE", 1)
+        patch.setattr(launches, "SPLITS_AT_ONCE", 2)
         yield
 
 

@@ -73,9 +73,9 @@ FUNCTION void mappings_vjp(U u, int64_t u_shape_0, R r, Scale scale, Bias bias, 
         const Floats<N> z = add(biases, by, times(inverse, product));
         Floats<N> from = z;
         if (CLAMPED) from = clamped(z, clamp_low, clamp_high);
-        const Floats<N> dfrom =
+        Floats<N> dz =
             sinkhorn_matrix_vjp<N, LOG, EXP_START>(from, dres, here, ITERATIONS, sinkhorn_eps, own);
-        const Floats<N> dz = CLAMPED ? clamped_vjp(z, dfrom, clamp_low, clamp_high) : dfrom;
+        if (CLAMPED) dz = clamped_vjp(z, dz, clamp_low, clamp_high);
         if (mine) sums.at[2] = add_dot(0.0f, dz, product);
         store_line<N, FIRST_COLUMNS, TRANSPOSED>(dproducts + 2 * N, times(by * inverse, dz), there,
                                                  here);

@@ -34,7 +34,8 @@ __all__ = [
 DPHI_STEPS = 8  # K steps of 32 tokens whose du is in threadgroup memory at a time
 DPHI_COLUMNS = 32  # columns whose sums a simdgroup keeps in registers
 KEPT = 4  # the most streams that combine_project keeps in registers
-MOST_FEW = 256  # tokens of combine_project_few, whose threadgroups all read a split's phi again
+# tokens of combine_project_few, whose threadgroups all read a split's phi again
+MOST_FEW = {"metal": 16, "cuda": 256}
 MOST_COLUMNS = 32  # columns whose B operands leave threadgroup memory for a second K step
 
 
@@ -103,7 +104,7 @@ class Sums(NamedTuple):
 def project_for_pre(kernels: Kernels, x: mx.array, phi: mx.array) -> Sums:
     """Return the sums over all channels; those of the fewest tokens are sums of K blocks."""
     sizes, dtype, kernel = Sizes.of(x), dtype_name(x.dtype), "project_k_blocks"
-    if not launch.fewest(*sizes):
+    if not launch.fewest(*sizes, kernels.dialect):
         return Sums(project(kernels, x, phi))
     tiles = launch.column_tiles(kernel, *sizes[:2], dtype, kernels.dialect)
     chosen = {"RUN": launch.run_steps(dtype), "COLUMN_TILES": tiles}
@@ -124,7 +125,7 @@ def combine_project(
     sizes, dtype = Sizes.of(x), dtype_name(x.dtype)
     inputs = {**combine.inputs(x, y, h_post, h_res), "phi": phi}
     steps = launch.stream_steps(sizes.n, dtype)
-    if launch.fewest(*sizes):
+    if launch.fewest(*sizes, kernels.dialect):
         kernel = "combine_project_k_blocks"
         tiles = launch.column_tiles(kernel, *sizes[:2], dtype, kernels.dialect)
         chosen = {"COLUMN_TILES": tiles, "STEPS": steps}
@@ -135,7 +136,7 @@ def combine_project(
     tiles = _tiles(phi, launch.COLUMNS_AT_ONCE)
     narrow = dtype != FLOAT32
     chosen = {"COLUMN_TILES": tiles, "STEPS": steps}
-    if sizes.T <= MOST_FEW and launch.few(sizes.T, sizes.C):
+    if MOST_FEW[kernels.dialect] >= sizes.T and launch.few(sizes.T, sizes.C):
         chosen["SCRATCH"] = launch.SCRATCH[kernels.dialect]
         x_new, partials = kernels("combine_project_few", inputs, outputs, sizes, **chosen)
     else:
