@@ -19,8 +19,8 @@ from calls import Call
 import mhc_torch
 from mhc_backends.kernels.cuda_function import function
 from mhc_backends.kernels.plan import Launch, record
-from mhc_torch.cuda import ops as cuda_ops
 from mhc_torch.cuda.driver import Wanted
+from mhc_torch.cuda.functions import functions
 from mhc_torch.cuda.kernels import Kernels
 from mhc_torch.ops import checkpoint, compile, from_host, grad, to_host
 
@@ -41,7 +41,7 @@ SPEC = replace(
 )
 _FOLDER = tempfile.TemporaryDirectory(prefix="mhc-cuda-on-cpu-")
 DEVICE = Device(Path(_FOLDER.name))
-_op, vjp = cuda_ops.functions(Kernels(NAME, DEVICE))
+_op, vjp = functions(Kernels(NAME, DEVICE))
 
 
 def __getattr__(name: str) -> Any:

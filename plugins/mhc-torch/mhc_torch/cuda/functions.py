@@ -1,0 +1,33 @@
+"""The functions of a backend on CUDA tensors, whatever device runs their plans."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from mhc_backends.kernels.ops import OPS
+from mhc_torch import ops as neutral
+from mhc_torch.cuda.kernels import Kernels
+
+__all__ = ["functions"]
+
+
+def functions(kernels: Kernels) -> tuple[Callable[[str], Any], Callable[..., Any]]:
+    """Return a function from the name of an op to the op, and the vjp, with checks of devices."""
+
+    def op_by_name(name: str) -> Callable[..., Any]:
+        if name not in OPS:
+            raise AttributeError(name)
+        return kernels.function(name)
+
+    def vjp(
+        op: str, primals: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor], **static: Any
+    ) -> tuple[torch.Tensor, ...]:
+        """Pull cotangents back by the op's vjp kernels."""
+        neutral.require_one_device_of_vjp(op, primals, cotangents)
+        return kernels.pull_back(op, tuple(primals), tuple(cotangents), (), static)
+
+    return functools.cache(op_by_name), vjp
