@@ -288,7 +288,8 @@ def constant(xp: Any, values: Any, like: Array) -> Array:
         return xp.array(values, dtype=like.dtype)
     if _is(xp, "jax"):
         return xp.asarray(values, dtype=like.dtype)
-    return xp.asarray(values, dtype=like.dtype, device=like.device)
+    device = getattr(like, "device", None)  # NumPy's arrays have one from 2.0 on
+    return xp.asarray(values, dtype=like.dtype, **({} if device is None else {"device": device}))
 
 
 def inverse(xp: Any, matrix: Array) -> Array:

@@ -8,11 +8,12 @@ runs it, and at the end the sides that no case runs, with the reasons.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
@@ -117,8 +118,28 @@ def tried(op: str, dtype: str) -> Iterator[tuple[Ran, list[LaunchRecord]]]:
 
 
 def checked(op: str, dtype: str, kind: str) -> Coverage:
-    """Run one check of the kit, and return what it covers without a name for each case."""
-    return covered(*_checked(op, dtype, kind))
+    """Run one check of the kit, and return what it covers without a name for each case.
+
+    ``kind`` is a check, or one with one of :data:`LIMITS`.
+    """
+    check_of, _, limit = kind.partition(" with ")
+    with _limited(LIMITS.get(limit)):
+        return covered(*_checked(op, dtype, check_of))
+
+
+LIMITS = {"all tokens few": 2**31, "no tokens few": 0}
+"""Limits of the tokens that ``launch.fewest`` accepts, so that every case runs either kernels."""
+
+
+@contextlib.contextmanager
+def _limited(tokens: int | None) -> Generator[None]:
+    before = launch.FEWEST_TOKENS, launch.FEWEST_SPLITS
+    if tokens is not None:
+        launch.FEWEST_TOKENS, launch.FEWEST_SPLITS = {"metal": tokens}, 2**31
+    try:
+        yield
+    finally:
+        launch.FEWEST_TOKENS, launch.FEWEST_SPLITS = before
 
 
 def _checked(op: str, dtype: str, kind: str) -> tuple[Ran, list[LaunchRecord]]:
@@ -136,6 +157,10 @@ def units() -> Iterator[tuple[str, str, str]]:
         for dtype in DTYPES:
             if dtype in dtypes_of(kind, dtypes):
                 yield from ((op, dtype, kind) for op in OPS)
+    for dtype in DTYPES:
+        for op in ("pre", "combine_pre"):
+            yield from ((op, dtype, f"forward with {limit}") for limit in LIMITS)
+    yield "pre", "float32", "strided with all tokens few"
 
 
 def _call(subject: Subject, case: Case, dtype: str) -> None:

@@ -33,7 +33,7 @@ from mhc_metal_simulator.source import prepare
 POSITION = "uint group_x, group_y, groups_x, groups_y, id, threads;"
 # Whole numbers of tokens and threadgroups that are small, and say so by a cast.
 SMALL = (
-    r"int\(T - first\)|int\(item % P\)|int\(tile - stage\)|int\(here\.group_x % n_tiles\)"
+    r"int\(T - first\)|int\(item % (P|GROUPS)\)|int\(item / GROUPS % count\)|int\(tile - stage\)|int\(here\.group_x % n_tiles\)"
     r"|int\(here\.group_x % out\.splits\)|int\(here\.group_y \* here\.threads \+ here\.id\)"
     r"|int\(here\.groups_y \* here\.threads\)"
 )
@@ -51,8 +51,9 @@ def texts() -> dict[str, str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simulated, "simulate", note)
-        for busy, n in ((launches.BUSY, 4), (launches.BUSY, 9), (0, 4)):
+        for busy, fewest, n in ((launches.BUSY, 4, 4), (launches.BUSY, 4, 9), (0, 0, 4)):
             patch.setattr(launches, "BUSY", busy)
+            patch.setattr(launches, "FEWEST_TOKENS", {"metal": fewest})
             own = Ops(Kernels(simulator.metal_kernel, "metal"))
             for op in OPS:
                 case = Case(
