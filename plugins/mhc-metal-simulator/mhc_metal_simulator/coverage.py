@@ -303,12 +303,13 @@ UNREACHED: Sequence[Unreached] = (
         "their loop over the channels loads nothing beyond C",
     ),
     Unreached(
-        r"combine_vjp in (hold: if|value: \?:) \(KEEP\) false",
-        "the kernel is for up to 4 streams, whose mappings are kept",
+        r"(combine_vjp|combine_project_k_blocks) in (hold: if|value: \?:) \(KEEP\) false"
+        r"|combine_project_k_blocks in mix_streams: (if|\?:) \(KEPT\) false",
+        "the kernel is for up to 4 streams, whose mappings and streams are kept",
     ),
     Unreached(
-        r"(combine_project|combine_project_few|project_dx) in .*: if \(!Address<P>::ALIGNED\) false"
-        r"|(combine_project|combine_project_few|project_dx) in store_within: if \(rest >= W .*true",
+        r"(combine_project\w*|project_dx) in .*: if \(!Address<P>::ALIGNED\) false"
+        r"|(combine_project\w*|project_dx) in store_within: if \(rest >= W .*true",
         "with aligned arrays they load and store whole K steps; else they store single numbers "
         "only at the end of a row",
     ),
@@ -316,6 +317,42 @@ UNREACHED: Sequence[Unreached] = (
         r"combine_project_few in mix_streams: (if|\?:) \(KEPT\)"
         r"|combine_project in mix_streams: \?: \(KEPT\) false",
         "combine_project_few always reads its streams again; in `if (KEPT)`, KEPT is true",
+    ),
+    Unreached(
+        r"pre_k_blocks in (divide_b|sums_b): if \(Lanes<N>::FEW\) false"
+        r"|pre_k_blocks in take_linear_steps: if \(!Lanes<N>::FEW\) true"
+        r"|pre_k_blocks in (sum_a: \?: \(a < 4\)|.*: if \(active\)) .*",
+        "the kernel is for up to 4 streams, whose matrices take few lanes",
+    ),
+    Unreached(
+        r"pre_k_blocks in sinkhorn_matrix: if \((simd_any\()?!?linear\)?\)",
+        "the logits that would underflow are those of other kernels, by the same function",
+    ),
+    Unreached(
+        r"(mappings|pre_k_blocks) in \w+: (if|\?:) \(!?inside<N>\(here\)\)",
+        "the case of three streams, whose matrices leave lanes idle, starts by exponentials and "
+        "has an eps",
+    ),
+    Unreached(
+        r"pre_k_blocks in pre_k_blocks: \?: \(here.threads == SIMD\) true",
+        "the launch table gives it a simdgroup for the matrix and another for the channels",
+    ),
+    Unreached(
+        r"pre_k_blocks: (for \(begin < splits\) again|\?: \(splits - begin < SPLITS\) false)",
+        "more than 8192 channels; the simulator's own tests add up two splits at a time",
+    ),
+    Unreached(
+        r"^sinkhorn in scaled_sum: if \(N > 1\) false",
+        "the case of one stream has one iteration",
+    ),
+    Unreached(
+        r"^(sinkhorn|static_mappings)(_vjp)? in sinkhorn_matrix(_vjp)?: if \(EXP_START\)",
+        "a variant chooses the start, and neither has one; with eps 0 there is no difference",
+    ),
+    Unreached(
+        r"^static_mappings in (divide_b: if|line_factor: \?:|take_linear_steps: if) \((Lanes<N>::"
+        r"FEW|a == line<N>\(here\)|NORMAL|eps > .*)\) ",
+        "static mappings have eps 0, and those of few streams are iterated line by line",
     ),
     Unreached(
         r"^mappings in activate: if \(stores\) false",

@@ -33,7 +33,8 @@ from mhc_metal_simulator.source import prepare
 POSITION = "uint group_x, group_y, groups_x, groups_y, id, threads;"
 # Whole numbers of tokens and threadgroups that are small, and say so by a cast.
 SMALL = (
-    r"int\(T - first\)|int\(item % (P|GROUPS)\)|int\(item / GROUPS % count\)|int\(tile - stage\)|int\(here\.group_x % n_tiles\)"
+    r"int\(T - first\)|int\(item % (P|GROUPS)\)|int\(item / GROUPS % count\)"
+    r"|int\(tile - stage\)|int\(here\.group_x % n_tiles\)"
     r"|int\(here\.group_x % out\.splits\)|int\(here\.group_y \* here\.threads \+ here\.id\)"
     r"|int\(here\.groups_y \* here\.threads\)"
 )

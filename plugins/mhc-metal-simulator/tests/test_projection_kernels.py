@@ -416,7 +416,7 @@ CHECKS: dict[str, tuple[Callable[[Size, int], None], int, Sequence[Size]]] = {
     "pre_k_blocks": (
         _fewest_pre,
         FEWEST,
-        [Size(19, 3, 37), TINY, Size(3, 4, 544, "bfloat16"), Size(5, 2, 288)],
+        [Size(19, 3, 37), TINY, Size(3, 4, 544, "bfloat16"), Size(5, 2, 288), Size(5, 2, 6)],
     ),
     "combine_project_k_blocks": (
         _fewest_combine_pre,
