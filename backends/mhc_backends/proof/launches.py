@@ -43,7 +43,7 @@ CHANNELS = (
 )
 SIZES = (  # tokens and channels
     *((1, C) for C in CHANNELS if C <= MOST_CHANNELS),
-    *((T, C) for T in (3, PERIOD, 2 * PERIOD) for C in CHANNELS if C <= FEW_CHANNELS),
+    *((T, C) for T in (3, 9, PERIOD) for C in CHANNELS if C <= FEW_CHANNELS),
     *((times * PERIOD, C) for times in (9, 17, 269) for C in (1, 2, 4, 8, 32)),
     (PERIOD, 2056),
     (134 * PERIOD, FEW_CHANNELS),
