@@ -34,8 +34,10 @@ class _Projection:
     n: int = 4
     variant: Variant = PAPER
 
+    _checked = staticmethod(checked_sizes)
+
     def __post_init__(self) -> None:
-        sizes = checked_sizes(type(self).__name__, self.dims, self.n, self.variant)
+        sizes = self._checked(type(self).__name__, self.dims, self.n, self.variant)
         for name, value in zip(("dims", "n", "variant"), sizes, strict=True):
             object.__setattr__(self, name, value)
 
@@ -101,9 +103,7 @@ class HyperConnection(_Projection):
     (2, 4, 8)
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checked_connection("HyperConnection", self.dims, self.n, self.variant)
+    _checked = staticmethod(checked_connection)
 
     def init(self, key: jax.Array) -> Params:
         """Return the parameters at the start."""

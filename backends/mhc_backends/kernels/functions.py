@@ -109,16 +109,21 @@ def has_kernels(op: str, arrays: Sequence[Any], static: Mapping[str, Any]) -> bo
 
     Kernels mix by a given H_res, and make it by Sinkhorn alone.
     """
-    declared = neutral_math.load(op).OP
-    if UNMIXED in declared.optional:
-        at = list(declared.arrays).index(UNMIXED)
-        if at >= len(arrays) or arrays[at] is None:
-            return False
+    at, projects = _mixing(op)
+    if at is not None and (at >= len(arrays) or arrays[at] is None):
+        return False
     variant = static.get("variant")
     if variant is None:
         return True
-    own = variant.mixer == "sinkhorn" or not declared.projects
-    return own and not variant.beyond
+    return (variant.mixer == "sinkhorn" or not projects) and not variant.beyond
+
+
+@functools.cache
+def _mixing(op: str) -> tuple[int | None, bool]:
+    """Return the index of an H_res that may be absent, if any, and whether the op makes one."""
+    declared = neutral_math.load(op).OP
+    at = list(declared.arrays).index(UNMIXED) if UNMIXED in declared.optional else None
+    return at, declared.projects
 
 
 def _second(op: str, options: dict[str, Any], given: Any, cotangents: Any, _: Any) -> Any:

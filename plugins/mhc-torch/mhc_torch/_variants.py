@@ -17,7 +17,7 @@ import torch
 
 from mhc_core.variants import Variant
 
-__all__ = ["key_of", "variant_of"]
+__all__ = ["key_of", "made", "variant_of"]
 
 
 def key_of(variant: Variant) -> str:
@@ -26,13 +26,14 @@ def key_of(variant: Variant) -> str:
 
 
 @functools.cache
-def _made(key: str) -> Variant:
+def made(key: str) -> Variant:
+    """Return the variant that a string stands for, in code that no compiler traces."""
     return Variant(**json.loads(key))
 
 
 def _variant_of(key: str) -> Variant:
     """Return the variant that a string stands for."""
-    return _made(key)
+    return made(key)
 
 
 variant_of = cast("Callable[[str], Variant]", torch.compiler.assume_constant_result(_variant_of))

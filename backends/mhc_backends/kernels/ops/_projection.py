@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from mhc_backends.kernels import launch
-from mhc_backends.kernels.host import FLOAT32, Kernels, Out, Sizes, Stage, dtype_name, tokens
+from mhc_backends.kernels.host import FLOAT32, Array, Kernels, Out, Sizes, Stage, dtype_name, tokens
 from mhc_backends.kernels.ops import combine
 from mhc_core.variants import Variant
-
-if TYPE_CHECKING:
-    import mlx.core as mx
 
 __all__ = [
     "Cotangents",
@@ -42,8 +39,8 @@ MOST_COLUMNS = 32  # columns whose B operands leave threadgroup memory for a sec
 class Projected(NamedTuple):
     """u = vec(x) @ phi.T and r = 1 / rms(x), float32, as ``mhc_core.math.mappings`` saves them."""
 
-    u: mx.array
-    r: mx.array
+    u: Array
+    r: Array
 
 
 def settings(variant: Variant) -> dict[str, float]:
@@ -73,7 +70,7 @@ def constants(variant: Variant) -> dict[str, int]:
     }
 
 
-def project(kernels: Kernels, x: mx.array, phi: mx.array) -> mx.array:
+def project(kernels: Kernels, x: Array, phi: Array) -> Array:
     """Return the sums over all channels, as split-K partials."""
     sizes = Sizes.of(x)
     inputs, out = {"x": tokens(x, 2), "phi": phi}, _partials(sizes, phi)
@@ -97,11 +94,11 @@ class Sums(NamedTuple):
     They are split-K partials or, with ``blocks`` K blocks in a split, the sums of K blocks.
     """
 
-    array: mx.array
+    array: Array
     blocks: int = 0
 
 
-def project_for_pre(kernels: Kernels, x: mx.array, phi: mx.array) -> Sums:
+def project_for_pre(kernels: Kernels, x: Array, phi: Array) -> Sums:
     """Return the sums over all channels; those of the fewest tokens are sums of K blocks."""
     sizes, dtype, kernel = Sizes.of(x), dtype_name(x.dtype), "project_k_blocks"
     if not launch.fewest(*sizes, kernels.dialect):
@@ -115,12 +112,12 @@ def project_for_pre(kernels: Kernels, x: mx.array, phi: mx.array) -> Sums:
 
 def combine_project(
     kernels: Kernels,
-    x: mx.array,
-    y: mx.array,
-    h_post: mx.array,
-    h_res: mx.array,
-    phi: mx.array,
-) -> tuple[mx.array, Sums]:
+    x: Array,
+    y: Array,
+    h_post: Array,
+    h_res: Array,
+    phi: Array,
+) -> tuple[Array, Sums]:
     """Return x', and its sums over all channels."""
     sizes, dtype = Sizes.of(x), dtype_name(x.dtype)
     inputs = {**combine.inputs(x, y, h_post, h_res), "phi": phi}
@@ -151,7 +148,7 @@ def combine_project(
     return x_new, Sums(partials)
 
 
-def _k_blocks(kernel: str, x: mx.array) -> Out:
+def _k_blocks(kernel: str, x: Array) -> Out:
     """Return the output for the sums of K blocks, whose layout is in common/project."""
     sizes = Sizes.of(x)
     columns = sizes.n * sizes.n + 2 * sizes.n
@@ -159,18 +156,18 @@ def _k_blocks(kernel: str, x: mx.array) -> Out:
     return Out((sizes.T, count, -(-columns // 4) * 4 + 4), FLOAT32)
 
 
-def _partials(sizes: Sizes, phi: mx.array) -> Out:
+def _partials(sizes: Sizes, phi: Array) -> Out:
     return Out((sizes.T, launch.splits(sizes.C), phi.shape[0] + 1), FLOAT32)
 
 
-def _tiles(phi: mx.array, most: int) -> int:
+def _tiles(phi: Array, most: int) -> int:
     return -(-min(phi.shape[0], most) // launch.TILE_COLUMNS)
 
 
 def _stage(
     kernels: Kernels,
     kernel: str,
-    x: mx.array,
+    x: Array,
     tiles: int,
     steps: int,
     unit: int,
@@ -205,27 +202,27 @@ def mapped(ahead: Sequence[int], n: int, columns: int, saves: bool) -> dict[str,
 class Pre(NamedTuple):
     """The results of the kernel ``pre``; ``saved`` holds u and r if they were requested."""
 
-    h: mx.array
-    h_pre: mx.array
-    h_post: mx.array
-    h_res: mx.array
-    saved: tuple[mx.array, ...]
+    h: Array
+    h_pre: Array
+    h_post: Array
+    h_res: Array
+    saved: tuple[Array, ...]
 
 
 def pre(
     kernels: Kernels,
-    x: mx.array,
+    x: Array,
     sums: Sums,
-    scale: mx.array,
-    bias: mx.array,
-    given: mx.array | None,
+    scale: Array,
+    bias: Array,
+    given: Array | None,
     variant: Variant,
     saves: bool = True,
 ) -> Pre:
     """Launch ``pre`` on the sums of x; h is weighted by ``given``, or else by H_pre."""
     sizes, ahead = Sizes.of(x), x.shape[:-2]
     kernel = "pre_k_blocks" if sums.blocks else "pre"
-    inputs: dict[str, mx.array | None] = {
+    inputs: dict[str, Array | None] = {
         "x": tokens(x, 2),
         "blocks" if sums.blocks else "partials": sums.array,
         "scale": scale,
@@ -247,7 +244,7 @@ def pre(
 # ---- pullbacks -----------------------------------------------------------------------------------
 
 
-def weights_vjp(kernels: Kernels, x: mx.array, dh: mx.array) -> mx.array:
+def weights_vjp(kernels: Kernels, x: Array, dh: Array) -> Array:
     """Return dw[T, n], the cotangents of each token's weights in h = sum_i w_i x_i."""
     sizes = Sizes.of(x)
     inputs = {"x": tokens(x, 2), "dh": tokens(dh, 1)}
@@ -262,15 +259,15 @@ class Local(NamedTuple):
     square; ``terms`` must be summed over the tokens: dbias first, then dscale.
     """
 
-    du: mx.array
-    pull: mx.array
-    terms: mx.array
+    du: Array
+    pull: Array
+    terms: Array
 
 
 def local_vjp(
     kernels: Kernels,
     name: str,
-    inputs: dict[str, mx.array],
+    inputs: dict[str, Array],
     sizes: Sizes,
     groups: int,
     numbers: Mapping[str, float] | None = None,
@@ -288,9 +285,7 @@ def local_vjp(
     return Local(*kernels(name, inputs, outputs, sizes, numbers, **constants))
 
 
-def summed(
-    kernels: Kernels, local: Local, scale: mx.array, bias: mx.array
-) -> tuple[mx.array, mx.array]:
+def summed(kernels: Kernels, local: Local, scale: Array, bias: Array) -> tuple[Array, Array]:
     """Return dscale and dbias."""
     total = kernels.sum_rows(local.terms)[0]
     cast = kernels.host.cast
@@ -299,14 +294,14 @@ def summed(
 
 def projection_pullback(
     kernels: Kernels,
-    x: mx.array,
-    phi: mx.array,
+    x: Array,
+    phi: Array,
     local: Local,
     out: Out,
-    w: mx.array | None = None,
-    dh: mx.array | None = None,
-    g: mx.array | None = None,
-) -> tuple[mx.array, mx.array]:
+    w: Array | None = None,
+    dh: Array | None = None,
+    g: Array | None = None,
+) -> tuple[Array, Array]:
     """Launch ``project_dx`` and ``project_dphi``; dx includes w_i dh and g if they are given."""
     sizes, nothing = Sizes.of(x), local.pull
     flat = tokens(x, 2)
@@ -335,25 +330,25 @@ def projection_pullback(
 class Cotangents(NamedTuple):
     """The cotangents of the mappings; of h, with its weights; and of x, to add to the result."""
 
-    h_pre: mx.array
-    h_post: mx.array
-    h_res: mx.array
-    w: mx.array | None = None
-    h: mx.array | None = None
-    x: mx.array | None = None
+    h_pre: Array
+    h_post: Array
+    h_res: Array
+    w: Array | None = None
+    h: Array | None = None
+    x: Array | None = None
 
 
 def pullback(
     kernels: Kernels,
-    x: mx.array,
-    phi: mx.array,
-    scale: mx.array,
-    bias: mx.array,
+    x: Array,
+    phi: Array,
+    scale: Array,
+    bias: Array,
     projected: Projected,
     given: Cotangents,
     variant: Variant,
     out: Out,
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+) -> tuple[Array, Array, Array, Array]:
     """Return dx, dphi, dscale and dbias of the mappings of x, and of h if it has a cotangent."""
     inputs = {
         "u": tokens(projected.u, 1),

@@ -5,35 +5,32 @@ The vjp is pre's, then combine's.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mhc_backends.kernels.host import FLOAT32, Kernels, Out
+from mhc_backends.kernels.host import FLOAT32, Array, Kernels, Out
 from mhc_backends.kernels.ops import _projection, combine
 from mhc_core.variants import Variant
 
-if TYPE_CHECKING:
-    import mlx.core as mx
 
-
-def forward(kernels: Kernels, *primals: mx.array, variant: Variant) -> tuple[mx.array, ...]:
+def forward(kernels: Kernels, *primals: Array, variant: Variant) -> tuple[Array, ...]:
     """(x', h', H_pre', H_post', H_res'); h' uses h_pre where given, else H_pre'."""
     return forward_with_saved(kernels, *primals, variant=variant, saves=False)[0]
 
 
 def forward_with_saved(
     kernels: Kernels,
-    x: mx.array,
-    y: mx.array,
-    h_post: mx.array,
-    h_res: mx.array,
-    phi: mx.array,
-    scale: mx.array,
-    bias: mx.array,
-    h_pre: mx.array | None = None,
+    x: Array,
+    y: Array,
+    h_post: Array,
+    h_res: Array,
+    phi: Array,
+    scale: Array,
+    bias: Array,
+    h_pre: Array | None = None,
     *,
     variant: Variant,
     saves: bool = True,
-) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """Return the outputs and, for the vjp, x' and the projection of x'."""
     x_new, sums = _projection.combine_project(kernels, x, y, h_post, h_res, phi)
     made = _projection.pre(kernels, x_new, sums, scale, bias, h_pre, variant, saves)
@@ -43,7 +40,7 @@ def forward_with_saved(
 
 def vjp(
     kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant
-) -> tuple[mx.array, ...]:
+) -> tuple[Array, ...]:
     """Pull back through the next pre, for the cotangent of x', then through combine."""
     x, y, h_post, h_res, phi, scale, bias, *given = primals
     if saved is None:

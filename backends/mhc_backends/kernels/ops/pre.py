@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mhc_backends.kernels.host import Kernels, Out
+from mhc_backends.kernels.host import Array, Kernels, Out
 from mhc_backends.kernels.ops import _projection
 from mhc_core.variants import Variant
 
-if TYPE_CHECKING:
-    import mlx.core as mx
 
-
-def forward(
-    kernels: Kernels, *primals: mx.array, variant: Variant
-) -> tuple[mx.array, mx.array, mx.array]:
+def forward(kernels: Kernels, *primals: Array, variant: Variant) -> tuple[Array, Array, Array]:
     """(aggregate(x, H_pre), H_post, H_res) with the mappings of x."""
     return forward_with_saved(kernels, *primals, variant=variant, saves=False)[0]
 
 
 def forward_with_saved(
     kernels: Kernels,
-    x: mx.array,
-    phi: mx.array,
-    scale: mx.array,
-    bias: mx.array,
+    x: Array,
+    phi: Array,
+    scale: Array,
+    bias: Array,
     *,
     variant: Variant,
     saves: bool = True,
-) -> tuple[tuple[mx.array, mx.array, mx.array], tuple[mx.array, ...]]:
+) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
     """Return the outputs and, for the vjp, the projection and H_pre."""
     sums = _projection.project_for_pre(kernels, x, phi)
     made = _projection.pre(kernels, x, sums, scale, bias, None, variant, saves)
@@ -37,7 +32,7 @@ def forward_with_saved(
 
 def vjp(
     kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant
-) -> tuple[mx.array, ...]:
+) -> tuple[Array, ...]:
     """Pull back through the aggregate, then through the mappings with the cotangent of H_pre."""
     (x, phi, scale, bias), (g_h, g_post, g_res) = primals, cotangents
     if saved is None:

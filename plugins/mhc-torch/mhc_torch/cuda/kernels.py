@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from importlib import import_module
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +22,7 @@ from mhc_backends.kernels.plan import Axis, record
 from mhc_core import gradients, math
 from mhc_core.variants import Variant
 from mhc_torch import _function
+from mhc_torch._variants import key_of, made
 from mhc_torch.cuda.driver import Driver
 from mhc_torch.cuda.replay import DTYPES, Replay
 from mhc_torch.ops import require_one_device
@@ -405,7 +405,7 @@ def _separate(results: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor
 def _written(static: Static) -> str:
     """Write static arguments as an operator's string."""
     return json.dumps(
-        {k: {"variant": asdict(v)} if isinstance(v, Variant) else v for k, v in static.items()}
+        {k: {"variant": key_of(v)} if isinstance(v, Variant) else v for k, v in static.items()}
     )
 
 
@@ -414,7 +414,7 @@ def _parsed(text: str) -> Static:
     parsed: dict[str, Any] = json.loads(text)
     for name, value in parsed.items():
         if isinstance(value, dict):
-            parsed[name] = Variant(**cast("dict[str, Any]", value)["variant"])
+            parsed[name] = made(cast("dict[str, str]", value)["variant"])
     return parsed
 
 
