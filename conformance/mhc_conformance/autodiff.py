@@ -226,7 +226,7 @@ def matmul(a: Operand, b: Operand) -> Value:
 def inverse(a: Operand) -> Value:
     """Invert square matrices in the last two axes."""
     a = value(a)
-    result = np.linalg.inv(a.data).astype(np.float64)
+    result = np.asarray(np.linalg.inv(a.data), dtype=a.data.dtype)
     turned = np.swapaxes(result, -1, -2)
     return node("inverse", result, (a,), lambda g: (-np.matmul(np.matmul(turned, g), turned),))
 
