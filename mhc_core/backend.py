@@ -122,6 +122,11 @@ class BackendSpec:
         ``"identity"`` among them, its functions take None for h_res, and return it.
     sizes
         The smallest and the largest number of streams ``n``; ``None`` stands for no bound.
+    neutral
+        True for a backend that runs the formulas of ``mhc_core.math`` on its library's arrays, with
+        no code of its own for some sizes or constants. Where a library compiles, the kit then deals
+        its sizes and constants out among the ops, and tries all of them with every op if asked for
+        ``--full``.
     priority
         Among several backends for one array library, the highest is chosen.
     automatic
@@ -167,6 +172,7 @@ class BackendSpec:
     dtypes: tuple[str, ...] = ("float32",)
     sizes: tuple[int, int | None] = (1, None)
     mixers: tuple[str, ...] | None = ("sinkhorn",)
+    neutral: bool = False
     priority: int = 0
     automatic: bool = True
     without: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -194,6 +200,7 @@ class BackendSpec:
         self._require("dtypes", set(self.dtypes) <= set(DTYPES), f"names out of {DTYPES}")
         self._require("sizes", _is_range(self.sizes), "(smallest, largest or None), from 1 on")
         self._require("priority", type(self.priority) is int, "an integer")
+        self._require("neutral", type(self.neutral) is bool, "True or False")
         self._require("automatic", type(self.automatic) is bool, "True or False")
         self._require("missing", callable(self.missing), "a function of no arguments")
         good = self.protocol is None or _is_word(self.protocol)

@@ -24,9 +24,10 @@ from mhc_conformance import CHECKS, Subject, applies, check, grid, skips
 from mhc_conformance.bugs import BUGS, Bug, Outcome, present, run_bug
 from mhc_conformance.bugs import right as right_forward_of
 from mhc_conformance.bugs.transforms import dropping_saved
-from mhc_conformance.cases import cases
+from mhc_conformance.cases import cases, dealt
 from mhc_conformance.generated import MUTANTS, get, paths, published
 from mhc_conformance.telling import quick
+from mhc_conformance.trials import trials
 from mhc_core import math
 from mhc_core.backend import DTYPES, TRANSFORMS
 from mhc_core.cli import app
@@ -196,6 +197,34 @@ def test_in_some_case_all_numbers_differ(op: str) -> None:
     assert found, op
     most = max(case.iterations for case in cases(op))
     assert most == 0 or most > 100  # 0 where there is no Sinkhorn
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cases_dealt_out_still_have_every_size_and_constant(dtype: str) -> None:
+    every = {op: list(cases(op, dtype)) for op in math.OPS}
+    some = {op: list(dealt(op, dtype)) for op in math.OPS}
+    for of in (lambda case: case.sizes, lambda case: case.static):
+        there = {of(case) for found in some.values() for case in found}
+        assert there == {of(case) for found in every.values() for case in found}
+    for op in math.OPS:
+        assert some[op][0] == every[op][0]
+        forms = ("shared", "optional", "unmixed", "narrow")
+        for name in forms:
+            assert any(getattr(case, name) for case in some[op]) == any(
+                getattr(case, name) for case in every[op]
+            )
+
+
+@pytest.mark.parametrize(
+    ("name", "deals"), [("numpy", False), ("jax", True), ("mlx-compiled", True)]
+)
+def test_only_neutral_backends_that_compile_get_a_share_of_the_cases(
+    name: str, deals: bool
+) -> None:
+    assert Subject(name).deals == deals
+    assert not Subject(name, full=True).deals
+    count = sum(1 for _ in trials(Subject(name), "combine_pre", "float32", 0))
+    assert (count < sum(1 for _ in cases("combine_pre"))) == deals
 
 
 def test_a_mutants_backend_is_run_by_its_name() -> None:

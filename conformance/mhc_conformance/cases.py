@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -46,6 +46,7 @@ __all__ = [
     "around",
     "cases",
     "chosen",
+    "dealt",
     "numpy_dtype",
 ]
 
@@ -81,6 +82,7 @@ SIZES = (
     Sizes((2,), 32, 6, "the most streams that kernels take"),
     Sizes((1,), 64, 2, "two H_res of it take more than 32 KiB of threadgroup memory"),
 )
+HANDS = 4  # among which ``dealt`` deals the cases
 LOW_RANK = 3  # R of gates with a low-rank projection
 SMALL = SIZES[0]
 TAIL = SIZES[6]
@@ -784,6 +786,47 @@ def cases(op: str, dtype: str = "float32", full: bool = False) -> Iterator[Case]
     for case in (*SPECIAL, *CASES):
         if case.op == op and _tried(case, dtype, full):
             yield case
+
+
+def dealt(op: str, dtype: str = "float32") -> Iterator[Case]:
+    """Yield those of an op's cases that a neutral backend runs whose library compiles.
+
+    Such a backend runs the formulas that NumPy runs in every case, so its cases look for faults of
+    the library, which come with a size or a constant in any op alike; and the library compiles for
+    seconds for each. So the first program of an op, the one without tokens, and those with arrays
+    absent, shared or narrow at the first size, are all there; every size class and every choice of
+    static arguments is there in the cheapest op that has it; of the others an op gets a quarter.
+    """
+    mine = _dealt(dtype)[op]
+    return (case for case in cases(op, dtype) if _program(case) in mine)
+
+
+@lru_cache
+def _dealt(dtype: str) -> Mapping[str, set[Hashable]]:
+    tried: set[Hashable] = set()
+    hands: dict[str, set[Hashable]] = {}
+    for at, op in enumerate(sorted(math.OPS, key=_cost)):
+        every = {_program(case): case for case in cases(op, dtype)}
+        hands[op] = set()
+        for turn, (program, case) in enumerate(every.items()):
+            form = case.shared or case.optional or case.unmixed or case.narrow
+            kept = turn == 0 or case.sizes == EMPTY or (case.sizes == SMALL and form)
+            new = {case.sizes, case.static} - tried
+            if kept or new or (at + turn) % HANDS == 0:
+                hands[op].add(program)
+                tried |= new
+    return hands
+
+
+def _cost(op: str) -> tuple[bool, bool, int]:
+    """Order ops by what a library compiles for them; of a Variant, head uses little."""
+    return op in PROJECTED, "h_res" not in declaration(op).outputs, len(declaration(op).arrays)
+
+
+def _program(case: Case) -> Hashable:
+    """Return what a library compiles a case for, which is more than one case's in places."""
+    form = (case.shared, case.for_all, case.optional, case.unmixed, case.narrow)
+    return (case.sizes, case.static, form)
 
 
 def _tried(case: Case, dtype: str, full: bool) -> bool:

@@ -45,6 +45,8 @@ class Subject:
         self.wants: Callable[[Any], bool] = lambda _: True  # whether to run a case
         self.trying = ""  # the case that is running, for the record of an exception
         self.spec: BackendSpec = backend.spec
+        # whether it runs its share of the cases alone: see cases.dealt
+        self.deals = self.spec.neutral and self.lacks("compile") is None and not (full or quick)
         self.module: Any = backend_module(backend.spec)
 
     def dtype_context(self, dtype: str) -> contextlib.AbstractContextManager[Any]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import mhc_core
 from mhc_conformance.answers import Kept, condition, directions, distance, of_case, size
-from mhc_conformance.cases import Case, cases, data, declaration, numpy_dtype
+from mhc_conformance.cases import Case, cases, data, dealt, declaration, numpy_dtype
 from mhc_conformance.records import Comparison
 from mhc_conformance.subject import Subject, several
 from mhc_conformance.telling import quick
@@ -190,7 +190,11 @@ class Trial:
 def trials(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Trial]:
     """Yield an op's cases that the backend accepts."""
     _, largest = subject.spec.sizes
-    for case in [quick(op, largest)] if subject.quick else cases(op, dtype, subject.full):
+    if subject.quick:
+        found = iter((quick(op, largest),))
+    else:
+        found = dealt(op, dtype) if subject.deals else cases(op, dtype, subject.full)
+    for case in found:
         if subject.accepts(case) and subject.wants(case):
             subject.trying = case.name
             yield Trial(subject, case, dtype, seed)

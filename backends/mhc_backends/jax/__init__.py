@@ -30,6 +30,7 @@ SPEC = BackendSpec(
     ops=math.OPS,
     dtypes=DTYPES,
     mixers=None,
+    neutral=True,
     protocol="__jax_array__",
     missing=_missing,
     device=_device,

@@ -14,6 +14,7 @@ SPEC = BackendSpec(
     ops=math.OPS,
     dtypes=mlx_common.NO_FLOAT64,
     mixers=None,
+    neutral=True,
     missing=mlx_common.missing,
     device=mlx_common.device,
 )

@@ -13,6 +13,7 @@ SPEC = BackendSpec(
     ops=math.OPS,
     dtypes=DTYPES,
     mixers=None,
+    neutral=True,
     without={
         "grad": "NumPy has no autodiff; mhc_core.vjp gives every op's gradients",
         "compile": "NumPy has no compiler",

@@ -76,6 +76,7 @@ def _registered(bug: Bug) -> Generator[None]:
         module=wrong.__name__,
         dtypes=tuple({"float32": None, bug.dtype: None}),  # in which it is exactly that bug
         automatic=False,
+        neutral=False,  # it has code of its own now, whose sizes and constants are all tried
     )
     sys.modules[wrong.__name__] = wrong
     try:
