@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import jax
 import jax.experimental
-import jax.numpy as jnp
 import numpy
 from jax.core import Tracer
 
@@ -139,8 +138,8 @@ def vjp(
 
 
 def from_host(array: numpy.ndarray[Any, Any]) -> jax.Array:
-    """Return a NumPy array as a JAX array."""
-    return jnp.asarray(array)
+    """Return a NumPy array as a JAX array, which does not share its memory."""
+    return jax.device_put(numpy.array(array))  # jnp.asarray compiles a copy for every shape
 
 
 def to_host(array: jax.Array) -> numpy.ndarray[Any, Any]:
