@@ -1,6 +1,9 @@
 """Many calls over many shapes: memory must stay flat once every shape has been seen.
 
-``python tests/soak/shapes.py --calls 20000 --shapes 500 --backend mlx-compiled``
+``python tests/soak/shapes.py --calls 20000 --shapes 500 --backend mlx-compiled --op combine``
+
+``pre`` has more code to keep for a shape, and takes compilers seconds for each; ``combine`` has
+little of both.
 
 Memory is the process's resident set after each tenth of the calls. It may grow in the first pass
 over the shapes: a backend caches what it makes for a shape, JAX 8.7 MiB for each.
@@ -38,18 +41,22 @@ def shapes(count: int, seed: int) -> list[tuple[int, int, int]]:
     return list(found)
 
 
-def call(backend: str, T: int, n: int, C: int, rng: np.random.Generator) -> None:
-    """Compute one `pre` and its gradients."""
+def call(backend: str, op: str, T: int, n: int, C: int, rng: np.random.Generator) -> None:
+    """Compute one op and its gradients."""
     m = n * n + 2 * n
-    sizes = ((T, n, C), (m, n * C), (3,), (m,))
+    sizes, static = {
+        "pre": (((T, n, C), (m, n * C), (3,), (m,)), {"variant": mhc.DEEPSEEK_V4}),
+        "combine": (((T, n, C), (T, C), (T, n), (T, n, n)), {}),
+    }[op]
     arrays = tuple(rng.normal(0, 0.5, size).astype(np.float32) for size in sizes)
     with mhc.use_backend(backend):
-        outputs = mhc.pre(*arrays, mhc.DEEPSEEK_V4)
+        outputs = getattr(mhc, op)(*arrays, **static)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         ones = tuple(np.ones(out.shape, np.float32) for out in outputs)
-        taken = mhc.vjp("pre", arrays, ones, variant=mhc.DEEPSEEK_V4)
+        taken = mhc.vjp(op, arrays, ones, **static)
     for array in (*outputs, *taken):
         if not np.isfinite(np.asarray(array)).all():
-            raise AssertionError(f"{backend}: not finite at T={T}, n={n}, C={C}")
+            raise AssertionError(f"{backend}: {op} is not finite at T={T}, n={n}, C={C}")
 
 
 def main() -> int:
@@ -58,20 +65,22 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=20_000)
     parser.add_argument("--shapes", type=int, default=500)
     parser.add_argument("--backend", default="mlx-compiled")
+    parser.add_argument("--op", default="pre", choices=("pre", "combine"))
     parser.add_argument("--allowed", type=float, default=32, help="MiB after every shape was seen")
     asked = parser.parse_args()
     every, rng = shapes(asked.shapes, 0), np.random.default_rng(0)
     for sizes in every:
-        call(asked.backend, *sizes, rng)
+        call(asked.backend, asked.op, *sizes, rng)
     seen = [resident()]
     for number in range(asked.shapes, asked.calls):
-        call(asked.backend, *every[number % len(every)], rng)
+        call(asked.backend, asked.op, *every[number % len(every)], rng)
         if number % (asked.calls // 10) == 0:
             seen.append(resident())
     seen.append(resident())
     grown = seen[-1] - seen[0]
     along = " ".join(f"{value:.0f}" for value in seen)
-    print(f"{asked.backend}: {asked.calls} calls, {asked.shapes} shapes, MiB {along}: {grown:+.1f}")
+    ran = f"{asked.calls} calls, {asked.shapes} shapes"
+    print(f"{asked.backend}, {asked.op}: {ran}, MiB {along}: {grown:+.1f}")
     return grown > asked.allowed
 
 
