@@ -9,8 +9,9 @@ A layer's parameter is named ``layers.N.`` and then, depending on who wrote it,
 - ``hc_attn.fn``, or ``hc_attn_pre.hc_fn``, in torchtitan (``models/deepseek_v4``);
 - ``attn_hc.hc_fn`` in Xing4.0;
 - ``hc_attn_layer.hc_pre.hc_fn`` and ``hc_mlp_layer.hc_pre.hc_fn`` in HY-V4, and
-  ``hc_pre.hc_attn_layer.hc_fn`` from ``save_pretrained`` of transformers 5.24, whose renaming of
-  ``.hc_pre.hc_`` to ``.hc_`` (``conversion_mapping.py``) is undone in the wrong place;
+  ``hc_pre.hc_attn_layer.hc_fn`` from ``save_pretrained`` of transformers 5.24, which undoes its
+  renaming of ``.hc_pre.hc_`` to ``.hc_`` (``conversion_mapping.py``) in the wrong place, as it does
+  in the head: ``hc_pre.hc_head.hc_head_fn``, ``hc_head.hc_pre.hc_head_fn``;
 - ``attn_hyper_connection.hc_norm.weight`` and ``mlp_hyper_connection.hc_norm.weight`` in
   Qwen4-Exp, whose head is ``hyper_connection_mixer``.
 
@@ -68,7 +69,7 @@ _FORMS = {
         rf"(?P<parameter>{_GATE}|block_inject_weight)\.weight"
     ),
     "hc_head_fn": r"hc_head[._](?:hc_)?" + _MAPPED,
-    "hc_head.hc_head_fn": r"(?:hc_pre\.)?hc_head\.hc_head_" + _MAPPED,
+    "hc_head.hc_head_fn": r"(?:hc_pre\.)?hc_head\.(?:hc_pre\.)?hc_head_" + _MAPPED,
     "hyper_connection_mixer.hc_norm": rf"hyper_connection_mixer\.(?P<parameter>{_GATE})\.weight",
 }
 _IN_MODELS = {
