@@ -19,6 +19,11 @@ __all__ = ["GatedConnection", "GatedHead"]
 Device = torch.device | str | None
 
 
+def _wide(x: Tensor) -> Tensor:
+    """Return a tensor in float32, or in float64 if it is that."""
+    return x.float() if x.itemsize < 4 else x
+
+
 class StreamNorm(nn.Module):
     """The norm of each stream by itself, with a weight of ``1 + weight``."""
 
@@ -34,7 +39,7 @@ class StreamNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``[..., n * dims]`` from the streams ``[..., n, dims]``."""
-        wide = x.float() if x.itemsize < 4 else x
+        wide = _wide(x)
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (scaled.flatten(-2) * (1 + self.weight)).to(x.dtype)
 
@@ -74,7 +79,7 @@ class Gates(nn.Module):
     def mixed(self, x: Tensor, u: Tensor) -> Tensor:
         """Return h by the layers themselves, from u, the normalised streams."""
         low = functional.silu(self.input_mix_weight_down(u) / self.n)
-        gated = torch.sigmoid(self.input_mix_weight_up(low)).float() * u
+        gated = _wide(torch.sigmoid(self.input_mix_weight_up(low))) * u
         return gated.unflatten(-1, x.shape[-2:]).mean(-2).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -158,9 +163,8 @@ class GatedConnection(Gates):
             h, h_post = mhc.gated_pre(x, *weights, self.hc_norm.eps)
             return h, h_post, None
         u = self.hc_norm(x)
-        injected = self.block_inject_weight(u)
-        wide = injected.float() if injected.itemsize < 4 else injected
-        return self.mixed(x, u), 2 * torch.sigmoid(wide / self.n), None
+        injected = _wide(self.block_inject_weight(u)) / self.n
+        return self.mixed(x, u), 2 * torch.sigmoid(injected), None
 
     def combine(self, x: Tensor, y: Tensor, h_post: Tensor, h_res: None = None) -> Tensor:
         """Return the streams after a layer that returned y: :func:`mhc_core.combine`."""
