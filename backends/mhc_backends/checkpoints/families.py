@@ -129,4 +129,4 @@ BY_TYPE: Mapping[str, Family] = {
 """The family of each ``model_type`` of a ``config.json``."""
 
 OTHERS: Mapping[str, str] = {"kimi_k3": "attention residuals are not hyper-connections"}
-"""What other models widen the residual path by, by ``model_type``."""
+"""Other ways to widen the residual path, by ``model_type``: why they are refused."""

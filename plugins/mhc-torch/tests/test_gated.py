@@ -119,7 +119,7 @@ def test_gates_are_loaded_in_their_dtype_and_named_in_errors() -> None:
     ):
         with pytest.raises(ValueError, match=says):
             load_hyper_connections(weights | spoil, model)
-    with pytest.raises(ValueError, match="block_inject_weight[.]weight is missing"):
+    with pytest.raises(ValueError, match=r"block_inject_weight\.weight is missing"):
         load_hyper_connections({n: a for n, a in weights.items() if n != last}, model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     load_hyper_connections(weights, model)
