@@ -262,8 +262,8 @@ class GatedConnection(_Gates):
 
     def pre(self, params: Params, x: jax.Array) -> Any:
         """Return h, the layer's input, H_post and None for H_res: :func:`mhc_core.gated_pre`."""
-        weights = (params[name] for name in ("norm", "down", "up", "inject"))
-        h, h_post = mhc.gated_pre(x, *weights, self.eps)
+        norm, down, up, inject = (params[name] for name in ("norm", "down", "up", "inject"))
+        h, h_post = mhc.gated_pre(x, norm, down, up, inject, self.eps)
         return h, h_post, None
 
     def __call__(
@@ -306,4 +306,5 @@ class GatedHead(_Gates):
 
     def __call__(self, params: Params, x: jax.Array) -> jax.Array:
         """Return ``[..., dims]`` from ``[..., n, dims]``: :func:`mhc_core.gated_head`."""
-        return mhc.gated_head(x, *(params[name] for name in ("norm", "down", "up")), self.eps)
+        norm, down, up = (params[name] for name in ("norm", "down", "up"))
+        return mhc.gated_head(x, norm, down, up, self.eps)

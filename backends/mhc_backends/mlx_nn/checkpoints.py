@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -138,7 +139,7 @@ def load_hyper_connections(
     >>> loaded.layers[0].attn.dims, loaded.head
     (8, None)
     """
-    named = None if model is None else lambda family: _parameters(model, family)
+    named = None if model is None else partial(_parameters, model)
     options = Options(variant, allow_unused, allow_missing)
     found = read(_LIBRARY, weights, options, named)
     if model is not None:

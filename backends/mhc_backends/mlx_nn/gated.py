@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx import nn
 
-import mhc_core as mhc
+import mhc_core
 from mhc_backends.nn_common import GATE_DEVIATION, GATE_RANK, checked_gates
 
 __all__ = ["GatedConnection", "GatedHead"]
+
+mhc: Any = mhc_core  # the arrays here are those of any library
 
 
 class StreamNorm(nn.Module):
@@ -47,11 +49,11 @@ class Gates(nn.Module):
         """Return the weights as the ops take them; None if a projection is not a plain matrix."""
         if any(type(layer) is not nn.Linear for layer in self.projections):
             return None  # quantised, or with an adapter
-        return [self.hc_norm.weight, *(layer.weight for layer in self.projections)]
+        return [self.hc_norm.weight, *(cast("mx.array", one.weight) for one in self.projections)]
 
     def mixed(self, x: mx.array, u: mx.array) -> mx.array:
         """Return h by the layers themselves, from u, the normalised streams."""
-        low = nn.silu(self.input_mix_weight_down(u) / self.n)
+        low = cast("mx.array", nn.silu(self.input_mix_weight_down(u) / self.n))
         gated = mx.sigmoid(self.input_mix_weight_up(low)).astype(mx.float32) * u
         return gated.reshape(x.shape).mean(-2).astype(x.dtype)
 
@@ -128,7 +130,8 @@ class GatedConnection(Gates):
         """Return h, the layer's input, H_post and None for H_res: :func:`mhc_core.gated_pre`."""
         weights = self.weights()
         if weights is not None:
-            return *mhc.gated_pre(x, *weights, self.hc_norm.eps), None
+            h, h_post = mhc.gated_pre(x, *weights, self.hc_norm.eps)
+            return h, h_post, None
         u = self.hc_norm(x)
         injected = self.block_inject_weight(u).astype(mx.float32) / self.n
         return self.mixed(x, u), 2 * mx.sigmoid(injected), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -106,7 +107,7 @@ def load_hyper_connections(
     >>> loaded.layers[0].attn.dims, loaded.head
     (8, None)
     """
-    named = None if model is None else lambda family: _parameters(model, family)
+    named = None if model is None else partial(_parameters, model)
     found = read(_LIBRARY, weights, Options(variant, allow_unused, allow_missing), named)
     if model is not None:
         own = dict(model.named_parameters(remove_duplicate=False))

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import mhc_core as mhc
+import mhc_core
 import mhc_torch.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from mhc_backends.nn_common import GATE_DEVIATION, GATE_RANK, checked_gates
 from mhc_torch._variants import number_of
 
 __all__ = ["GatedConnection", "GatedHead"]
 
+mhc: Any = mhc_core  # the arrays here are those of any library
 Device = torch.device | str | None
 
 
@@ -80,7 +81,7 @@ class Gates(nn.Module):
         """Return h by the layers themselves, from u, the normalised streams."""
         low = functional.silu(self.input_mix_weight_down(u) / self.n)
         gated = _wide(torch.sigmoid(self.input_mix_weight_up(low))) * u
-        return gated.unflatten(-1, x.shape[-2:]).mean(-2).to(x.dtype)
+        return gated.reshape(x.shape).mean(-2).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Return the sizes, for ``print``."""

@@ -152,7 +152,7 @@ def _family(model: Any, modules: Sequence[tuple[str, Any]]) -> Family:
     for home in homes:
         if home in _FAMILIES:
             return import_module(f"{__name__}.{_FAMILIES[home]}").FAMILY
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind = str(getattr(getattr(model, "config", None), "model_type", None))
     if kind in OTHERS:
         raise TypeError(f"accelerate: model is a {type(model).__name__}, whose {OTHERS[kind]}")
     known = ", ".join(_FAMILIES.values())

@@ -166,7 +166,7 @@ def streams_of(connection: Any) -> Tensor:
 
 def stub_of(cls: type[Any], layer: Any) -> Any:
     """Return a layer with random connections and functions for norms; the caller adds the rest."""
-    stub: Any = cls.__new__(cls)  # transformers looks the forward up by the class
+    stub: Any = object.__new__(cls)  # transformers looks the forward up by the class
     nn.Module.__init__(stub)
     stub.attn_hc, stub.ffn_hc = probe_of(layer.attn_hc), probe_of(layer.ffn_hc)
     stub.input_layernorm, stub.post_attention_layernorm = _doubled, _tripled

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-import mhc_core as mhc
+import mhc_core
 import mhc_torch
 from mhc_backends.acceleration import Swap
 from mhc_torch.models.family import (
@@ -34,6 +34,8 @@ from mhc_torch.models.family import (
 
 __all__ = ["FAMILY"]
 
+mhc: Any = mhc_core  # the arrays here are those of any library
+
 HOME = "transformers.models.qwen4_exp.modeling_qwen4_exp"
 _Layer, _Connection = classes_of(HOME, ("Qwen4ExpTextDecoderLayer", "Qwen4ExpTextGatedResidual"))
 
@@ -50,7 +52,7 @@ def _plain(connection: Any) -> bool:
 
 def _gated(connection: Any, x: Tensor) -> Any:
     """Return the layer's input and H_post, or the head's output."""
-    streams = x.unflatten(-1, (connection.hc_count, connection.hidden_size))
+    streams = x.reshape(*x.shape[:-1], connection.hc_count, connection.hidden_size)
     layers = [getattr(connection, name) for name in _PROJECTIONS]
     weights = [layer.weight for layer in layers if layer is not None]
     norm = connection.hc_norm
@@ -75,7 +77,7 @@ class Qwen4ExpTextGatedResidual(_Connection):
         """Return the layer's input, the streams and H_post; the head, its input alone."""
         if pays(self, hyper_input, FUSED) and _plain(self):
             return _returned(self, hyper_input)
-        return super().forward(hyper_input)
+        return cast("Any", super().forward(hyper_input))
 
 
 class Qwen4ExpTextDecoderLayer(_Layer):
@@ -130,7 +132,7 @@ def _run(layer: Any, x: Tensor, own: dict[str, Any], kwargs: dict[str, Any]) -> 
 
 
 def _written(x: Tensor, y: Tensor, h_post: Tensor) -> Tensor:
-    streams = x.unflatten(-1, (h_post.shape[-1], y.shape[-1]))
+    streams = x.reshape(*x.shape[:-1], h_post.shape[-1], y.shape[-1])
     return mhc.combine(streams, y, h_post, None).flatten(-2)
 
 
