@@ -30,10 +30,10 @@ from mhc_core.mlx import (
     load_hyper_connections,
 )
 
-CASES = {
-    case.variant.removesuffix(".model"): case
-    for case in read_subset(Path(__file__).parents[2] / "data" / "families")
-    if case.variant.endswith(".model")
+ALL = read_subset(Path(__file__).parents[2] / "data" / "families")
+CASES = {case.variant.removesuffix(".model"): case for case in ALL if ".model" in case.variant}
+STACKS = {
+    case.variant.removesuffix(".stack"): case for case in ALL if case.variant[-6:] == ".stack"
 }
 GATES = {
     "norm": "hc_norm.weight",
@@ -55,11 +55,12 @@ class Names(NamedTuple):
 
 SINKHORN = {"norm_eps": "rms_norm_eps", "hc_eps": "hc_eps", "iters": "hc_sinkhorn_iters"}
 HY = {"norm_eps": "rms_norm_eps", "hc_eps": "hc_eps", "magnitude": "hc_magnitude"}
-GLM: dict[str, Any] = {"model_type": "glm5_next", "hc_mult": 4}
 WRITERS: dict[str, tuple[str, Names]] = {
     "glm, released": (
         "glm",
-        Names("layers.0.hc_attn_{}", "layers.0.hc_ffn_{}", None, SINKHORN, GLM),
+        Names(
+            "layers.0.hc_attn_{}", "layers.0.hc_ffn_{}", None, SINKHORN, {"model_type": "glm5_next"}
+        ),
     ),
     "glm, mlx-vlm": (
         "glm",
@@ -78,7 +79,7 @@ WRITERS: dict[str, tuple[str, Names]] = {
             "model.layers.0.hc_mlp_layer.hc_pre.hc_{}",
             "model.hc_head.hc_head_{}",
             HY,
-            {"model_type": "hy_v4", "hc_mult": 4},
+            {"model_type": "hy_v4"},
         ),
     ),
     "hyv4, transformers' save_pretrained": (
@@ -108,7 +109,7 @@ WRITERS: dict[str, tuple[str, Names]] = {
             "model.layers.0.ffn_hc.hc_{}",
             None,
             SINKHORN,
-            {"model_type": "xing4_0", "hc_mult": 4},
+            {"model_type": "xing4_0"},
         ),
     ),
     "qwen4, released": (
@@ -118,19 +119,20 @@ WRITERS: dict[str, tuple[str, Names]] = {
             "model.language_model.layers.0.mlp_hyper_connection.{}",
             "model.language_model.hyper_connection_mixer.{}",
             {"norm_eps": "rms_norm_eps"},
-            {"model_type": "qwen4_exp", "hc_count": 4, "hc_lowrank": 5},
+            {"model_type": "qwen4_exp", "hc_lowrank": 5},
         ),
     ),
 }
 FAMILIES = {family: writer for writer, (family, _) in reversed(WRITERS.items())}
 
 
-def checkpoint(writer: str) -> Weights:
-    """Return the weights of a golden model under the names of a writer."""
+def checkpoint(writer: str, case: Any = None) -> Weights:
+    """Return the weights of a golden model, or another case, under the names of a writer."""
     family, names = WRITERS[writer]
+    case = case or CASES[family]
     found: Weights = {"model.embed_tokens.weight": mx.zeros((4, 8))}
     starts = {"p0.": names.attn, "p1.": names.ffn, "head.": names.head}
-    for name, array in CASES[family].role("in").items():
+    for name, array in case.role("in").items():
         part = next((part for part in starts if name.startswith(part)), None)
         parameter = name.removeprefix(part or "")
         form = starts.get(part or "")
@@ -149,6 +151,7 @@ def config(writer: str, **other: Any) -> dict[str, Any]:
         ends = "mhc_h_res_clamp_min", "mhc_h_res_clamp_max"
         fields |= dict(zip(ends, attrs["clamp"], strict=True))
     fields["num_hidden_layers"] = 1
+    fields["hc_count" if family == "qwen4" else "hc_mult"] = attrs["n"]
     if "text_config" in names.fixed:
         return {**names.fixed, "text_config": {**names.fixed["text_config"], **fields}}
     return {**names.fixed, **fields}
@@ -196,6 +199,23 @@ def test_what_is_loaded_computes_what_the_family_computes(writer: str, tmp_path:
 
     assert not model(case, run)
     assert (loaded.head is None) == (WRITERS[writer][1].head is None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streams_between_layers_are_those_of_the_family(family: str, tmp_path: Path) -> None:
+    """Check what the mean of the streams does not show: which way H_res is stored."""
+    case, writer = STACKS[family], FAMILIES[family]
+    fields = config(writer, **case.attrs)
+    source = folder(tmp_path, checkpoint(writer, case), fields)
+    loaded = load_hyper_connections(source, allow_missing=True)  # the case has no head
+    (layer,) = loaded.layers
+    x = given = mx.array(case.role("in")["x"].astype(np.float32))
+    if family == "qwen4":
+        x = x.reshape(*x.shape[:-1], layer.attn.n, layer.attn.dims)
+    x = layer.ffn(layer.attn(x, layer_of(case, 0)), layer_of(case, 1))
+    found = {"out.x_out": np.array(x.reshape(given.shape))}
+    wrong = [line for line in problems(case, found, "f32") if "not computed" not in line]
+    assert not wrong
 
 
 @pytest.mark.parametrize("writer", WRITERS)
