@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mhc_core as mhc
-from mhc_core.jax import HyperConnection, HyperHead
+from mhc_core.jax import GatedConnection, GatedHead, HyperConnection, HyperHead
 
 DIMS = 64
 PAPER = replace(mhc.PAPER, sinkhorn_iterations=2)
@@ -75,6 +75,39 @@ def test_wrong_arguments_are_named() -> None:
         HyperConnection(0)
     with pytest.raises(TypeError, match="HyperHead: n is 'x'"):
         HyperHead(8, "x")
+
+
+def test_gated_residuals_are_those_of_mlx() -> None:
+    mx = pytest.importorskip("mlx.core", reason="compares with MLX")
+    from mhc_core import mlx as theirs
+
+    x = np.random.default_rng(0).normal(size=(3, 2, DIMS)).astype(np.float32)
+    names = {
+        "norm": "hc_norm",
+        "down": "input_mix_weight_down",
+        "up": "input_mix_weight_up",
+        "inject": "block_inject_weight",
+    }
+    sizes = DIMS, 2, 8, 1e-3
+    for ours, cls in ((GatedConnection, theirs.GatedConnection), (GatedHead, theirs.GatedHead)):
+        module, other = ours(*sizes), cls(*sizes)
+        params = module.init(jax.random.key(0))
+        assert {names[name] for name in params} == set(other.children())
+        for name, array in params.items():
+            start = other[names[name]].weight
+            assert array.shape == start.shape
+            assert float(array.std()) == pytest.approx(start.std().item(), rel=0.2)
+        params = {
+            name: a + 0.1 * jnp.cos(jnp.arange(a.size)).reshape(a.shape)
+            for name, a in params.items()
+        }
+        other.update({names[n]: {"weight": mx.array(np.array(a))} for n, a in params.items()})
+        layer = ((jnp.tanh,), (mx.tanh,)) if ours is GatedConnection else ((), ())
+        got = jax.jit(lambda p, x, m=module, f=layer[0]: m(p, x, *f))(params, jnp.array(x))
+        want = np.array(other(mx.array(x), *layer[1]))
+        assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+    with pytest.raises(ValueError, match="GatedHead: rank is 0"):
+        GatedHead(8, 2, 0)
 
 
 def test_a_module_of_flax_in_three_lines() -> None:

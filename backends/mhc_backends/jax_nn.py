@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import mhc_core as mhc
 from mhc_backends.nn_common import (
     ALPHA,
+    GATE_DEVIATION,
+    GATE_RANK,
     checked_connection,
+    checked_gates,
     checked_sizes,
     deviation,
     head_bias,
@@ -21,7 +24,7 @@ from mhc_backends.nn_common import (
 )
 from mhc_core.variants import PAPER, Variant
 
-__all__ = ["HyperConnection", "HyperHead"]
+__all__ = ["GatedConnection", "GatedHead", "HyperConnection", "HyperHead"]
 
 Params = dict[str, jax.Array]
 
@@ -176,3 +179,132 @@ class HyperHead(_Projection):
     def __call__(self, params: Params, x: jax.Array) -> jax.Array:
         """Return ``[..., dims]`` from the streams ``[..., n, dims]``: :func:`mhc_core.head`."""
         return mhc.head(x, *self._arrays(params), self.variant)
+
+
+@dataclass(frozen=True)
+class _Gates:
+    """Sizes and the constant of a gated residual: hashable, as :class:`_Projection`."""
+
+    dims: int
+    n: int = 4
+    rank: int = GATE_RANK
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        names = "dims", "n", "rank", "eps"
+        given = (getattr(self, name) for name in names)
+        sizes = checked_gates(type(self).__name__, *given)
+        for name, value in zip(names, sizes, strict=True):
+            object.__setattr__(self, name, value)
+
+    def _start(self, key: jax.Array, rows: dict[str, tuple[int, int]]) -> Params:
+        keys = jax.random.split(key, len(rows))
+        matrices = {
+            name: GATE_DEVIATION * jax.random.normal(one, shape, jnp.float32)
+            for one, (name, shape) in zip(keys, rows.items(), strict=True)
+        }
+        return {"norm": jnp.zeros(self.n * self.dims, jnp.float32), **matrices}
+
+    @property
+    def _gates(self) -> dict[str, tuple[int, int]]:
+        columns = self.n * self.dims
+        return {"down": (self.rank, columns), "up": (columns, self.rank)}
+
+
+@dataclass(frozen=True)
+class GatedConnection(_Gates):
+    """Connect a layer F to n streams by gates for each channel; the streams are not mixed.
+
+    ::
+
+        u_i = x_i / sqrt(mean(x_i^2) + eps) (1 + norm_i)
+        z = silu(vec(u) @ down.T / n) @ up.T;  h = mean_i sigmoid(z_i) u_i
+        x'_i = x_i + 2 sigmoid(vec(u) @ inject.T / n)_i F(h)
+
+    It holds no arrays: :meth:`init` makes the parameters, a dict, which every method takes first.
+
+    Parameters
+    ----------
+    dims
+        C, the channels of a stream.
+    n
+        The number of streams.
+    rank
+        The rank of the gates' projection.
+    eps
+        Added to the mean square of each stream.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments of the wrong type or size; the error names them.
+
+    Notes
+    -----
+    The parameters are ``norm``, ``down``, ``up`` and ``inject``, as :func:`mhc_core.gated_pre`
+    takes them. The start is that of ``mhc_core.mlx.GatedConnection``.
+
+    The gated residual of Qwen4-Exp (transformers 5.24, ``Qwen4ExpTextGatedResidual``).
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp
+    >>> from mhc_core.jax import GatedConnection
+    >>> connection = GatedConnection(dims=8, rank=2)
+    >>> params = connection.init(jax.random.key(0))
+    >>> connection(params, jnp.ones((2, 4, 8)), jnp.tanh).shape
+    (2, 4, 8)
+    """
+
+    def init(self, key: jax.Array) -> Params:
+        """Return the parameters at the start."""
+        return self._start(key, {**self._gates, "inject": (self.n, self.n * self.dims)})
+
+    def pre(self, params: Params, x: jax.Array) -> Any:
+        """Return h, the layer's input, H_post and None for H_res: :func:`mhc_core.gated_pre`."""
+        norm, down, up, inject = (params[name] for name in ("norm", "down", "up", "inject"))
+        h, h_post = mhc.gated_pre(x, norm, down, up, inject, self.eps)
+        return h, h_post, None
+
+    def __call__(
+        self,
+        params: Params,
+        x: jax.Array,
+        layer: Callable[..., jax.Array],
+        *args: Any,
+        **kwargs: Any,
+    ) -> jax.Array:
+        """Apply ``layer(h, *args, **kwargs)`` to the streams ``[..., n, dims]``."""
+        h, h_post, _ = self.pre(params, x)
+        return mhc.combine(x, layer(h, *args, **kwargs), h_post, None)
+
+
+@dataclass(frozen=True)
+class GatedHead(_Gates):
+    """Collapse the streams before the output by gates for each channel.
+
+    ``h = mean_i sigmoid(z_i) u_i`` with z and u as in :class:`GatedConnection`.
+
+    Parameters
+    ----------
+    dims, n, rank, eps
+        As for :class:`GatedConnection`, whose parameters it has, without ``inject``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments of the wrong type or size; the error names them.
+
+    Notes
+    -----
+    Qwen4-Exp's ``hyper_connection_mixer``.
+    """
+
+    def init(self, key: jax.Array) -> Params:
+        """Return the parameters at the start."""
+        return self._start(key, self._gates)
+
+    def __call__(self, params: Params, x: jax.Array) -> jax.Array:
+        """Return ``[..., dims]`` from ``[..., n, dims]``: :func:`mhc_core.gated_head`."""
+        norm, down, up = (params[name] for name in ("norm", "down", "up"))
+        return mhc.gated_head(x, norm, down, up, self.eps)

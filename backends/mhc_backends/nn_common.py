@@ -17,11 +17,14 @@ mhc: Any = mhc_core  # the arrays here are those of any library
 
 __all__ = [
     "ALPHA",
+    "GATE_DEVIATION",
+    "GATE_RANK",
     "Call",
     "Recompute",
     "calls",
     "check_stack",
     "checked_connection",
+    "checked_gates",
     "checked_recompute",
     "checked_sizes",
     "collapse",
@@ -37,9 +40,12 @@ __all__ = [
 Recompute = Literal["auto", False] | int
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of one layer after h
 
+GATE_RANK = 320  # the rank of Qwen4-Exp's gates
+
 # The start:
 ALPHA = 0.01  # the scales: how much of a mapping depends on the token
 DEVIATION = 0.1  # the standard deviation of the projection that alpha scales
+GATE_DEVIATION = 0.02  # that of a gated residual's matrices, as transformers draws Qwen4-Exp's
 LEAN = 0.5  # how much H_pre and H_post differ between the streams, relative to their mean
 
 
@@ -68,6 +74,18 @@ def checked_connection(owner: str, dims: Any, n: Any, variant: Any) -> tuple[int
     if reason := variant.refuses(n):
         raise ValueError(f"{owner}: {reason}")
     return dims, n, variant
+
+
+def checked_gates(
+    owner: str, dims: Any, n: Any, rank: Any, eps: Any
+) -> tuple[int, int, int, float]:
+    """Return the arguments of a gated residual in their plain form, or raise."""
+    return (
+        checks.positive_int(owner, "dims", dims),
+        checks.positive_int(owner, "n", n),
+        checks.positive_int(owner, "rank", rank),
+        checks.non_negative(owner, "eps", eps),
+    )
 
 
 # ---- the start ----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ PAGE = (ROOT / "docs" / "integration.md").read_text()
 
 def test_the_code_of_the_page_runs_from_top_to_bottom() -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 11
+    assert len(blocks) == 12
     subprocess.run([sys.executable, "-W", "error", "-c", "".join(blocks)], check=True)
 
 

@@ -175,12 +175,109 @@ def checkpoints(scratch: Path) -> Reader:
     )
 
 
-def stored(scratch: Path, tensors: dict[str, Any]) -> bytes:
-    """Return a safetensors file, as MLX writes it."""
-    import mlx.core as mx
+def families(scratch: Path) -> Reader:
+    """Return the reader of the families' names, with modules for MLX."""
+    from mhc_core.mlx import load_hyper_connections
 
+    return _of_families(scratch, "load_hyper_connections of families", load_hyper_connections)
+
+
+def torch_families(scratch: Path) -> Reader:
+    """Return the reader of the families' names, with modules for PyTorch, into a model or not."""
+    import torch
+    from mhc_torch import load_hyper_connections
+    from mhc_torch.nn import HyperConnection, HyperHead
+
+    from mhc_core import HY_V4
+
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([torch.nn.Module()])
+    for part in ("attn_hc", "ffn_hc"):
+        model.layers[0].add_module(part, HyperConnection(3, 2, HY_V4))
+    model.hc_head = HyperHead(3, 2, HY_V4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def unchanged() -> bool:
+        return all(torch.equal(before[name], one) for name, one in model.state_dict().items())
+
+    def load(folder: Path) -> None:
+        load_hyper_connections(folder)
+        config = folder / "config.json"
+        if config.exists() and b'"hy_v4"' in config.read_bytes():
+            load_hyper_connections(folder, model)
+            model.load_state_dict(before)
+
+    return _of_families(scratch, "mhc_torch.load_hyper_connections", load, unchanged)
+
+
+def _of_families(
+    scratch: Path,
+    name: str,
+    load: Callable[[Path], Any],
+    unchanged: Callable[[], bool] = lambda: True,
+) -> Reader:
+    """Return a reader of small checkpoints under the names of HY-V4, Xing4.0 and Qwen4-Exp."""
+    n, dims, rank = 2, 3, 2
+    wide = n * dims
+    identity = {"fn": (2 * n, wide), "base": (2 * n,), "scale": (2,)}
+    sinkhorn = {"fn": (8, wide), "base": (8,), "scale": (3,)}
+    head = {"fn": (n, wide), "base": (n,), "scale": (1,)}
+    gates = {
+        "hc_norm": (wide,),
+        "input_mix_weight_down": (rank, wide),
+        "input_mix_weight_up": (wide, rank),
+    }
+    parts = ("attn", "mlp")
+    named = {
+        "hy_v4": {
+            f"model.layers.0.hc_{part}_layer.hc_pre.hc_{one}": shape
+            for part in parts
+            for one, shape in identity.items()
+        }
+        | {f"model.hc_head.hc_head_{one}": shape for one, shape in head.items()},
+        "xing4_0": {
+            f"model.layers.0.{part}_hc.hc_{one}": shape
+            for part in ("attn", "ffn")
+            for one, shape in sinkhorn.items()
+        },
+        "qwen4_exp": {
+            f"model.layers.0.{part}_hyper_connection.{one}.weight": shape
+            for part in parts
+            for one, shape in {**gates, "block_inject_weight": (n, wide)}.items()
+        }
+        | {f"model.hyper_connection_mixer.{one}.weight": shape for one, shape in gates.items()},
+    }
+    fields = {
+        "num_hidden_layers": 1,
+        "rms_norm_eps": 1e-6,
+        "hc_eps": 1e-6,
+        "hc_magnitude": 2.0,
+        "hc_sinkhorn_iters": 3,
+        "mhc_h_res_clamp_min": -30.0,
+        "mhc_h_res_clamp_max": 30.0,
+    }
+    good: list[Files] = []
+    for kind, shapes in named.items():
+        count = "hc_count" if kind == "qwen4_exp" else "hc_mult"
+        config = {"model_type": kind, count: n, **fields}
+        weights = {"model.safetensors": stored(scratch, shapes)}
+        good += [weights, weights | {"config.json": json.dumps(config).encode()}]
+    errors = (TypeError, ValueError, FileNotFoundError)
+    return Reader(name, good, load, errors, "load_hyper_connections: ", unchanged=unchanged)
+
+
+def stored(scratch: Path, tensors: dict[str, Any]) -> bytes:
+    """Return a safetensors file of arrays of MLX, or of zeros in these shapes."""
     file = scratch / "made.safetensors"
-    mx.save_safetensors(str(file), tensors)
+    if all(isinstance(one, tuple) for one in tensors.values()):
+        import numpy
+        from safetensors.numpy import save_file
+
+        save_file({name: numpy.zeros(shape, "f4") for name, shape in tensors.items()}, file)
+    else:
+        import mlx.core as mx
+
+        mx.save_safetensors(str(file), tensors)
     content = file.read_bytes()
     file.unlink()
     return content
@@ -396,7 +493,8 @@ class Damage:
         "", "model.layers.0.attn_hc.fn", "layers.0.hc_attn_fn", "model.hc_head.hc_fn", "hc_head_fn",
         "mtp.0.hc_head_fn", "layers.30000000.hc_attn_fn", "../b.safetensors", "/dev/zero",
         "b.safetensors", "num_hidden_layers", "text_config", "weight_map", "__metadata__",
-        "combine", "threads", "F64", "F8_E4M3", "BF16", "U8", "content", "step",
+        "model.layers.0.attn_hc.hc_fn", "model_type", "hy_v4", "xing4_0", "qwen4_exp", "glm5_next",
+        "kimi_k3", "combine", "threads", "F64", "F8_E4M3", "BF16", "U8", "content", "step",
     )  # fmt: skip
 
     _values: Sequence[Any] = (
@@ -410,6 +508,8 @@ class Damage:
 
 READERS: dict[str, Callable[[Path], Reader]] = {
     "checkpoints": checkpoints,
+    "families": families,
+    "torch": torch_families,
     "demo": demo,
     "tuning": tuning,
     "simulator": simulator,
@@ -418,7 +518,12 @@ READERS: dict[str, Callable[[Path], Reader]] = {
 
 def available() -> list[str]:
     """Return the readers that are installed: MLX may be missing, and the simulator is a plugin."""
-    needs = {"checkpoints": "mlx", "simulator": "mhc_metal_simulator"}
+    needs = {
+        "checkpoints": "mlx",
+        "families": "mlx",
+        "torch": "mhc_torch",
+        "simulator": "mhc_metal_simulator",
+    }
     return [name for name in READERS if name not in needs or find_spec(needs[name])]
 
 

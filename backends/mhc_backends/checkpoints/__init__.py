@@ -1,4 +1,4 @@
-"""The hyper-connections of DeepSeek-V4 and V4.1 checkpoints, read for any array library.
+"""The hyper-connections of released checkpoints, read for any array library.
 
 A library's ``load_hyper_connections`` tells :func:`read` how to make its arrays and which
 parameters a model has. What a checkpoint must contain, and every error, is decided here.
@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
-from mhc_backends.checkpoints.config import read_config, variant_of
+from mhc_backends.checkpoints.config import Config, eps_of, read_config, variant_of
+from mhc_backends.checkpoints.families import BY_TYPE, DEEPSEEK, HUNYUAN, Family
 from mhc_backends.checkpoints.names import (
-    HEAD,
     OWNER,
-    PARAMETERS,
     SUBLAYERS,
     Key,
+    family_of,
+    gated_name,
+    head_keys,
     layer_keys,
     model_key,
     printable,
@@ -29,10 +31,11 @@ from mhc_backends.checkpoints.sources import (
     from_files,
     from_mapping,
 )
+from mhc_backends.nn_common import names_of
 from mhc_core import checks
 from mhc_core.variants import Variant, check_variant
 
-__all__ = ["Library", "Options", "Read", "keys_of_stack", "read"]
+__all__ = ["Gated", "Library", "Options", "Read", "keys_of_stack", "read"]
 
 _LISTED = 8  # names in an error
 
@@ -47,29 +50,51 @@ class Options(NamedTuple):
     allow_missing: bool
 
 
-class Read(NamedTuple):
-    """The hyper-connections of a checkpoint: float32 arrays of the caller's library.
+class Gated(NamedTuple):
+    """The sizes and the constant of a gated residual: the rank of its gates and norm_eps."""
 
-    ``targets`` has the names of a model's parameters, if a model was given.
+    rank: int
+    eps: float
+
+
+class Read(NamedTuple):
+    """The hyper-connections of a checkpoint: arrays of the caller's library.
+
+    They are float32, and those of a gated residual in their own dtype. ``targets`` has the names of
+    a model's parameters, if a model was given. Of ``variant`` and ``gated`` one is None.
     """
 
     arrays: Mapping[Key, Any]
     targets: Mapping[Key, str]
     n: int
     dims: int
-    variant: Variant
+    family: Family
+    variant: Variant | None
+    gated: Gated | None
 
     def layers(self, made: Callable[[dict[str, Any]], Any]) -> list[list[Any]]:
-        """Return what ``made`` makes of each connection's arrays: attention and MLP by layer."""
+        """Return what ``made`` makes of each connection's arrays: attention and MLP by layer.
+
+        It gets them by the names that they have in this library's modules.
+        """
         count = 1 + max(key.layer for key in self.arrays)
-        return [[made(self._of(k, one)) for one in SUBLAYERS] for k in range(count)]
+        names = self.family.layer_parameters
+        return [[made(self._of(k, one, names)) for one in SUBLAYERS] for k in range(count)]
 
     def head(self, made: Callable[[dict[str, Any]], Any]) -> Any:
         """Return what ``made`` makes of the head's arrays, or None if there is no head."""
-        return made(self._of(-1, "head")) if HEAD[0] in self.arrays else None
+        names = self.family.head_parameters
+        found = Key(-1, "head", names[0]) in self.arrays
+        return made(self._of(-1, "head", names)) if found else None
 
-    def _of(self, layer: int, sublayer: str) -> dict[str, Any]:
-        return {name: self.arrays[Key(layer, sublayer, name)] for name in PARAMETERS}
+    def _of(self, layer: int, sublayer: str, names: tuple[str, ...]) -> dict[str, Any]:
+        own = gated_name if self.variant is None else _names(self.variant).__getitem__
+        return {own(name): self.arrays[Key(layer, sublayer, name)] for name in names}
+
+
+def _names(variant: Variant) -> dict[str, str]:
+    """Return the names of a connection's parameters in this library's modules."""
+    return dict(zip(("fn", "scale", "base"), names_of(variant), strict=True))
 
 
 class Library(NamedTuple):
@@ -81,12 +106,15 @@ class Library(NamedTuple):
         Makes a float32 array from one of NumPy, or from its own, of any dtype in ``DTYPES``.
     is_finite
         Whether all numbers of its float32 array are finite.
+    cast
+        Converts its float32 array to the dtype of a name in ``DTYPES``.
     own
         The type of its own arrays, if they are to be taken as they are, not by way of NumPy.
     """
 
     float32: Callable[[Any], Any]
     is_finite: Callable[[Any], bool]
+    cast: Callable[[Any, str], Any]
     own: type[Any] | tuple[()] = ()
 
 
@@ -94,7 +122,7 @@ def read(
     library: Library,
     weights: Any,
     options: Options,
-    parameters: Callable[[], Named] | None = None,
+    parameters: Callable[[Family], Named] | None = None,
 ) -> Read:
     """Read a checkpoint, and check everything of it before a caller assigns anything.
 
@@ -105,68 +133,155 @@ def read(
     weights, options
         As ``load_hyper_connections`` received them.
     parameters
-        The name, shape and key of every parameter of the model to load into, where the key may be
-        None if the name tells it.
+        Returns the name, shape and key of every parameter of the model to load into, for a family;
+        the key may be None if the name tells it.
     """
-    variant = options.variant
     for name in ("allow_unused", "allow_missing"):
         checks.boolean(OWNER, name, getattr(options, name))
     path = None if isinstance(weights, Mapping) else checked_path(weights)
     config = read_config(path)
-    variant = variant_of(config) if variant is None else check_variant(OWNER, "variant", variant)
-    if not variant.res_transposed:
-        raise ValueError(
-            f"{OWNER}: variant is {variant}; checkpoints need one with res_transposed=True"
-        )
+    if options.variant is not None:
+        check_variant(OWNER, "variant", options.variant)
     if path is None:
         checkpoint = from_mapping(cast("Mapping[Any, Any]", weights))
     else:
         checkpoint = from_files(path, config, options.allow_missing)
-    tensors = _complete(checkpoint, options)
-    n, dims = _checked_sizes(tensors, config.n)
+    family = config.family or _family_by_names(config, checkpoint, options)
+    constants = _constants(config, family, options.variant)
+    checkpoint = _of_family(checkpoint, family)
+    if path is not None and path.is_dir():
+        checkpoint.promised.update(_promised(config, family))
+    tensors = _complete(checkpoint, family, options)
+    n, dims, rank = _checked_sizes(tensors, family, config)
     targets: dict[Key, str] = {}
     if parameters is not None:
-        targets = _targets(parameters(), tensors, options.allow_missing)
-    arrays = {key: _read(library, tensor) for key, tensor in tensors.items()}
-    return Read(arrays, targets, n, dims, variant)
+        targets = _targets(parameters(family), family, tensors, options.allow_missing)
+    arrays = {key: _read(library, family, tensor) for key, tensor in tensors.items()}
+    variant = constants if isinstance(constants, Variant) else None
+    gated = None if isinstance(constants, Variant) else Gated(rank, constants)
+    return Read(arrays, targets, n, dims, family, variant, gated)
 
 
-def _read(library: Library, tensor: Tensor) -> Any:
+def _read(library: Library, family: Family, tensor: Tensor) -> Any:
     own = isinstance(tensor.own, library.own)
     array = library.float32(tensor.own if own else tensor.read())
     if not library.is_finite(array):
         raise ValueError(f"{OWNER}: {tensor.name} holds NaN or infinity")
-    return array
+    return array if family.variant else library.cast(array, tensor.dtype)
 
 
-def keys_of_stack(path: str, blocks: int) -> dict[str, Key]:
+def keys_of_stack(path: str, blocks: int, family: Family) -> dict[str, Key]:
     """Return the keys of a stack's parameters: attention and MLP alternate, then the head."""
+    if family.variant is None:
+        return {}  # a stack has no gated residuals
     start = f"{path}." if path else ""
     keys: dict[str, Key] = {}
-    for name in PARAMETERS:
+    for name, own in _names(family.variant).items():
         for k in range(blocks):
             key = Key(k // 2, SUBLAYERS[k % 2], name)
-            keys[f"{start}blocks.{k}.connection.{name}"] = key
-        keys[f"{start}head.{name}"] = Key(-1, "head", name)
+            keys[f"{start}blocks.{k}.connection.{own}"] = key
+        keys[f"{start}head.{own}"] = Key(-1, "head", name)
     return keys
+
+
+# ---- the family ---------------------------------------------------------------------------------
+
+
+def _family_by_names(config: Config, checkpoint: Checkpoint, options: Options) -> Family:
+    """Return the family that names and shapes tell: DeepSeek-V4 if they tell no other."""
+    if config.model_type is not None and options.variant is None:
+        raise ValueError(
+            f"{OWNER}: {config.file} has model_type {printable(config.model_type)}, whose "
+            f"hyper-connections are not known (known are {', '.join(BY_TYPE)}); give their variant="
+        )
+    layers = {key: one for key, one in checkpoint.tensors.items() if not key.is_head}
+    telling = (layers or checkpoint.tensors).values()
+    found = {family_of(tensor.name): tensor.name for tensor in telling}
+    if len(found) > 1:
+        raise ValueError(
+            f"{OWNER}: {' and '.join(list(found.values())[:2])} are names of different families of "
+            "models; needs those of one"
+        )
+    family = next(iter(found), None)
+    scales = [one.shape for key, one in layers.items() if key.parameter == "scale"]
+    if family is None and scales and set(scales) == {(2,)}:
+        return HUNYUAN  # under the names that transformers gives its modules
+    return family or DEEPSEEK
+
+
+def _constants(config: Config, family: Family, variant: Variant | None) -> Variant | float:
+    """Return the variant of the modules, or the eps of gated residuals."""
+    own = family.variant
+    if own is None:
+        if variant is not None:
+            raise ValueError(
+                f"{OWNER}: variant is {variant}; {family.title} has gated residuals, without one"
+            )
+        return eps_of(config)
+    if variant is None:
+        return variant_of(config, family)
+    if (variant.mixer, variant.res_transposed) != (own.mixer, own.res_transposed):
+        raise ValueError(
+            f"{OWNER}: variant is {variant}; checkpoints of {family.title} need one with "
+            f"res_transposed={own.res_transposed} and mixer={own.mixer!r}"
+        )
+    return variant
+
+
+def _of_family(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """Return the checkpoint in which tensors that the family does not have are unsupported."""
+    names = {False: family.layer_parameters, True: family.head_parameters if family.head else ()}
+    tensors: dict[Key, Tensor] = {}
+    unsupported = list(checkpoint.unsupported)
+    for key, tensor in checkpoint.tensors.items():
+        if key.parameter in names[key.is_head]:
+            tensors[key] = tensor
+        else:
+            unsupported.append(tensor.name)
+    promised = {
+        key: clause
+        for key, clause in checkpoint.promised.items()
+        if key.parameter in names[key.is_head]
+    }
+    return Checkpoint(tensors, sorted(unsupported), promised, checkpoint.where)
+
+
+def _promised(config: Config, family: Family) -> dict[Key, str]:
+    """Return the tensors that ``config.json`` says are there."""
+    layers = dict.fromkeys(
+        layer_keys(config.layers or 0, family),
+        f"{config.file} has num_hidden_layers={config.layers}",
+    )
+    head = dict.fromkeys(
+        head_keys(family) if config.family and family.head else [],
+        f"{config.file} has model_type {config.model_type}, which has a head",
+    )
+    return layers | head
 
 
 # ---- what must be present -----------------------------------------------------------------------
 
 
-def _complete(checkpoint: Checkpoint, options: Options) -> dict[Key, Tensor]:
+def _complete(checkpoint: Checkpoint, family: Family, options: Options) -> dict[Key, Tensor]:
     """Return the tensors in order; every layer up to the last, and a head, must be complete."""
     tensors, where = checkpoint.tensors, checkpoint.where
+    quantised = [name for name in checkpoint.unsupported if _is_of_quantised(name)]
+    if quantised:
+        raise ValueError(
+            f"{OWNER}: {_listed(quantised)} in {where}: parts of quantised matrices, which are not "
+            "read; load the model with its own library and accelerate it, or dequantise it"
+        )
     if checkpoint.unsupported and not options.allow_unused:
         raise ValueError(
             f"{OWNER}: {_listed(checkpoint.unsupported)} in {where}: named like hyper-connections, "
             "but in no supported form; rename them, or ignore them with allow_unused=True"
         )
     if not tensors:
-        raise ValueError(f"{OWNER}: no tensor in {where} has a name such as layers.0.hc_attn_fn")
-    needed = layer_keys(1 + max(key.layer for key in tensors))
-    if any(key.sublayer == "head" for key in tensors):
-        needed += HEAD
+        example = next(iter(layer_keys(1, family)))
+        raise ValueError(f"{OWNER}: no tensor in {where} has a name such as {example}")
+    needed = layer_keys(1 + max(key.layer for key in tensors), family)
+    if any(key.is_head for key in tensors):
+        needed += head_keys(family)
     if not options.allow_missing:
         missing = [key for key in checkpoint.promised if key not in tensors]
         if missing:
@@ -178,6 +293,12 @@ def _complete(checkpoint: Checkpoint, options: Options) -> dict[Key, Tensor]:
     if missing:
         raise ValueError(f"{OWNER}: {_missing(missing)} in {where}")
     return {key: tensors[key] for key in needed}
+
+
+def _is_of_quantised(name: str) -> bool:
+    """Return whether MLX stores a tensor beside the integers of a gate's matrix."""
+    stem, _, last = name.rpartition(".")
+    return last in ("scales", "biases") and family_of(f"{stem}.weight") is not None
 
 
 def _missing(keys: list[Key]) -> str:
@@ -196,50 +317,90 @@ def _listed(names: list[str]) -> str:
 # ---- sizes and values ---------------------------------------------------------------------------
 
 
-def _checked_sizes(tensors: Mapping[Key, Tensor], config_n: Any) -> tuple[int, int]:
-    """Return n and dims, which all tensors must share, and check every shape and dtype."""
-    first = next(iter(tensors.values()))
-    n = _streams(first)
-    if config_n not in (None, n):
-        raise ValueError(f"{OWNER}: {first.name} has {n} streams; config.json has {config_n}")
-    m, columns = n * n + 2 * n, first.shape[1]
+def _checked_sizes(
+    tensors: Mapping[Key, Tensor], family: Family, config: Config
+) -> tuple[int, int, int]:
+    """Return n, dims and the gates' rank, and check every shape and dtype.
+
+    All tensors must share n, dims and the rank, which is 0 without gates.
+    """
+    n, first = _streams(tensors, family)
+    columns, rank = first.shape[1], 0
+    if config.n not in (None, n):
+        raise ValueError(f"{OWNER}: {first.name} has {n} streams; config.json has {config.n}")
+    if family.variant is None:
+        rank = _rank(tensors)
+        layer = {"norm": (columns,), "down": (rank, columns), "up": (columns, rank)}
+        head, layer = layer, {**layer, "inject": (n, columns)}
+    else:
+        m, scales = family.variant.columns(n), family.variant.parts(n)
+        layer = {"fn": (m, columns), "base": (m,), "scale": (scales,)}
+        head = {"fn": (n, columns), "base": (n,), "scale": (1,)}
     for key, tensor in tensors.items():
-        rows, scales = (n, 1) if key.sublayer == "head" else (m, 3)
-        need = {"fn": (rows, columns), "base": (rows,), "scale": (scales,)}[key.parameter]
+        need = (head if key.is_head else layer)[key.parameter]
         if tensor.shape != need:
+            sizes = f"n={n} and dims={columns // n}"
             raise ValueError(
                 f"{OWNER}: {tensor.name} has shape {tensor.shape}; needs {need}, as {first.name} "
-                f"has n={n} and dims={columns // n}"
+                f"has {sizes}"
             )
         if tensor.dtype not in DTYPES.values():
             raise TypeError(
                 f"{OWNER}: {tensor.name} has dtype {tensor.dtype}; needs "
                 f"{', '.join(DTYPES.values())}"
             )
-    return n, columns // n
+    return n, columns // n, rank
 
 
-def _streams(fn: Tensor) -> int:
-    """Return n, from the shape of the first fn, ``[n * n + 2 n, n * dims]``."""
-    if len(fn.shape) == 2:
-        n = math.isqrt(fn.shape[0] + 1) - 1
-        if n >= 1 and n * n + 2 * n == fn.shape[0] and fn.shape[1] and fn.shape[1] % n == 0:
-            return n
-    raise ValueError(
-        f"{OWNER}: {fn.name} has shape {fn.shape}; needs (n * n + 2 n, n * dims) for n streams"
+def _streams(tensors: Mapping[Key, Tensor], family: Family) -> tuple[int, Tensor]:
+    """Return n, and the tensor whose shape tells it: the first fn or inject."""
+    first = next((tensor for key, tensor in tensors.items() if key.parameter in _TELLS_N), None)
+    if first is None:  # a gated head alone
+        names = ", ".join(tensor.name for tensor in tensors.values())
+        raise ValueError(f"{OWNER}: {names} do not tell the number of streams; needs a layer")
+    shape = first.shape
+    if len(shape) == 2 and shape[0] and shape[1]:
+        n = _from_rows(shape[0], family)
+        if n and shape[1] % n == 0:
+            return n, first
+    rows = {None: "n", "identity": "2 n"}.get(
+        family.variant and family.variant.mixer, "n * n + 2 n"
     )
+    raise ValueError(
+        f"{OWNER}: {first.name} has shape {shape}; needs ({rows}, n * dims) for n streams"
+    )
+
+
+_TELLS_N = ("fn", "inject")
+
+
+def _from_rows(rows: int, family: Family) -> int | None:
+    """Return the n for which a connection has so many rows, if there is one."""
+    if family.variant is None:
+        return rows
+    n = math.isqrt(rows + 1) - 1 if family.variant.mixes else rows // 2
+    return n if n >= 1 and family.variant.columns(n) == rows else None
+
+
+def _rank(tensors: Mapping[Key, Tensor]) -> int:
+    down = next(tensor for key, tensor in tensors.items() if key.parameter == "down")
+    if len(down.shape) != 2 or not down.shape[0]:
+        raise ValueError(
+            f"{OWNER}: {down.name} has shape {down.shape}; needs (rank, n * dims) for n streams"
+        )
+    return down.shape[0]
 
 
 # ---- the model ----------------------------------------------------------------------------------
 
 
 def _targets(
-    parameters: Named, tensors: Mapping[Key, Tensor], allow_missing: bool
+    parameters: Named, family: Family, tensors: Mapping[Key, Tensor], allow_missing: bool
 ) -> dict[Key, str]:
     """Return the model's parameter for every tensor, after checking that the shapes agree."""
     found: dict[Key, tuple[str, tuple[int, ...]]] = {}
     for name, shape, known in parameters:
-        key = known or model_key(name)
+        key = known or model_key(name, family)
         if key is None:
             continue
         if key in found:

@@ -8,23 +8,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from mhc_backends.checkpoints.families import BY_TYPE, OTHERS, Family
 from mhc_backends.checkpoints.names import MOST_LAYERS, OWNER, printable
 from mhc_core import checks
-from mhc_core.variants import DEEPSEEK_V4, Variant
+from mhc_core.variants import Variant
 
-__all__ = ["WITH_HEAD", "Config", "is_file", "read_config", "read_json", "variant_of"]
+__all__ = ["Config", "eps_of", "is_file", "read_config", "read_json", "variant_of"]
 
-WITH_HEAD = "deepseek_v4"  # the model_type whose streams end in a head; V4.1 has none
+_NORM_EPS = 1e-6  # of Qwen4-Exp, as its config has it by default
+
+_CHECKS: Mapping[str, checks.Check] = {"hc_sinkhorn_iters": checks.iterations}
 
 
 class Config(NamedTuple):
-    """A ``config.json``; without a file, every field is empty."""
+    """A ``config.json``; without a file, every field is empty.
+
+    ``family`` is that of ``model_type``, which may be missing or unknown.
+    """
 
     file: Path | None
     fields: Mapping[str, Any]
     layers: int | None
     n: int | None
-    has_head: bool
+    model_type: str | None
+    family: Family | None
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -52,7 +59,7 @@ def read_config(weights: Path | None) -> Config:
     folder = weights if weights is None or weights.is_dir() else weights.parent
     file = None if folder is None else folder / "config.json"
     if file is None or not is_file(file):
-        return Config(None, {}, None, None, has_head=False)
+        return Config(None, {}, None, None, None, None)
     whole = read_json(file)
     fields: Any = whole.get("text_config", whole)
     if not isinstance(fields, dict):
@@ -67,27 +74,43 @@ def read_config(weights: Path | None) -> Config:
     layers = count("num_hidden_layers")
     if layers is not None and layers > MOST_LAYERS:
         raise ValueError(f"{OWNER}: {file}: num_hidden_layers needs at most {MOST_LAYERS}")
-    has_head = WITH_HEAD in (whole.get("model_type"), fields.get("model_type"))
-    return Config(file, fields, layers, count("hc_mult"), has_head)
+    n = next((count(name) for name in ("hc_mult", "hc_count") if name in fields), None)
+    types = [fields.get("model_type"), whole.get("model_type")]
+    names = [name for name in types if isinstance(name, str)]
+    for name in names:
+        if name in OTHERS:
+            raise ValueError(f"{OWNER}: {file} has model_type {name}, whose {OTHERS[name]}")
+    model_type = next((name for name in names if name in BY_TYPE), names[0] if names else None)
+    return Config(file, fields, layers, n, model_type, BY_TYPE.get(model_type or ""))
 
 
-def variant_of(config: Config) -> Variant:
-    """Return DeepSeek-V4's variant with the constants of a config."""
+def variant_of(config: Config, family: Family) -> Variant:
+    """Return the variant of a family with the constants of a config."""
+    default = cast("Variant", family.variant)
+    given = {
+        field: _number(config, key)
+        for field, key in family.constants.items()
+        if key in config.fields
+    }
+    if family.clamp and default.sinkhorn_clamp:
+        given["sinkhorn_clamp"] = checks.bounds(
+            f"{OWNER}: {config.file}",
+            " and ".join(family.clamp),
+            [
+                config.fields.get(key, bound)
+                for key, bound in zip(family.clamp, default.sinkhorn_clamp, strict=True)
+            ],
+        )
+    return replace(default, **given)
 
-    def field(name: str, check: checks.Check, default: Any) -> Any:
-        present = name in config.fields
-        return _field(config.file, config.fields, name, check) if present else default
 
-    eps = field("hc_eps", checks.non_negative, DEEPSEEK_V4.pre_eps)
-    return replace(
-        DEEPSEEK_V4,
-        norm_eps=field("rms_norm_eps", checks.non_negative, DEEPSEEK_V4.norm_eps),
-        pre_eps=eps,
-        sinkhorn_eps=eps,
-        sinkhorn_iterations=field(
-            "hc_sinkhorn_iters", checks.iterations, DEEPSEEK_V4.sinkhorn_iterations
-        ),
-    )
+def eps_of(config: Config) -> float:
+    """Return the norm_eps of a gated residual."""
+    return _number(config, "rms_norm_eps") if "rms_norm_eps" in config.fields else _NORM_EPS
+
+
+def _number(config: Config, key: str) -> Any:
+    return _field(config.file, config.fields, key, _CHECKS.get(key, checks.non_negative))
 
 
 def _field(file: Path | None, fields: Mapping[str, Any], name: str, check: checks.Check) -> Any:

@@ -2,16 +2,23 @@
 
 A layer's parameter is named ``layers.N.`` and then, depending on who wrote it,
 
-- ``hc_attn_fn`` in DeepSeek's own releases, and by default from ``save_pretrained`` of
-  transformers;
-- ``attn_hc.fn`` in transformers 5.24 (``models/deepseek_v4/modeling_deepseek_v4.py``), which
-  ``save_original_format=False`` stores, and in mlx-lm and mlx-vlm;
-- ``hc_attn.fn``, or ``hc_attn_pre.hc_fn``, in torchtitan (``models/deepseek_v4``).
+- ``hc_attn_fn`` in DeepSeek's and GLM-5.3-Flash's releases, and by default from
+  ``save_pretrained`` of transformers;
+- ``attn_hc.fn`` in transformers 5.24 (``models/deepseek_v4/modeling_deepseek_v4.py`` and others),
+  which ``save_original_format=False`` stores, and in mlx-lm and mlx-vlm;
+- ``hc_attn.fn``, or ``hc_attn_pre.hc_fn``, in torchtitan (``models/deepseek_v4``);
+- ``attn_hc.hc_fn`` in Xing4.0;
+- ``hc_attn_layer.hc_pre.hc_fn`` and ``hc_mlp_layer.hc_pre.hc_fn`` in HY-V4, and
+  ``hc_pre.hc_attn_layer.hc_fn`` from ``save_pretrained`` of transformers 5.24, which undoes its
+  renaming of ``.hc_pre.hc_`` to ``.hc_`` (``conversion_mapping.py``) in the wrong place, as it does
+  in the head: ``hc_pre.hc_head.hc_head_fn``, ``hc_head.hc_pre.hc_head_fn``;
+- ``attn_hyper_connection.hc_norm.weight`` and ``mlp_hyper_connection.hc_norm.weight`` in
+  Qwen4-Exp, whose head is ``hyper_connection_mixer``.
 
-The head is ``hc_head_fn``, ``hc_head.fn`` or ``hc_head.hc_fn``. transformers renames it back only
-where the name has no prefix (``^hc_head_fn`` in its ``conversion_mapping.py``), so only for
-``DeepseekV4Model``: ``DeepseekV4ForCausalLM`` stores ``model.hc_head.hc_fn`` beside
-``model.layers.N.hc_attn_fn``.
+The head is ``hc_head_fn``, ``hc_head.fn``, ``hc_head.hc_fn``, or ``hc_head.hc_head_fn`` in HY-V4.
+transformers renames DeepSeek's back only where the name has no prefix (``^hc_head_fn`` in its
+``conversion_mapping.py``), so only for ``DeepseekV4Model``: ``DeepseekV4ForCausalLM`` stores
+``model.hc_head.hc_fn`` beside ``model.layers.N.hc_attn_fn``.
 """
 
 from __future__ import annotations
@@ -20,14 +27,17 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from mhc_backends.checkpoints.families import HUNYUAN, QWEN4, XING, Family
+
 __all__ = [
-    "HEAD",
     "MOST_LAYERS",
     "OWNER",
-    "PARAMETERS",
     "SUBLAYERS",
     "Key",
     "by_key",
+    "family_of",
+    "gated_name",
+    "head_keys",
     "is_drafting",
     "layer_keys",
     "model_key",
@@ -37,20 +47,61 @@ __all__ = [
 
 OWNER = "load_hyper_connections"  # errors begin with it
 SUBLAYERS = ("attn", "ffn")
-PARAMETERS = ("fn", "base", "scale")
 MOST_LAYERS = 10_000  # far above any model; a name alone must not make millions of modules
 
 _LONGEST = 200  # characters of a name in an error
 
-_AFTER_PREFIX = r"""
-    (?: layers\.(?P<layer>0|[1-9][0-9]*)\.
-        (?: hc_(?P<own>attn|ffn)(?:_pre)? | (?P<other>attn|ffn)_hc )
-      | hc_head )
-    [._](?:hc_)?(?P<parameter>fn|base|scale)(?:\.weight)?
-"""
+_IN_LAYER = r"layers\.(?P<layer>0|[1-9][0-9]*)\."
+_MAPPED = r"(?P<parameter>fn|base|scale)(?:\.weight)?"
+_OWN = r"(?P<parameter>phi|bias|alpha)"
+_GATE = r"hc_norm|input_mix_weight_down|input_mix_weight_up"
+
+# By an example of each: where a name may be, in checkpoints or only in models.
+_FORMS = {
+    "hc_attn_fn": _IN_LAYER + r"hc_(?P<sublayer>attn|ffn)(?:_pre)?[._](?:hc_)?" + _MAPPED,
+    "attn_hc.fn": _IN_LAYER + r"(?P<sublayer>attn|ffn)_hc[._]" + _MAPPED,
+    "attn_hc.hc_fn": _IN_LAYER + r"(?P<sublayer>attn|ffn)_hc[._]hc_" + _MAPPED,
+    "hc_attn_layer.hc_fn": (
+        _IN_LAYER + r"(?:hc_pre\.)?hc_(?P<sublayer>attn|mlp)_layer\.(?:hc_pre\.)?hc_" + _MAPPED
+    ),
+    "attn_hyper_connection.hc_norm": (
+        _IN_LAYER + r"(?P<sublayer>attn|mlp)_hyper_connection\."
+        rf"(?P<parameter>{_GATE}|block_inject_weight)\.weight"
+    ),
+    "hc_head_fn": r"hc_head[._](?:hc_)?" + _MAPPED,
+    "hc_head.hc_head_fn": r"(?:hc_pre\.)?hc_head\.(?:hc_pre\.)?hc_head_" + _MAPPED,
+    "hyper_connection_mixer.hc_norm": rf"hyper_connection_mixer\.(?P<parameter>{_GATE})\.weight",
+}
+_IN_MODELS = {
+    **_FORMS,
+    "attn_hc.phi": _IN_LAYER + r"(?P<sublayer>attn|ffn)_hc\." + _OWN,
+    "hc_head.phi": r"hc_head\." + _OWN,
+}
+_WRITTEN_BY = {  # where a form tells the family
+    "attn_hc.hc_fn": XING,
+    "hc_attn_layer.hc_fn": HUNYUAN,
+    "hc_head.hc_head_fn": HUNYUAN,
+    "attn_hyper_connection.hc_norm": QWEN4,
+    "hyper_connection_mixer.hc_norm": QWEN4,
+}
+_OWN_NAMES = {"phi": "fn", "bias": "base", "alpha": "scale"}  # and the key's parameter
+_GATED_NAMES = {
+    "hc_norm": "norm",
+    "input_mix_weight_down": "down",
+    "input_mix_weight_up": "up",
+    "block_inject_weight": "inject",
+}
+_GATED_MODULES = {
+    "attn": "attn_hyper_connection",
+    "ffn": "mlp_hyper_connection",
+    "head": "hyper_connection_mixer",
+}
+_PLAIN = _OWN_NAMES | _GATED_NAMES
+_RELEASED = {plain: name for name, plain in _GATED_NAMES.items()}
+
 _PREFIX = r"(?:(?:model|language_model|transformer|base_model|module)\.)*"
-_STORED = re.compile(_PREFIX + _AFTER_PREFIX, re.VERBOSE)
-_IN_MODEL = re.compile(r"(?:^|\.)" + _AFTER_PREFIX + r"\Z", re.VERBOSE)
+_STORED = {form: re.compile(_PREFIX + text) for form, text in _FORMS.items()}
+_IN_MODEL = {form: re.compile(rf"(?:^|\.){text}\Z") for form, text in _IN_MODELS.items()}
 
 # PyTorch's wrappers insert these anywhere in a name: torch.compile, FSDP and checkpoint_wrapper.
 _WRAPPER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -67,16 +118,32 @@ class Key(NamedTuple):
     parameter: str
 
     def __str__(self) -> str:
+        """Return the released name: Qwen4-Exp's for a gated residual, else DeepSeek's."""
         layer = "" if self.layer < 0 else f"layers.{self.layer}."
-        return f"{layer}hc_{self.sublayer}_{self.parameter}"
+        if self.parameter not in _RELEASED:
+            return f"{layer}hc_{self.sublayer}_{self.parameter}"
+        return f"{layer}{_GATED_MODULES[self.sublayer]}.{gated_name(self.parameter)}"
+
+    @property
+    def is_head(self) -> bool:
+        """Return whether it is a parameter of the head."""
+        return self.sublayer == "head"
 
 
-HEAD = [Key(-1, "head", name) for name in PARAMETERS]
+def gated_name(parameter: str) -> str:
+    """Return the released name of a gated residual's parameter, within its module."""
+    return f"{_RELEASED[parameter]}.weight"
 
 
-def layer_keys(layers: int) -> list[Key]:
+def layer_keys(layers: int, family: Family) -> list[Key]:
     """Return the keys of the first ``layers`` layers."""
-    return [Key(k, one, name) for k in range(layers) for one in SUBLAYERS for name in PARAMETERS]
+    names = family.layer_parameters
+    return [Key(k, one, name) for k in range(layers) for one in SUBLAYERS for name in names]
+
+
+def head_keys(family: Family) -> list[Key]:
+    """Return the keys of the head, if the family can have one."""
+    return [Key(-1, "head", name) for name in family.head_parameters]
 
 
 def by_key(names: Iterable[str], layers: int | None) -> tuple[dict[Key, str], list[str]]:
@@ -95,21 +162,30 @@ def by_key(names: Iterable[str], layers: int | None) -> tuple[dict[Key, str], li
     for name in names:
         if not _LIKE.search(name) or is_drafting(name) or _is_beyond(name, layers):
             continue
-        match = _STORED.fullmatch(unwrapped(name))
-        if match is None:
+        key = _stored_key(unwrapped(name))
+        if key is None:
             unsupported.append(name)
             continue
-        key = _key(match)
         if key in supported:
             raise ValueError(f"{OWNER}: {printable(name)} duplicates {printable(supported[key])}")
         supported[key] = name
     return supported, unsupported
 
 
-def model_key(name: str) -> Key | None:
-    """Return the key of a model's parameter, with any prefix; None if it is not one of ours."""
-    match = None if is_drafting(name) else _IN_MODEL.search(name)
-    return None if match is None else _key(match)
+def family_of(name: str) -> Family | None:
+    """Return the family whose checkpoints alone have such names, if there is one."""
+    plain = unwrapped(name)
+    forms = (form for form, pattern in _STORED.items() if pattern.fullmatch(plain))
+    return _WRITTEN_BY.get(next(forms, ""))
+
+
+def model_key(name: str, family: Family) -> Key | None:
+    """Return the key of a model's parameter, with any prefix; None if it is not of the family."""
+    if not is_drafting(name):
+        for form, pattern in _IN_MODEL.items():
+            if form in family.forms and (match := pattern.search(name)):
+                return _key(match)
+    return None
 
 
 def unwrapped(name: str) -> str:
@@ -129,11 +205,19 @@ def printable(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
+def _stored_key(name: str) -> Key | None:
+    matches = (pattern.fullmatch(name) for pattern in _STORED.values())
+    found = next((match for match in matches if match), None)
+    return None if found is None else _key(found)
+
+
 def _key(match: re.Match[str]) -> Key:
-    layer, own, other, parameter = match.group("layer", "own", "other", "parameter")
-    if layer is None:
+    groups = match.groupdict()
+    parameter = _PLAIN.get(groups["parameter"], groups["parameter"])
+    if groups.get("layer") is None:
         return Key(-1, "head", parameter)
-    return Key(int(layer), own or other, parameter)
+    sublayer = "ffn" if groups["sublayer"] == "mlp" else groups["sublayer"]
+    return Key(int(groups["layer"]), sublayer, parameter)
 
 
 def _is_beyond(name: str, layers: int | None) -> bool:

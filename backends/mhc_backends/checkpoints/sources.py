@@ -14,8 +14,8 @@ import ml_dtypes  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from numpy import ndarray
 from safetensors import safe_open
 
-from mhc_backends.checkpoints.config import WITH_HEAD, Config, is_file, read_json
-from mhc_backends.checkpoints.names import HEAD, OWNER, Key, by_key, layer_keys, printable
+from mhc_backends.checkpoints.config import Config, is_file, read_json
+from mhc_backends.checkpoints.names import OWNER, Key, by_key, printable
 from mhc_backends.mlx_common import to_host
 
 __all__ = ["DTYPES", "Checkpoint", "Tensor", "checked_path", "from_files", "from_mapping"]
@@ -54,8 +54,7 @@ class Checkpoint(NamedTuple):
     unsupported
         Other names that look like hyper-connections.
     promised
-        The tensors that the index or ``config.json`` says are there, each with a clause that says
-        which of the two.
+        The tensors that the index says are there, each with a clause that says so.
     where
         The source, for errors.
     """
@@ -155,8 +154,6 @@ def from_files(path: Path, config: Config, allow_missing: bool) -> Checkpoint:
         promised = dict.fromkeys(indexed, f"{INDEX} lists it")
     else:
         files = sorted(path.glob("*.safetensors"))
-    if path.is_dir():
-        promised |= _promised(config)
     if not files and not unsupported:
         raise FileNotFoundError(f"{OWNER}: {path} has no safetensors file with hyper-connections")
     tensors: dict[Key, Tensor] = {}
@@ -168,17 +165,6 @@ def from_files(path: Path, config: Config, allow_missing: bool) -> Checkpoint:
                 raise ValueError(f"{OWNER}: {tensor.name} in {file} duplicates {tensors[key].name}")
             tensors[key] = tensor
     return Checkpoint(tensors, sorted(set(unsupported)), promised, str(path))
-
-
-def _promised(config: Config) -> dict[Key, str]:
-    layers = dict.fromkeys(
-        layer_keys(config.layers or 0), f"{config.file} has num_hidden_layers={config.layers}"
-    )
-    head = dict.fromkeys(
-        HEAD if config.has_head else [],
-        f"{config.file} has model_type {WITH_HEAD}, which has a head",
-    )
-    return layers | head
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ from mhc_backends.mlx_nn.compat import (
     diagnostics,
     residual_add_agg,
 )
+from mhc_backends.mlx_nn.gated import GatedConnection, GatedHead
 from mhc_backends.mlx_nn.hyper import HyperConnection, HyperHead
 from mhc_backends.mlx_nn.models import AccelerationReport, accelerate, restore
 from mhc_backends.mlx_nn.stack import HyperConnectedStack
@@ -29,6 +30,8 @@ __all__ = [
     "AccelerationReport",
     "AutoPatcher",
     "ConnectedLayer",
+    "GatedConnection",
+    "GatedHead",
     "GradientTracker",
     "HyperConnectedBlock",
     "HyperConnectedStack",

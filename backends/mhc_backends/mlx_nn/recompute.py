@@ -16,7 +16,7 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx import nn, utils
 
-from mhc_backends.mlx_common import as_tuple
+from mhc_backends.mlx_common import as_tuple, filled
 
 __all__ = ["recomputed"]
 
@@ -31,8 +31,10 @@ def recomputed(
     modules: Sequence[nn.Module],
     *arguments: Any,
 ) -> Any:
-    """Return the tuple of arrays ``function(blocks, *arguments)``, recomputed for its gradients.
+    """Return the tuple ``function(blocks, *arguments)``, recomputed for its gradients.
 
+    It consists of arrays, and of None where a mapping is None, as H_res of streams that are not
+    mixed.
     It has gradients by the arrays in ``arguments`` and by the trainable parameters of ``modules``,
     which are submodules of ``blocks``; ``function`` must use no other arrays. It runs on copies of
     the blocks that hold the traced arrays, so that no other code sees those. It is called without
@@ -42,21 +44,23 @@ def recomputed(
     tree: Any = ([module.trainable_parameters() for module in modules], arguments)
     start = random_state[0]
     drawn = False
+    given: list[bool] = []
 
     def run(*arrays: mx.array) -> Any:
-        nonlocal drawn
+        nonlocal drawn, given
         parameters, traced_arguments = _filled(tree, arrays)
         traced = zip(_arrays(tree[0]), _arrays(parameters), strict=True)
         copies = Copies({id(own): other for own, other in traced})
-        outputs = function(copies.of(list(blocks)), *traced_arguments)
+        outputs = as_tuple(function(copies.of(list(blocks)), *traced_arguments))
         drawn = random_state[0] is not start
-        return outputs
+        given = [output is not None for output in outputs]
+        return tuple(output for output in outputs if output is not None)
 
     try:
         outputs = as_tuple(_in_order(run)(*_arrays(tree)))
     except CapturedError:
         return function(blocks, *arguments)
-    return function(blocks, *arguments) if drawn else outputs
+    return function(blocks, *arguments) if drawn else filled(outputs, given)
 
 
 def _arrays(tree: Any) -> list[mx.array]:

@@ -1,4 +1,4 @@
-"""Variants as constants of compiled code.
+"""Variants, and numbers, as constants of compiled code.
 
 ``torch.compile`` turns a float that differs between two calls of one function into an input of the
 graph, and so the fields of a module's variant once two modules have different ones. A string it
@@ -17,7 +17,7 @@ import torch
 
 from mhc_core.variants import Variant
 
-__all__ = ["key_of", "made", "variant_of"]
+__all__ = ["key_of", "made", "number_of", "variant_of"]
 
 
 def key_of(variant: Variant) -> str:
@@ -37,3 +37,11 @@ def _variant_of(key: str) -> Variant:
 
 
 variant_of = cast("Callable[[str], Variant]", torch.compiler.assume_constant_result(_variant_of))
+
+
+def _number_of(text: str) -> float:
+    """Return the number that a string stands for."""
+    return float(text)
+
+
+number_of = cast("Callable[[str], float]", torch.compiler.assume_constant_result(_number_of))

@@ -1,17 +1,26 @@
-"""The hyper-connections of DeepSeek-V4 and V4.1 checkpoints, as ``torch.nn`` modules."""
+"""The hyper-connections of released checkpoints, as ``torch.nn`` modules."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
-from mhc_backends.checkpoints import Library, Options, keys_of_stack, read
+from mhc_backends.checkpoints import Library, Options, Read, keys_of_stack, read
+from mhc_backends.checkpoints.families import Family
 from mhc_backends.checkpoints.names import OWNER, Key, model_key, unwrapped
 from mhc_core.variants import Variant
-from mhc_torch.nn import HyperConnectedStack, HyperConnection, HyperHead
+from mhc_torch.nn import (
+    GatedConnection,
+    GatedHead,
+    HyperConnectedStack,
+    HyperConnection,
+    HyperHead,
+)
 from mhc_torch.ops import from_host
 
 __all__ = ["ConnectedLayer", "HyperConnections", "load_hyper_connections"]
@@ -20,15 +29,19 @@ __all__ = ["ConnectedLayer", "HyperConnections", "load_hyper_connections"]
 class ConnectedLayer(NamedTuple):
     """The two connections of one transformer layer."""
 
-    attn: HyperConnection
-    ffn: HyperConnection
+    attn: HyperConnection | GatedConnection
+    ffn: HyperConnection | GatedConnection
 
 
 class HyperConnections(NamedTuple):
-    """The hyper-connections of a checkpoint: one entry per layer, and V4's head or None."""
+    """The hyper-connections of a checkpoint: one entry per layer, and the head or None.
+
+    DeepSeek-V4, HY-V4 and Qwen4-Exp have a head. In GLM-5.3-Flash and Xing4.0 the streams end in
+    their mean, ``mhc_core.contract(x, "mean")``; in DeepSeek-V4.1 the last H_pre collapses them.
+    """
 
     layers: tuple[ConnectedLayer, ...]
-    head: HyperHead | None
+    head: HyperHead | GatedHead | None
 
 
 def load_hyper_connections(
@@ -39,10 +52,11 @@ def load_hyper_connections(
     allow_unused: bool = False,
     allow_missing: bool = False,
 ) -> HyperConnections:
-    """Read only the hyper-connections of a DeepSeek-V4 or V4.1 checkpoint.
+    """Read only the hyper-connections of a released checkpoint.
 
-    One reader serves PyTorch and MLX: the forms of names, the files and folders, the checks and the
-    errors are those of ``mhc_core.mlx.load_hyper_connections``.
+    The families are DeepSeek-V4 and V4.1, GLM-5.3-Flash, Hunyuan HY-V4, Xing4.0 (TeleChat4) and
+    Qwen4-Exp. One reader serves PyTorch and MLX: the families, the forms of names, the files and
+    folders, the checks and the errors are those of ``mhc_core.mlx.load_hyper_connections``.
 
     Parameters
     ----------
@@ -53,11 +67,12 @@ def load_hyper_connections(
     model
         A model to load into, on any device but meta. Its parameters have such names after any
         prefix, or it contains a :class:`mhc_torch.nn.HyperConnectedStack` whose blocks alternate
-        between attention and MLP. They keep their identity and device, and become float32. Load
-        before ``fully_shard``.
+        between attention and MLP. They keep their identity and device, and become float32; those of
+        gated residuals (Qwen4-Exp) keep their dtype. Load before ``fully_shard``.
     variant
-        The constants of the modules. By default they come from the ``config.json`` beside the
-        weights or, without one, from :data:`mhc_core.DEEPSEEK_V4`.
+        The constants of the modules, of the family's layout. By default they come from the
+        ``config.json`` beside the weights or, without one, from the family's variant, such as
+        :data:`mhc_core.DEEPSEEK_V4`. Qwen4-Exp has none.
     allow_unused
         True ignores tensors that look like hyper-connections but whose names have no known form.
     allow_missing
@@ -92,7 +107,7 @@ def load_hyper_connections(
     >>> loaded.layers[0].attn.dims, loaded.head
     (8, None)
     """
-    named = None if model is None else lambda: _parameters(model)
+    named = None if model is None else partial(_parameters, model)
     found = read(_LIBRARY, weights, Options(variant, allow_unused, allow_missing), named)
     if model is not None:
         own = dict(model.named_parameters(remove_duplicate=False))
@@ -100,12 +115,21 @@ def load_hyper_connections(
         for name, _ in placed:
             _check_writable(name, own[name])
         for name, tensor in placed:
-            own[name].data = own[name].data.float()  # itself, if it is float32
+            if found.gated is None:
+                own[name].data = own[name].data.float()  # itself, if it is float32
             own[name].data.copy_(tensor)
-    sizes = found.dims, found.n, found.variant
-    layers = found.layers(lambda arrays: _filled(HyperConnection(*sizes), arrays))
-    head = found.head(lambda arrays: _filled(HyperHead(*sizes), arrays))
+    layers = found.layers(lambda arrays: _made(found, HyperConnection, GatedConnection, arrays))
+    head = found.head(lambda arrays: _made(found, HyperHead, GatedHead, arrays))
     return HyperConnections(tuple(ConnectedLayer(*layer) for layer in layers), head)
+
+
+def _made(found: Read, mapped: Any, gated: Any, arrays: Mapping[str, Tensor]) -> Any:
+    """Return a module with these arrays, which it owns from now on."""
+    sizes = found.dims, found.n
+    with torch.device("meta"):
+        made = mapped(*sizes, found.variant) if found.gated is None else gated(*sizes, *found.gated)
+    made.load_state_dict(dict(arrays), assign=True)
+    return made
 
 
 def _check_writable(name: str, parameter: Tensor) -> None:
@@ -113,11 +137,6 @@ def _check_writable(name: str, parameter: Tensor) -> None:
         raise ValueError(f"{OWNER}: {name} is on the device meta; call to_empty(device=...) first")
     if hasattr(parameter, "full_tensor"):
         raise ValueError(f"{OWNER}: {name} is sharded; load before fully_shard")
-
-
-def _filled(module: nn.Module, arrays: Mapping[str, Tensor]) -> Any:
-    module.load_state_dict(dict(arrays))
-    return module
 
 
 def _float32(array: Any) -> Tensor:
@@ -128,14 +147,20 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
-_LIBRARY = Library(_float32, _is_finite)
+def _cast(tensor: Tensor, dtype: str) -> Tensor:
+    return tensor.to(getattr(torch, dtype))
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Key | None]]:
+_LIBRARY = Library(_float32, _is_finite, _cast)
+
+
+def _parameters(
+    model: nn.Module, family: Family
+) -> Iterator[tuple[str, tuple[int, ...], Key | None]]:
     in_stacks: dict[str, Key] = {}
     for path, module in cast("Iterable[tuple[str, nn.Module]]", model.named_modules()):
         if isinstance(module, HyperConnectedStack):
-            in_stacks |= keys_of_stack(unwrapped(path), len(module.blocks))
+            in_stacks |= keys_of_stack(unwrapped(path), len(module.blocks), family)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         plain = unwrapped(name)
-        yield name, tuple(parameter.shape), in_stacks.get(plain) or model_key(plain)
+        yield name, tuple(parameter.shape), in_stacks.get(plain) or model_key(plain, family)

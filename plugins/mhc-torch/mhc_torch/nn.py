@@ -35,8 +35,16 @@ from mhc_backends.nn_common import (
 from mhc_core import checks
 from mhc_core.variants import PAPER, Variant
 from mhc_torch._variants import key_of, variant_of
+from mhc_torch.gated import GatedConnection, GatedHead
 
-__all__ = ["HyperConnectedBlock", "HyperConnectedStack", "HyperConnection", "HyperHead"]
+__all__ = [
+    "GatedConnection",
+    "GatedHead",
+    "HyperConnectedBlock",
+    "HyperConnectedStack",
+    "HyperConnection",
+    "HyperHead",
+]
 
 
 class _Projection(nn.Module):

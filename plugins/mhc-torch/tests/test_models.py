@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,23 +158,23 @@ def test_what_is_not_known_is_refused(model: Any) -> None:
         mhc_torch.accelerate(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="model is a int; needs a"):
         mhc_torch.accelerate(3)
-    hy = pytest.importorskip("transformers.models.hy_v4.modeling_hy_v4", reason="another family")
-    cls = next(cls for name, cls in vars(hy).items() if "HyperConnection" in name)
-    with pytest.raises(TypeError, match=r"hyper-connections of hy_v4, which are not known yet"):
-        mhc_torch.accelerate(_holding(cls))
+    later = ModuleType("transformers.models.later.modeling_later")
+    later.LaterHyperConnection = type("LaterHyperConnection", (nn.Module,), {})
+    later.LaterHyperConnection.__module__ = later.__name__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, later.__name__, later)
+        with pytest.raises(TypeError, match=r"hyper-connections of later, which are not known yet"):
+            mhc_torch.accelerate(nn.Sequential(later.LaterHyperConnection()))
+    kimi = nn.Linear(2, 2)
+    kimi.config = SimpleNamespace(model_type="kimi_k3")
+    with pytest.raises(TypeError, match="whose attention residuals are not hyper-connections"):
+        mhc_torch.accelerate(kimi)
     other = copy.deepcopy(model)
     del other.model.layers[0].attn_hc.hc_eps
     with pytest.raises(RuntimeError, match=r"attn_hc, a DeepseekV4HyperConnection .* no hc_eps"):
         mhc_torch.accelerate(other)
     with pytest.raises(RuntimeError, match="has no Another; look for a newer"):
         family.classes_of(v4.__name__, ("DeepseekV4Model", "Another"))
-
-
-def _holding(cls: type[Any]) -> nn.Module:
-    """Return a module that holds an instance of a class, which need not be initialised."""
-    inner = cls.__new__(cls)
-    nn.Module.__init__(inner)
-    return nn.Sequential(inner)
 
 
 def test_another_release_that_computes_something_else(

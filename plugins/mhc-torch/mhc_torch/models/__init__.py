@@ -20,6 +20,7 @@ from mhc_backends.acceleration import (
     natural,
     swap_classes,
 )
+from mhc_backends.checkpoints.families import OTHERS
 from mhc_core import checks
 from mhc_torch.models.family import EVERYWHERE, Family
 
@@ -27,16 +28,19 @@ __all__ = ["AccelerationReport", "Note", "accelerate", "restore"]
 
 # A family's file here, by the module that defines the classes which it replaces.
 _FAMILIES = {
-    "transformers.models.deepseek_v4.modeling_deepseek_v4": "deepseek_v4",
+    f"transformers.models.{name}.modeling_{name}": name
+    for name in ("deepseek_v4", "glm5_next", "hy_v4", "hy_v4_vl", "qwen4_exp")
 }
 
 
 def accelerate(model: Any, *, everywhere: bool = False) -> AccelerationReport:
     """Run a model's hyper-connections on mhc-core, in place, for training and for inference.
 
-    For models of transformers with the layers of ``deepseek_v4``, wrapped or not. In each layer one
-    pass, :func:`mhc_core.combine_pre`, writes the streams after attention and reads them for the
-    experts.
+    For models of transformers with the layers of ``deepseek_v4``, ``glm5_next``, ``hy_v4``,
+    ``hy_v4_vl`` and ``qwen4_exp``, wrapped or not. In each layer one pass,
+    :func:`mhc_core.combine_pre`, writes the streams after attention and reads them for the experts;
+    ``qwen4_exp`` has :func:`mhc_core.combine` and :func:`mhc_core.gated_pre`. transformers 5.24 has
+    no Xing4.0.
 
     Parameters, their names, the state_dict, caches, ``generate``, gradient checkpointing,
     ``save_pretrained`` and hooks work as before. Outputs and gradients equal the model's up to
@@ -60,7 +64,8 @@ def accelerate(model: Any, *, everywhere: bool = False) -> AccelerationReport:
     Raises
     ------
     TypeError
-        For a model without hyper-connections, or of a family that is not known yet.
+        For a model without hyper-connections, or of a family that is not known yet. Kimi K3's
+        attention residuals are not hyper-connections.
     RuntimeError
         If the installed transformers lacks something that is needed, or computes something else.
         After any of these errors the model is unchanged.
@@ -147,6 +152,9 @@ def _family(model: Any, modules: Sequence[tuple[str, Any]]) -> Family:
     for home in homes:
         if home in _FAMILIES:
             return import_module(f"{__name__}.{_FAMILIES[home]}").FAMILY
+    kind = str(getattr(getattr(model, "config", None), "model_type", None))
+    if kind in OTHERS:
+        raise TypeError(f"accelerate: model is a {type(model).__name__}, whose {OTHERS[kind]}")
     known = ", ".join(_FAMILIES.values())
     for home in homes:
         if home.startswith("transformers.models.") and _has_connections(home):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,16 +17,31 @@ from mhc_torch import cuda
 
 __all__ = [
     "EVERYWHERE",
+    "NOWHERE",
+    "WHERE",
     "Family",
+    "agree",
     "classes_of",
-    "difference",
+    "compare",
+    "drawn",
     "has_values",
+    "hooked",
     "installed",
     "pays",
+    "probe_of",
     "require",
+    "streams_of",
+    "stub_of",
+    "why_left",
 ]
 
 EVERYWHERE = "_mhc_everywhere"  # an attribute of modules: the argument of accelerate
+
+
+WHERE = "for CUDA tensors; elsewhere its own code runs, unless everywhere=True"
+NOWHERE = "with everywhere=True; its own code runs else, as there are no CUDA kernels for it yet"
+
+_SAME = 1e-3  # of float32's rounding, and far below any other formula
 
 
 def _nothing_left(_: type[Any], __: Any) -> str | None:
@@ -86,7 +102,86 @@ def has_values(module: nn.Module) -> bool:
     return not any(p.is_meta or hasattr(p, "full_tensor") for p in module.parameters())
 
 
-def difference(got: Any, want: Any) -> float:
+def hooked(module: nn.Module) -> bool:
+    """Return whether a module must be called, so that a hook can bring its parameters."""
+    return bool(vars(module)["_forward_pre_hooks"]) or hasattr(module, "_hf_hook")
+
+
+# ---- what the installed library computes --------------------------------------------------------
+
+
+def compare(path: str, module: Any, fn: Tensor, original: type[Any], ours: Any) -> None:
+    """Raise unless the library's forward and ours agree on random parameters and streams.
+
+    ``fn`` is the projection of the streams, ``[rows, n * C]``.
+    """
+    if not has_values(module):
+        return
+    probe = probe_of(module)
+    x = drawn(torch.empty(1, 2, module.hc_mult, fn.shape[-1] // module.hc_mult, device=fn.device))
+    with torch.no_grad():
+        agree(path, original, ours(probe, x), original.forward(probe, x))
+
+
+def agree(path: str, original: type[Any], got: Any, want: Any) -> None:
+    """Raise unless what we compute for a module is what its class computes."""
+    off = _difference(got, want)
+    if not off <= _SAME:
+        raise RuntimeError(
+            f"accelerate: {path}, a {original.__name__} of {installed()}, computes something else "
+            f"than mhc-core (they differ by {off:.1e}); look for a newer mhc-torch"
+        )
+
+
+def why_left(theirs: Callable[[], Any], ours: Callable[[], Any]) -> str | None:
+    """Return why layers keep their forward, after comparing it with ours on one of stand-ins."""
+    try:
+        with torch.no_grad():
+            off = _difference(ours(), theirs())
+    except Exception as error:
+        return f"its forward is not the one that is known: {type(error).__name__}: {error}"
+    return None if off <= _SAME else f"its forward computes something else (off by {off:.1e})"
+
+
+def probe_of(module: Any) -> Any:
+    """Return a copy of a connection with random float32 parameters."""
+    probe = copy.deepcopy(module).float().requires_grad_(False)
+    for parameter in probe.parameters():
+        drawn(parameter)
+        if parameter.ndim > 1:
+            parameter /= parameter.shape[-1] ** 0.5
+    return probe
+
+
+def drawn(tensor: Tensor) -> Tensor:
+    """Fill a tensor with random numbers, without the program's generator."""
+    return tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(tensor.numel()))
+
+
+def streams_of(connection: Any) -> Tensor:
+    """Return random streams for a connection."""
+    n, fn = connection.hc_mult, connection.fn
+    return drawn(torch.empty(1, 2, n, fn.shape[-1] // n, device=fn.device))
+
+
+def stub_of(cls: type[Any], layer: Any) -> Any:
+    """Return a layer with random connections and functions for norms; the caller adds the rest."""
+    stub: Any = object.__new__(cls)  # transformers looks the forward up by the class
+    nn.Module.__init__(stub)
+    stub.attn_hc, stub.ffn_hc = probe_of(layer.attn_hc), probe_of(layer.ffn_hc)
+    stub.input_layernorm, stub.post_attention_layernorm = _doubled, _tripled
+    return stub
+
+
+def _doubled(h: Tensor) -> Tensor:
+    return 2 * h
+
+
+def _tripled(h: Tensor) -> Tensor:
+    return 3 * h
+
+
+def _difference(got: Any, want: Any) -> float:
     """Return the largest difference of tensors or tuples of them, relative to the largest entry."""
     pairs = zip(_tuple(got), _tuple(want), strict=True)
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
@@ -96,11 +191,14 @@ def _tuple(value: Any) -> tuple[Tensor, ...]:
     return cast("tuple[Tensor, ...]", value) if isinstance(value, tuple) else (value,)
 
 
-def pays(module: nn.Module, x: Tensor) -> bool:
-    """Return whether the ops are not slower than the model's own code for these streams."""
+def pays(module: nn.Module, x: Tensor, fused: bool = True) -> bool:
+    """Return whether the ops are not slower than the model's own code for these streams.
+
+    ``fused`` is whether kernels have the ops at all.
+    """
     if vars(module).get(EVERYWHERE):
         return True
-    return x.is_cuda and x.dtype != torch.float64 and _kernels(x.get_device())
+    return fused and x.is_cuda and x.dtype != torch.float64 and _kernels(x.get_device())
 
 
 def _has_kernels(index: int) -> bool:

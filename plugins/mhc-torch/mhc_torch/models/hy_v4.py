@@ -1,0 +1,30 @@
+"""Hunyuan HY-V4 of transformers: the replacements of its classes, under the library's names."""
+
+from __future__ import annotations
+
+from mhc_torch.models import identity
+from mhc_torch.models.family import classes_of
+
+__all__ = ["FAMILY"]
+
+HOME = "transformers.models.hy_v4.modeling_hy_v4"
+_Layer, _Connection, _Head = classes_of(
+    HOME, ("HYV4DecoderLayer", "HYV4HyperConnection", "HYV4HyperHead")
+)
+
+
+class HYV4HyperConnection(identity.Connection, _Connection):
+    """A hyper-connection on the uniform ops."""
+
+
+class HYV4HyperHead(identity.Head, _Head):
+    """The collapse before the output."""
+
+
+class HYV4DecoderLayer(identity.Layer, _Layer):
+    """A layer whose streams are written and read in one pass between attention and the MLP."""
+
+
+FAMILY = identity.family(
+    (_Layer, _Connection, _Head), (HYV4DecoderLayer, HYV4HyperConnection, HYV4HyperHead)
+)
