@@ -245,9 +245,9 @@ def record(
     else:
         outputs = module.forward(kernels, *given[0], **static)
     many = isinstance(outputs, (tuple, list))
-    several = tuple(cast("Sequence[Value]", outputs)) if many else (cast("Value", outputs),)
-    there = tuple(one for one in several if one is not None)
-    return Plan(inputs, recorder.buffers, recorder.steps, there, tuple(saved))
+    several = cast("Sequence[Value | None]", outputs) if many else (cast("Value", outputs),)
+    made = tuple(one for one in several if one is not None)
+    return Plan(inputs, recorder.buffers, recorder.steps, made, tuple(saved))
 
 
 class _Recorder:

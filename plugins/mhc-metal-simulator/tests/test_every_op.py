@@ -77,7 +77,7 @@ def test_few_small_threadgroups(op: str, at: int) -> None:
         assert bool(aligned) == ("false" in anywhere)
 
 
-@pytest.mark.parametrize("at", [0, 2], ids=lambda at: TRIED[at][0].why)
+@pytest.mark.parametrize("at", [0, 2], ids=[TRIED[at][0].why for at in (0, 2)])
 @pytest.mark.parametrize("op", PROJECTED_OR_MIXED)
 def test_few_small_threadgroups_without_h_res(op: str, at: int) -> None:
     aligned, anywhere = hold_cramped(op, at, 0, True), hold_cramped(op, at, 1, True)

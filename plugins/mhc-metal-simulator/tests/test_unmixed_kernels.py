@@ -27,6 +27,7 @@ from kernel_checks import (  # noqa: E402
     seeded,
 )
 from mhc_backends.kernels.ops import combine, combine_pre, mappings, pre  # noqa: E402
+from mhc_backends.mlx_common import as_tuple  # noqa: E402
 from test_projection_kernels import (  # noqa: E402
     FEW,
     FEWEST,
@@ -72,8 +73,7 @@ def _wide(arrays: Sequence[mx.array | None]) -> list[Any]:
 
 
 def _present(arrays: Any) -> list[Any]:
-    every = arrays if isinstance(arrays, tuple | list) else [arrays]
-    return [one for one in every if one is not None]
+    return [one for one in as_tuple(arrays) if one is not None]
 
 
 def _held(op: str, size: Size, busy: int, shared: bool = False) -> list[mx.array]:
@@ -254,7 +254,8 @@ FAULTS = (
             "half sum",
             "put_block_sums(k_block, add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands)",
             "auto sums = add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands);"
-            f"{HALF.format('sums.squares[0]')} put_block_sums(k_block, sums",
+            f"{HALF.format('sums.products.at[0].tile[0].in_half[0]')}"
+            " put_block_sums(k_block, sums",
             BITS,
         ),
         ("space", "(y) + begin", "((const device float*)y) + begin", NO_SPACE),

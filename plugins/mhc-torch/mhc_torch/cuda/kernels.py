@@ -92,16 +92,20 @@ class Kernels:
         may_lack = any(output.mixed for output in declared.outputs.values())
         watched, transformed = _watched, _transformed
 
-        def call(*primals: Tensor | None, **static: Any) -> Any:
+        @functools.cache
+        def kept(variant: Variant) -> tuple[bool, ...]:
+            return declared.kept({"variant": variant})
+
+        def call(*primals: Tensor, **static: Any) -> Any:
             # one loop for all that is asked of every tensor: this is a good part of a small call
-            index, plain, graph = cast("Tensor", primals[0]).get_device(), not watched(), False
+            index, plain, graph = primals[0].get_device(), not watched(), False
             key: list[Any] = [index, *static.values()]
-            for one in primals:
+            for one in cast("tuple[Tensor | None, ...]", primals):
                 if one is None:
                     there, static = _present(primals, static)
                     return call(*there, **static)
                 if one.get_device() != index:
-                    require_one_device(op, names, primals)
+                    require_one_device(op, _named(names, static), primals)
                 if type(one) not in _PLAIN:
                     plain = False
                 if one.requires_grad:
@@ -110,14 +114,14 @@ class Kernels:
             if transformed():
                 results = cast("Any", _OpInTransforms).apply(self, op, static, *primals)
             elif not plain:
-                require_one_device(op, names, primals)
+                require_one_device(op, _named(names, static), primals)
                 results = cast("Any", self._operator(op, static, primals))
             elif graph and torch.is_grad_enabled() and gradients.wanted():
                 results = cast("Any", _Op).apply(self, op, static, tuple(key), *primals)
             else:
                 results = self.replay(("forward", op, *key), (primals,), static)(primals)
-            if may_lack:
-                return _function.filled(results, declared.kept(static))
+            if may_lack and not all(made := kept(static["variant"])):
+                return _function.filled(results, made)
             return results[0] if count == 1 else tuple(results[:count])
 
         return call
@@ -171,6 +175,11 @@ def _present(arrays: Sequence[Tensor | None], static: Static) -> tuple[Tensors, 
     absent = tuple(place for place, one in enumerate(arrays) if one is None)
     there = tuple(one for one in arrays if one is not None)
     return there, {**static, ABSENT: absent} if absent else static
+
+
+def _named(names: Sequence[str], static: Static) -> list[str]:
+    """Return the names of the primals that are there."""
+    return [name for place, name in enumerate(names) if place not in static.get(ABSENT, ())]
 
 
 def _split(static: Static) -> tuple[Static, tuple[int, ...]]:
