@@ -32,9 +32,16 @@ class Case(NamedTuple):
     back: bool = False
     T: int = 21
     C: int = 296
+    mixes: bool = True
 
 
 CASES = [
+    Case("combine_pre", "bfloat16", 4, MANY, back=True, C=288, mixes=False),
+    Case("combine_pre", "float32", 3, FEW, back=True, T=9, mixes=False),
+    Case("combine_pre", "bfloat16", 4, FEWEST, T=18, mixes=False),
+    Case("pre", "float16", 4, FEWEST, T=3, mixes=False),
+    Case("mappings", "float32", 2, MANY, mixes=False),
+    Case("combine", "bfloat16", 4, MANY, back=True, mixes=False),
     Case("combine_pre", "bfloat16", 4, MANY, back=True),
     Case("combine_pre", "float32", 4, FEW, back=True, T=9),
     Case("combine_pre", "float16", 3, MANY),
@@ -59,8 +66,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _draw(case: Case) -> list[Any]:
     """Draw an op's arrays; x' is exact in every dtype, so that its rounding cannot differ."""
-    _, dtype, n, _, _, T, C = case
-    rng, m = np.random.default_rng(n), n if case.op == "head" else n * n + 2 * n
+    _, dtype, n, _, _, T, C, mixes = case
+    rng, m = np.random.default_rng(n), n if case.op == "head" else n * n * mixes + 2 * n
 
     def steps(most: int, *shape: int) -> Any:
         return mx.array(rng.integers(-most, most + 1, shape).astype(np.float32))
@@ -70,8 +77,11 @@ def _draw(case: Case) -> list[Any]:
 
     streams, layer = (steps(2, T, *last).astype(getattr(mx, dtype)) for last in ((n, C), (C,)))
     phi = normal(m, n * C) / (2 * n * C) ** 0.5
-    mapped = [layer, steps(2, T, n) / 2, steps(2, T, n, n) / 2] if "combine" in case.op else []
-    return [streams, *mapped, phi, normal(1 if case.op == "head" else 3), normal(m)]
+    h_res = steps(2, T, n, n) / 2 if mixes else None
+    mapped = [layer, steps(2, T, n) / 2, h_res] if "combine" in case.op else []
+    if case.op == "combine":
+        return [streams, *mapped]
+    return [streams, *mapped, phi, normal(1 if case.op == "head" else 2 + mixes), normal(m)]
 
 
 def _float64(array: Any) -> Any:
@@ -88,6 +98,10 @@ def _close(got: Sequence[Any], want: Sequence[Any]) -> None:
         assert off <= allowed, f"{one.shape} is off by {off:.2g}"
 
 
+def _there(arrays: Sequence[Any]) -> list[Any]:
+    return [array for array in arrays if array is not None]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_kernels_on_a_cpu(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mhc_backends.kernels.functions import Ops
@@ -96,26 +110,31 @@ def test_kernels_on_a_cpu(case: Case, folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(launch, "BUSY", case.busy)
     monkeypatch.setattr(launch, "FEWEST_TOKENS", {"cuda": case.T if case.busy == FEWEST else 0})
     own = Ops(Kernels(launcher(folder), "cuda", 227 * 1024))
-    variant, primals = mhc.DEEPSEEK_V4, _draw(case)
+    variant, primals = mhc.DEEPSEEK_V4 if case.mixes else mhc.HY_V4, _draw(case)
+    static = {} if case.op == "combine" else {"variant": variant}
     with mhc.no_grad():
-        outputs = several(getattr(own, case.op)(*primals, variant=variant))
-    wide = [_float64(array) for array in primals]
-    _close(outputs, several(getattr(mhc, case.op)(*wide, variant, backend="numpy")))
+        outputs = several(getattr(own, case.op)(*primals, **static))
+    wide = [None if array is None else _float64(array) for array in primals]
+    want = several(getattr(mhc, case.op)(*wide, **static, backend="numpy"))
+    _close(_there(outputs), _there(want))
     if case.busy == FEWEST:  # the kernels for many tokens have the same bits
         monkeypatch.setattr(launch, "BUSY", MANY)
         monkeypatch.setattr(launch, "FEWEST_TOKENS", {"cuda": 0})
         with mhc.no_grad():
-            many = several(getattr(own, case.op)(*primals, variant=variant))
-        assert all(mx.array_equal(a, b) for a, b in zip(outputs, many, strict=True))
+            many = several(getattr(own, case.op)(*primals, **static))
+        pairs = zip(_there(outputs), _there(many), strict=True)
+        assert all(mx.array_equal(a, b) for a, b in pairs)
     if case.back:
         rng = np.random.default_rng(5)
-        given = [mx.array(rng.normal(size=out.shape).astype(np.float32)) for out in outputs]
-        given = [one.astype(out.dtype) for one, out in zip(given, outputs, strict=True)]
-        gradients = own.vjp(case.op, primals, given, variant=variant)
-        wide_given = [_float64(one) for one in given]
-        cotangents = wide_given[0] if case.op == "head" else tuple(wide_given)
-        want = mhc.vjp(case.op, tuple(wide), cotangents, variant=variant, backend="numpy")
-        _close(gradients, want)
+
+        def like(out: Any) -> Any:
+            return mx.array(rng.normal(size=out.shape).astype(np.float32)).astype(out.dtype)
+
+        given = [None if out is None else like(out) for out in outputs]
+        gradients = own.vjp(case.op, primals, given, **static)
+        wide_given = tuple(None if one is None else _float64(one) for one in given)
+        want = mhc.vjp(case.op, tuple(wide), wide_given, **static, backend="numpy")
+        _close(_there(gradients), _there(want))
 
 
 def test_mappings_begin_anywhere(folder: Path) -> None:

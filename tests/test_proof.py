@@ -613,7 +613,7 @@ def test_every_launch_class_that_a_call_can_come_to_is_tried(n: int, dtype: str)
             call = Call(op, dtypes, T, n, C, chosen[0].static)
             met = {launched.class_ for launched in launches(call)}
             assert met <= tried, f"{call.name}: {met - tried}"
-        assert len(chosen) <= 20
+        assert len(chosen) <= 40  # half of them without H_res
 
 
 def test_every_kernel_is_tried_by_some_op() -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "APART",
     "MAPPED",
     "PROJECTED",
+    "PROJECTED_OR_MIXED",
     "SMALL",
     "STATICS",
     "TAIL",
@@ -171,6 +172,11 @@ class Case:
     def options(self) -> dict[str, Any]:
         """Return the static arguments."""
         return dict(self.static)
+
+    @property
+    def mixes(self) -> bool:
+        """Return whether streams are mixed, or an H_res is made to mix them."""
+        return "identity" not in self.mixers
 
     @property
     def mixers(self) -> tuple[str, ...]:
@@ -320,6 +326,9 @@ V4: Static = (("variant", DEEPSEEK_V4),)
 
 PROJECTED = tuple(op for op in math.OPS if "phi" in declaration(op).arrays)
 """The ops that compute mappings from the streams."""
+
+PROJECTED_OR_MIXED = ("mappings", "pre", "combine", "combine_pre")
+"""The ops that make H_res of the streams, or take one."""
 
 MAPPED = tuple(
     op
@@ -576,7 +585,21 @@ MIXED = {
         ("sinkhorn-limit", {}),
     )
 } | {"mhc-lite, transposed": replace(PAPER, mixer="mhc-lite", res_transposed=True)}
-UNMIXED = (("variant", replace(DEEPSEEK_V4, mixer="identity")),)
+UNMIXED = (("variant", replace(APART, mixer="identity")),)
+# sizes at which streams that are not mixed may take code of their own
+ALONE: Sequence[tuple[Sizes, tuple[str, ...]]] = (
+    (BLOCKS, PROJECTED_OR_MIXED),
+    (SIZES[1], PROJECTED_OR_MIXED),
+    (Sizes((515,), 2, 64, "whole blocks, hundreds of tokens"), ("mappings", "pre", "combine_pre")),
+    (Sizes((1031,), 3, 5, "many tokens, an odd number"), ("mappings", "pre")),
+    (Sizes((257,), 1, 257, "hundreds of tokens of one stream"), ("pre", "combine", "combine_pre")),
+    (Sizes((2,), 2, 4128, "thousands of channels"), ("mappings", "pre", "combine")),
+    (SIZES[7], ("combine",)),
+    (Sizes((16,), 4, 288, "whole blocks, 16 tokens"), ("combine_pre",)),
+    (Sizes((17,), 18, 5, "more columns than a tile of tokens"), ("combine_pre",)),
+    (Sizes((3,), 3, 6, "channels in pairs"), ("pre", "combine", "combine_pre")),
+    (Sizes((18,), 9, 288, "whole blocks, many streams, more than 16 tokens"), ("combine_pre",)),
+)
 P20, P1 = ((("variant", variant),) for variant in (PAPER, replace(PAPER, sinkhorn_iterations=1)))
 NARROW = ("float16", "bfloat16")
 EITHER = ("float32", "bfloat16")  # numbers as wide as the computation's, and narrow ones
@@ -677,6 +700,27 @@ SPECIAL: Sequence[Case] = (
             ("combine_pre", True, UNMIXED),
         )
     ),
+    *(
+        Case(
+            op,
+            f"no mixing, {sizes.why}",
+            sizes,
+            () if op == "combine" else UNMIXED,
+            unmixed=op.startswith("combine"),
+            usual=EITHER if sizes == BLOCKS else ("float32",),
+        )
+        for sizes, ops in ALONE
+        for op in ops
+    ),
+    Case("combine", "no mixing, shared mappings", BLOCKS, shared=True, unmixed=True),
+    Case("combine_pre", "no mixing, shared", MORE_BLOCKS, UNMIXED, shared=True, unmixed=True),
+    # streams that are not mixed, and then mappings that mix; and the other way round
+    *(
+        Case("combine_pre", f"no mixing, then H_res, {sizes.why}", sizes, V4, unmixed=True)
+        for sizes in (SMALL, SIZES[1], Sizes((20,), 9, 37, "more than 16 tokens"))
+    ),
+    Case("combine_pre", "no mixing, an h_pre each", SMALL, UNMIXED, optional=True, unmixed=True),
+    Case("combine_pre", "H_res, then no mixing", SMALL, UNMIXED),
     # one H_pre, H_post, H_res for all tokens: their gradients are summed over the tokens
     *(
         Case(op, "shared mappings", size, _first_static(op, size), shared=True)

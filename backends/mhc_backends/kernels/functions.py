@@ -13,15 +13,19 @@ import mlx.core as mx
 
 from mhc_backends.kernels import ops
 from mhc_backends.kernels.mlx import Kernels
-from mhc_backends.mlx_common import as_tuple, distinct, placed
+from mhc_backends.mlx_common import as_tuple, distinct, filled, placed, present
 from mhc_backends.mlx_compiled import ops as mlx_ops
 from mhc_core import gradients
 from mhc_core import math as neutral_math
-from mhc_core.signature import UNMIXED
 
-__all__ = ["Ops", "has_kernels"]
+__all__ = ["MIXERS", "Ops", "has_kernels"]
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+Static = tuple[tuple[str, Any], ...]
+There = tuple[bool, ...]
+
+MIXERS = ("sinkhorn", "identity")
+"""The mixers whose mappings kernels make."""
 
 
 class Ops:
@@ -45,12 +49,13 @@ class Ops:
             raise AttributeError(name)
 
         def op(*arrays: mx.array | None, **static: Any) -> Any:
-            if not has_kernels(name, arrays, static):
+            if not has_kernels(name, static):
                 return getattr(mlx_ops, name)(*arrays, **static)
-            function = self._forward if gradients.wanted() else self._inference
-            outputs = function(name, tuple(static.items()))(*arrays)
-            count = ops.outputs(name)
-            return outputs[0] if count == 1 else tuple(outputs[:count])
+            key = name, tuple(static.items()), _there(arrays)
+            function = (self._forward if gradients.wanted() else self._inference)(*key)
+            made = function(*present(arrays))
+            outputs = filled(made, kept(*key[:2]))
+            return outputs[0] if len(outputs) == 1 else outputs
 
         return op
 
@@ -58,24 +63,31 @@ class Ops:
         self, op: str, primals: Sequence[Any], cotangents: Sequence[Any], **static: Any
     ) -> tuple[Any, ...]:
         """Pull cotangents back by an op's vjp kernels."""
-        if not has_kernels(op, primals, static):
+        if not has_kernels(op, static):
             return mlx_ops.vjp(op, tuple(primals), tuple(cotangents), **static)
-        return tuple(self._vjp(op, tuple(static.items()))(tuple(primals), tuple(cotangents)))
+        there = _there(primals)
+        pull = self._vjp(op, tuple(static.items()), there)
+        return filled(pull(present(primals), present(cotangents)), there)
 
-    def _make_forward(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-        """Return a function from the op's arrays to one tuple: outputs, then what its vjp saves."""
-        module, options, count = ops.load(op), dict(static), ops.outputs(op)
+    def _make_forward(self, op: str, static: Static, there: There) -> Callable[..., Any]:
+        """Return a function from the op's arrays to one tuple: outputs, then what its vjp saves.
+
+        It takes the arrays that are ``there``, and returns the outputs that are not None.
+        """
+        module, options = ops.load(op), dict(static)
+        outputs_there = kept(op, static)
+        count = sum(outputs_there)
         places: tuple[int, ...] = ()  # the indices of the saved arrays in the tuple
 
         # Without stop_gradient mx.jvp asks the kernels for their derivatives before our rule.
 
         def forward(*primals: mx.array) -> tuple[mx.array, ...]:
             nonlocal places
-            stopped = map(mx.stop_gradient, primals)
+            stopped = filled([mx.stop_gradient(array) for array in primals], there)
             if not hasattr(module, "forward_with_saved"):
                 return as_tuple(module.forward(self._kernels, *stopped, **options))
             outputs, saved = module.forward_with_saved(self._kernels, *stopped, **options)
-            places, every = placed(as_tuple(outputs), saved)
+            places, every = placed(present(as_tuple(outputs)), saved)
             return every
 
         def pullback(primals: Any, cotangents: Any, outputs: Any) -> Any:
@@ -84,49 +96,56 @@ class Ops:
 
         def launches(primals: Any, cotangents: Any, saved: Any) -> Any:
             given = [tuple(map(mx.stop_gradient, a)) for a in (primals, cotangents, saved)]
-            return tuple(module.vjp(self._kernels, *given[:2], given[2] or None, **options))
+            arrays = filled(given[0], there), filled(given[1], outputs_there)
+            return present(module.vjp(self._kernels, *arrays, given[2] or None, **options))
 
         pulled = mx.custom_function(launches)
-        pulled.vjp(functools.partial(_second, op, options))
+        pulled.vjp(functools.partial(_second, op, options, there))
         pulled.jvp(functools.partial(_no_forward_mode, op))
         differentiable = mx.custom_function(forward)
         differentiable.vjp(pullback)
         differentiable.jvp(functools.partial(_no_forward_mode, op))
         return self._compiled(differentiable)
 
-    def _make_inference(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    def _make_inference(self, op: str, static: Static, there: There) -> Callable[..., Any]:
         """Return the forward without a vjp: a custom function of MLX costs 2 us per output."""
         function = functools.partial(ops.load(op).forward, self._kernels, **dict(static))
-        return self._compiled(lambda *primals: as_tuple(function(*primals)))
+        return self._compiled(lambda *arrays: present(as_tuple(function(*filled(arrays, there)))))
 
-    def _make_vjp(self, op: str, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    def _make_vjp(self, op: str, static: Static, there: There) -> Callable[..., Any]:
         function = functools.partial(ops.load(op).vjp, self._kernels, **dict(static))
-        return self._compiled(function)
+        cotangents_there = kept(op, static)
+
+        def pull(primals: Any, cotangents: Any) -> tuple[mx.array, ...]:
+            return present(function(filled(primals, there), filled(cotangents, cotangents_there)))
+
+        return self._compiled(pull)
 
 
-def has_kernels(op: str, arrays: Sequence[Any], static: Mapping[str, Any]) -> bool:
+def has_kernels(op: str, static: Mapping[str, Any]) -> bool:
     """Return whether kernels compute this call; if not, the neutral maths does, on MLX's arrays.
 
-    Kernels mix by a given H_res, and make it by Sinkhorn alone.
+    Kernels mix by a given H_res or not at all, and make H_res by Sinkhorn alone.
     """
-    at, projects = _mixing(op)
-    if at is not None and (at >= len(arrays) or arrays[at] is None):
-        return False
     variant = static.get("variant")
     if variant is None:
         return True
-    return (variant.mixer == "sinkhorn" or not projects) and not variant.beyond
+    return not variant.beyond and (variant.mixer in MIXERS or not neutral_math.load(op).OP.projects)
 
 
 @functools.cache
-def _mixing(op: str) -> tuple[int | None, bool]:
-    """Return the index of an H_res that may be absent, if any, and whether the op makes one."""
-    declared = neutral_math.load(op).OP
-    at = list(declared.arrays).index(UNMIXED) if UNMIXED in declared.optional else None
-    return at, declared.projects
+def kept(op: str, static: Static) -> tuple[bool, ...]:
+    """Return which outputs of an op are not None."""
+    return tuple(neutral_math.load(op).OP.kept(dict(static)))
 
 
-def _second(op: str, options: dict[str, Any], given: Any, cotangents: Any, _: Any) -> Any:
+def _there(arrays: Sequence[Any]) -> There:
+    return tuple([array is not None for array in arrays])
+
+
+def _second(
+    op: str, options: dict[str, Any], there: There, given: Any, cotangents: Any, _: Any
+) -> Any:
     """Differentiate a vjp through the neutral maths, since kernels have no derivatives.
 
     It starts from the primals alone, so saved arrays get zero gradients.
@@ -135,7 +154,9 @@ def _second(op: str, options: dict[str, Any], given: Any, cotangents: Any, _: An
     count, neutral = len(primals), neutral_math.load(op).vjp
 
     def neutral_vjp(*arrays: mx.array) -> Any:
-        return distinct(neutral(arrays[:count], arrays[count:], **options))
+        cotangents_there = neutral_math.load(op).OP.kept(options)
+        groups = filled(arrays[:count], there), filled(arrays[count:], cotangents_there)
+        return distinct(present(neutral(*groups, **options)))
 
     _, gradients = mx.vjp(neutral_vjp, [*primals, *pulled], list(as_tuple(cotangents)))
     return gradients[:count], gradients[count:], [mx.zeros_like(array) for array in saved]

@@ -27,6 +27,7 @@ __all__ = [
     "Shape",
     "buffer_bytes",
     "column_tiles",
+    "columns",
     "few",
     "fewest",
     "k_blocks",
@@ -163,16 +164,21 @@ TABLE: Mapping[str, Shape] = {
     "head": Shape(groups="several"),
     "head_vjp": Shape(groups="matrices", threads=128),
     "mappings": Shape(groups="sums"),
+    "mappings_unmixed": Shape(groups="sums"),
+    "mappings_unmixed_vjp": Shape(groups="matrices", threads=128),
     "mappings_vjp": Shape(groups="matrices", threads=64),
     "pre": Shape(groups="several", resident=4),
     "pre_k_blocks": Shape(groups="one", threads=160),
     "pre_scale": Shape(groups="tile"),
     "pre_scale_vjp": Shape(groups="token"),
+    "pre_unmixed": Shape(groups="several", resident=4),
+    "pre_unmixed_k_blocks": Shape(groups="tile", threads=128),
     "project": Shape(groups="split_k"),
     "project_dphi": Shape(groups="n_tiles", resident=2, resident_float32=1),
     "project_dx": Shape(groups="n_tiles", iterations=4, resident=2),
     "project_few": Shape(groups="k_blocks", threads=512),
     "project_k_blocks": Shape(groups="k_block", threads=128, resident=4),
+    "project_unmixed_k_blocks": Shape(groups="k_block", threads=128, resident=4),
     "residual_add_aggregate": Shape(groups="tile"),
     "residual_add_aggregate_vjp": Shape(groups="token"),
     "rms_norm": Shape(groups="token", keeps=1),
@@ -188,6 +194,11 @@ TABLE: Mapping[str, Shape] = {
     "static_mappings_vjp": Shape(groups="matrices", threads=64),
     "sum_rows": Shape(groups="rows", elements=1),
     "weights_vjp": Shape(groups="token"),
+    "write_project": Shape(groups="split_k"),
+    "write_project_few": Shape(groups="k_blocks", threads=512),
+    "write_project_k_blocks": Shape(groups="k_block", threads=128, resident=3),
+    "write_streams": Shape(groups="tile"),
+    "write_streams_vjp": Shape(groups="token"),
 }
 """One line per kernel."""
 
@@ -227,7 +238,7 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
         return _split_k_few(shape, T, n, C, each, dialect)
     if shape.groups == "k_block":
         count, tiles = k_blocks(kernel, n, C, dtype), column_tiles(kernel, T, n, dtype, dialect)
-        return _spread(shape, T, n, count, tiles)
+        return _spread(shape, T, columns(kernel, n), count, tiles)
     if shape.groups == "sums":
         return _several(T, n, 1, shape.threads, 1)
     if shape.groups == "n_tiles":
@@ -357,6 +368,11 @@ def _split_k_few(shape: Shape, T: int, n: int, C: int, each: int, dialect: str) 
     return _launch(-(-T // TILE_TOKENS) * splits(C), 1, threads, 1)
 
 
+def columns(kernel: str, n: int) -> int:
+    """Return the columns of phi that a kernel for the fewest tokens multiplies by."""
+    return 2 * n if "unmixed" in kernel or kernel.startswith("write") else n * n + 2 * n
+
+
 def column_tiles(kernel: str, T: int, n: int, dtype: str, dialect: str) -> int:
     """Return the tiles of columns that a simdgroup multiplies K blocks of the fewest tokens by.
 
@@ -366,12 +382,12 @@ def column_tiles(kernel: str, T: int, n: int, dtype: str, dialect: str) -> int:
     sooner = dialect == "cuda" and dtype != "float32"
     if sooner and (kernel.startswith("combine") or T <= TILE_TOKENS):
         return 1
-    return -(-(n * n + 2 * n) // TILE_COLUMNS)
+    return -(-columns(kernel, n) // TILE_COLUMNS)
 
 
-def _spread(shape: Shape, T: int, n: int, count: int, tiles: int) -> Launch:
-    columns = -(-(n * n + 2 * n) // (TILE_COLUMNS * tiles))
-    items, simdgroups = -(-T // TILE_TOKENS) * count * columns, shape.threads // SIMD
+def _spread(shape: Shape, T: int, columns: int, count: int, tiles: int) -> Launch:
+    groups = -(-columns // (TILE_COLUMNS * tiles))
+    items, simdgroups = -(-T // TILE_TOKENS) * count * groups, shape.threads // SIMD
     while simdgroups > 1 and items < simdgroups * SPREAD:
         simdgroups //= 2
     return _launch(-(-items // simdgroups), 1, simdgroups * SIMD, 1)

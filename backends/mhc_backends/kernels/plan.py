@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 from mhc_backends.kernels import ops
 from mhc_backends.kernels.host import FLOAT32, Kernels, Out, dtype_name
 from mhc_backends.kernels.program import Program
+from mhc_core.math import load
 
 __all__ = [
     "ITEMSIZE",
@@ -205,6 +206,7 @@ def record(
     static: Mapping[str, Any],
     dialect: str,
     memory: int,
+    absent: Sequence[int] = (),
 ) -> Plan:
     """Return the plan of an op.
 
@@ -221,23 +223,31 @@ def record(
         The op's other arguments.
     dialect, memory
         As for :class:`mhc_backends.kernels.host.Kernels`.
+    absent
+        The places among the primals of those that are None. Neither these nor outputs and
+        gradients that are None are arrays of the plan.
     """
     recorder = _Recorder()
-    given = [[recorder.given(*one) for one in group] for group in arrays]
+    given: list[list[Value | None]] = [[recorder.given(*one) for one in group] for group in arrays]
     inputs = sum(map(len, given))
     kernels = Kernels(recorder, dialect, memory)
     module = ops.load(op)
     saved: Sequence[Value] = ()
+    for place in absent:
+        given[0].insert(place, None)
     if what == "vjp":
         primals, cotangents, *more = map(tuple, given)
+        there, kept = iter(cotangents), load(op).OP.kept(static)
+        cotangents = tuple(next(there) if is_kept else None for is_kept in kept)
         outputs = module.vjp(kernels, primals, cotangents, (more and more[0]) or None, **static)
     elif what == "forward_with_saved" and hasattr(module, what):
         outputs, saved = module.forward_with_saved(kernels, *given[0], **static)
     else:
         outputs = module.forward(kernels, *given[0], **static)
     many = isinstance(outputs, (tuple, list))
-    several = tuple(cast("Sequence[Value]", outputs)) if many else (cast("Value", outputs),)
-    return Plan(inputs, recorder.buffers, recorder.steps, several, tuple(saved))
+    several = cast("Sequence[Value | None]", outputs) if many else (cast("Value", outputs),)
+    made = tuple(one for one in several if one is not None)
+    return Plan(inputs, recorder.buffers, recorder.steps, made, tuple(saved))
 
 
 class _Recorder:

@@ -66,7 +66,7 @@ def _prove(call: Any, launcher: Any, tell: Any) -> None:
     import mlx.core as mx
 
     from mhc_backends.kernels.mlx import Kernels
-    from mhc_backends.mlx_common import as_tuple, to_host
+    from mhc_backends.mlx_common import as_tuple, present, to_host
     from mhc_backends.proof.launches import Launched, Watched, run
     from mhc_backends.proof.numbers import fault, inputs, wanted
 
@@ -89,7 +89,7 @@ def _prove(call: Any, launcher: Any, tell: Any) -> None:
     cotangents = [_own(array, call.offset) for array in given.all_cotangents]
     kernels = Kernels(Watched(launcher, told), "metal")
     results = [
-        [to_host(array) for array in as_tuple(result)[:count]]
+        [to_host(array) for array in present(as_tuple(result))[:count]]
         for result, count in zip(run(kernels, call, arrays, cotangents), _counts(call), strict=True)
     ]
     tell(at="the oracle")
@@ -110,7 +110,7 @@ def _prove_whole(call: Any, launcher: Any, compiled: bool, tell: Any) -> None:
 
     from mhc_backends.kernels.functions import Ops
     from mhc_backends.kernels.mlx import Kernels
-    from mhc_backends.mlx_common import as_tuple, to_host
+    from mhc_backends.mlx_common import as_tuple, present, to_host
     from mhc_backends.proof.numbers import fault, inputs, wanted
 
     call = call.differentiated
@@ -120,7 +120,7 @@ def _prove_whole(call: Any, launcher: Any, compiled: bool, tell: Any) -> None:
     op = getattr(Ops(Kernels(launcher, "metal"), mx.compile if compiled else None), call.op)
 
     def function(*primals: Any) -> list[Any]:
-        return list(as_tuple(op(*primals, **call.options)))
+        return list(present(as_tuple(op(*call.placed(primals), **call.options))))
 
     tell(at=f"{call.op}, differentiated by MLX")
     try:
@@ -134,8 +134,8 @@ def _prove_whole(call: Any, launcher: Any, compiled: bool, tell: Any) -> None:
 
 
 def _counts(call: Any) -> Sequence[int]:
-    outputs = len(call.dtypes) - call.given
-    return outputs, outputs, call.given
+    outputs = len(call.cotangents)
+    return outputs, outputs, len(call.arrays)
 
 
 def _stored(call: Any, outputs: Sequence[Any]) -> Any:

@@ -27,9 +27,9 @@ from mhc_backends.kernels import launch as table
 from mhc_backends.kernels import ops
 from mhc_backends.kernels.mlx import Kernels, dtype_name
 from mhc_conformance import cases
-from mhc_core import DEEPSEEK_V4, LIGER, PAPER
+from mhc_core import DEEPSEEK_V4, HY_V4, LIGER, PAPER
 from mhc_core.math import load
-from mhc_core.signature import signature
+from mhc_core.signature import UNMIXED, signature
 
 __all__ = ["Call", "Launched", "Watched", "calls", "candidates", "launches", "run"]
 
@@ -51,6 +51,7 @@ SIZES = (  # tokens and channels
 MOST_NUMBERS = 1 << 25  # in the largest array of a call
 NUMBERS = frozenset({"K", "CHANNELS", "ITERATIONS"})  # template arguments that are only numbers
 
+UNMIXING = {"variant": HY_V4}
 VARIANTS = (
     {"variant": DEEPSEEK_V4},
     {"variant": PAPER},
@@ -58,11 +59,11 @@ VARIANTS = (
     {"variant": replace(PAPER, sinkhorn_first="rows", res_transposed=True)},
 )
 STATICS: dict[str, Sequence[dict[str, Any]]] = {
-    "combine_pre": VARIANTS,
+    "combine_pre": (*VARIANTS, UNMIXING),
     "contract": ({"how": "sum"}, {"how": "mean"}),
     "head": VARIANTS[:2],
-    "mappings": VARIANTS,
-    "pre": VARIANTS,
+    "mappings": (*VARIANTS, UNMIXING),
+    "pre": (*VARIANTS, UNMIXING),
     "rms_norm": ({"eps": 1e-5},),
     "sinkhorn": tuple(
         {"iterations": 20, "eps": eps, "first": first}
@@ -89,12 +90,14 @@ class Call:
     static: tuple[tuple[str, Any], ...] = ()
     shared: bool = False
     offset: int = 0
+    unmixed: bool = False  # without H_res, though ``dtypes`` has one for it
 
     @property
     def name(self) -> str:
         """Return the call's name in a reason."""
         words = [f"T={self.T}", f"n={self.n}", f"C={self.C}"]
         words += ["one mapping for all tokens"] if self.shared else []
+        words += ["no H_res"] if self.unmixed else []
         words += ["arrays that begin anywhere"] if self.offset else []
         return ", ".join(words)
 
@@ -110,8 +113,32 @@ class Call:
 
     @property
     def given(self) -> int:
-        """Return the number of the call's arrays; the other dtypes are of cotangents."""
+        """Return the number of the call's dtypes of arrays; the others are of cotangents."""
         return len(self.dtypes) - len(load(self.op).OP.outputs)
+
+    @property
+    def arrays(self) -> dict[str, str]:
+        """Return the names of the arrays that are there, and their dtypes."""
+        named = zip(load(self.op).OP.arrays, self.dtypes[: self.given], strict=False)
+        return {name: dtype for name, dtype in named if not (self.unmixed and name == UNMIXED)}
+
+    @property
+    def cotangents(self) -> dict[str, str]:
+        """Return the names of the outputs that are there, and the dtypes of their cotangents."""
+        declared = load(self.op).OP
+        named = zip(declared.outputs, self.dtypes[self.given :], strict=True)
+        kept = declared.outputs_of(self.options)
+        return {name: dtype for name, dtype in named if name in kept}
+
+    def placed(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        """Return arrays as the op takes them: None for an H_res that is not there."""
+        own = dict(zip(self.arrays, arrays, strict=True))
+        return tuple(own.get(name) for name in list(load(self.op).OP.arrays)[: self.given])
+
+    def placed_cotangents(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        """Return cotangents as the op's vjp takes them: None for an H_res that is not there."""
+        own = dict(zip(self.cotangents, arrays, strict=True))
+        return tuple(own.get(name) for name in load(self.op).OP.outputs)
 
     @property
     def differentiated(self) -> Call:
@@ -204,17 +231,15 @@ def _in_its_sizes(call: Call, launched: Launched, arguments: Any) -> Launched:
 
 def _blank(call: Call) -> tuple[list[mx.array], list[mx.array]]:
     """Make arrays and cotangents of a call's shapes and dtypes."""
-    dtypes = [getattr(mx, name) for name in call.dtypes]
     declared = load(call.op).OP
-    names = list(declared.arrays)[: call.given]
     arrays = [
-        mx.zeros(_shape(call, declared.patterns[name]), dtype)
-        for name, dtype in zip(names, dtypes, strict=False)
+        mx.zeros(_shape(call, declared.patterns[name]), getattr(mx, dtype))
+        for name, dtype in call.arrays.items()
     ]
-    checked = signature(lambda op: load(op).OP, call.op, arrays, call.options)
+    checked = signature(lambda op: load(op).OP, call.op, call.placed(arrays), call.options)
     cotangents = [
-        mx.zeros(shape, dtype)
-        for shape, dtype in zip(checked.output_shapes, dtypes[call.given :], strict=True)
+        mx.zeros(shape, getattr(mx, dtype))
+        for shape, dtype in zip(checked.output_shapes, call.cotangents.values(), strict=True)
     ]
     return arrays, cotangents
 
@@ -231,12 +256,12 @@ def run(
 ) -> tuple[Any, Any, Any]:
     """Run an op in inference, then with gradients wanted, then its gradients."""
     module, options = ops.load(call.op), call.options
-    plain = module.forward(kernels, *arrays, **options)
+    given = call.placed(arrays), call.placed_cotangents(cotangents)
+    plain = module.forward(kernels, *given[0], **options)
     if not hasattr(module, "forward_with_saved"):
-        return plain, plain, module.vjp(kernels, tuple(arrays), tuple(cotangents), **options)
-    outputs, saved = module.forward_with_saved(kernels, *arrays, **options)
-    gradients = module.vjp(kernels, tuple(arrays), tuple(cotangents), saved, **options)
-    return plain, outputs, gradients
+        return plain, plain, module.vjp(kernels, *given, **options)
+    outputs, saved = module.forward_with_saved(kernels, *given[0], **options)
+    return plain, outputs, module.vjp(kernels, *given, saved, **options)
 
 
 # ---- the calls -----------------------------------------------------------------------------------
@@ -267,14 +292,21 @@ def candidates(op: str, dtypes: tuple[str, ...], n: int | None) -> Iterator[Call
         word in ("C", "D", "nC") for patterns in declared.patterns.values() for word in patterns[0]
     )
     may_share = any(len(patterns) > 1 for patterns in declared.patterns.values())
-    turns = itertools.cycle(statics)
+    unmixing = UNMIXED in declared.optional
+    every = list(itertools.product(statics, (False, True) if unmixing else (False,)))
+    plain = [one for one in every if not one[1] and one[0] != UNMIXING]
+    turns = itertools.cycle(plain)
+    # no H_res before, none after, and last of all neither
+    others = [one for one in every if one not in plain and one[0] in (statics[0], UNMIXING)]
     for T, C in SIZES if has_channels else [(T, 1) for T in dict(SIZES)]:
         call = Call(op, dtypes, T, n or 1, C)
         if _largest(call) > MOST_NUMBERS:
             continue
         small = T <= 3 and C <= table.STEP_CHANNELS
-        for static in statics if small else (next(turns),):
-            call = replace(call, static=tuple(static.items()))
+        some = T <= PERIOD and C <= FEW_CHANNELS
+        own = [next(turns), *(others if some else others[-1:])]
+        for static, unmixed in every if small else own:
+            call = replace(call, static=tuple(static.items()), unmixed=unmixed)
             yield call
             if may_share and T <= PERIOD:
                 yield replace(call, shared=True)

@@ -43,14 +43,14 @@ def inputs(call: Call) -> Inputs:
         call.static,
         shared=call.shared,
         optional=call.given == len(declared.arrays),
+        unmixed=call.unmixed,
     )
     drawn = data(case, call.dtypes[0], 0)
-    dtypes = [numpy_dtype(name) for name in call.dtypes]
     primals, cotangents = (
-        [array.astype(dtype) for array, dtype in zip(arrays, own, strict=True)]
-        for arrays, own in zip(drawn, (dtypes[: call.given], dtypes[call.given :]), strict=True)
+        [array.astype(numpy_dtype(name)) for array, name in zip(arrays, own.values(), strict=True)]
+        for arrays, own in zip(drawn, (call.arrays, call.cotangents), strict=True)
     )
-    per_token = [_per_token(call, k) for k in range(call.given)]
+    per_token = [_per_token(call, name) for name in call.arrays]
     return Inputs(
         primals,
         cotangents,
@@ -59,9 +59,9 @@ def inputs(call: Call) -> Inputs:
     )
 
 
-def _per_token(call: Call, index: int) -> bool:
+def _per_token(call: Call, name: str) -> bool:
     """Return whether an array has separate values for each token."""
-    patterns = list(load(call.op).OP.patterns.values())[index]
+    patterns = load(call.op).OP.patterns[name]
     return patterns[-1 if call.shared else 0][0] == "..."
 
 
@@ -89,28 +89,29 @@ def wanted(
 
     ``stored`` is x' as the backend rounded it, for an op that reads it back.
     """
-    options = call.options
+    absent = tuple(name for name in load(call.op).OP.arrays if name not in call.arrays)
+    options = {**call.options, "absent": absent}
     if stored is not None:
         options["x_rounded"] = stored[: call.distinct]
     streams, times = call.dtypes[0], call.T // call.distinct
     asked = answers(call.op, quantity, given.primals, given.cotangents, options, streams)
     found: list[Want] = []
-    for index, (value, moved) in enumerate(zip(*asked, strict=True)):
-        every = quantity == "forward" or _per_token(call, index)
+    names = call.cotangents if quantity == "forward" else call.arrays
+    for name, value, moved in zip(names, *asked, strict=True):
+        every = quantity == "forward" or _per_token(call, name)
         value, moved = (value, moved) if every else (value * times, moved * times)
-        name, dtype = _result(call, quantity, index)
+        dtype = _dtype(call, quantity, name)
         allowed = tolerance(call.op, quantity, dtype, condition(value, moved, streams))
-        found.append(Want(name, value, every, np.dtype(numpy_dtype(dtype)), allowed))
+        label = name if quantity == "forward" else f"d {name}"
+        found.append(Want(label, value, every, np.dtype(numpy_dtype(dtype)), allowed))
     return found
 
 
-def _result(call: Call, quantity: Quantity, index: int) -> tuple[str, str]:
-    """Return the name of a result and the name of its dtype: a gradient has that of its array."""
-    declared = load(call.op).OP
+def _dtype(call: Call, quantity: Quantity, name: str) -> str:
+    """Return the name of a result's dtype: a gradient has that of its array."""
     if quantity == "gradient":
-        return f"d {list(declared.arrays)[index]}", call.dtypes[index]
-    name, out = list(declared.outputs.items())[index]
-    return name, call.dtypes[0] if out.dtype == "stream" else "float32"
+        return call.arrays[name]
+    return call.dtypes[0] if load(call.op).OP.outputs[name].dtype == "stream" else "float32"
 
 
 def fault(call: Call, got: Sequence[Array], want: Sequence[Want]) -> str | None:

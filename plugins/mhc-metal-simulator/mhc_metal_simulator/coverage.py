@@ -308,8 +308,8 @@ UNREACHED: Sequence[Unreached] = (
         "the kernel is for up to 4 streams, whose mappings and streams are kept",
     ),
     Unreached(
-        r"(combine_project\w*|project_dx) in .*: if \(!Address<P>::ALIGNED\) false"
-        r"|(combine_project\w*|project_dx) in store_within: if \(rest >= W .*true",
+        r"((combine|write)_project\w*|project_dx) in .*: if \(!Address<P>::ALIGNED\) false"
+        r"|((combine|write)_project\w*|project_dx) in store_within: if \(rest >= W .*true",
         "with aligned arrays they load and store whole K steps; else they store single numbers "
         "only at the end of a row",
     ),
@@ -338,7 +338,8 @@ UNREACHED: Sequence[Unreached] = (
         "the launch table gives it a simdgroup for the matrix and another for the channels",
     ),
     Unreached(
-        r"pre_k_blocks: (for \(begin < splits\) again|\?: \(splits - begin < SPLITS\) false)",
+        r"pre(_unmixed)?_k_blocks: "
+        r"(for \(begin < splits\) again|\?: \(splits - begin < SPLITS\) false)",
         "more than 8192 channels; the simulator's own tests add up two splits at a time",
     ),
     Unreached(
@@ -355,12 +356,16 @@ UNREACHED: Sequence[Unreached] = (
         "static mappings have eps 0, and those of few streams are iterated line by line",
     ),
     Unreached(
-        r"^mappings in activate: if \(stores\) false",
+        r"^mappings(_unmixed)? in activate(_unmixed)?: if \(stores\) false",
         "one threadgroup computes all of its tokens' mappings",
     ),
     Unreached(
         r"^(mappings|pre|sinkhorn|sinkhorn_knopp|static_mappings) in sums_b: .* false",
         "forwards need all sums in every lane only for few lanes; vjps need them for any",
+    ),
+    Unreached(
+        r"^(mappings|pre)_unmixed in activated: \?: \(group == 1\) false",
+        "mappings without H_res have two groups of columns",
     ),
     Unreached(
         r"combine_project in stage_phi: if \(k \+ e \* simdgroups < count\) false",

@@ -24,9 +24,10 @@ from mhc_backends.kernels import KERNELS
 from mhc_backends.kernels.functions import Ops
 from mhc_backends.kernels.mlx import Kernels
 from mhc_backends.kernels.ops import OPS
-from mhc_conformance.cases import STATICS, Sizes
+from mhc_backends.mlx_common import filled
+from mhc_conformance.cases import PROJECTED_OR_MIXED, STATICS, Sizes
 from mhc_conformance.subject import several
-from mhc_core import math
+from mhc_core import HY_V4, math
 from mhc_core.signature import Op, signature
 
 from mhc_metal_simulator.capture import capture_source
@@ -122,35 +123,54 @@ def texts(
 
 
 def _run(ops: Any, op: str, n: int, dtype: str, sizes: Sequence[_Size]) -> None:
-    """Call an op and its vjp in these sizes, and in the first with all of its static arguments."""
+    """Call an op and its vjp in these sizes, and in the first with all of its static arguments.
+
+    An op that may mix streams is called without H_res too.
+    """
+    declared = math.load(op).OP
     statics = [dict(static) for _, static in STATICS.get(op) or [("", ())]]
     if op == "expand":
         statics = [{"n": n}]
+    mixing = [(static, True) for static in statics]
+    alone: dict[str, Any] = {"variant": HY_V4} if declared.projects else {}
+    unmixing = [(alone, False)] if op in PROJECTED_OR_MIXED else []
     for leading, C in sizes:
-        for static in statics if (leading, C) == sizes[0] else statics[:1]:
-            primals = _zeros(math.load(op).OP, Sizes(leading, n, C, ""), dtype)
-            call = signature(lambda op: math.load(op).OP, op, primals, static)
+        first = (leading, C) == sizes[0]
+        for static, mixes in (*(mixing if first else mixing[:1]), *unmixing):
+            placed = _zeros(declared, Sizes(leading, n, C, ""), dtype, static, mixes)
+            primals = [one for one in placed if one is not None]
+            call = signature(lambda op: math.load(op).OP, op, placed, static)
             cotangents = [
                 mx.zeros(shape, getattr(mx, name))
                 for shape, name in zip(call.output_shapes, call.output_dtypes, strict=True)
             ]
 
+            there = [one is not None for one in placed]
+
             def function(
-                *arrays: mx.array, op: str = op, static: dict[str, Any] = static
+                *arrays: mx.array,
+                op: str = op,
+                static: dict[str, Any] = static,
+                there: Sequence[bool] = there,
             ) -> list[mx.array]:
-                outputs: Any = getattr(ops, op)(*arrays, **static)
-                return list(several(outputs))
+                outputs: Any = getattr(ops, op)(*filled(arrays, there), **static)
+                return [one for one in several(outputs) if one is not None]
 
             mx.vjp(function, primals, cotangents)
 
 
-def _zeros(op: Op, sizes: Sizes, dtype: str) -> list[mx.array]:
-    """Return arrays without values: none is ever evaluated."""
+def _zeros(
+    op: Op, sizes: Sizes, dtype: str, static: dict[str, Any], mixes: bool
+) -> list[mx.array | None]:
+    """Return arrays without values: none is ever evaluated. Without mixing, H_res is None."""
     leading, n, C, _ = sizes
-    known = {"n": n, "C": C, "D": n * C, "m": n * n + 2 * n, "parts": 3, "nC": n * C}
-    arrays: list[mx.array] = []
+    known = op.sizes(n, C, static)
+    arrays: list[mx.array | None] = []
     for name, (words, *_) in op.patterns.items():
         if name == "h_pre" and name in op.optional:
+            continue
+        if name == "h_res" and not mixes:
+            arrays.append(None)
             continue
         ahead: tuple[int, ...] = leading if words[0] == "..." else ()
         shape: tuple[int, ...] = (*ahead, *(known.get(w) or int(w) for w in words if w != "..."))

@@ -7,7 +7,7 @@ vjp uses the arrays that its forward saved, and its launches are those that ``mx
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 from mhc_backends.kernels import KERNELS
 from mhc_conformance import generated
-from mhc_conformance.cases import Case, Sizes, cases, data
+from mhc_conformance.cases import PROJECTED_OR_MIXED, Case, Sizes, cases, data
 from mhc_conformance.subject import Subject, several
 from mhc_core import math
 from mhc_core.signature import Op
@@ -100,21 +100,28 @@ def repeated(op: str) -> frozenset[str]:
     )
 
 
-def ideal(op: str, vjp: bool, primals: Sequence[Any], cotangents: Sequence[Any]) -> int:
+def ideal(
+    op: str,
+    vjp: bool,
+    primals: Sequence[Any],
+    cotangents: Sequence[Any],
+    names: Sequence[str] | None = None,
+) -> int:
     """Return the bytes if every input were read once and every output written once.
 
     A forward reads the primals and writes arrays like the cotangents; a vjp reads both and writes
-    arrays like the primals. ``primals`` and ``cotangents`` are NumPy arrays.
+    arrays like the primals. ``primals`` and ``cotangents`` are NumPy arrays; ``names`` are those
+    of the primals, if not the op's first ones. The gradient of streams that are not mixed is their
+    cotangent: neither is it written, nor are they read for it.
     """
-    sizes = {
-        name: array.nbytes
-        for name, array in zip(math.load(op).OP.arrays, primals, strict=False)  # one is optional
-    }
+    own = names or list(math.load(op).OP.arrays)
+    sizes = {name: array.nbytes for name, array in zip(own, primals, strict=False)}
     outputs = sum(array.nbytes for array in cotangents)
     if not vjp:
         return sum(sizes.values()) + outputs
-    read = sum(size for name, size in sizes.items() if name not in unread(op))
-    written = sum(size for name, size in sizes.items() if name not in repeated(op))
+    alike = {"x"} if op == "combine" and "h_res" not in own else set[str]()
+    read = sum(size for name, size in sizes.items() if name not in unread(op) | alike)
+    written = sum(size for name, size in sizes.items() if name not in repeated(op) | alike)
     return read + outputs + written
 
 
@@ -173,17 +180,21 @@ class Launched:
 
 @dataclass(frozen=True)
 class Row:
-    """An op's forward or vjp: its launches by kernel, in their order, and all of them together."""
+    """An op's forward or vjp: its launches by kernel, in their order, and all of them together.
+
+    ``unmixed`` says that the op takes and makes no H_res.
+    """
 
     op: str
     vjp: bool
     launches: tuple[tuple[str, Launched], ...]
     together: Launched
+    unmixed: bool = False
 
     @property
     def name(self) -> str:
-        """Return the name of the op, marked if the row is its vjp's."""
-        return f"{self.op} vjp" if self.vjp else self.op
+        """Return the name of the op, marked if the row is its vjp's, or without H_res."""
+        return self.op + " vjp" * self.vjp + ", no H_res" * self.unmixed
 
 
 def kernel_of(launch: LaunchRecord) -> str:
@@ -195,19 +206,24 @@ def kernel_of(launch: LaunchRecord) -> str:
 
 
 def measure(size: Size = DEFAULTS, ops: Sequence[str] = ()) -> Iterator[Row]:
-    """Run ops, all of them if none is named; return a row for each forward and each vjp."""
+    """Run ops, all of them if none is named; return a row for each forward and each vjp.
+
+    An op that may mix streams has two more rows, without H_res.
+    """
     for op in ops or SPEC.ops:
-        yield from _rows(op, size)
+        yield from _rows(op, _case(op, size), size)
+        if op in PROJECTED_OR_MIXED:
+            yield from _rows(op, _unmixed(_case(op, size)), size)
 
 
-def _rows(op: str, size: Size) -> Iterator[Row]:
-    case, subject = _case(op, size), Subject(SPEC.name)
+def _rows(op: str, case: Case, size: Size) -> Iterator[Row]:
+    subject = Subject(SPEC.name)
     drawn = data(case, size.dtype, seed=0)
     primals, cotangents = subject.take(drawn.primals), subject.take(drawn.cotangents)
-    public: Callable[..., Any] = getattr(mhc_core, op)
+    called = subject.function(case)
 
     def function(*arrays: Any) -> list[Any]:
-        return list(several(public(*arrays, **case.options, backend=SPEC.name)))
+        return list(several(called(*arrays)))
 
     with record() as forward:
         function(*primals)
@@ -216,8 +232,9 @@ def _rows(op: str, size: Size) -> Iterator[Row]:
     for vjp, launches in ((False, forward), (True, both[len(forward) :])):
         declared: Op = math.load(op).OP
         made = tuple((kernel_of(one), Launched.of(one, declared, size)) for one in launches)
-        least = ideal(op, vjp, drawn.primals, drawn.cotangents)
-        yield Row(op, vjp, made, Launched.together((one for _, one in made), least))
+        least = ideal(op, vjp, drawn.primals, drawn.cotangents, case.names)
+        together = Launched.together((one for _, one in made), least)
+        yield Row(op, vjp, made, together, not case.mixes)
 
 
 def _case(op: str, size: Size) -> Case:
@@ -225,6 +242,12 @@ def _case(op: str, size: Size) -> Case:
     static = (("n", size.n),) if op == "expand" else next(cases(op)).static
     sizes = Sizes((size.T,), size.n, size.C, "what is counted in the table")
     return replace(next(cases(op)), label="traffic", sizes=sizes, static=static)
+
+
+def _unmixed(case: Case) -> Case:
+    """Return the case without H_res."""
+    static = () if case.op == "combine" else (("variant", mhc_core.HY_V4),)
+    return replace(case, static=static, unmixed=case.op.startswith("combine"))
 
 
 # ---- the table -----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ mhc = pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose k
 import test_projection_kernels  # noqa: E402
 import test_sinkhorn_kernels  # noqa: E402
 import test_static_kernels  # noqa: E402
+import test_unmixed_kernels  # noqa: E402
 from kernel_checks import (  # noqa: E402
     BACKEND,
     BOUNDS,
@@ -308,7 +309,12 @@ def test_seeded_faults_are_caught(fault: Fault) -> None:
 
 def test_faults_of_every_kind_are_seeded() -> None:
     """Check the kernels that have seeded faults; test_every_op.py runs all kernels."""
-    others = (test_projection_kernels, test_sinkhorn_kernels, test_static_kernels)
+    others = (
+        test_projection_kernels,
+        test_sinkhorn_kernels,
+        test_static_kernels,
+        test_unmixed_kernels,
+    )
     faults = (*FAULTS, *(fault for other in others for fault in other.FAULTS))
     seeded_in = {fault.kernel for fault in faults} - {"common"}
     assert len(seeded_in) > 30

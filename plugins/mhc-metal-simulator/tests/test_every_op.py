@@ -17,7 +17,14 @@ mhc = pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose k
 from kernel_checks import BACKEND, cotangents, cramped, draw, moved, outputs  # noqa: E402
 from mhc_backends.kernels.ops import OPS  # noqa: E402
 from mhc_conformance import Subject  # noqa: E402
-from mhc_conformance.cases import PROJECTED, STATICS, Case, Sizes, declaration  # noqa: E402
+from mhc_conformance.cases import (  # noqa: E402
+    PROJECTED,
+    PROJECTED_OR_MIXED,
+    STATICS,
+    Case,
+    Sizes,
+    declaration,
+)
 from mhc_conformance.trials import Trial  # noqa: E402
 
 TRIED = (  # sizes, dtype, and whether all tokens share the mappings
@@ -28,21 +35,26 @@ TRIED = (  # sizes, dtype, and whether all tokens share the mappings
 )
 
 
-def trial(op: str, at: int) -> Trial:
+def trial(op: str, at: int, unmixed: bool) -> Trial:
     """Return an op at one of the sizes; its static arguments take all their values in turn."""
     sizes, dtype, shared = TRIED[at]
+    if unmixed:
+        static = () if op == "combine" else (("variant", mhc.HY_V4),)
+        absent = op.startswith("combine")
+        case = Case(op, "cramped, no mixing", sizes, static, shared=shared, unmixed=absent)
+        return Trial(Subject(BACKEND), case, dtype, 0)
     static = STATICS[op][at % len(STATICS[op])][1]
     if "n" in declaration(op).static:
         static = (("n", sizes.n), *static)
     return Trial(Subject(BACKEND), Case(op, "cramped", sizes, static, shared=shared), dtype, 0)
 
 
-def hold_cramped(op: str, at: int, start: int) -> set[str]:
+def hold_cramped(op: str, at: int, start: int, unmixed: bool = False) -> set[str]:
     """Compare an op and its vjp with the oracle, in two orders of the threads.
 
     Return the sides taken where a kernel chooses its access policy.
     """
-    one = trial(op, at)
+    one = trial(op, at, unmixed)
     primals, cotangents = (
         tuple(moved(array, start) for array in one.subject.take(arrays))
         for arrays in (one.primals, one.cotangents)
@@ -63,6 +75,13 @@ def test_few_small_threadgroups(op: str, at: int) -> None:
     if "whole vectors" in TRIED[at][0].why:
         assert aligned <= {"true"}
         assert bool(aligned) == ("false" in anywhere)
+
+
+@pytest.mark.parametrize("at", [0, 2], ids=[TRIED[at][0].why for at in (0, 2)])
+@pytest.mark.parametrize("op", PROJECTED_OR_MIXED)
+def test_few_small_threadgroups_without_h_res(op: str, at: int) -> None:
+    aligned, anywhere = hold_cramped(op, at, 0, True), hold_cramped(op, at, 1, True)
+    assert "whole vectors" not in TRIED[at][0].why or (aligned <= {"true"} and "false" in anywhere)
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op not in PROJECTED])  # which have their own

@@ -50,6 +50,7 @@ CUDA = BackendSpec(
     array_types=("torch.Tensor",),
     ops=OPS,
     dtypes=("float32", "float16", "bfloat16"),
+    mixers=cuda.MIXERS,
     sizes=(1, 32),
     priority=10,
     without={"vmap": cuda.NO_VMAP},

@@ -30,10 +30,18 @@ class Call:
     op: str
     shapes: Sequence[tuple[int, ...]]
     static: dict[str, Any] = field(default_factory=dict)
+    absent: tuple[int, ...] = ()  # the places of arrays that are None
 
     def function(self, *arrays: torch.Tensor) -> Any:
         """Call the public op."""
         return getattr(mhc, self.op)(*arrays, **self.static)
+
+    def placed(self, arrays: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+        """Return arrays as the op takes them, with None for those that are absent."""
+        every: list[torch.Tensor | None] = list(arrays)
+        for place in self.absent:
+            every.insert(place, None)
+        return tuple(every)
 
     def neutral(self, *arrays: torch.Tensor) -> Any:
         """Call the neutral forward, of which plain autograd sees every operation."""
@@ -61,8 +69,9 @@ CALLS = [_call(op) for op in math.OPS]
 
 
 def several(outputs: Any) -> tuple[torch.Tensor, ...]:
-    """Return one output or many as a tuple."""
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    """Return one output or many as a tuple, without those that are None."""
+    every = outputs if isinstance(outputs, tuple) else (outputs,)
+    return tuple(output for output in every if output is not None)
 
 
 def loss(function: Callable[..., Any]) -> Callable[..., torch.Tensor]:

@@ -53,15 +53,16 @@ def prepare(calls: Iterable[tuple[Call, list[torch.Tensor]]]) -> None:
     wanted: list[Wanted] = []
     for call, arrays in calls:
         primals = [(tuple(one.shape), one.dtype) for one in arrays]
-        forward = record("forward_with_saved", call.op, [primals], call.static, "cuda", MEMORY)
+        asked = call.static, "cuda", MEMORY, call.absent
+        forward = record("forward_with_saved", call.op, [primals], *asked)
         groups = [
             [(one.shape, one.dtype) for one in values]
             for values in (forward.outputs, forward.saved)
         ]
-        plans = [forward, record("forward", call.op, [primals], call.static, "cuda", MEMORY)]
+        plans = [forward, record("forward", call.op, [primals], *asked)]
         for more in (groups[:1], groups):
             given = [primals, *[group for group in more if group]]
-            plans.append(record("vjp", call.op, given, call.static, "cuda", MEMORY))
+            plans.append(record("vjp", call.op, given, *asked))
         for plan in plans:
             for step in plan.steps:
                 if isinstance(step, Launch):

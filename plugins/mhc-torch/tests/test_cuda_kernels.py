@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,10 +41,20 @@ SHARED = Call("combine", ((3, 2, N, C), (3, 2, C), (N,), (N, N)))  # one mapping
 GIVEN = Call(
     "combine_pre", ((T, N, C), (T, C), (T, N), RES, *PROJECTION, (N,)), {"variant": VARIANT}
 )
-EVERY = [*(call for call in CALLS if call.op in SPEC.ops), WIDE, SHARED, GIVEN]
+UNMIXED = {"variant": replace(VARIANT, mixer="identity", post_eps=0.25)}
+ALONE = ((2 * N, N * C), (2,), (2 * N,))
+UNMIXING = [  # neither take an H_res nor make one
+    Call("mappings", ((T, N, C), *ALONE), UNMIXED),
+    Call("pre", ((T, N, C), *ALONE), UNMIXED),
+    Call("combine", ((T, N, C), (T, C), (T, N)), absent=(3,)),
+    Call("combine_pre", ((T, N, C), (T, C), (T, N), *ALONE), UNMIXED, absent=(3,)),
+]
+EVERY = [*(call for call in CALLS if call.op in SPEC.ops), WIDE, SHARED, GIVEN, *UNMIXING]
 BY_OP = {call.op: call for call in CALLS}
 every_op = pytest.mark.parametrize(
-    "call", EVERY, ids=lambda call: f"{call.op}-{len(call.shapes[0])}"
+    "call",
+    EVERY,
+    ids=lambda call: f"{call.op}-{len(call.shapes[0])}" + "-unmixed" * (call in UNMIXING),
 )
 
 
@@ -64,8 +75,9 @@ def _narrow(call: Call) -> list[Tensor]:
 
 def _kernels(call: Call, backend: str = NAME) -> Callable[..., Any]:
     def function(*arrays: Tensor) -> Any:
-        given = {"h_pre": arrays[7]} if len(arrays) > 7 else {}
-        return getattr(mhc, call.op)(*arrays[:7], **given, **call.static, backend=backend)
+        placed = call.placed(arrays)
+        given = {"h_pre": placed[7]} if len(placed) > 7 else {}
+        return getattr(mhc, call.op)(*placed[:7], **given, **call.static, backend=backend)
 
     return function
 
@@ -84,11 +96,12 @@ def test_outputs_and_gradients(call: Call) -> None:
     with torch.no_grad():
         plain = _kernels(call)(*arrays)
     assert all(torch.equal(a, b) for a, b in zip(several(plain), several(got), strict=True))
-    cotangents = tuple(torch.randn_like(one) for one in several(got))
-    detached = tuple(one.detach() for one in arrays)
+    every = got if isinstance(got, tuple) else (got,)
+    cotangents = tuple(None if one is None else torch.randn_like(one) for one in every)
+    detached = call.placed([one.detach() for one in arrays])
     assert_close(
-        mhc.vjp(call.op, detached, cotangents, **call.static, backend=NAME),
-        mhc.vjp(call.op, detached, cotangents, **call.static, backend="torch"),
+        several(mhc.vjp(call.op, detached, cotangents, **call.static, backend=NAME)),
+        several(mhc.vjp(call.op, detached, cotangents, **call.static, backend="torch")),
         **CLOSE,
     )
 
@@ -156,6 +169,7 @@ def test_no_tokens() -> None:
 # ---- compilers, transforms and modes -------------------------------------------------------------
 
 COMPILED = [BY_OP[op] for op in ("combine", "pre", "combine_pre", "residual_add_aggregate")]
+COMPILED.append(UNMIXING[-1])
 
 
 @pytest.mark.parametrize("call", COMPILED, ids=lambda call: call.op)
@@ -163,8 +177,8 @@ def test_one_graph_for_any_number_of_tokens(call: Call) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(_kernels(call), backend=counter, fullgraph=True)
     for count, graphs in ((T, 1), (5, 2), (7, 2), (9, 2)):
-        shapes = [(count, *s[1:]) if s[:1] == (T,) else s for s in call.shapes]
-        arrays = Call(call.op, shapes, call.static).arrays(torch.float32)
+        shapes = [(count, *s[1:]) if s[0] == T and len(s) > 1 else s for s in call.shapes]
+        arrays = replace(call, shapes=shapes).arrays(torch.float32)
         for array in arrays:
             if array.shape[0] == count and array.ndim > 1:
                 torch._dynamo.maybe_mark_dynamic(array, 0)

@@ -31,7 +31,7 @@ __all__ = [
 DPHI_STEPS = 8  # K steps of 32 tokens whose du is in threadgroup memory at a time
 DPHI_COLUMNS = 32  # columns whose sums a simdgroup keeps in registers
 KEPT = 4  # the most streams that combine_project keeps in registers
-# tokens of combine_project_few, whose threadgroups all read a split's phi again
+# tokens of combine_project_few and write_project_few, whose threadgroups all read a split's phi
 MOST_FEW = {"metal": 16, "cuda": 256}
 MOST_COLUMNS = 32  # columns whose B operands leave threadgroup memory for a second K step
 
@@ -98,13 +98,19 @@ class Sums(NamedTuple):
     blocks: int = 0
 
 
-def project_for_pre(kernels: Kernels, x: Array, phi: Array) -> Sums:
-    """Return the sums over all channels; those of the fewest tokens are sums of K blocks."""
-    sizes, dtype, kernel = Sizes.of(x), dtype_name(x.dtype), "project_k_blocks"
+def project_for_pre(kernels: Kernels, x: Array, phi: Array, mixes: bool) -> Sums:
+    """Return the sums over all channels; those of the fewest tokens are sums of K blocks.
+
+    ``mixes`` says whether an H_res is made of them.
+    """
+    sizes, dtype = Sizes.of(x), dtype_name(x.dtype)
+    kernel = "project_k_blocks" if mixes else "project_unmixed_k_blocks"
     if not launch.fewest(*sizes, kernels.dialect):
         return Sums(project(kernels, x, phi))
-    tiles = launch.column_tiles(kernel, *sizes[:2], dtype, kernels.dialect)
-    chosen = {"RUN": launch.run_steps(dtype), "COLUMN_TILES": tiles}
+    chosen = {"RUN": launch.run_steps(dtype)}
+    if mixes:
+        tiles = launch.column_tiles(kernel, *sizes[:2], dtype, kernels.dialect)
+        chosen["COLUMN_TILES"] = tiles
     inputs, outputs = {"x": tokens(x, 2), "phi": phi}, {"blocks": _k_blocks(kernel, x)}
     made = kernels(kernel, inputs, outputs, sizes, **chosen)[0]
     return Sums(made, launch.per_split(kernel, sizes.n, dtype))
@@ -115,14 +121,17 @@ def combine_project(
     x: Array,
     y: Array,
     h_post: Array,
-    h_res: Array,
+    h_res: Array | None,
     phi: Array,
+    mixes: bool = True,
 ) -> tuple[Array, Sums]:
-    """Return x', and its sums over all channels."""
+    """Return x', and its sums over all channels, of which an H_res is made if it ``mixes``."""
     sizes, dtype = Sizes.of(x), dtype_name(x.dtype)
     inputs = {**combine.inputs(x, y, h_post, h_res), "phi": phi}
+    if h_res is None:
+        return _write_project(kernels, x, inputs, mixes)
     steps = launch.stream_steps(sizes.n, dtype)
-    if launch.fewest(*sizes, kernels.dialect):
+    if mixes and launch.fewest(*sizes, kernels.dialect):
         kernel = "combine_project_k_blocks"
         tiles = launch.column_tiles(kernel, *sizes[:2], dtype, kernels.dialect)
         chosen = {"COLUMN_TILES": tiles, "STEPS": steps}
@@ -148,10 +157,37 @@ def combine_project(
     return x_new, Sums(partials)
 
 
+def _write_project(
+    kernels: Kernels, x: Array, inputs: Mapping[str, Array], mixes: bool
+) -> tuple[Array, Sums]:
+    """Return x' without H_res, and its sums over all channels in the order of ``project``."""
+    sizes, dtype, phi = Sizes.of(x), dtype_name(x.dtype), inputs["phi"]
+    run = 1 if phi.shape[0] > MOST_COLUMNS else launch.run_steps(dtype)
+    tiles = _tiles(phi, launch.COLUMNS_AT_ONCE)
+    chosen = {"RUN": run, "COLUMN_TILES": tiles}
+    out = {"out": Out.like(x)}
+    if not mixes and launch.fewest(*sizes, kernels.dialect):
+        kernel = "write_project_k_blocks"
+        outputs = {**out, "blocks": _k_blocks(kernel, x)}
+        x_new, blocks = kernels(kernel, inputs, outputs, sizes, **chosen)
+        return x_new, Sums(blocks, launch.per_split(kernel, sizes.n, dtype))
+    outputs = {**out, "partials": _partials(sizes, phi)}
+    if MOST_FEW[kernels.dialect] >= sizes.T and launch.few(sizes.T, sizes.C):
+        chosen["SCRATCH"] = launch.SCRATCH[kernels.dialect]
+        x_new, partials = kernels("write_project_few", inputs, outputs, sizes, **chosen)
+    else:
+        steps, most = sizes.n * launch.SPLIT_STEPS, launch.AHEAD[kernels.dialect]
+        stage, chosen["AHEAD"] = _stage(
+            kernels, "write_project", x, tiles, steps, run, 2 * run, most
+        )
+        x_new, partials = kernels("write_project", inputs, outputs, sizes, None, stage, **chosen)
+    return x_new, Sums(partials)
+
+
 def _k_blocks(kernel: str, x: Array) -> Out:
     """Return the output for the sums of K blocks, whose layout is in common/project."""
     sizes = Sizes.of(x)
-    columns = sizes.n * sizes.n + 2 * sizes.n
+    columns = launch.columns(kernel, sizes.n)
     count = launch.k_blocks(kernel, sizes.n, sizes.C, dtype_name(x.dtype))
     return Out((sizes.T, count, -(-columns // 4) * 4 + 4), FLOAT32)
 
@@ -190,9 +226,12 @@ def _stage(
 # ---- the last stage ------------------------------------------------------------------------------
 
 
-def mapped(ahead: Sequence[int], n: int, columns: int, saves: bool) -> dict[str, Out | None]:
+def mapped(
+    ahead: Sequence[int], n: int, columns: int, mixes: bool, saves: bool
+) -> dict[str, Out | None]:
     """Return the outputs for the mappings of all tokens and, with ``saves``, for their vjp."""
-    wanted = {"h_pre": (n,), "h_post": (n,), "h_res": (n, n), "u": (columns,), "r": (1,)}
+    mixing = {"h_res": (n, n)} if mixes else {}
+    wanted = {"h_pre": (n,), "h_post": (n,), **mixing, "u": (columns,), "r": (1,)}
     return {
         name: Out((*ahead, *last), FLOAT32) if saves or name not in ("u", "r") else None
         for name, last in wanted.items()
@@ -205,7 +244,7 @@ class Pre(NamedTuple):
     h: Array
     h_pre: Array
     h_post: Array
-    h_res: Array
+    h_res: Array | None
     saved: tuple[Array, ...]
 
 
@@ -221,7 +260,7 @@ def pre(
 ) -> Pre:
     """Launch ``pre`` on the sums of x; h is weighted by ``given``, or else by H_pre."""
     sizes, ahead = Sizes.of(x), x.shape[:-2]
-    kernel = "pre_k_blocks" if sums.blocks else "pre"
+    kernel = ("pre" if variant.mixes else "pre_unmixed") + ("_k_blocks" if sums.blocks else "")
     inputs: dict[str, Array | None] = {
         "x": tokens(x, 2),
         "blocks" if sums.blocks else "partials": sums.array,
@@ -231,14 +270,13 @@ def pre(
     inputs["given"] = None if given is None else tokens(given, 1)
     outputs: dict[str, Out | None] = {
         "h": Out((*ahead, sizes.C), x.dtype),
-        **mapped(ahead, sizes.n, bias.size, saves),
+        **mapped(ahead, sizes.n, bias.size, variant.mixes, saves),
     }
     chosen = {"GIVEN": given is not None, "SAVES": saves, **constants(variant)}
     chosen |= {"BLOCKS": sums.blocks, "SPLITS": launch.SPLITS_AT_ONCE}
-    h, h_pre, h_post, h_res, *saved = kernels(
-        kernel, inputs, outputs, sizes, settings(variant), **chosen
-    )
-    return Pre(h, h_pre, h_post, h_res, tuple(saved))
+    h, h_pre, h_post, *rest = kernels(kernel, inputs, outputs, sizes, settings(variant), **chosen)
+    h_res = rest.pop(0) if variant.mixes else None
+    return Pre(h, h_pre, h_post, h_res, tuple(rest))
 
 
 # ---- pullbacks -----------------------------------------------------------------------------------
@@ -274,7 +312,7 @@ def local_vjp(
     /,
     **constants: int,
 ) -> Local:
-    """Launch ``mappings_vjp`` or ``head_vjp``."""
+    """Launch ``mappings_vjp``, ``mappings_unmixed_vjp`` or ``head_vjp``."""
     columns = inputs["bias"].size
     outputs = {
         "du": Out((sizes.T, columns), FLOAT32),
@@ -332,7 +370,7 @@ class Cotangents(NamedTuple):
 
     h_pre: Array
     h_post: Array
-    h_res: Array
+    h_res: Array | None
     w: Array | None = None
     h: Array | None = None
     x: Array | None = None
@@ -357,9 +395,11 @@ def pullback(
         "bias": bias,
         "g_pre": tokens(given.h_pre, 1),
         "g_post": tokens(given.h_post, 1),
-        "g_res": tokens(given.h_res, 2),
     }
     own, chosen = settings(variant), constants(variant)
-    local = local_vjp(kernels, "mappings_vjp", inputs, Sizes.of(x), 3, own, **chosen)
+    kernel = "mappings_unmixed_vjp"
+    if given.h_res is not None:
+        kernel, inputs["g_res"] = "mappings_vjp", tokens(given.h_res, 2)
+    local = local_vjp(kernels, kernel, inputs, Sizes.of(x), scale.size, own, **chosen)
     dx, dphi = projection_pullback(kernels, x, phi, local, out, given.w, given.h, given.x)
     return dx, dphi, *summed(kernels, local, scale, bias)

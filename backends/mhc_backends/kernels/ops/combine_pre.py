@@ -1,4 +1,5 @@
-"""combine_pre: kernels ``combine_project`` and ``pre``, or their forms for few tokens.
+"""combine_pre: kernels ``combine_project`` and ``pre``, or their forms for few tokens; without
+H_res ``write_project`` and ``pre_unmixed``, or theirs.
 
 The vjp is pre's, then combine's.
 """
@@ -12,7 +13,7 @@ from mhc_backends.kernels.ops import _projection, combine
 from mhc_core.variants import Variant
 
 
-def forward(kernels: Kernels, *primals: Array, variant: Variant) -> tuple[Array, ...]:
+def forward(kernels: Kernels, *primals: Array, variant: Variant) -> tuple[Array | None, ...]:
     """(x', h', H_pre', H_post', H_res'); h' uses h_pre where given, else H_pre'."""
     return forward_with_saved(kernels, *primals, variant=variant, saves=False)[0]
 
@@ -22,7 +23,7 @@ def forward_with_saved(
     x: Array,
     y: Array,
     h_post: Array,
-    h_res: Array,
+    h_res: Array | None,
     phi: Array,
     scale: Array,
     bias: Array,
@@ -30,9 +31,9 @@ def forward_with_saved(
     *,
     variant: Variant,
     saves: bool = True,
-) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+) -> tuple[tuple[Array | None, ...], tuple[Array, ...]]:
     """Return the outputs and, for the vjp, x' and the projection of x'."""
-    x_new, sums = _projection.combine_project(kernels, x, y, h_post, h_res, phi)
+    x_new, sums = _projection.combine_project(kernels, x, y, h_post, h_res, phi, variant.mixes)
     made = _projection.pre(kernels, x_new, sums, scale, bias, h_pre, variant, saves)
     outputs = (x_new, made.h, made.h_pre, made.h_post, made.h_res)
     return outputs, (x_new, *made.saved, made.h_pre)
@@ -40,7 +41,7 @@ def forward_with_saved(
 
 def vjp(
     kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant
-) -> tuple[Array, ...]:
+) -> tuple[Array | None, ...]:
     """Pull back through the next pre, for the cotangent of x', then through combine."""
     x, y, h_post, h_res, phi, scale, bias, *given = primals
     if saved is None:

@@ -9,7 +9,7 @@ from mhc_backends.kernels.ops import _projection
 from mhc_core.variants import Variant
 
 
-def forward(kernels: Kernels, *primals: Array, variant: Variant) -> tuple[Array, ...]:
+def forward(kernels: Kernels, *primals: Array, variant: Variant) -> tuple[Array | None, ...]:
     """(H_pre, H_post, H_res) of z = u r scale + bias."""
     return forward_with_saved(kernels, *primals, variant=variant, saves=False)[0]
 
@@ -23,15 +23,18 @@ def forward_with_saved(
     *,
     variant: Variant,
     saves: bool = True,
-) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+) -> tuple[tuple[Array | None, ...], tuple[Array, ...]]:
     """Return the outputs and, for the vjp, the projection."""
     sizes, ahead = Sizes.of(x), x.shape[:-2]
     partials = _projection.project(kernels, x, phi)
     inputs = {"partials": partials, "scale": scale, "bias": bias}
-    outputs = _projection.mapped(ahead, sizes.n, bias.size, saves)
+    outputs = _projection.mapped(ahead, sizes.n, bias.size, variant.mixes, saves)
     chosen = {"CHANNELS": sizes.C, "SAVES": saves, **_projection.constants(variant)}
-    made = kernels("mappings", inputs, outputs, sizes, _projection.settings(variant), **chosen)
-    return tuple(made[:3]), tuple(made[3:])
+    kernel = "mappings" if variant.mixes else "mappings_unmixed"
+    made = kernels(kernel, inputs, outputs, sizes, _projection.settings(variant), **chosen)
+    if variant.mixes:
+        return tuple(made[:3]), tuple(made[3:])
+    return (*made[:2], None), tuple(made[2:])
 
 
 def vjp(

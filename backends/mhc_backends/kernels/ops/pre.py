@@ -9,7 +9,7 @@ from mhc_backends.kernels.ops import _projection
 from mhc_core.variants import Variant
 
 
-def forward(kernels: Kernels, *primals: Array, variant: Variant) -> tuple[Array, Array, Array]:
+def forward(kernels: Kernels, *primals: Array, variant: Variant) -> tuple[Array | None, ...]:
     """(aggregate(x, H_pre), H_post, H_res) with the mappings of x."""
     return forward_with_saved(kernels, *primals, variant=variant, saves=False)[0]
 
@@ -23,9 +23,9 @@ def forward_with_saved(
     *,
     variant: Variant,
     saves: bool = True,
-) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
+) -> tuple[tuple[Array | None, ...], tuple[Array, ...]]:
     """Return the outputs and, for the vjp, the projection and H_pre."""
-    sums = _projection.project_for_pre(kernels, x, phi)
+    sums = _projection.project_for_pre(kernels, x, phi, variant.mixes)
     made = _projection.pre(kernels, x, sums, scale, bias, None, variant, saves)
     return (made.h, made.h_post, made.h_res), (*made.saved, made.h_pre)
 

@@ -14,7 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NO_VMAP", "OLDEST", "missing", "takes"]
+__all__ = ["MIXERS", "NO_VMAP", "OLDEST", "missing", "takes"]
+
+MIXERS = ("sinkhorn", "identity")  # whose mappings kernels make
 
 OLDEST = 8  # compute capability whose tensor cores multiply bfloat16
 

@@ -24,10 +24,13 @@ def functions(kernels: Kernels) -> tuple[Callable[[str], Any], Callable[..., Any
         return kernels.function(name)
 
     def vjp(
-        op: str, primals: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor], **static: Any
-    ) -> tuple[torch.Tensor, ...]:
+        op: str,
+        primals: Sequence[torch.Tensor | None],
+        cotangents: Sequence[torch.Tensor | None],
+        **static: Any,
+    ) -> tuple[torch.Tensor | None, ...]:
         """Pull cotangents back by the op's vjp kernels."""
         neutral.require_one_device_of_vjp(op, primals, cotangents)
-        return kernels.pull_back(op, tuple(primals), tuple(cotangents), (), static)
+        return kernels.vjp(op, primals, cotangents, static)
 
     return functools.cache(op_by_name), vjp

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mhc_backends.kernels.ops import outputs as count_outputs
-from mhc_backends.kernels.plan import Axis, record
+from mhc_backends.kernels.plan import Axis, Plan, record
 from mhc_core import gradients, math
 from mhc_core.variants import Variant
 from mhc_torch import _function
@@ -33,6 +33,12 @@ Tensors = tuple[Tensor, ...]
 Static = dict[str, Any]
 
 MOST_PLANS = 4096  # of one backend; each is a few kilobytes
+
+ABSENT = "absent"
+"""Beside the static arguments: the places of primals that are None, which tensors alone do not say.
+
+All functions here take the tensors that are there. An output that is None is no tensor either.
+"""
 
 _C: Any = import_module("torch._C")
 
@@ -70,7 +76,7 @@ class Kernels:
     def _new(self, what: str, op: str, groups: Any, static: Static) -> Replay:
         index = groups[0][0].get_device()
         arrays = [[(tuple(one.shape), one.dtype) for one in group] for group in groups]
-        plan = record(what, op, arrays, static, "cuda", self._driver.memory(index))
+        plan = _recorded(what, op, arrays, static, self._driver.memory(index))
         guard = self._driver.guard(index)
         if guard is None:
             return Replay(plan, self._driver, index)
@@ -81,16 +87,25 @@ class Kernels:
 
     def function(self, op: str) -> Callable[..., Any]:
         """Return an op as a function of tensors and its static arguments."""
-        count, names = count_outputs(op), tuple(math.load(op).OP.arrays)
+        declared = math.load(op).OP
+        count, names = count_outputs(op), tuple(declared.arrays)
+        may_lack = any(output.mixed for output in declared.outputs.values())
         watched, transformed = _watched, _transformed
+
+        @functools.cache
+        def kept(variant: Variant) -> tuple[bool, ...]:
+            return declared.kept({"variant": variant})
 
         def call(*primals: Tensor, **static: Any) -> Any:
             # one loop for all that is asked of every tensor: this is a good part of a small call
             index, plain, graph = primals[0].get_device(), not watched(), False
             key: list[Any] = [index, *static.values()]
-            for one in primals:
+            for one in cast("tuple[Tensor | None, ...]", primals):
+                if one is None:
+                    there, static = _present(primals, static)
+                    return call(*there, **static)
                 if one.get_device() != index:
-                    require_one_device(op, names, primals)
+                    require_one_device(op, _named(names, static), primals)
                 if type(one) not in _PLAIN:
                     plain = False
                 if one.requires_grad:
@@ -99,12 +114,14 @@ class Kernels:
             if transformed():
                 results = cast("Any", _OpInTransforms).apply(self, op, static, *primals)
             elif not plain:
-                require_one_device(op, names, primals)
+                require_one_device(op, _named(names, static), primals)
                 results = cast("Any", self._operator(op, static, primals))
             elif graph and torch.is_grad_enabled() and gradients.wanted():
                 results = cast("Any", _Op).apply(self, op, static, tuple(key), *primals)
             else:
                 results = self.replay(("forward", op, *key), (primals,), static)(primals)
+            if may_lack and not all(made := kept(static["variant"])):
+                return _function.filled(results, made)
             return results[0] if count == 1 else tuple(results[:count])
 
         return call
@@ -120,6 +137,19 @@ class Kernels:
         return self._operator(op, static, primals)
 
     # ---- vjps ------------------------------------------------------------------------------------
+
+    def vjp(
+        self,
+        op: str,
+        primals: Sequence[Tensor | None],
+        cotangents: Sequence[Tensor | None],
+        static: Static,
+    ) -> tuple[Tensor | None, ...]:
+        """Pull cotangents back; None for each primal that is None."""
+        there, asked = _present(primals, static)
+        given, _ = _present(cotangents, {})
+        pulled = self.pull_back(op, there, given, (), asked)
+        return _function.filled(pulled, [one is not None for one in primals])
 
     def pull_back(
         self, op: str, primals: Tensors, cotangents: Tensors, saved: Tensors, static: Static
@@ -138,6 +168,29 @@ class Kernels:
                 self.name, op, _written(static), list(primals), list(cotangents), list(saved)
             )
         )
+
+
+def _present(arrays: Sequence[Tensor | None], static: Static) -> tuple[Tensors, Static]:
+    """Return the tensors that are there, and static arguments that say which are not."""
+    absent = tuple(place for place, one in enumerate(arrays) if one is None)
+    there = tuple(one for one in arrays if one is not None)
+    return there, {**static, ABSENT: absent} if absent else static
+
+
+def _named(names: Sequence[str], static: Static) -> list[str]:
+    """Return the names of the primals that are there."""
+    return [name for place, name in enumerate(names) if place not in static.get(ABSENT, ())]
+
+
+def _split(static: Static) -> tuple[Static, tuple[int, ...]]:
+    """Return an op's own static arguments, and the places of primals that are None."""
+    own = dict(static)
+    return own, own.pop(ABSENT, ())
+
+
+def _recorded(what: str, op: str, arrays: Any, static: Static, memory: int) -> Plan:
+    own, absent = _split(static)
+    return record(what, op, arrays, own, "cuda", memory, absent)
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
@@ -243,10 +296,16 @@ def _second(
     op: str, static: Static, count: int, given: Tensors, cotangents: Sequence[Tensor]
 ) -> Tensors:
     """Pull cotangents of a vjp back through the neutral vjp."""
+    own, absent = _split(static)
+    kept = math.load(op).OP.kept(own)
 
     def pulled(*arrays: Tensor) -> Tensors:
-        pulled = _function.pull_back(op, arrays[:count], arrays[count:], None, static)
-        return cast("Tensors", pulled)
+        primals: list[Tensor | None] = list(arrays[:count])
+        for place in absent:
+            primals.insert(place, None)
+        cotangents = _function.filled(arrays[count:], kept)
+        pulled = _function.pull_back(op, tuple(primals), cotangents, None, own)
+        return tuple(one for one in pulled if one is not None)
 
     outputs, pull = cast("Any", torch.func.vjp)(pulled, *given)
     typed = (one.to(output.dtype) for one, output in zip(cotangents, outputs, strict=True))
@@ -282,14 +341,15 @@ class _Described(NamedTuple):
     outputs: int
 
 
-_PLACES: dict[tuple[str, int], tuple[list[int], int]] = {}
+_PLACES: dict[tuple[str, int, str], tuple[list[int], int]] = {}
 
 
 def _places(op: str, static: str, arrays: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Return the last two of these, which an op's arrays do not change."""
-    if (op, len(arrays)) not in _PLACES:
-        _PLACES[op, len(arrays)] = _described(op, static, arrays)[1:]
-    return _PLACES[op, len(arrays)]
+    """Return the last two of these, which the shapes of an op's arrays do not change."""
+    key = op, len(arrays), static
+    if key not in _PLACES:
+        _PLACES[key] = _described(op, static, arrays)[1:]
+    return _PLACES[key]
 
 
 def _described(op: str, static: str, arrays: Sequence[Tensor]) -> _Described:
@@ -299,7 +359,7 @@ def _described(op: str, static: str, arrays: Sequence[Tensor]) -> _Described:
     back in the results' shapes.
     """
     given = [(tuple(_length(n) for n in one.shape), one.dtype) for one in arrays]
-    plan = record("forward_with_saved", op, [given], _read(static), "cuda", 1 << 17)
+    plan = _recorded("forward_with_saved", op, [given], _read(static), 1 << 17)
     results = list(plan.outputs)
     for value in plan.saved:
         if not any(value is other for other in results):
@@ -413,7 +473,9 @@ def _written(static: Static) -> str:
 def _parsed(text: str) -> Static:
     parsed: dict[str, Any] = json.loads(text)
     for name, value in parsed.items():
-        if isinstance(value, dict):
+        if name == ABSENT:
+            parsed[name] = tuple(cast("list[int]", value))
+        elif isinstance(value, dict):
             parsed[name] = made(cast("dict[str, str]", value)["variant"])
     return parsed
 
