@@ -287,6 +287,16 @@ FAMILIES = {
 }
 
 
+MAKE: dict[str, Callable[..., Any]] = {
+    **{name: family.make for name, family in FAMILIES.items()},
+    "GLM-5.3-Flash": mlx_vlm_glm5_next,
+    "HY-V4": mlx_vlm_hy_v4,
+    "Qwen4-Exp": mlx_vlm_qwen4_exp,
+    "Xing4.0": mlx_vlm_xing4_0,
+}
+"""Every family in every library: what makes a small model of it."""
+
+
 def tokens(*shape: int, seed: int = 7) -> mx.array:
     """Return token ids, without those that mean an image."""
     return mx.random.randint(0, 60, shape, key=mx.random.key(seed))
