@@ -297,6 +297,66 @@ MAKE: dict[str, Callable[..., Any]] = {
 """Every family in every library: what makes a small model of it."""
 
 
+class Drafter(NamedTuple):
+    """A drafter of mlx-vlm: its configuration, how it drafts, and what makes a model for it."""
+
+    config: dict[str, Any]
+    draft_kind: str
+    make: Callable[..., Any]
+
+
+DRAFTERS = {
+    "deepseek_v4_mtp": Drafter({"text_config": V4, "block_size": 3}, "mtp", mlx_vlm_v4),
+    "deepseek_v4_dspark": Drafter(
+        {
+            "text_config": V4,
+            "n_mtp_layers": 2,
+            "target_layer_ids": [1, 3],
+            "mask_token_id": 62,
+            "markov_rank": 8,
+            "block_size": 4,
+            "runtime_block_size": 4,
+        },
+        "dflash",
+        mlx_vlm_v4,
+    ),
+    "qwen4_exp_mtp": Drafter({"text_config": QWEN4, "block_size": 3}, "mtp", mlx_vlm_qwen4_exp),
+    "glm5_next_mtp": Drafter({"text_config": GLM, "block_size": 2}, "mtp", mlx_vlm_glm5_next),
+    "hy_v4_mtp": Drafter({"text_config": HY, "block_size": 2}, "mtp", mlx_vlm_hy_v4),
+}
+
+
+def drafter(name: str, seed: int = 1) -> Any:
+    """Return a small drafter of mlx-vlm with random weights."""
+    library = import_module(f"mlx_vlm.speculative.drafters.{name}")
+    return filled(library.Model(library.ModelConfig.from_dict(DRAFTERS[name].config)), seed)
+
+
+def drafted(model: Any, name: str, drafter: Any, count: int) -> tuple[list[int], list[Any]]:
+    """Generate with a drafter; return the tokens, and all blocks that it drafted."""
+    generate: Any = import_module("mlx_vlm.generate").generate_step
+    blocks: list[Any] = []
+    draft = drafter.draft_block
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        blocks.append(draft(*args, **kwargs))
+        return blocks[-1]
+
+    object.__setattr__(drafter, "draft_block", recorded)
+    steps = generate(
+        tokens(1, LONG),
+        model,
+        None,
+        None,
+        max_tokens=count,
+        temperature=0.0,
+        draft_model=drafter,
+        draft_kind=DRAFTERS[name].draft_kind,
+    )
+    made = [int(token) for token, _ in steps]
+    return made, [block.tolist() for block in blocks]
+
+
 def tokens(*shape: int, seed: int = 7) -> mx.array:
     """Return token ids, without those that mean an image."""
     return mx.random.randint(0, 60, shape, key=mx.random.key(seed))
