@@ -147,7 +147,14 @@ GLM = {
     "first_k_dense_replace": 1,
     "eos_token_id": 63,
 }
-GLM_VISION = {"depth": 1, "hidden_size": 16, "num_heads": 1, "intermediate_size": 16}
+GLM_VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "num_heads": 1,
+    "intermediate_size": 16,
+    "out_hidden_size": 64,
+    "projection_intermediate_size": 32,
+}
 HY = {
     "vocab_size": 64,
     "hidden_size": 64,

@@ -122,6 +122,11 @@ def _constant_choice(select: Callable[..., Any], logits_at: int) -> Callable[...
     return selected
 
 
+def _of_constant_ids(input_ids: mx.array, *args: Any) -> Any:
+    """Choose experts by tokens, which ``mx.checkpoint`` takes for variables."""
+    return v4._hash_expert_select(mx.stop_gradient(input_ids), *args)
+
+
 class Gate(v4.MoEGate):
     """A router whose choice of experts is a constant; their weights are not."""
 
@@ -132,6 +137,7 @@ class Gate(v4.MoEGate):
 
     __call__ = with_globals(
         v4.MoEGate.__call__,
+        _hash_expert_select=_of_constant_ids,
         _vision_expert_select=_constant_choice(v4._vision_expert_select, 0),
         _vision_hash_expert_select=_constant_choice(v4._vision_hash_expert_select, 1),
     )

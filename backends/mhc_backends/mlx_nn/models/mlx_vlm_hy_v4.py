@@ -17,6 +17,7 @@ from mhc_backends.mlx_nn.models.sublayers import (
     Call,
     Projection,
     check_rows,
+    constant,
     enter,
     few_stay,
     left,
@@ -95,6 +96,7 @@ class Block(hy.HyV4DecoderLayer):
         """Return the streams, or the pending ones, and the entries that attention chose."""
         if left(self, h, self.hc_attn_layer.hc_pre.called):
             return super().__call__(written(h), mask, cache, prev_topk_indices)
+        prev_topk_indices = constant(prev_topk_indices)
         attention = enter(h, self.hc_attn_layer.hc_pre.projection)
         y, chosen = self.self_attn(
             self.input_layernorm(attention.h), mask, cache, prev_topk_indices

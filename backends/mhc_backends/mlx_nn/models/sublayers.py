@@ -23,6 +23,7 @@ __all__ = [
     "Projection",
     "check",
     "check_rows",
+    "constant",
     "deepseek",
     "enter",
     "few_stay",
@@ -126,6 +127,11 @@ def left(module: Any, streams: Any, call: Callable[[mx.array], Call], times: flo
         spec = selected(signature(get_op, op, arrays, static), arrays)
         _on_formulas[key] = spec.name == FORMULAS.name
     return _on_formulas[key]
+
+
+def constant(indices: mx.array | None) -> mx.array | None:
+    """Return indices that no gradient is asked for, though ``mx.checkpoint`` asks for all."""
+    return None if indices is None else mx.stop_gradient(indices)
 
 
 def written(streams: Any) -> mx.array:
