@@ -2,9 +2,9 @@
 
 python tests/models/speed.py [--families NAMES] [--hidden 1024] [--tokens 1,128] [--seconds 10]
 
-Small models with random weights, in one process, called in turn; the medians' ratio, of the time
-that passed and of the processors' time, which a loaded machine disturbs less. One token is decoded
-with a cache that holds 32; more tokens are a prompt.
+Small models with random weights, in one process, called in turn; the ratio of the medians of the
+processors' time, which other programs disturb least. After it, as the measure of the noise, the
+ratio of two plain models. One token is decoded with a cache that holds 32; more are a prompt.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ def cache_of(model: Any) -> Any:
     return getattr(model, "language_model", model).make_cache()
 
 
-def calls(model: Any, length: int) -> Callable[[], tuple[float, float]]:
+def calls(model: Any, length: int) -> Callable[[], float]:
     """Return a function that times one call with so many tokens."""
     ids, cache = small.tokens(1, length), cache_of(model)
     mx.eval(small.logits(model, small.tokens(1, 32), cache))
 
-    def timed() -> tuple[float, float]:
+    def timed() -> float:
         used = cache if length == 1 else cache_of(model)
-        begin = time.perf_counter(), time.process_time()
+        begin = time.process_time()
         mx.eval(small.logits(model, ids, used))
-        return time.perf_counter() - begin[0], time.process_time() - begin[1]
+        return time.process_time() - begin
 
     return timed
 
 
 def ratio(models: list[Any], length: int, seconds: float) -> str:
-    """Return accelerated over plain, of both times, and what was measured."""
+    """Return accelerated over plain, plain over plain, and what was measured."""
     timed = [calls(model, length) for model in models]
-    times: list[list[tuple[float, float]]] = [[], []]
+    times: list[list[float]] = [[] for _ in models]
     for call in (*timed, *timed):
         call()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 5:
-        order = (0, 1) if len(times[0]) % 2 else (1, 0)
-        for side in order:
+    end, first = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end or first < 6:
+        for k in range(len(models)):
+            side = (first + k) % len(models)
             times[side].append(timed[side]())
-    plain, fast = ([statistics.median(kind) for kind in zip(*t, strict=True)] for t in times)
-    passed, used = (b / a for a, b in zip(plain, fast, strict=True))
-    return f"{passed:.2f}, {used:.2f} ({1e3 * plain[0]:.1f} ms, {len(times[0])} pairs)"
+        first += 1
+    plain, again, fast = map(statistics.median, times)
+    return f"{fast / plain:.2f} (plain {again / plain:.2f}; {1e3 * plain:.1f} ms, {first} times)"
 
 
 def main() -> None:
@@ -69,8 +69,8 @@ def main() -> None:
     print("| family | " + " | ".join(f"{length} tokens" for length in lengths) + " |")
     print("|---" * (len(lengths) + 1) + "|")
     for name in args.families.split(","):
-        models = [small.MAKE[name](hidden_size=args.hidden) for _ in range(2)]
-        accelerate(models[1])
+        models = [small.MAKE[name](hidden_size=args.hidden) for _ in range(3)]
+        accelerate(models[-1])
         with mhc.no_grad():
             cells = [ratio(models, length, args.seconds) for length in lengths]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 
 import mlx.core as mx
+import mlx.nn as nn
 import small
 from mlx.utils import tree_flatten
 
@@ -21,6 +22,7 @@ from mhc_core.mlx import accelerate, restore
 
 OURS = ("deepseek_v4_mtp", "deepseek_v4_dspark", "qwen4_exp_mtp")
 PACKAGE = "mlx_vlm.speculative.drafters"
+NAMES = re.compile(r"hc[._]|_hc|hyper_connection")
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -59,29 +61,48 @@ def counting(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> str:
     return name
 
 
+def hidden(drafter: Any, name: str, target: Any) -> mx.array:
+    """Return what a drafter makes of a model's hidden states, before its logits."""
+    width = 4 * 64 if name == "qwen4_exp_mtp" else 64
+    states, ids = mx.random.normal((1, 5, width), key=mx.random.key(2)), small.tokens(1, 5)
+    cache = drafter.reset(target)
+    if name == "deepseek_v4_dspark":
+        return drafter._hidden(ids, mx.concatenate([states, states], -1), cache)
+    if name == "deepseek_v4_mtp":
+        states = mx.broadcast_to(states[:, :, None], (1, 5, 4, 64))
+    return drafter._forward_hidden(drafter._input_embed(ids), states, ids, cache)[0]
+
+
+def quantised(drafter: Any) -> Any:
+    """Quantise what fits, but no hyper-connection."""
+
+    def chosen(path: str, module: Any) -> bool:
+        fits = hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+        return fits and not path.startswith("_") and not path.endswith("gate")
+
+    nn.quantize(drafter, group_size=32, bits=8, class_predicate=chosen)
+    return drafter
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_a_drafter_by_itself(name: str) -> None:
-    """Compare the hidden states that it gives for streams, closely."""
+    """Compare what it makes of hidden states, quantised too, and train its connections."""
     plain, fast = small.drafter(name), small.drafter(name)
     accelerate(fast, trainable=True)
     target = small.DRAFTERS[name].make()
-    width = 4 * 64 if name == "qwen4_exp_mtp" else 64
-    hidden = mx.random.normal((1, 5, width), key=mx.random.key(2))
-    ids = small.tokens(1, 5)
-    outputs: list[mx.array] = []
-    for drafter in (plain, fast):
-        cache = drafter.reset(target)
-        embedded = drafter._input_embed(ids)
-        if name == "deepseek_v4_dspark":
-            outputs.append(drafter._hidden(ids, mx.concatenate([hidden, hidden], -1), cache))
-            continue
-        streams = hidden
-        if name == "deepseek_v4_mtp":
-            streams = mx.broadcast_to(hidden[:, :, None], (1, 5, 4, 64))
-        outputs.append(drafter._forward_hidden(embedded, streams, ids, cache)[0])
-    expected, got = outputs
-    assert small.apart(got, expected) < 1e-5
+    expected = hidden(plain, name, target)
+    assert small.apart(hidden(fast, name, target), expected) < 1e-5
     assert expected.std().item() > 0.1
+
+    def loss() -> mx.array:
+        return mx.square(hidden(fast, name, target) - expected + 1).mean()
+
+    gradient = nn.value_and_grad(fast.train(), loss)()[1]
+    flat = {path: g for path, g in tree_flatten(gradient) if NAMES.search(path)}
+    assert len(flat) >= 6
+    assert all(mx.abs(g).max().item() > 0 for g in flat.values())
+    got, expected = (hidden(quantised(one), name, target) for one in (fast.eval(), plain))
+    assert small.apart(got, expected) < 1e-4
 
 
 # ------------------------------------------------------------------- drafters that are not for us
@@ -116,7 +137,7 @@ def test_the_reason_is_true(name: str) -> None:
 
 def connections(model: Any) -> list[str]:
     """Return the parameters that are named like hyper-connections."""
-    return [path for path, _ in tree_flatten(model.parameters()) if re.search(r"hc[._]|_hc", path)]
+    return [path for path, _ in tree_flatten(model.parameters()) if NAMES.search(path)]
 
 
 def test_no_other_drafter_has_hyper_connections() -> None:
