@@ -28,7 +28,7 @@ from mhc_core.discovery import (
 from mhc_core.errors import BackendUnavailableError, UnknownBackendError, UnsupportedError
 from mhc_core.signature import Signature
 
-__all__ = ["registered", "select", "use_backend", "without_proofs"]
+__all__ = ["registered", "select", "selected", "situation", "use_backend", "without_proofs"]
 
 _chosen: ContextVar[str | None] = ContextVar("mhc_backend", default=None)
 _SELECTED: dict[Any, Callable[..., Any]] = {}
@@ -152,6 +152,27 @@ def select(
     return function
 
 
+def situation() -> tuple[Any, ...]:
+    """Return what a selection depends on besides the call: the names and switches in force."""
+    return _chosen.get(), _getenv(_MHC_BACKEND), _switches()
+
+
+def selected(call: Signature, arrays: Sequence[Any]) -> BackendSpec:
+    """Return the backend that runs an op's calls of this kind; nothing is remembered."""
+    op = call.op.name
+    for name, source in _names_in_force():
+        if name is not None:
+            return _named(op, name, source, call, arrays).spec
+    return _automatic(op, call, arrays, {}).spec
+
+
+def _names_in_force() -> tuple[tuple[str | None, str], ...]:
+    return (
+        (_chosen.get(), " (from use_backend)"),
+        (os.environ.get("MHC_BACKEND") or None, " (from MHC_BACKEND)"),
+    )
+
+
 def _watch_switches() -> bool:
     """Watch the variables by which backends are disabled; return whether they are new ones."""
     global _switches
@@ -170,12 +191,7 @@ def _values(*variables: Any) -> tuple[Any, ...]:
 def _find(
     what: str, call: Signature, backend: str | None, arrays: Sequence[Any]
 ) -> Callable[..., Any]:
-    named = [
-        (backend, ""),
-        (_chosen.get(), " (from use_backend)"),
-        (os.environ.get("MHC_BACKEND") or None, " (from MHC_BACKEND)"),
-    ]
-    for name, source in named:
+    for name, source in ((backend, ""), *_names_in_force()):
         if name is not None:
             choice = _named(what, name, source, call, arrays)
             function = _function(what, call, choice)

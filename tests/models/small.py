@@ -147,7 +147,14 @@ GLM = {
     "first_k_dense_replace": 1,
     "eos_token_id": 63,
 }
-GLM_VISION = {"depth": 1, "hidden_size": 16, "num_heads": 1, "intermediate_size": 16}
+GLM_VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "num_heads": 1,
+    "intermediate_size": 16,
+    "out_hidden_size": 64,
+    "projection_intermediate_size": 32,
+}
 HY = {
     "vocab_size": 64,
     "hidden_size": 64,
@@ -285,6 +292,76 @@ FAMILIES = {
         rounds=True,
     ),
 }
+
+
+MAKE: dict[str, Callable[..., Any]] = {
+    **{name: family.make for name, family in FAMILIES.items()},
+    "GLM-5.3-Flash": mlx_vlm_glm5_next,
+    "HY-V4": mlx_vlm_hy_v4,
+    "Qwen4-Exp": mlx_vlm_qwen4_exp,
+    "Xing4.0": mlx_vlm_xing4_0,
+}
+"""Every family in every library: what makes a small model of it."""
+
+
+class Drafter(NamedTuple):
+    """A drafter of mlx-vlm: its configuration, how it drafts, and what makes a model for it."""
+
+    config: dict[str, Any]
+    draft_kind: str
+    make: Callable[..., Any]
+
+
+DRAFTERS = {
+    "deepseek_v4_mtp": Drafter({"text_config": V4, "block_size": 3}, "mtp", mlx_vlm_v4),
+    "deepseek_v4_dspark": Drafter(
+        {
+            "text_config": V4,
+            "n_mtp_layers": 2,
+            "target_layer_ids": [1, 3],
+            "mask_token_id": 62,
+            "markov_rank": 8,
+            "block_size": 4,
+            "runtime_block_size": 4,
+        },
+        "dflash",
+        mlx_vlm_v4,
+    ),
+    "qwen4_exp_mtp": Drafter({"text_config": QWEN4, "block_size": 3}, "mtp", mlx_vlm_qwen4_exp),
+    "glm5_next_mtp": Drafter({"text_config": GLM, "block_size": 2}, "mtp", mlx_vlm_glm5_next),
+    "hy_v4_mtp": Drafter({"text_config": HY, "block_size": 2}, "mtp", mlx_vlm_hy_v4),
+}
+
+
+def drafter(name: str, seed: int = 1) -> Any:
+    """Return a small drafter of mlx-vlm with random weights."""
+    library = import_module(f"mlx_vlm.speculative.drafters.{name}")
+    return filled(library.Model(library.ModelConfig.from_dict(DRAFTERS[name].config)), seed)
+
+
+def drafted(model: Any, name: str, drafter: Any, count: int) -> tuple[list[int], list[Any]]:
+    """Generate with a drafter; return the tokens, and all blocks that it drafted."""
+    generate: Any = import_module("mlx_vlm.generate").generate_step
+    blocks: list[Any] = []
+    draft = drafter.draft_block
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        blocks.append(draft(*args, **kwargs))
+        return blocks[-1]
+
+    object.__setattr__(drafter, "draft_block", recorded)
+    steps = generate(
+        tokens(1, LONG),
+        model,
+        None,
+        None,
+        max_tokens=count,
+        temperature=0.0,
+        draft_model=drafter,
+        draft_kind=DRAFTERS[name].draft_kind,
+    )
+    made = [int(token) for token, _ in steps]
+    return made, [block.tolist() for block in blocks]
 
 
 def tokens(*shape: int, seed: int = 7) -> mx.array:

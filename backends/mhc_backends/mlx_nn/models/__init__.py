@@ -51,8 +51,25 @@ _MODELS = {
     "mlx_vlm.models.xing4_0.xing4_0.Model": _Library("mlx_vlm_xing4_0", "mlx-vlm", ("0.7.10",)),
 }
 
-_OTHERS = {  # models that widen the residual path in another way
+_DRAFTERS = "mlx_vlm.speculative.drafters"
+_MODELS |= {
+    f"{_DRAFTERS}.deepseek_v4_mtp.deepseek_v4_mtp.DeepseekV4MTPDraftModel": _Library(
+        "mlx_vlm_deepseek_v4_mtp", "mlx-vlm", ("0.7.10",)
+    ),
+    f"{_DRAFTERS}.deepseek_v4_dspark.deepseek_v4_dspark.DeepseekV4DsparkDraftModel": _Library(
+        "mlx_vlm_deepseek_v4_dspark", "mlx-vlm", ("0.7.10",)
+    ),
+    f"{_DRAFTERS}.qwen4_exp_mtp.qwen4_exp_mtp.Qwen4ExpMTPDraftModel": _Library(
+        "mlx_vlm_qwen4_exp", "mlx-vlm", ("0.7.10",)
+    ),
+}
+
+_NO_STREAMS = "drafting layers have no hyper-connections"
+_OTHERS = {  # models that have no hyper-connections, though one may expect them
     "mlx_vlm.models.kimi_k3.kimi_k3.Model": "attention residuals are not hyper-connections",
+    f"{_DRAFTERS}.dspark.dspark.DSparkDraftModel": _NO_STREAMS,
+    f"{_DRAFTERS}.glm5_next_mtp.glm5_next_mtp.Glm5NextMTPDraftModel": _NO_STREAMS,
+    f"{_DRAFTERS}.hy_v4_mtp.hy_v4_mtp.HyV4MTPDraftModel": _NO_STREAMS,
 }
 
 _FROZEN = "_frozen_by_mhc_core"  # an attribute of modules: the parameters that accelerate froze
@@ -69,9 +86,13 @@ def accelerate(model: Any, *, trainable: bool = False) -> AccelerationReport:
     For the DeepSeek-V4.1 model of mlx-lm (``mlx_lm.models.deepseek_v41``) and the DeepSeek-V4 and
     V4.1 models of mlx-vlm (``mlx_vlm.models.deepseek_v4``, ``mlx_vlm.models.deepseek_v41``), and
     its GLM-5.3-Flash, HY-V4, Qwen4-Exp and Xing4.0 (``glm5_next``, ``hy_v4``, ``qwen4_exp``,
-    ``xing4_0``). On a CPU, these four may decode more slowly than before: docs/performance.md.
-    One pass, :func:`mhc_core.combine_pre`, writes the streams after a sublayer and reads them for
-    the next one, also across layers.
+    ``xing4_0``). A drafter for speculative decoding is a model of its own: mlx-vlm's
+    ``deepseek_v4_mtp``, ``deepseek_v4_dspark`` and ``qwen4_exp_mtp`` are accelerated too; its
+    other drafters have no hyper-connections. One pass, :func:`mhc_core.combine_pre`, writes the
+    streams after a sublayer and reads them for the next one, also across layers.
+
+    Where no kernels run, as on a CPU, few tokens stay on the library's own code outside training,
+    with its bits, because it is faster for them: the report says up to which size.
 
     Some of the model's modules become instances of subclasses of their own classes. The library's
     own classes, functions and modules stay as they are, and so do other models. Parameters, their
@@ -204,7 +225,7 @@ def _plan(
     """Yield the modules whose class changes, with their new classes."""
     swaps = {**family.connections, **(family.trainable if trainable else {})}
     layers = family.layers
-    order = model.layers  # in the order in which they run
+    order = family.order(model)
     following = dict(zip(map(id, order), [*order, None][1:], strict=True))
     for path, module in modules:
         cls = cast("type[Any]", type(module))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from mhc_backends.acceleration import Swap
@@ -55,6 +56,8 @@ class Family:
         Modules that have no gradients even then, and why.
     left
         Modules that use streams and stay unchanged, and why.
+    order
+        The layers of a model, in the order in which they run.
     """
 
     layers: Layers
@@ -62,3 +65,4 @@ class Family:
     trainable: Mapping[type[Any], Swap]
     untrained: Mapping[type[Any], str]
     left: Mapping[type[Any], str]
+    order: Callable[[Any], Sequence[Any]] = attrgetter("layers")

@@ -12,7 +12,16 @@ import mlx.core as mx
 
 from mhc_backends.mlx_nn.models.family import Family, Layers, Swap
 from mhc_backends.mlx_nn.models.gradients import constant_choices, straight_through, with_globals
-from mhc_backends.mlx_nn.models.sublayers import Projection, check, deepseek, enter
+from mhc_backends.mlx_nn.models.sublayers import (
+    Call,
+    Projection,
+    check,
+    deepseek,
+    enter,
+    few_stay,
+    left,
+    written,
+)
 from mhc_core import mappings
 
 __all__ = ["FAMILY"]
@@ -29,8 +38,14 @@ class Connection(v41.HyperConnection):
         variant = deepseek(self.norm_eps, self.hc_eps, self.iters)
         return Projection(self.fn, self.scale, self.base, variant)
 
+    def called(self, x: mx.array) -> Call:
+        """Return the call that decides what is left to the library."""
+        return self.projection.call(x)
+
     def __call__(self, streams: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Return H_pre, H_post, and H_res transposed."""
+        if left(self, streams, self.called):
+            return super().__call__(streams)
         h_pre, h_post, h_res = mappings(streams, *self.projection)
         return h_pre, h_post, h_res.swapaxes(-1, -2)
 
@@ -42,6 +57,8 @@ class Layer(v41.DecoderLayer):
 
     def __call__(self, streams: Any, pre_mix: mx.array, **state: Any) -> tuple[Any, mx.array]:
         """Return the streams, or the pending ones, and the H_pre for the next sublayer's input."""
+        if left(self, streams, self.attn_hc.called):
+            return super().__call__(written(streams), pre_mix, **state)
         attention = enter(streams, self.attn_hc.projection, pre_mix)
         y = self.self_attn(self.input_layernorm(attention.h), **state)
         experts = enter(attention.finish(y), self.ffn_hc.projection, attention.h_pre)
@@ -87,7 +104,7 @@ FAMILY = Family(
         original=v41.DecoderLayer,
         passing=Layer,
         writing=LastLayer,
-        why="combine_pre writes its streams and reads them in one pass",
+        why="combine_pre writes its streams and reads them in one pass; " + few_stay(),
     ),
     connections={
         v41.HyperConnection: Swap(Connection, "runs on mhc-core's ops", _check),

@@ -5,6 +5,7 @@ Each class is a subclass of the library's, without parameters of its own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, cast
@@ -13,7 +14,16 @@ import mlx.core as mx
 
 from mhc_backends.mlx_nn.models.family import Family, Layers, Swap
 from mhc_backends.mlx_nn.models.gradients import with_globals
-from mhc_backends.mlx_nn.models.sublayers import Projection, check, deepseek, enter
+from mhc_backends.mlx_nn.models.sublayers import (
+    Call,
+    Projection,
+    check,
+    deepseek,
+    enter,
+    few_stay,
+    left,
+    written,
+)
 from mhc_core import head
 
 __all__ = ["CONNECTION", "FAMILY"]
@@ -30,8 +40,14 @@ class Connection(v4.HyperConnection):
         variant = deepseek(self.norm_eps, self.hc_eps, self.sinkhorn_iters)
         return Projection(self.fn, self.scale, self.base, variant)
 
+    def called(self, x: mx.array) -> Call:
+        """Return the call that decides what is left to the library."""
+        return self.projection.call(x)
+
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Return the sublayer's input, H_post, and H_res transposed."""
+        if left(self, x, self.called):
+            return super().__call__(x)
         entered = enter(x, self.projection)
         return entered.h, entered.h_post, entered.h_res.swapaxes(-1, -2)
 
@@ -41,8 +57,12 @@ class Head(v4.HyperHead):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return the hidden state ``[..., C]``."""
-        variant = deepseek(self.norm_eps, self.hc_eps)
-        return head(x, self.fn, self.scale, self.base, variant)
+        projection = Projection(
+            self.fn, self.scale, self.base, deepseek(self.norm_eps, self.hc_eps)
+        )
+        if left(self, x, functools.partial(projection.call, op="head")):
+            return super().__call__(x)
+        return head(x, *projection)
 
 
 class Block(v4.DeepseekV4Block):
@@ -60,6 +80,8 @@ class Block(v4.DeepseekV4Block):
         **state: Any,
     ) -> Any:
         """Return the streams, or the pending ones."""
+        if left(self, h, self.attn_hc.called):
+            return super().__call__(written(h), mask, cache, input_ids, *args, **state)
         attention = enter(h, self.attn_hc.projection)
         y = self.attn(self.attn_norm(attention.h), mask, cache, *args, **state)
         experts = enter(attention.finish(y), self.ffn_hc.projection)
@@ -100,6 +122,11 @@ def _constant_choice(select: Callable[..., Any], logits_at: int) -> Callable[...
     return selected
 
 
+def _of_constant_ids(input_ids: mx.array, *args: Any) -> Any:
+    """Choose experts by tokens, which ``mx.checkpoint`` takes for variables."""
+    return v4._hash_expert_select(mx.stop_gradient(input_ids), *args)
+
+
 class Gate(v4.MoEGate):
     """A router whose choice of experts is a constant; their weights are not."""
 
@@ -110,6 +137,7 @@ class Gate(v4.MoEGate):
 
     __call__ = with_globals(
         v4.MoEGate.__call__,
+        _hash_expert_select=_of_constant_ids,
         _vision_expert_select=_constant_choice(v4._vision_expert_select, 0),
         _vision_hash_expert_select=_constant_choice(v4._vision_hash_expert_select, 1),
     )
@@ -131,7 +159,7 @@ FAMILY = Family(
         original=v4.DeepseekV4Block,
         passing=Block,
         writing=LastBlock,
-        why="combine_pre writes its streams and reads them in one pass",
+        why="combine_pre writes its streams and reads them in one pass; " + few_stay(),
     ),
     connections={
         v4.HyperConnection: CONNECTION,

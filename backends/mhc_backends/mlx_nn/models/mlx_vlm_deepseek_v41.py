@@ -17,7 +17,16 @@ from mhc_backends.mlx_nn.models.gradients import (
     with_globals,
     with_gradient,
 )
-from mhc_backends.mlx_nn.models.sublayers import Projection, check, deepseek, enter
+from mhc_backends.mlx_nn.models.sublayers import (
+    Call,
+    Projection,
+    check,
+    deepseek,
+    enter,
+    few_stay,
+    left,
+    written,
+)
 
 __all__ = ["FAMILY"]
 
@@ -40,10 +49,16 @@ class Block(v41.DeepseekV41Block):
         variant = deepseek(self.norm_eps, self.hc_eps, self.hc_sinkhorn_iters)
         return Projection(self[fn], self[scale], self[base], variant)
 
+    def called(self, x: mx.array) -> Call:
+        """Return the call that decides what is left to the library."""
+        return self.projection("attn").call(x)
+
     def __call__(
         self, h: Any, pre_mix: mx.array, image_mask: mx.array | None, cache: Any
     ) -> tuple[Any, mx.array]:
         """Return the streams, or the pending ones, and the H_pre for the next sublayer's input."""
+        if left(self, h, self.called):
+            return super().__call__(written(h), pre_mix, image_mask, cache)
         attention = enter(h, self.projection("attn"), pre_mix)
         y = self.attn(self.attn_norm(attention.h), cache)
         experts = enter(attention.finish(y), self.projection("ffn"), attention.h_pre)
@@ -130,7 +145,7 @@ FAMILY = Family(
         passing=Block,
         writing=WritingBlock,
         why="its hyper-connections run on mhc-core's ops; combine_pre writes the streams and reads "
-        "them in one pass",
+        "them in one pass; " + few_stay(),
         accepts_pending=_accepts_pending,
         check=_check,
     ),

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mhc_backends.mlx_nn.models.family import Family, Layers, Swap
 from mhc_backends.mlx_nn.models.mlx_vlm_deepseek_v4 import CONNECTION
-from mhc_backends.mlx_nn.models.sublayers import ON_CPU, enter
+from mhc_backends.mlx_nn.models.sublayers import constant, enter, few_stay, left, written
 
 __all__ = ["FAMILY"]
 
@@ -42,6 +42,9 @@ class Block(glm.DecoderLayer):
         prev_topk_indices: mx.array | None = None,
     ) -> Any:
         """Return the streams, or the pending ones, and the entries that attention chose."""
+        if left(self, x, self.attn_hc.called):
+            return super().__call__(written(x), mask, cache, prev_topk_indices)
+        prev_topk_indices = constant(prev_topk_indices)
         attention = enter(x, self.attn_hc.projection)
         h, chosen = self.input_layernorm(attention.h), prev_topk_indices
         if self.is_linear:
@@ -64,7 +67,7 @@ FAMILY = Family(
         original=glm.DecoderLayer,
         passing=Block,
         writing=LastBlock,
-        why="combine_pre writes its streams and reads them in one pass; " + ON_CPU,
+        why="combine_pre writes its streams and reads them in one pass; " + few_stay(),
     ),
     connections={glm.HyperConnection: CONNECTION},
     trainable={

@@ -13,7 +13,16 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mhc_backends.mlx_nn.models.family import Family, Layers, Swap
-from mhc_backends.mlx_nn.models.sublayers import ON_CPU, Projection, check_rows, enter
+from mhc_backends.mlx_nn.models.sublayers import (
+    Call,
+    Projection,
+    check_rows,
+    constant,
+    enter,
+    few_stay,
+    left,
+    written,
+)
 from mhc_core import HY_V4, Variant, head
 
 __all__ = ["FAMILY"]
@@ -39,8 +48,14 @@ class Connection(connections.IdentityHyperConnectionPre):
         variant = _variant(self.norm_eps, self.hc_eps, float(self.hc_magnitude))
         return Projection(self.hc_fn, self.hc_scale, self.hc_base, variant)
 
+    def called(self, x: mx.array) -> Call:
+        """Return the call that decides what is left to the library."""
+        return self.projection.call(x)
+
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Return the sublayer's input and H_post."""
+        if left(self, x, self.called):
+            return super().__call__(x)
         entered = enter(x, self.projection)
         return entered.h, entered.h_post
 
@@ -51,7 +66,10 @@ class Head(connections.IdentityHyperHead):
     def __call__(self, x: mx.array) -> mx.array:
         """Return the hidden state ``[..., C]``."""
         variant = _variant(self.norm_eps, self.hc_eps, HY_V4.post_scale)
-        return head(x, self.hc_head_fn, self.hc_head_scale, self.hc_head_base, variant)
+        projection = Projection(self.hc_head_fn, self.hc_head_scale, self.hc_head_base, variant)
+        if left(self, x, functools.partial(projection.call, op="head")):
+            return super().__call__(x)
+        return head(x, *projection)
 
 
 class Indexer(indexer.HyV4Indexer):
@@ -76,6 +94,9 @@ class Block(hy.HyV4DecoderLayer):
         prev_topk_indices: mx.array | None = None,
     ) -> Any:
         """Return the streams, or the pending ones, and the entries that attention chose."""
+        if left(self, h, self.hc_attn_layer.hc_pre.called):
+            return super().__call__(written(h), mask, cache, prev_topk_indices)
+        prev_topk_indices = constant(prev_topk_indices)
         attention = enter(h, self.hc_attn_layer.hc_pre.projection)
         y, chosen = self.self_attn(
             self.input_layernorm(attention.h), mask, cache, prev_topk_indices
@@ -101,7 +122,7 @@ FAMILY = Family(
         original=hy.HyV4DecoderLayer,
         passing=Block,
         writing=LastBlock,
-        why="combine_pre writes its streams and reads them in one pass; " + ON_CPU,
+        why="combine_pre writes its streams and reads them in one pass; " + few_stay(),
     ),
     connections={
         connections.IdentityHyperConnectionPre: Swap(

@@ -14,29 +14,42 @@ from mlx import nn
 
 import mhc_core
 from mhc_backends.mlx_nn.models.family import Family, Layers, Swap
-from mhc_backends.mlx_nn.models.sublayers import ON_CPU
+from mhc_backends.mlx_nn.models.sublayers import Call, few_stay, left
 
 __all__ = ["CONNECTION", "FAMILY"]
 
 mhc: Any = mhc_core  # the arrays here are those of any library
 qwen4: Any = import_module("mlx_vlm.models.qwen4_exp.language")
 
+TIMES = float("inf")  # this library compiles its own gates: on a CPU the formulas never gain
+
 
 class Connection(qwen4.Qwen4ExpGatedResidual):
     """A gated residual on the uniform ops, while its projections are plain matrices."""
 
-    def __call__(self, hyper_input: mx.array) -> Any:
-        """Return the sublayer's input, the streams and H_post; the last mixer, its input alone."""
+    @property
+    def plain(self) -> bool:
+        """Return whether the projections are plain matrices, not quantised and not adapted."""
         modules: Any = self
-        names = [name for name in PROJECTIONS if name in modules]
-        if any(type(modules[name]) is not nn.Linear for name in names):
-            return cast("Any", super().__call__(hyper_input))  # quantised, or with an adapter
+        return all(type(modules[name]) is nn.Linear for name in PROJECTIONS if name in modules)
+
+    def called(self, hyper_input: mx.array) -> Call:
+        """Return the call on these streams."""
+        modules: Any = self
         norm = self.hc_norm
         x = hyper_input.reshape(*hyper_input.shape[:-1], self.hc_count, self.hidden_size)
-        weights: list[mx.array] = [norm.weight, *(modules[name].weight for name in names)]
-        if len(names) < len(PROJECTIONS):
-            return mhc.gated_head(x, *weights, norm.eps)
-        h, h_post = mhc.gated_pre(x, *weights, norm.eps)
+        weights = [modules[name].weight for name in PROJECTIONS if name in modules]
+        op = "gated_pre" if len(weights) == len(PROJECTIONS) else "gated_head"
+        return Call(op, (x, norm.weight, *weights), {"eps": norm.eps})
+
+    def __call__(self, hyper_input: mx.array) -> Any:
+        """Return the sublayer's input, the streams and H_post; the last mixer, its input alone."""
+        if not self.plain or left(self, hyper_input, self.called, TIMES):
+            return cast("Any", super().__call__(hyper_input))
+        op, arrays, static = self.called(hyper_input)
+        if op == "gated_head":
+            return mhc.gated_head(*arrays, **static)
+        h, h_post = mhc.gated_pre(*arrays, **static)
         return h, hyper_input, h_post.astype(hyper_input.dtype)
 
 
@@ -58,6 +71,11 @@ class Indexer(qwen4.Qwen4ExpQSAIndexer):
 class Block(qwen4.Qwen4ExpDecoderLayer):
     """A layer: attention, linear or sparse, then experts."""
 
+    def called(self, x: mx.array) -> Call:
+        """Return a call of combine on these streams."""
+        streams = x.reshape(*x.shape[:-1], self.attn_hyper_connection.hc_count, -1)
+        return Call("combine", (streams, streams[..., 0, :], streams[..., 0]), {})
+
     def __call__(
         self,
         hidden_states: mx.array,
@@ -68,6 +86,8 @@ class Block(qwen4.Qwen4ExpDecoderLayer):
     ) -> mx.array:
         """Return the streams."""
         x = hidden_states
+        if left(self, x, self.called, TIMES):
+            return super().__call__(x, input_ids, mask, cache, position_ids)
         if "ple" in self:
             x = x + self.ple(x, input_ids, cache, mask)
         h, x, h_post = self.attn_hyper_connection(x)
@@ -90,7 +110,7 @@ FAMILY = Family(
         original=qwen4.Qwen4ExpDecoderLayer,
         passing=Block,
         writing=Block,
-        why="combine writes its streams in one pass; " + ON_CPU,
+        why="combine writes its streams in one pass; " + few_stay(TIMES),
     ),
     connections={qwen4.Qwen4ExpGatedResidual: CONNECTION},
     trainable={

@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 import mhc_core as mhc
+from mhc_backends.mlx_compiled import SPEC as FORMULAS
+from mhc_core.dispatch import get_op
+from mhc_core.selection import selected, situation
+from mhc_core.signature import signature
 
 __all__ = [
-    "ON_CPU",
+    "FEW",
+    "Call",
     "Entered",
     "Pending",
     "Projection",
     "check",
     "check_rows",
+    "constant",
     "deepseek",
     "enter",
+    "few_stay",
+    "left",
+    "written",
 ]
 
+FEW = 1 << 17
+"""Streams of fewer numbers than this are few: the library's own code is faster than the formulas.
 
-ON_CPU = "on a CPU, decoding may be slower than with the library's own connections"
+Measured on a CPU, float32 and bfloat16: the times are equal at about 100 tokens of 4 streams with
+256 channels, at 32 with 1024 and at 8 with 4096 (docs/performance.md).
+"""
+
+
+def few_stay(times: float = 1) -> str:
+    """Return the sentence of a report about what :func:`left` leaves to the library."""
+    bound = "" if times == float("inf") else f" of fewer than {FEW * times} numbers"
+    return f"where no kernels run, streams{bound} stay on the library's own code outside training"
 
 
 class Pending(NamedTuple):
@@ -65,6 +85,14 @@ class Pending(NamedTuple):
         )
 
 
+class Call(NamedTuple):
+    """A call of an op: its name, its arrays, its static arguments."""
+
+    op: str
+    arrays: Sequence[mx.array]
+    static: Mapping[str, Any]
+
+
 class Projection(NamedTuple):
     """The parameters of the projection that reads the streams, and the variant."""
 
@@ -72,6 +100,43 @@ class Projection(NamedTuple):
     scale: mx.array
     bias: mx.array
     variant: mhc.Variant
+
+    def call(self, x: mx.array, op: str = "pre") -> Call:
+        """Return the call of pre, or of head, with these parameters."""
+        return Call(op, (x, self.phi, self.scale, self.bias), {"variant": self.variant})
+
+
+_on_formulas: dict[Any, bool] = {}
+
+
+def left(module: Any, streams: Any, call: Callable[[mx.array], Call], times: float = 1) -> bool:
+    """Return whether a module leaves few streams to its library, whose code is faster for them.
+
+    It does so where the formulas would run, not kernels, and outside training, so that no model
+    gets slower. Fewer than ``times`` :data:`FEW` numbers are few. ``call`` returns the call whose
+    backend decides; it is made once per class, dtype and choice of backend.
+    """
+    if module.training:
+        return False
+    x: mx.array = streams.x if isinstance(streams, Pending) else streams
+    if not x.size < FEW * times:
+        return False
+    key = (type(module), x.dtype, *situation())
+    if key not in _on_formulas:
+        op, arrays, static = call(x)
+        spec = selected(signature(get_op, op, arrays, static), arrays)
+        _on_formulas[key] = spec.name == FORMULAS.name
+    return _on_formulas[key]
+
+
+def constant(indices: mx.array | None) -> mx.array | None:
+    """Return indices that no gradient is asked for, though ``mx.checkpoint`` asks for all."""
+    return None if indices is None else mx.stop_gradient(indices)
+
+
+def written(streams: Any) -> mx.array:
+    """Return the streams, where they are pending too."""
+    return streams.written() if isinstance(streams, Pending) else streams
 
 
 class Entered(NamedTuple):

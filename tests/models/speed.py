@@ -1,0 +1,80 @@
+"""Print the time of accelerated models over that of the plain ones, on this machine.
+
+python tests/models/speed.py [--families NAMES] [--hidden 1024] [--tokens 1,128] [--seconds 10]
+
+Small models with random weights, in one process, called in turn; the ratio of the medians of the
+processors' time, which other programs disturb least. After it, as the measure of the noise, the
+ratio of two plain models. One token is decoded with a cache that holds 32; more are a prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import small
+
+import mhc_core as mhc
+from mhc_core.mlx import accelerate
+
+
+def cache_of(model: Any) -> Any:
+    """Return a new cache of a model of either package."""
+    return getattr(model, "language_model", model).make_cache()
+
+
+def calls(model: Any, length: int) -> Callable[[], float]:
+    """Return a function that times one call with so many tokens."""
+    ids, cache = small.tokens(1, length), cache_of(model)
+    mx.eval(small.logits(model, small.tokens(1, 32), cache))
+
+    def timed() -> float:
+        used = cache if length == 1 else cache_of(model)
+        begin = time.process_time()
+        mx.eval(small.logits(model, ids, used))
+        return time.process_time() - begin
+
+    return timed
+
+
+def ratio(models: list[Any], length: int, seconds: float) -> str:
+    """Return accelerated over plain, plain over plain, and what was measured."""
+    timed = [calls(model, length) for model in models]
+    times: list[list[float]] = [[] for _ in models]
+    for call in (*timed, *timed):
+        call()
+    end, first = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end or first < 6:
+        for k in range(len(models)):
+            side = (first + k) % len(models)
+            times[side].append(timed[side]())
+        first += 1
+    plain, again, fast = map(statistics.median, times)
+    return f"{fast / plain:.2f} (plain {again / plain:.2f}; {1e3 * plain:.1f} ms, {first} times)"
+
+
+def main() -> None:
+    """Print one row per family."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--families", default=",".join(small.MAKE))
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--tokens", default="1,128")
+    parser.add_argument("--seconds", type=float, default=10)
+    args = parser.parse_args()
+    lengths = [int(length) for length in args.tokens.split(",")]
+    print("| family | " + " | ".join(f"{length} tokens" for length in lengths) + " |")
+    print("|---" * (len(lengths) + 1) + "|")
+    for name in args.families.split(","):
+        models = [small.MAKE[name](hidden_size=args.hidden) for _ in range(3)]
+        accelerate(models[-1])
+        with mhc.no_grad():
+            cells = [ratio(models, length, args.seconds) for length in lengths]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

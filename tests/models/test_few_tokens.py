@@ -1,0 +1,111 @@
+"""No model gets slower: what accelerate leaves to the library, counted and not timed."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+
+import mlx.core as mx
+import small
+
+import mhc_core as mhc
+from mhc_backends.mlx_nn.models import mlx_vlm_qwen4_exp, mlx_vlm_xing4_0, sublayers
+from mhc_core.mlx import accelerate
+
+FORMULAS, SIMULATOR = "mlx-compiled", "mlx-metal-simulator"
+STREAMS = 4
+BOUND = 8 * STREAMS * 64  # 8 tokens of the small models
+
+
+@pytest.fixture(autouse=True)
+def _bound(monkeypatch: pytest.MonkeyPatch, _every_stream_runs_on_the_ops: None) -> None:
+    """Set a bound that a small model can reach."""
+    monkeypatch.setattr(sublayers, "FEW", BOUND)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the list of the ops that are called from now on, wherever they were imported."""
+    made: list[str] = []
+
+    def counting(name: str) -> Any:
+        op = getattr(mhc, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            made.append(name)
+            return op(*args, **kwargs)
+
+        return call
+
+    names = ("mappings", "aggregate", "pre", "combine", "combine_pre", "head")
+    for name in (*names, "gated_pre", "gated_head"):
+        op, counted = getattr(mhc, name), counting(name)
+        for module in (mhc, *_ours()):
+            if vars(module).get(name) is op:
+                monkeypatch.setattr(module, name, counted)
+    return made
+
+
+def _ours() -> list[Any]:
+    start = "mhc_backends.mlx_nn.models."
+    return [module for name, module in sys.modules.items() if name.startswith(start)]
+
+
+@pytest.mark.parametrize("name", list(small.MAKE))
+def test_few_tokens_stay_on_the_librarys_code(name: str, calls: list[str]) -> None:
+    """Compare bits and nodes: one token and a short block run what the plain model runs."""
+    plain, fast = small.MAKE[name](), small.MAKE[name]()
+    sentence = "where no kernels run, "
+    assert sentence in str(accelerate(fast))
+    for length in (1, 7):
+        ids = small.tokens(1, length)
+        expected, got = small.logits(plain, ids), small.logits(fast, ids)
+        assert not calls
+        assert small.nodes(got) == small.nodes(expected) > 0
+        assert small.equal(got, expected)
+    calls.clear()
+    times = {"Qwen4-Exp": mlx_vlm_qwen4_exp.TIMES, "Xing4.0": mlx_vlm_xing4_0.TIMES}.get(name, 1)
+    if times < float("inf"):
+        small.logits(fast, small.tokens(1, int(8 * times) - 1))
+        assert not calls
+        small.logits(fast, small.tokens(1, int(8 * times)))
+        assert len(calls) >= 2 * len(fast.layers)
+    calls.clear()
+    small.logits(fast.train(), small.tokens(1, 1))
+    assert len(calls) >= 2 * len(fast.layers)
+
+
+def test_kernels_run_few_tokens_too() -> None:
+    """Check that the bound is for the formulas alone, and follows the backend of each call."""
+    simulator = pytest.importorskip("mhc_metal_simulator", reason="the simulator is not installed")
+    fast = small.mlx_vlm_xing4_0()
+    accelerate(fast)
+    ids = small.tokens(1, 1)
+    expected = small.logits(fast, ids)
+    for backend, some in ((FORMULAS, False), (SIMULATOR, True), (FORMULAS, False)):
+        with simulator.record() as launches, mhc.use_backend(backend):
+            got = small.logits(fast, ids)
+            mx.eval(got)
+        assert bool(launches) is some
+        assert small.apart(got, expected) < 1e-4
+
+
+def test_pending_streams_are_written_before_the_library_gets_them() -> None:
+    """Check a layer that trains, and leaves its streams, before one that does not."""
+    plain, fast = small.mlx_vlm_xing4_0(), small.mlx_vlm_xing4_0()
+    accelerate(fast)
+    fast.layers[0].train()
+    ids = small.tokens(1, 3)
+    assert small.apart(small.logits(fast, ids), small.logits(plain, ids)) < 1e-5
+
+
+def test_a_layer_asks_for_its_backend_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = small.mlx_vlm_hy_v4()
+    accelerate(fast)
+    small.logits(fast, small.tokens(1, 1))
+    monkeypatch.delattr(sublayers, "selected")
+    small.logits(fast, small.tokens(1, 2))
