@@ -12,9 +12,8 @@ from typing import Any, cast
 from torch import Tensor
 
 import mhc_core as mhc
-import mhc_torch
 from mhc_backends.acceleration import Swap
-from mhc_torch.models.family import NOWHERE, WHERE, Family, compare, pays, require
+from mhc_torch.models.family import WHERE, Family, compare, pays, require
 from mhc_torch.models.sublayers import (
     IDENTITY,
     IndexedLayer,
@@ -25,9 +24,6 @@ from mhc_torch.models.sublayers import (
 )
 
 __all__ = ["Connection", "Head", "Layer", "family"]
-
-_MIXERS = mhc_torch.CUDA.mixers
-FUSED = _MIXERS is None or "identity" in _MIXERS
 
 
 def _mapped(connection: Any, streams: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +36,7 @@ class Connection:
 
     def forward(self, hidden_streams: Tensor) -> tuple[Tensor, Tensor]:
         """Return H_post and the layer's input."""
-        if not pays(cast("Any", self), hidden_streams, FUSED):
+        if not pays(cast("Any", self), hidden_streams):
             original = cast("Any", super())
             return cast("tuple[Tensor, Tensor]", original.forward(hidden_streams))
         return _mapped(self, hidden_streams)
@@ -60,7 +56,6 @@ class Layer(IndexedLayer):
     """A layer whose streams are written and read in one pass; it stands before the library's."""
 
     projection = staticmethod(identity_projection)
-    fused = FUSED
 
 
 def family(
@@ -69,7 +64,6 @@ def family(
 ) -> Family:
     """Return the family of a layer, a connection and a head, and of their replacements."""
     layer, connection, head = originals
-    where = WHERE if FUSED else NOWHERE
 
     def check(path: str, module: Any) -> None:
         require(path, module, IDENTITY)
@@ -78,9 +72,9 @@ def family(
     return Family(
         swaps={
             layer: Swap(
-                ours[0], f"combine_pre writes its streams and reads them in one pass, {where}"
+                ours[0], f"combine_pre writes its streams and reads them in one pass, {WHERE}"
             ),
-            connection: Swap(ours[1], f"runs on mhc-core's ops, {where}", check),
+            connection: Swap(ours[1], f"runs on mhc-core's ops, {WHERE}", check),
             head: Swap(ours[2], f"runs on mhc-core's head, {WHERE}", check_head(compare, head)),
         },
         leaves=leaves(layer, identity_projection),

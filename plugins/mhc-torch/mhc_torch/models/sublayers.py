@@ -103,7 +103,6 @@ class IndexedLayer:
     """
 
     projection: Projection
-    fused = True  # whether there are kernels
 
     def forward(
         self,
@@ -126,7 +125,7 @@ class IndexedLayer:
             "position_embeddings": position_embeddings,
             "prev_topk_indices": prev_topk_indices,
         }
-        runs = pays(layer, hidden_states, self.fused) and "past_key_values" not in kwargs
+        runs = pays(layer, hidden_states) and "past_key_values" not in kwargs
         if runs and not (hooked(layer.attn_hc) or hooked(layer.ffn_hc)):
             return _run(layer, hidden_states, type(self).projection, own, kwargs)
         return cast("tuple[Tensor, Any]", original.forward(hidden_states, **own, **kwargs))
