@@ -52,7 +52,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "Xing4.0": {"model_type": "xing4_0", **small.XING},
 }
-"""What ``config.json`` has for the small models."""
+"""The contents of ``config.json`` for the small models."""
 
 DRAFTERS = {
     "mlx-vlm V4": ("deepseek_v4_mtp", "deepseek_v4_dspark"),

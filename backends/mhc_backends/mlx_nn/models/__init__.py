@@ -33,6 +33,7 @@ class _Library(NamedTuple):
     tested: tuple[str, ...]
 
 
+_DRAFTERS = "mlx_vlm.speculative.drafters"
 _MODELS = {
     "mlx_lm.models.deepseek_v41.Model": _Library("mlx_lm_deepseek_v41", "mlx-lm", ("0.32.2",)),
     "mlx_vlm.models.deepseek_v4.deepseek_v4.Model": _Library(
@@ -49,10 +50,6 @@ _MODELS = {
         "mlx_vlm_qwen4_exp", "mlx-vlm", ("0.7.10",)
     ),
     "mlx_vlm.models.xing4_0.xing4_0.Model": _Library("mlx_vlm_xing4_0", "mlx-vlm", ("0.7.10",)),
-}
-
-_DRAFTERS = "mlx_vlm.speculative.drafters"
-_MODELS |= {
     f"{_DRAFTERS}.deepseek_v4_mtp.deepseek_v4_mtp.DeepseekV4MTPDraftModel": _Library(
         "mlx_vlm_deepseek_v4_mtp", "mlx-vlm", ("0.7.10",)
     ),

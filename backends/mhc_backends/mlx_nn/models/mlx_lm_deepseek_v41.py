@@ -6,7 +6,7 @@ Each class is a subclass of the library's, without parameters of its own.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -45,7 +45,7 @@ class Connection(v41.HyperConnection):
     def __call__(self, streams: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Return H_pre, H_post, and H_res transposed."""
         if left(self, streams, self.called):
-            return super().__call__(streams)
+            return cast("Any", super().__call__(streams))
         h_pre, h_post, h_res = mappings(streams, *self.projection)
         return h_pre, h_post, h_res.swapaxes(-1, -2)
 
@@ -58,7 +58,7 @@ class Layer(v41.DecoderLayer):
     def __call__(self, streams: Any, pre_mix: mx.array, **state: Any) -> tuple[Any, mx.array]:
         """Return the streams, or the pending ones, and the H_pre for the next sublayer's input."""
         if left(self, streams, self.attn_hc.called):
-            return super().__call__(written(streams), pre_mix, **state)
+            return cast("Any", super().__call__(written(streams), pre_mix, **state))
         attention = enter(streams, self.attn_hc.projection, pre_mix)
         y = self.self_attn(self.input_layernorm(attention.h), **state)
         experts = enter(attention.finish(y), self.ffn_hc.projection, attention.h_pre)

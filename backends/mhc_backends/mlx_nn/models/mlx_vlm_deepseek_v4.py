@@ -47,7 +47,7 @@ class Connection(v4.HyperConnection):
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Return the sublayer's input, H_post, and H_res transposed."""
         if left(self, x, self.called):
-            return super().__call__(x)
+            return cast("Any", super().__call__(x))
         entered = enter(x, self.projection)
         return entered.h, entered.h_post, entered.h_res.swapaxes(-1, -2)
 
@@ -61,7 +61,7 @@ class Head(v4.HyperHead):
             self.fn, self.scale, self.base, deepseek(self.norm_eps, self.hc_eps)
         )
         if left(self, x, functools.partial(projection.call, op="head")):
-            return super().__call__(x)
+            return cast("Any", super().__call__(x))
         return head(x, *projection)
 
 
@@ -81,7 +81,7 @@ class Block(v4.DeepseekV4Block):
     ) -> Any:
         """Return the streams, or the pending ones."""
         if left(self, h, self.attn_hc.called):
-            return super().__call__(written(h), mask, cache, input_ids, *args, **state)
+            return cast("Any", super().__call__(written(h), mask, cache, input_ids, *args, **state))
         attention = enter(h, self.attn_hc.projection)
         y = self.attn(self.attn_norm(attention.h), mask, cache, *args, **state)
         experts = enter(attention.finish(y), self.ffn_hc.projection)

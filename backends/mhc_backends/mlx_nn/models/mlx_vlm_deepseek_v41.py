@@ -6,7 +6,7 @@ Each class is a subclass of the library's, without parameters of its own.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -58,7 +58,7 @@ class Block(v41.DeepseekV41Block):
     ) -> tuple[Any, mx.array]:
         """Return the streams, or the pending ones, and the H_pre for the next sublayer's input."""
         if left(self, h, self.called):
-            return super().__call__(written(h), pre_mix, image_mask, cache)
+            return cast("Any", super().__call__(written(h), pre_mix, image_mask, cache))
         attention = enter(h, self.projection("attn"), pre_mix)
         y = self.attn(self.attn_norm(attention.h), cache)
         experts = enter(attention.finish(y), self.projection("ffn"), attention.h_pre)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib import import_module
-from typing import Any
+from operator import attrgetter
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -28,7 +29,7 @@ class Stage(dspark.DSparkStage):
     def __call__(self, h: Any, main_x: mx.array, cache: Any) -> Any:
         """Return the streams, or the pending ones."""
         if left(self, h, self.attn_hc.called):
-            return super().__call__(written(h), main_x, cache)
+            return cast("Any", super().__call__(written(h), main_x, cache))
         attention = enter(h, self.attn_hc.projection)
         y = self.attn(self.attn_norm(attention.h), main_x, cache)
         experts = enter(attention.finish(y), self.ffn_hc.projection)
@@ -44,7 +45,7 @@ class LastStage(Stage):
 
 FAMILY = replace(
     mlx_vlm_deepseek_v4.FAMILY,
-    order=lambda drafter: drafter.stages,
+    order=attrgetter("stages"),
     layers=Layers(
         original=dspark.DSparkStage,
         passing=Stage,

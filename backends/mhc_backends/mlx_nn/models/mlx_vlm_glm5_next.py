@@ -43,7 +43,7 @@ class Block(glm.DecoderLayer):
     ) -> Any:
         """Return the streams, or the pending ones, and the entries that attention chose."""
         if left(self, x, self.attn_hc.called):
-            return super().__call__(written(x), mask, cache, prev_topk_indices)
+            return cast("Any", super().__call__(written(x), mask, cache, prev_topk_indices))
         prev_topk_indices = constant(prev_topk_indices)
         attention = enter(x, self.attn_hc.projection)
         h, chosen = self.input_layernorm(attention.h), prev_topk_indices

@@ -55,7 +55,7 @@ class Connection(connections.IdentityHyperConnectionPre):
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Return the sublayer's input and H_post."""
         if left(self, x, self.called):
-            return super().__call__(x)
+            return cast("Any", super().__call__(x))
         entered = enter(x, self.projection)
         return entered.h, entered.h_post
 
@@ -68,7 +68,7 @@ class Head(connections.IdentityHyperHead):
         variant = _variant(self.norm_eps, self.hc_eps, HY_V4.post_scale)
         projection = Projection(self.hc_head_fn, self.hc_head_scale, self.hc_head_base, variant)
         if left(self, x, functools.partial(projection.call, op="head")):
-            return super().__call__(x)
+            return cast("Any", super().__call__(x))
         return head(x, *projection)
 
 
@@ -95,7 +95,7 @@ class Block(hy.HyV4DecoderLayer):
     ) -> Any:
         """Return the streams, or the pending ones, and the entries that attention chose."""
         if left(self, h, self.hc_attn_layer.hc_pre.called):
-            return super().__call__(written(h), mask, cache, prev_topk_indices)
+            return cast("Any", super().__call__(written(h), mask, cache, prev_topk_indices))
         prev_topk_indices = constant(prev_topk_indices)
         attention = enter(h, self.hc_attn_layer.hc_pre.projection)
         y, chosen = self.self_attn(

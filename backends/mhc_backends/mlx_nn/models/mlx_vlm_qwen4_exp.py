@@ -87,7 +87,7 @@ class Block(qwen4.Qwen4ExpDecoderLayer):
         """Return the streams."""
         x = hidden_states
         if left(self, x, self.called, TIMES):
-            return super().__call__(x, input_ids, mask, cache, position_ids)
+            return cast("Any", super().__call__(x, input_ids, mask, cache, position_ids))
         if "ple" in self:
             x = x + self.ple(x, input_ids, cache, mask)
         h, x, h_post = self.attn_hyper_connection(x)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -61,7 +61,7 @@ class Connection(xing.HyperConnection):
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Return H_post, H_res and the sublayer's input."""
         if left(self, x, self.called, TIMES):
-            return super().__call__(x)
+            return cast("Any", super().__call__(x))
         entered = enter(x, self.projection)
         return entered.h_post.astype(x.dtype), entered.h_res.astype(x.dtype), entered.h
 
@@ -74,7 +74,7 @@ class Block(xing.DecoderLayer):
     def __call__(self, x: Any, mask: mx.array | None = None, cache: Any = None) -> Any:
         """Return the streams, or the pending ones."""
         if left(self, x, self.attn_hc.called, TIMES):
-            return super().__call__(written(x), mask, cache)
+            return cast("Any", super().__call__(written(x), mask, cache))
         attention = enter(x, self.attn_hc.projection)
         y = self.self_attn(self.input_layernorm(attention.h), mask, cache)
         mlp = enter(attention.finish(y), self.ffn_hc.projection)
