@@ -195,29 +195,102 @@ def pre(
     bias: Array,
     variant: Variant,
     *,
+    h_norm_weight: Array | None = None,
+    h_norm_eps: float | None = None,
+    h_raw: bool = False,
     backend: str | None = None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     """Compute all that a layer needs first, :func:`mappings` and :func:`aggregate`, in one pass.
 
-    ``H_pre, H_post, H_res = mappings(x, ...);  h = sum_i H_pre_i x_i``.
+    ``H_pre, H_post, H_res = mappings(x, ...);  h = sum_i H_pre_i x_i``, and with h_norm_weight
+    ``h = rms_norm(h, h_norm_weight, h_norm_eps)``.
 
     Parameters
     ----------
     x, phi, scale, bias, variant
         As for :func:`mappings`.
+    h_norm_weight
+        ``[C]``: the weight of the RMS norm at the layer's begin. With it h is normalised in the
+        same pass.
+    h_norm_eps
+        The norm's eps, by default 1e-5.
+    h_raw
+        Whether to return h before the norm too.
     backend
         A backend's name, instead of the one chosen elsewhere.
 
     Returns
     -------
     h, h_post, h_res
-        ``h [..., C]`` in x's dtype, the layer's input; the other two for :func:`combine`.
+        ``h [..., C]`` in x's dtype, the layer's input; the other two for :func:`combine`. With
+        h_raw, h before the norm is a fourth array.
 
     Notes
     -----
-    Eqs. (3), (7-9) and (14-19) of arXiv:2512.24880. Errors: see :mod:`mhc_core._api`.
+    Eqs. (3), (7-9) and (14-19) of arXiv:2512.24880. The norm reads h as rounded to x's dtype. With
+    a norm, the op is :func:`pre_norm`, also for :func:`vjp`. Errors: see :mod:`mhc_core._api`.
     """
-    return call("pre", (x, phi, scale, bias), {"variant": variant}, backend)
+    if h_norm_weight is None:
+        _refuse_norm("pre", h_norm_eps, h_raw)
+        return call("pre", (x, phi, scale, bias), {"variant": variant}, backend)
+    eps = 1e-5 if h_norm_eps is None else h_norm_eps
+    static = {"variant": variant, "h_norm_eps": eps, "h_raw": h_raw}
+    made = call("pre_norm", (x, phi, scale, bias, h_norm_weight), static, backend)
+    return made if h_raw else made[:-1]
+
+
+def _refuse_norm(op: str, h_norm_eps: float | None, h_raw: bool) -> None:
+    """Raise for arguments of a norm that has no weight."""
+    for name, value in (("h_norm_eps", h_norm_eps), ("h_raw", h_raw or None)):
+        if value is not None:
+            raise ValueError(
+                f"{op}: {name} is {value!r} without h_norm_weight; needs the norm's weight, or "
+                f"no {name}: without a norm h is returned as it is"
+            )
+
+
+def pre_norm(
+    x: Array,
+    phi: Array,
+    scale: Array,
+    bias: Array,
+    h_norm_weight: Array,
+    variant: Variant,
+    h_norm_eps: float = 1e-5,
+    h_raw: bool = False,
+    *,
+    backend: str | None = None,
+) -> tuple[Array, Array, Array, Array]:
+    """Run :func:`pre` and the :func:`rms_norm` of its h in one pass: pre with h_norm_weight.
+
+    ``h, H_post, H_res = pre(x, ...);  h = rms_norm(h, h_norm_weight, h_norm_eps)``.
+
+    Parameters
+    ----------
+    x, phi, scale, bias, variant
+        As for :func:`mappings`.
+    h_norm_weight
+        ``[C]``.
+    h_norm_eps
+        At least 0.
+    h_raw
+        Whether to return h before the norm too.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    h, h_post, h_res, h_raw
+        The normalised h, ``[..., C]``, the mappings, and h before the norm, or None unless it is
+        asked for.
+
+    Notes
+    -----
+    The norm reads h as rounded to x's dtype, so that the result equals ``rms_norm(pre(...))``. As
+    primals of :func:`vjp`, h_norm_weight comes last. Errors: see :mod:`mhc_core._api`.
+    """
+    static = {"variant": variant, "h_norm_eps": h_norm_eps, "h_raw": h_raw}
+    return call("pre_norm", (x, phi, scale, bias, h_norm_weight), static, backend)
 
 
 def combine_pre(
@@ -231,12 +304,15 @@ def combine_pre(
     variant: Variant,
     h_pre: Array | None = None,
     *,
+    h_norm_weight: Array | None = None,
+    h_norm_eps: float | None = None,
+    h_raw: bool = False,
     backend: str | None = None,
-) -> tuple[Array, Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     """Run :func:`combine` of one sublayer and :func:`pre` of the next in one pass.
 
     ``x' = H_res x + H_post (outer) y;  H_pre', H_post', H_res' = mappings(x', ...)``;
-    ``h' = sum_i H_pre'_i x'_i``, or with the given h_pre.
+    ``h' = sum_i H_pre'_i x'_i``, or with the given h_pre; with h_norm_weight h' is normalised.
 
     The streams are read once and written once: (2 n + 2) C numbers per token, not (3 n + 2) C.
     The mappings read x' as rounded to the streams' dtype, so it equals ``pre(combine(...))``.
@@ -250,21 +326,84 @@ def combine_pre(
     h_pre
         ``[..., n]`` or ``[n]``: weights to use for h' instead of h_pre' (single-pass mHC as in
         DeepSeek-V4.1, where the mix comes from the sublayer before).
+    h_norm_weight, h_norm_eps, h_raw
+        As for :func:`pre`.
     backend
         A backend's name, instead of the one chosen elsewhere.
 
     Returns
     -------
     x, h, h_pre, h_post, h_res
-        The new streams, the next layer's input and the next mappings.
+        The new streams, the next layer's input and the next mappings. With h_raw, h' before the
+        norm is a sixth array.
 
     Notes
     -----
     Eqs. (3), (7-9) and (14-19) of arXiv:2512.24880. As primals of :func:`vjp`, h_pre comes last.
-    Errors: see :mod:`mhc_core._api`.
+    With a norm, the op is :func:`combine_pre_norm`. Errors: see :mod:`mhc_core._api`.
     """
-    arrays = (x, y, h_post, h_res, phi, scale, bias, *(() if h_pre is None else (h_pre,)))
-    return call("combine_pre", arrays, {"variant": variant}, backend)
+    arrays = (x, y, h_post, h_res, phi, scale, bias)
+    given = () if h_pre is None else (h_pre,)
+    if h_norm_weight is None:
+        _refuse_norm("combine_pre", h_norm_eps, h_raw)
+        return call("combine_pre", (*arrays, *given), {"variant": variant}, backend)
+    eps = 1e-5 if h_norm_eps is None else h_norm_eps
+    static = {"variant": variant, "h_norm_eps": eps, "h_raw": h_raw}
+    made = call("combine_pre_norm", (*arrays, h_norm_weight, *given), static, backend)
+    return made if h_raw else made[:-1]
+
+
+def combine_pre_norm(
+    x: Array,
+    y: Array,
+    h_post: Array,
+    h_res: Array | None,
+    phi: Array,
+    scale: Array,
+    bias: Array,
+    h_norm_weight: Array,
+    variant: Variant,
+    h_pre: Array | None = None,
+    h_norm_eps: float = 1e-5,
+    h_raw: bool = False,
+    *,
+    backend: str | None = None,
+) -> tuple[Array, Array, Array, Array, Array, Array]:
+    """Run :func:`combine_pre` and the :func:`rms_norm` of its h' in one pass.
+
+    ``x', h', ... = combine_pre(x, ...);  h' = rms_norm(h', h_norm_weight, h_norm_eps)``.
+
+    Parameters
+    ----------
+    x, y, h_post, h_res
+        As for :func:`combine`.
+    phi, scale, bias, variant
+        As for :func:`mappings`, of the next sublayer.
+    h_norm_weight
+        ``[C]``, of the norm at the next layer's begin.
+    h_pre
+        As for :func:`combine_pre`.
+    h_norm_eps
+        At least 0.
+    h_raw
+        Whether to return h' before the norm too.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    x, h, h_pre, h_post, h_res, h_raw
+        The new streams, the normalised h', the next mappings, and h' before the norm, or None
+        unless it is asked for.
+
+    Notes
+    -----
+    The norm reads h' as rounded to x's dtype. As primals of :func:`vjp`, h_norm_weight and then
+    h_pre come last. Errors: see :mod:`mhc_core._api`.
+    """
+    arrays = (x, y, h_post, h_res, phi, scale, bias, h_norm_weight)
+    static = {"variant": variant, "h_norm_eps": h_norm_eps, "h_raw": h_raw}
+    return call("combine_pre_norm", arrays if h_pre is None else (*arrays, h_pre), static, backend)
 
 
 def head(
@@ -705,6 +844,7 @@ if TYPE_CHECKING:  # editors read a list, and without one take the imports above
         "aggregate",
         "combine",
         "combine_pre",
+        "combine_pre_norm",
         "contract",
         "expand",
         "gated_combine",
@@ -713,6 +853,7 @@ if TYPE_CHECKING:  # editors read a list, and without one take the imports above
         "head",
         "mappings",
         "pre",
+        "pre_norm",
         "pre_scale",
         "residual_add_aggregate",
         "rms_norm",

@@ -35,13 +35,14 @@ def unproven(what: str, spec: BackendSpec, call: Signature) -> str | None:
 
 
 def _as_if_mixed(call: Signature, dtypes: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the dtypes of the call with an H_res: a proof of that covers all its kernels."""
+    """Return the dtypes of the call with all its outputs: a proof of that covers all kernels."""
     arrays, names = list(dtypes[: len(dtypes) - len(call.outputs)]), list(call.op.arrays)
     if UNMIXED in call.absent:
         arrays.insert(names.index(UNMIXED), call.mapping_dtype)
     given = iter(dtypes[len(dtypes) - len(call.outputs) :])
-    kept = call.op.kept(call.static)
-    return (*arrays, *(next(given) if there else call.mapping_dtype for there in kept))
+    own = {"stream": call.stream_dtype, "mapping": call.mapping_dtype}
+    outputs = zip(call.op.outputs.values(), call.op.kept(call.static), strict=True)
+    return (*arrays, *(next(given) if there else own[out.dtype] for out, there in outputs))
 
 
 def unproven_text(spec: BackendSpec, call: Signature, source: str, reason: str) -> str:

@@ -25,12 +25,14 @@ class Out(NamedTuple):
     """The shape of an output in words, and whether it has the streams' dtype or the mappings'.
 
     The mappings' dtype is float32, or float64 for float64 streams. ``mixed`` says that it is H_res,
-    which is None where the static argument ``variant`` mixes no streams.
+    which is None where the static argument ``variant`` mixes no streams. ``asked`` names a boolean
+    static argument without which it is None.
     """
 
     shape: str
     dtype: Literal["stream", "mapping"]
     mixed: bool = False
+    asked: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,11 @@ class Op:
     def outputs_of(self, static: Mapping[str, Any]) -> dict[str, Out]:
         """Return the outputs that are not None with these static arguments."""
         mixes = not self.projects or static["variant"].mixes
-        return {name: out for name, out in self.outputs.items() if mixes or not out.mixed}
+        return {
+            name: out
+            for name, out in self.outputs.items()
+            if (mixes or not out.mixed) and (not out.asked or static[out.asked])
+        }
 
     def kept(self, static: Mapping[str, Any]) -> tuple[bool, ...]:
         """Return, for each output, whether it is an array with these static arguments."""

@@ -12,6 +12,7 @@ from cuda_on_cpu import launcher, needs_gcc
 
 import mhc_core as mhc
 from mhc_backends.kernels import launch
+from mhc_conformance.cases import with_variant
 from mhc_conformance.subject import several
 
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed, which launches the kernels")
@@ -52,6 +53,8 @@ CASES = [
     Case("pre", "float32", 4, FEWEST, T=3),
     Case("pre", "float16", 4, MANY, T=70, C=64),
     Case("pre", "bfloat16", 4, MANY, T=70, C=64),  # whole blocks: the streams are on their way
+    Case("pre_norm", "float32", 4, FEW, back=True, T=3),
+    Case("combine_pre_norm", "float32", 4, FEWEST, T=3),
     Case("head", "float32", 4, FEW, back=True),
     Case("head", "bfloat16", 4, MANY),
     Case("mappings", "float32", 2, MANY),
@@ -81,7 +84,9 @@ def _draw(case: Case) -> list[Any]:
     mapped = [layer, steps(2, T, n) / 2, h_res] if "combine" in case.op else []
     if case.op == "combine":
         return [streams, *mapped]
-    return [streams, *mapped, phi, normal(1 if case.op == "head" else 2 + mixes), normal(m)]
+    weight = [normal(C)] if "norm" in case.op else []
+    parts = 1 if case.op == "head" else 2 + mixes
+    return [streams, *mapped, phi, normal(parts), normal(m), *weight]
 
 
 def _float64(array: Any) -> Any:
@@ -111,7 +116,7 @@ def test_kernels_on_a_cpu(case: Case, folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(launch, "FEWEST_TOKENS", {"cuda": case.T if case.busy == FEWEST else 0})
     own = Ops(Kernels(launcher(folder), "cuda", 227 * 1024))
     variant, primals = mhc.DEEPSEEK_V4 if case.mixes else mhc.HY_V4, _draw(case)
-    static = {} if case.op == "combine" else {"variant": variant}
+    static = {} if case.op == "combine" else dict(with_variant(case.op, variant, h_raw=True))
     with mhc.no_grad():
         outputs = several(getattr(own, case.op)(*primals, **static))
     wide = [None if array is None else _float64(array) for array in primals]

@@ -35,7 +35,13 @@ def _sinkhorn(eps: float, first: str) -> Case:
 SINKHORNS = [_sinkhorn(eps, first) for eps in (0.0, 0.1) for first in ("columns", "rows")]
 
 
-COMPOSED = ("pre", "combine_pre", "static_layer")  # of other ops, which have more cases
+COMPOSED = (
+    "pre",
+    "combine_pre",
+    "pre_norm",
+    "combine_pre_norm",
+    "static_layer",
+)  # of other ops, which have more cases
 
 
 def _chosen(op: str) -> Iterator[Case]:

@@ -192,7 +192,7 @@ def _of_the_kit(op: str) -> Iterator[Case]:
     """Yield the kit's small cases of an op, one per value of its static arguments."""
     for case in {case.static: case for case in _plain(op)}.values():
         shapes = tuple(primal.shape for primal in data(case, "float64", 0).primals)
-        yield Case(op, shapes, case.options, case.label)
+        yield Case(op, shapes, case.asked, case.label)
 
 
 BY_HAND = _cases()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import mhc_core as mhc
 from mhc_conformance import Subject, oracle
-from mhc_conformance.cases import Case, Sizes, cases, data
+from mhc_conformance.cases import Case, Sizes, cases, data, with_variant
 from mhc_core import math
 
 Array = NDArray[Any]
@@ -33,7 +33,7 @@ def _case(op: str, optional: bool = False) -> Case:
     case = next(c for c in cases(op) if c.optional == optional)
     static = tuple((k, min(v, 3) if k == "iterations" else v) for k, v in case.static)
     if "variant" in case.options:
-        static = (("variant", VARIANT),)
+        static = with_variant(op, VARIANT, h_norm_eps=1e-3, h_raw=True)
     return replace(case, sizes=SIZES, static=static)
 
 

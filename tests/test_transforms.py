@@ -18,7 +18,7 @@ import mhc_core as mhc
 from mhc_backends.jax.ops import dtype_context
 from mhc_backends.mlx_compiled import _vmap
 from mhc_conformance import Subject, oracle
-from mhc_conformance.cases import Case, Sizes, cases, data
+from mhc_conformance.cases import Case, Sizes, cases, data, with_variant
 from mhc_core import math
 
 Array = NDArray[Any]
@@ -225,7 +225,7 @@ def _case(op: str, way: str, **changes: Any) -> tuple[Case, list[int | None]]:
     case = next(c for c in cases(op) if c.optional == optional)
     static = tuple((k, min(v, 3) if k == "iterations" else v) for k, v in case.static)
     if "variant" in case.options:
-        static = (("variant", VARIANT),)
+        static = with_variant(op, VARIANT, h_norm_eps=1e-3, h_raw=True)
     return replace(case, sizes=_EVERY, static=static, **changes), _in_axes(
         op, len(declared.arrays)
     )[way]

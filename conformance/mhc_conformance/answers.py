@@ -6,6 +6,7 @@ between the two is the condition, which multiplies the tolerance.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,7 +18,7 @@ from mhc_conformance import oracle
 from mhc_conformance.cases import Case, data
 from mhc_conformance.tolerances import Quantity, eps
 
-__all__ = ["Kept", "answers", "condition", "directions", "distance", "of_case", "size"]
+__all__ = ["Kept", "answers", "condition", "directions", "distance", "of_case", "seams", "size"]
 
 Array = NDArray[Any]
 
@@ -51,6 +52,15 @@ def _hessian_vector(
     return tuple((4 * fine - coarse) / 3 for coarse, fine in pairs)
 
 
+_SEAMS = {"x_rounded": "x", "h_rounded": "h_raw"}
+
+
+def seams(op: str) -> dict[str, str]:
+    """Return the outputs that an op rounds and reads again, by the oracle's names for them."""
+    named = inspect.signature(oracle.OPS[op]).parameters
+    return {name: output for name, output in _SEAMS.items() if name in named}
+
+
 class Kept:
     """An array as a dictionary key, equal to any other array with the same bytes."""
 
@@ -67,10 +77,14 @@ class Kept:
 
 @lru_cache(maxsize=128)  # of one op's cases: many checks and backends are held against the same
 def of_case(
-    case: Case, dtype: str, seed: int, quantity: Quantity, rounded: Kept | None = None
+    case: Case,
+    dtype: str,
+    seed: int,
+    quantity: Quantity,
+    rounded: tuple[tuple[str, Kept], ...] = (),
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """Return :func:`answers` to a case; ``rounded`` has streams as the backend rounded them."""
-    options = {**case.asked, **({"x_rounded": rounded.array} if rounded else {})}
+    """Return :func:`answers` to a case; ``rounded`` has arrays as the backend rounded them."""
+    options = {**case.asked, **{name: kept.array for name, kept in rounded}}
     drawn = data(case, dtype, seed)
     if quantity != "second":
         return answers(case.op, quantity, *drawn, options, dtype, seed)

@@ -32,7 +32,9 @@ from mhc_core.variants import check_variant
 
 __all__ = [
     "APART",
+    "H_NORMED",
     "MAPPED",
+    "NARROW",
     "PROJECTED",
     "PROJECTED_OR_MIXED",
     "SMALL",
@@ -49,6 +51,7 @@ __all__ = [
     "chosen",
     "dealt",
     "numpy_dtype",
+    "with_variant",
 ]
 
 Array = NDArray[Any]
@@ -330,6 +333,9 @@ PROJECTED = tuple(op for op in math.OPS if "phi" in declaration(op).arrays)
 PROJECTED_OR_MIXED = ("mappings", "pre", "combine", "combine_pre")
 """The ops that make H_res of the streams, or take one."""
 
+H_NORMED = tuple(op for op in PROJECTED if "h_norm_weight" in declaration(op).arrays)
+"""The ops that also normalise h."""
+
 MAPPED = tuple(
     op
     for op in math.OPS
@@ -347,9 +353,6 @@ def _statics(**choices: Sequence[Any]) -> list[tuple[str, Static]]:
         (", ".join(f"{k}={v}" for k, v in c.items()) or "plain", tuple(c.items()))
         for c in combinations
     ]
-
-
-_BY_VARIANT = [(label, (("variant", variant),)) for label, variant in VARIANTS]
 
 
 def accepted(op: str, name: str, values: Iterable[Any]) -> list[Any]:
@@ -416,15 +419,31 @@ def default(op: str, name: str, otherwise: Any) -> Any:
 def _declared(op: str) -> list[tuple[str, Static]]:
     """Return an op's static arguments in every combination; n follows from the size class."""
     declared = declaration(op).static
-    if check_variant in declared.values():
-        return _BY_VARIANT
-    return _statics(
-        **{
-            name: chosen(op, name, (default(op, name, 20), 2), (default(op, name, 1e-5), 0.1))
-            for name in declared
-            if name != "n"
-        }
-    )
+    values = {
+        name: chosen(op, name, (default(op, name, 20), 2), (default(op, name, 1e-5), 0.1))
+        for name in declared
+        if name not in ("n", "variant")
+    }
+    if check_variant not in declared.values():
+        return _statics(**values)
+    # the other arguments in turn: the classes of one stream and of one channel meet a large eps
+    return [
+        (label, with_variant(op, variant, **_in_turn(values, at)))
+        for at, (label, variant) in enumerate(VARIANTS)
+    ]
+
+
+def _in_turn(values: Mapping[str, Sequence[Any]], at: int) -> dict[str, Any]:
+    """Return one value of each argument, so that any two of them meet in four steps of two."""
+    pairs = enumerate(values.items(), 1)
+    return {name: some[(at >> shift) % len(some)] for shift, (name, some) in pairs}
+
+
+def with_variant(op: str, variant: Variant, **others: Any) -> Static:
+    """Return an op's static arguments: a variant, and others, of which it may have some or none."""
+    names = [name for name in declaration(op).static if name != "variant"]
+    values = ((name, others.get(name, default(op, name, None))) for name in names)
+    return (("variant", variant), *values)
 
 
 STATICS: Mapping[str, list[tuple[str, Static]]] = {
@@ -435,7 +454,8 @@ STATICS: Mapping[str, list[tuple[str, Static]]] = {
         for at, first in enumerate(("columns", "rows"))
         for one in _statics(iterations=(20, 1, 3), eps=(0.0, 1e-6, 0.1), first=(first,))[at::2]
     ],
-    "head": [*_BY_VARIANT[:2], _BY_VARIANT[5]],  # the last has a pre_eps of its own
+    # the last has a pre_eps of its own
+    "head": [(label, (("variant", variant),)) for label, variant in (*VARIANTS[:2], VARIANTS[5])],
     # With one stream or one channel, the norm undoes what its input's size did, but for eps: a
     # gradient of rounding alone, unless eps is large. So those size classes meet the large eps.
     "static_layer": [
@@ -452,7 +472,8 @@ STATICS: Mapping[str, list[tuple[str, Static]]] = {
 
 def _first_static(op: str, sizes: Sizes) -> Static:
     """Return an op's first static arguments, DEEPSEEK_V4 for a variant."""
-    return _sized(op, sizes, V4 if op in PROJECTED else STATICS[op][0][1])
+    first = with_variant(op, DEEPSEEK_V4, h_raw=True) if op in PROJECTED else STATICS[op][0][1]
+    return _sized(op, sizes, first)
 
 
 def _sized(op: str, sizes: Sizes, static: Static) -> Static:
@@ -566,6 +587,7 @@ LARGE: Sequence[tuple[Sizes, tuple[str, ...]]] = (
     (Sizes((2,), 4, 5124, "more channels than a thread can keep"), ("static_layer",)),
     (Sizes((2,), 32, 40, "the most streams, each longer than a tile"), ("static_layer",)),
     (Sizes((2,), 1, 17412, "more channels than a thread can keep"), ("rms_norm",)),
+    (Sizes((2,), 2, 17412, "more channels than a thread can keep"), ("pre_norm",)),
 )
 TOKENS: Sequence[tuple[Sizes, str, tuple[str, ...]]] = (  # so many that products run other code
     (
@@ -585,7 +607,8 @@ MIXED = {
         ("sinkhorn-limit", {}),
     )
 } | {"mhc-lite, transposed": replace(PAPER, mixer="mhc-lite", res_transposed=True)}
-UNMIXED = (("variant", replace(APART, mixer="identity")),)
+UNMIXED_APART = replace(APART, mixer="identity")
+UNMIXED: Static = (("variant", UNMIXED_APART),)
 # sizes at which streams that are not mixed may take code of their own
 ALONE: Sequence[tuple[Sizes, tuple[str, ...]]] = (
     (BLOCKS, PROJECTED_OR_MIXED),
@@ -674,8 +697,14 @@ SPECIAL: Sequence[Case] = (
         for op, static in (("mappings", V4), ("head", V4), ("rms_norm", (("eps", 1e-5),)))
     ),
     # single-pass mHC: the mix comes from the sublayer before
-    Case("combine_pre", "h_pre given", SMALL, V4, optional=True),
-    Case("combine_pre", "h_pre given, shared", SMALL, V4, optional=True, shared=True),
+    *(
+        Case(op, "h_pre given" + ", shared" * shared, SMALL, static, optional=True, shared=shared)
+        for op, static in (
+            ("combine_pre", V4),
+            ("combine_pre_norm", with_variant("combine_pre_norm", DEEPSEEK_V4, h_raw=True)),
+        )
+        for shared in (False, True)
+    ),
     # each mixer but Sinkhorn, and a norm with an eps outside its root
     *(
         Case("mappings", f"mixer {name}", SMALL, (("variant", variant),))
@@ -698,6 +727,7 @@ SPECIAL: Sequence[Case] = (
             ("combine", False, ()),
             ("combine_pre", False, UNMIXED),
             ("combine_pre", True, UNMIXED),
+            *((op, False, with_variant(op, UNMIXED_APART, h_raw=True)) for op in H_NORMED),
         )
     ),
     *(

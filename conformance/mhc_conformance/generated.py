@@ -23,7 +23,7 @@ import numpy as np
 
 import mhc_core
 from mhc_conformance.bugs import Bug, present, right, right_vjp
-from mhc_conformance.cases import MIXED, Case, accepted, cases, declaration
+from mhc_conformance.cases import H_NORMED, MIXED, Case, accepted, cases, declaration
 from mhc_conformance.checks import comparisons
 from mhc_conformance.subject import Subject, several
 from mhc_core import Variant
@@ -575,7 +575,7 @@ EQUIVALENT: Mapping[tuple[str, ...], str] = {
             "H_post = post_scale sigmoid(z) + post_eps is an output that no other output depends "
             "on, and its derivative by z is sigmoid's own times post_scale"
         )
-        for op in ("mappings", "pre", "combine_pre")
+        for op in ("mappings", "pre", "combine_pre", *H_NORMED)
     },
     **{
         (
@@ -584,6 +584,10 @@ EQUIVALENT: Mapping[tuple[str, ...], str] = {
             *which,
         ): "a Kronecker product of symmetric matrices is symmetric"
         for which in ((FORWARD, "H_res transposed"), (VJP, "the transposed cotangent"))
+    },
+    **{
+        (op, "h_raw", VJP): "where h_raw is not asked for, its cotangent is None, which says it too"
+        for op in H_NORMED
     },
     ("expand", "n", VJP): "dh is the sum of the cotangent's streams, whose shape says how many",
     **{

@@ -341,6 +341,54 @@ def combine_pre(
 
 
 @op
+def pre_norm(
+    x: Value,
+    phi: Value,
+    scale: Value,
+    bias: Value,
+    h_norm_weight: Value,
+    variant: Variant,
+    h_norm_eps: float,
+    h_raw: bool,
+    h_rounded: NDArray[Any] | None = None,
+) -> tuple[Value, Value, Value | None, Value | None]:
+    """Return pre's h after an RMS norm, H_post, H_res and, where it is wanted, h itself.
+
+    ``h_rounded`` is what the norm reads in place of h, as ``x_rounded`` in :func:`combine_pre`.
+    """
+    h, H_post, H_res = pre(x, phi, scale, bias, variant)
+    stored = h if h_rounded is None else straight_through(h, _raised(h_rounded))
+    return rms_norm(stored, h_norm_weight, h_norm_eps), H_post, H_res, h if h_raw else None
+
+
+@op
+def combine_pre_norm(
+    x: Value,
+    y: Value,
+    h_post: Value,
+    h_res: Value | None,
+    phi: Value,
+    scale: Value,
+    bias: Value,
+    h_norm_weight: Value,
+    h_pre: Value | None = None,
+    *,
+    variant: Variant,
+    h_norm_eps: float,
+    h_raw: bool,
+    x_rounded: NDArray[Any] | None = None,
+    h_rounded: NDArray[Any] | None = None,
+) -> tuple[Value, Value, Value, Value, Value | None, Value | None]:
+    """Return combine_pre's outputs with h' after an RMS norm and, where it is wanted, h' itself."""
+    arrays = (x, y, h_post, h_res, phi, scale, bias, h_pre)
+    outputs = combine_pre(*arrays, variant=variant, x_rounded=x_rounded)
+    x_next, h, H_pre, H_post, H_res = outputs
+    stored = h if h_rounded is None else straight_through(h, _raised(h_rounded))
+    normed = rms_norm(stored, h_norm_weight, h_norm_eps)
+    return x_next, normed, H_pre, H_post, H_res, h if h_raw else None
+
+
+@op
 def head(x: Value, phi: Value, scale: Value, bias: Value, variant: Variant) -> Value:
     """Return the streams collapsed before the output: one sigmoid weight for each."""
     weights = sigmoid(_project(x, phi, variant) * scale + bias) + variant.pre_eps

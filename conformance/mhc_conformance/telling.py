@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from mhc_conformance.cases import (
     APART,
     EITHER,
+    H_NORMED,
     MAPPED,
     PROJECTED,
     SMALL,
@@ -37,6 +38,7 @@ from mhc_conformance.cases import (
     cases,
     chosen,
     declaration,
+    with_variant,
 )
 from mhc_core import DEEPSEEK_V4, PAPER, Variant, math
 from mhc_core.variants import check_variant
@@ -142,9 +144,9 @@ def _static(**values: Any) -> Static:
 
 BY_HAND: Sequence[Case] = (
     *(
-        Case(op, label, SMALL, _static(variant=variant), draws, dtypes=PLAIN)
+        Case(op, label, SMALL, with_variant(op, variant, h_norm_eps=eps), draws, dtypes=PLAIN)
         for op in PROJECTED
-        for label, variant, draws in SMALLER
+        for (label, variant, draws), eps in zip(SMALLER, (6e-5, 5e-21), strict=True)
     ),
     # an eps outside of the norm's root, by formulas alone: kernels have none
     *(
@@ -152,16 +154,16 @@ BY_HAND: Sequence[Case] = (
             op,
             f"{label}, norm_root_eps",
             SMALL,
-            _static(variant=replace(variant, norm_root_eps=root)),
+            with_variant(op, replace(variant, norm_root_eps=root), h_norm_eps=eps, h_raw=True),
             draws,
             dtypes=("float64",),
             usual=("float64",),
         )
         for op in PROJECTED
-        for label, variant, root, draws in (
-            ("large", APART, 0.3, ()),
-            ("middling", MIDDLE, 7e-4, SMALLER[0][2]),
-            ("little", LITTLE, 6e-9, SMALLER[1][2]),
+        for label, variant, root, eps, draws in (
+            ("large", APART, 0.3, 0.25, ()),
+            ("middling", MIDDLE, 7e-4, 6e-5, SMALLER[0][2]),
+            ("little", LITTLE, 6e-9, 5e-21, SMALLER[1][2]),
         )
     ),
     # nearly closed gates: with phi = 0 and no cotangent of x, only they carry the streams' gradient
@@ -170,13 +172,13 @@ BY_HAND: Sequence[Case] = (
             op,
             label,
             SMALL,
-            _static(variant=variant),
+            with_variant(op, variant, h_norm_eps=variant.norm_eps),
             (("phi", _zero), ("bias", _biases(-16, _normal(1)))),
             dtypes=PLAIN,
             quiet=("x",),
         )
         for label, variant, ops in (
-            ("closed gates", LITTLE, ("pre", "combine_pre", "head")),
+            ("closed gates", LITTLE, ("pre", "combine_pre", "head", *H_NORMED)),
             ("closed gates, no eps", NOTHING, PROJECTED),
         )
         for op in ops
@@ -280,7 +282,7 @@ BOUND = 1e18
 """The largest size of streams that are compared with the oracle, forward and gradient."""
 
 NORMED = (
-    *((op, _static(variant=DEEPSEEK_V4)) for op in PROJECTED),
+    *((op, with_variant(op, DEEPSEEK_V4, h_raw=True)) for op in PROJECTED),
     *((op, _static(eps=1e-5)) for op in ("rms_norm", "gated_pre", "gated_head")),
     ("static_layer", _static(eps=1e-5, iterations=20)),
 )
@@ -355,7 +357,7 @@ RANGE: Sequence[Case] = (
     *(
         Case(op, "streams of 1e-15, no eps", SMALL, static, _of_size(1e-15), dtypes=PLAIN)
         for op, static in (
-            *((op, _static(variant=NOTHING)) for op in PROJECTED),
+            *((op, with_variant(op, NOTHING, h_norm_eps=0.0)) for op in PROJECTED),
             *((op, _static(eps=0.0)) for op in ("rms_norm", "gated_pre", "gated_head")),
             ("static_layer", _static(eps=0.0, iterations=2)),
         )
@@ -415,7 +417,7 @@ def _short(op: str) -> dict[str, Any]:
     """Return static arguments of a second derivative: short loops, and an eps that matters."""
     declared = declaration(op).static
     if check_variant in declared.values():
-        return {"variant": SHORT}
+        return dict(with_variant(op, SHORT, h_norm_eps=1e-3, h_raw=True))
     sized = {"n": SMALL.n}
     return {name: sized.get(name) or chosen(op, name, (3,), (1e-3,))[-1] for name in declared}
 

@@ -11,8 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 import mhc_core
-from mhc_conformance.answers import Kept, condition, directions, distance, of_case, size
-from mhc_conformance.cases import Case, cases, data, dealt, declaration, numpy_dtype
+from mhc_conformance.answers import (
+    Kept,
+    condition,
+    directions,
+    distance,
+    of_case,
+    seams,
+    size,
+)
+from mhc_conformance.cases import NARROW, Case, cases, data, dealt, declaration, numpy_dtype
 from mhc_conformance.records import Comparison
 from mhc_conformance.subject import Subject, several
 from mhc_conformance.telling import quick
@@ -81,17 +89,25 @@ class Trial:
     def function(self) -> Callable[..., Any]:
         return self.subject.function(self.case)
 
-    def _seam(self) -> Kept | None:
-        """Return the streams as the backend rounded them, for an op that reads them so, or None."""
-        if self.case.op != "combine_pre":
-            return None
-        outputs = self.subject.give(self.function(*self.subject.take(self.primals)))
-        return Kept(outputs[0])
+    def _seams(self) -> tuple[tuple[str, Kept], ...]:
+        """Return the outputs as the backend rounded them, for an op that reads some so."""
+        wanted = seams(self.case.op)
+        if self.dtype not in NARROW:
+            wanted.pop("h_rounded", None)  # h is an output that is not always asked for
+        if not wanted:
+            return ()
+        declared = declaration(self.case.op)
+        asked = (declared.outputs[output].asked for output in wanted.values())
+        options = {**self.case.options, **{name: True for name in asked if name}}
+        function = self.subject.function(replace(self.case, static=tuple(options.items())))
+        outputs = self.subject.give(function(*self.subject.take(self.primals)))
+        named = dict(zip(declared.outputs_of(options), outputs, strict=True))
+        return tuple((name, Kept(named[output])) for name, output in wanted.items())
 
     def _expected(self, quantity: Quantity) -> list[_Expected]:
         """Return the oracle's answers; the oracle answers each question once."""
-        seam = None if quantity == "second" else self._seam()
-        values, others = of_case(self.case, self.dtype, self.seed, quantity, seam)
+        rounded = () if quantity == "second" else self._seams()
+        values, others = of_case(self.case, self.dtype, self.seed, quantity, rounded)
         often = rounds(self.case.iterations)
         outputs = quantity == "forward"
         declared = declaration(self.case.op)

@@ -118,8 +118,12 @@ class Shape:
     keeps
         The number of stream arrays whose first accesses a thread keeps in registers between two
         uses.
+    layers
+        Whether those arrays are layers', as floats, and not streams.
     streams
         Whether the threads share the streams, not the channels alone.
+    like
+        The kernel whose threads and elements this one has too, so that both have equal sums.
     resident
         In CUDA, the threadgroups for which a multiprocessor must have registers, so that one
         computes while another waits.
@@ -145,7 +149,9 @@ class Shape:
     elements: int = 8
     iterations: int = 2
     keeps: int = 0
+    layers: bool = False
     streams: bool = False
+    like: str = ""
     resident: int = 1
     resident_float32: int | None = None
 
@@ -169,6 +175,8 @@ TABLE: Mapping[str, Shape] = {
     "mappings_vjp": Shape(groups="matrices", threads=64),
     "pre": Shape(groups="several", resident=4),
     "pre_k_blocks": Shape(groups="one", threads=160),
+    "pre_norm": Shape(groups="several", keeps=1, layers=True, resident=2),
+    "pre_norm_k_blocks": Shape(groups="token", keeps=1, layers=True, like="pre_norm"),
     "pre_scale": Shape(groups="tile"),
     "pre_scale_vjp": Shape(groups="token"),
     "pre_unmixed": Shape(groups="several", resident=4),
@@ -193,6 +201,7 @@ TABLE: Mapping[str, Shape] = {
     "static_mappings": Shape(groups="matrices", threads=128),
     "static_mappings_vjp": Shape(groups="matrices", threads=64),
     "sum_rows": Shape(groups="rows", elements=1),
+    "weights_norm_vjp": Shape(groups="share", keeps=2, layers=True),
     "weights_vjp": Shape(groups="token"),
     "write_project": Shape(groups="split_k"),
     "write_project_few": Shape(groups="k_blocks", threads=512),
@@ -246,16 +255,21 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
     elements = _elements(shape, n, C, dtype)
     accesses = -(-C // elements)
     threads = _threads(shape, accesses * n if shape.streams else accesses)
-    if shape.groups == "several":
+    if shape.groups == "several" and not shape.keeps:
         return _several(T, n, accesses, threads, elements)
     if shape.groups == "one":
         return _one(shape, T, accesses, elements)
     groups = _token_shares(shape, T, n * C) if shape.groups == "share" else T
     if shape.keeps:
         turns = -(-accesses // threads)
-        words = max(elements * ITEMSIZE[dtype] // 4, 1)  # narrow numbers are kept unconverted
-        held = min(turns, KEPT_WORDS[dialect] // (shape.keeps * n * words))
-        return replace(_launch(groups, 1, threads, elements), held=held, rest=held < turns)
+        words = n * max(elements * ITEMSIZE[dtype] // 4, 1)  # narrow numbers are kept unconverted
+        if shape.layers:
+            words = elements
+        held = min(turns, KEPT_WORDS[dialect] // (shape.keeps * words))
+        made = _launch(groups, 1, threads, elements)
+        if shape.groups == "several":
+            made = _several(T, n, 1, threads, elements)
+        return replace(made, held=held, rest=held < turns)
     tiles = -(-accesses // threads) if shape.groups == "tile" else 1
     if T * tiles > FILLED:
         tiles = -(-tiles // shape.iterations)
@@ -457,6 +471,9 @@ def _shape(kernel: str, dialect: str) -> Shape:
         raise ValueError(f"no kernel is named {kernel!r}; known are {', '.join(TABLE)}")
     path = os.environ.get(VARIABLE)
     shape = _tuned(path).get(kernel, TABLE[kernel]) if path else TABLE[kernel]
+    if shape.like:
+        other = _shape(shape.like, dialect)
+        shape = replace(shape, threads=other.threads, elements=other.elements)
     return replace(shape, threads=min(shape.threads, MOST_THREADS[dialect]))
 
 
@@ -487,7 +504,7 @@ _NEEDS: Mapping[str, tuple[Callable[[int], bool], str]] = {
     "iterations": (lambda value: value >= 1, "an integer of at least 1"),
     "resident": (lambda value: 1 <= value <= 16, "an integer from 1 to 16"),
 }
-_FIXED = {"groups", "keeps", "streams", "resident_float32"}
+_FIXED = {"groups", "keeps", "layers", "streams", "like", "resident_float32"}
 assert set(_NEEDS) | _FIXED == {field.name for field in fields(Shape)}
 
 

@@ -58,12 +58,18 @@ VARIANTS = (
     {"variant": LIGER},
     {"variant": replace(PAPER, sinkhorn_first="rows", res_transposed=True)},
 )
+NORMED = tuple(
+    {**static, "h_norm_eps": 1e-5, "h_raw": raw}
+    for static, raw in zip((*VARIANTS, UNMIXING), (True, False, False, True, True), strict=True)
+)
 STATICS: dict[str, Sequence[dict[str, Any]]] = {
     "combine_pre": (*VARIANTS, UNMIXING),
+    "combine_pre_norm": NORMED,
     "contract": ({"how": "sum"}, {"how": "mean"}),
     "head": VARIANTS[:2],
     "mappings": (*VARIANTS, UNMIXING),
     "pre": (*VARIANTS, UNMIXING),
+    "pre_norm": NORMED,
     "rms_norm": ({"eps": 1e-5},),
     "sinkhorn": tuple(
         {"iterations": 20, "eps": eps, "first": first}
@@ -139,6 +145,13 @@ class Call:
         """Return cotangents as the op's vjp takes them: None for an H_res that is not there."""
         own = dict(zip(self.cotangents, arrays, strict=True))
         return tuple(own.get(name) for name in load(self.op).OP.outputs)
+
+    @property
+    def asked(self) -> Call:
+        """Return the call with all outputs that may be asked for."""
+        outputs = load(self.op).OP.outputs.values()
+        asked = {out.asked: True for out in outputs if out.asked}
+        return replace(self, static=tuple({**self.options, **asked}.items()))
 
     @property
     def differentiated(self) -> Call:

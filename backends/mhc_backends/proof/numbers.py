@@ -7,7 +7,7 @@ gradients that are sums over the tokens are multiplied by the number of repeats.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,16 +83,16 @@ class Want(NamedTuple):
 
 
 def wanted(
-    call: Call, quantity: Quantity, given: Inputs, stored: Array | None = None
+    call: Call, quantity: Quantity, given: Inputs, stored: Mapping[str, Array] | None = None
 ) -> list[Want]:
     """Return the oracle's outputs or gradients for a call.
 
-    ``stored`` is x' as the backend rounded it, for an op that reads it back.
+    ``stored`` has the outputs that the op reads back, as the backend rounded them, by the oracle's
+    names for them.
     """
     absent = tuple(name for name in load(call.op).OP.arrays if name not in call.arrays)
-    options = {**call.options, "absent": absent}
-    if stored is not None:
-        options["x_rounded"] = stored[: call.distinct]
+    rounded = {name: array[: call.distinct] for name, array in (stored or {}).items()}
+    options = {**call.options, "absent": absent, **rounded}
     streams, times = call.dtypes[0], call.T // call.distinct
     asked = answers(call.op, quantity, given.primals, given.cotangents, options, streams)
     found: list[Want] = []

@@ -160,7 +160,10 @@ def units() -> Iterator[tuple[str, str, str]]:
     for dtype in DTYPES:
         for op in ("pre", "combine_pre"):
             yield from ((op, dtype, f"forward with {limit}") for limit in LIMITS)
-    yield "pre", "float32", "strided with all tokens few"
+    for op in ("pre_norm", "combine_pre_norm"):  # the same kernels before their last
+        yield op, "float32", "forward with all tokens few"
+    for op in ("pre", "pre_norm"):
+        yield op, "float32", "strided with all tokens few"
 
 
 def _call(subject: Subject, case: Case, dtype: str) -> None:
@@ -319,17 +322,17 @@ UNREACHED: Sequence[Unreached] = (
         "combine_project_few always reads its streams again; in `if (KEPT)`, KEPT is true",
     ),
     Unreached(
-        r"pre_k_blocks in (divide_b|sums_b): if \(Lanes<N>::FEW\) false"
-        r"|pre_k_blocks in take_linear_steps: if \(!Lanes<N>::FEW\) true"
-        r"|pre_k_blocks in (sum_a: \?: \(a < 4\)|.*: if \(active\)) .*",
+        r"pre(_norm)?_k_blocks in (divide_b|sums_b): if \(Lanes<N>::FEW\) false"
+        r"|pre(_norm)?_k_blocks in take_linear_steps: if \(!Lanes<N>::FEW\) true"
+        r"|pre(_norm)?_k_blocks in (sum_a: \?: \(a < 4\)|.*: if \(active\)) .*",
         "the kernel is for up to 4 streams, whose matrices take few lanes",
     ),
     Unreached(
-        r"pre_k_blocks in sinkhorn_matrix: if \((simd_any\()?!?linear\)?\)",
+        r"(pre_norm|pre(_norm)?_k_blocks) in sinkhorn_matrix: if \((simd_any\()?!?linear\)?\)",
         "the logits that would underflow are those of other kernels, by the same function",
     ),
     Unreached(
-        r"(mappings|pre_k_blocks) in \w+: (if|\?:) \(!?inside<N>\(here\)\)",
+        r"(mappings|pre_norm|pre(_norm)?_k_blocks) in \w+: (if|\?:) \(!?inside<N>\(here\)\)",
         "the case of three streams, whose matrices leave lanes idle, starts by exponentials and "
         "has an eps",
     ),
@@ -338,7 +341,7 @@ UNREACHED: Sequence[Unreached] = (
         "the launch table gives it a simdgroup for the matrix and another for the channels",
     ),
     Unreached(
-        r"pre(_unmixed)?_k_blocks: "
+        r"pre(_unmixed|_norm)?_k_blocks: "
         r"(for \(begin < splits\) again|\?: \(splits - begin < SPLITS\) false)",
         "more than 8192 channels; the simulator's own tests add up two splits at a time",
     ),
@@ -356,11 +359,11 @@ UNREACHED: Sequence[Unreached] = (
         "static mappings have eps 0, and those of few streams are iterated line by line",
     ),
     Unreached(
-        r"^mappings(_unmixed)? in activate(_unmixed)?: if \(stores\) false",
+        r"^(mappings(_unmixed)?|pre_norm) in activate(_unmixed)?: if \(stores\) false",
         "one threadgroup computes all of its tokens' mappings",
     ),
     Unreached(
-        r"^(mappings|pre|sinkhorn|sinkhorn_knopp|static_mappings) in sums_b: .* false",
+        r"^(mappings|pre|pre_norm|sinkhorn|sinkhorn_knopp|static_mappings) in sums_b: .* false",
         "forwards need all sums in every lane only for few lanes; vjps need them for any",
     ),
     Unreached(
@@ -379,7 +382,7 @@ UNREACHED: Sequence[Unreached] = (
         r"project_dphi in project_dphi: for \(stage < T\) again"
         r"|in mix_matrices: for \(begin < tokens\) again"
         r"|static_layer_vjp in .*: if \(token != here.group_x\) true"
-        r"|rms_norm_vjp: if \(token != here.group_x\) true"
+        r"|(rms|weights)_norm_vjp: if \(token != here.group_x\) true"
         r"|project in project: for \(column < M\) again",
         "such sizes take seconds on a simulator: 2^21 numbers of streams, 2^14 tokens of many",
     ),

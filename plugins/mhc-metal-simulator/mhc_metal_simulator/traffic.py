@@ -238,8 +238,10 @@ def _rows(op: str, case: Case, size: Size) -> Iterator[Row]:
 
 
 def _case(op: str, size: Size) -> Case:
-    """Return the first of the kit's static choices, in these sizes."""
-    static = (("n", size.n),) if op == "expand" else next(cases(op)).static
+    """Return the first of the kit's static choices, in these sizes, with no more outputs."""
+    asked = {out.asked: False for out in math.load(op).OP.outputs.values() if out.asked}
+    static = tuple({**next(cases(op)).options, **asked}.items())
+    static = (("n", size.n),) if op == "expand" else static
     sizes = Sizes((size.T,), size.n, size.C, "what is counted in the table")
     return replace(next(cases(op)), label="traffic", sizes=sizes, static=static)
 

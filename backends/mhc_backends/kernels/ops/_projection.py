@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 from mhc_backends.kernels import launch
 from mhc_backends.kernels.host import FLOAT32, Array, Kernels, Out, Sizes, Stage, dtype_name, tokens
-from mhc_backends.kernels.ops import combine
+from mhc_backends.kernels.ops import combine, rms_norm
 from mhc_core.variants import Variant
 
 __all__ = [
     "Cotangents",
+    "Norm",
     "Projected",
     "Sums",
     "combine_project",
@@ -19,12 +20,14 @@ __all__ = [
     "local_vjp",
     "mapped",
     "pre",
+    "pre_norm",
     "project",
     "project_for_pre",
     "projection_pullback",
     "pullback",
     "settings",
     "summed",
+    "weights_norm_vjp",
     "weights_vjp",
 ]
 
@@ -238,14 +241,26 @@ def mapped(
     }
 
 
+class Norm(NamedTuple):
+    """The RMS norm of h, and whether h itself is wanted too."""
+
+    weight: Array
+    eps: float
+    raw: bool
+
+
 class Pre(NamedTuple):
-    """The results of the kernel ``pre``; ``saved`` holds u and r if they were requested."""
+    """The results of the kernel ``pre``; ``saved`` holds u and r if they were requested.
+
+    With a norm, h is normalised, and ``raw`` is h itself if it was requested.
+    """
 
     h: Array
     h_pre: Array
     h_post: Array
     h_res: Array | None
     saved: tuple[Array, ...]
+    raw: Array | None = None
 
 
 def pre(
@@ -279,6 +294,50 @@ def pre(
     return Pre(h, h_pre, h_post, h_res, tuple(rest))
 
 
+def pre_norm(
+    kernels: Kernels,
+    x: Array,
+    sums: Sums,
+    scale: Array,
+    bias: Array,
+    given: Array | None,
+    norm: Norm,
+    variant: Variant,
+    saves: bool = True,
+) -> Pre:
+    """Launch ``pre_norm`` on the sums of x, which is ``pre`` with a norm of h.
+
+    Without H_res, that is ``pre_unmixed`` and then ``rms_norm``.
+    """
+    if not variant.mixes:
+        made = pre(kernels, x, sums, scale, bias, given, variant, saves)
+        y = rms_norm.normalised(kernels, made.h, norm.weight, norm.eps)
+        return made._replace(h=y, raw=made.h if norm.raw else None)
+    sizes, ahead = Sizes.of(x), x.shape[:-2]
+    kernel = "pre_norm_k_blocks" if sums.blocks else "pre_norm"
+    inputs: dict[str, Array | None] = {
+        "x": tokens(x, 2),
+        "blocks" if sums.blocks else "partials": sums.array,
+        "scale": scale,
+        "bias": bias,
+        "given": None if given is None else tokens(given, 1),
+        "h_norm_weight": norm.weight,
+    }
+    layer = Out((*ahead, sizes.C), x.dtype)
+    outputs: dict[str, Out | None] = {
+        "y": layer,
+        "h": layer if norm.raw else None,
+        **mapped(ahead, sizes.n, bias.size, variant.mixes, saves),
+    }
+    chosen = {"GIVEN": given is not None, "RAW": norm.raw, "SAVES": saves, **constants(variant)}
+    chosen |= {"BLOCKS": sums.blocks, "SPLITS": launch.SPLITS_AT_ONCE}
+    numbers = {**settings(variant), "h_norm_eps": norm.eps}
+    y, *made = kernels(kernel, inputs, outputs, sizes, numbers, **chosen)
+    raw = made.pop(0) if norm.raw else None
+    h_pre, h_post, h_res, *saved = made
+    return Pre(y, h_pre, h_post, h_res, tuple(saved), raw)
+
+
 # ---- pullbacks -----------------------------------------------------------------------------------
 
 
@@ -288,6 +347,40 @@ def weights_vjp(kernels: Kernels, x: Array, dh: Array) -> Array:
     inputs = {"x": tokens(x, 2), "dh": tokens(dh, 1)}
     outputs = {"dw": Out((sizes.T, sizes.n), FLOAT32)}
     return kernels("weights_vjp", inputs, outputs, sizes)[0]
+
+
+class ThroughNorm(NamedTuple):
+    """The cotangents of h, in float32, and of its weights; the gradient of the norm's weight."""
+
+    dh: Array
+    dw: Array
+    dweight: Array
+
+
+def weights_norm_vjp(
+    kernels: Kernels, x: Array, w: Array, norm: Norm, g: Array, g_raw: Array | None
+) -> ThroughNorm:
+    """Pull back the cotangents of the normalised h, and of h itself, without a pass over h."""
+    sizes = Sizes.of(x)
+    inputs = {
+        "x": tokens(x, 2),
+        "w": tokens(w, 1),
+        "h_norm_weight": norm.weight,
+        "g": tokens(g, 1),
+        "g_raw": tokens(g if g_raw is None else g_raw, 1),
+    }
+    shares = launch.shares("weights_norm_vjp", *sizes, kernels.dialect)
+    outputs = {
+        "dh": Out((sizes.T, sizes.C), FLOAT32),  # which nothing rounds
+        "dw": Out((sizes.T, sizes.n), FLOAT32),
+        "dh_norm_weight": Out((shares, sizes.C), FLOAT32),
+    }
+    numbers = {"h_norm_eps": norm.eps}
+    dh, dw, parts = kernels(
+        "weights_norm_vjp", inputs, outputs, sizes, numbers, RAW=g_raw is not None
+    )
+    dweight = kernels.sum_rows(parts).reshape(norm.weight.shape)
+    return ThroughNorm(dh, dw, kernels.host.cast(dweight, norm.weight.dtype))
 
 
 class Local(NamedTuple):

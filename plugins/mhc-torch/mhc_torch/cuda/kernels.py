@@ -89,7 +89,8 @@ class Kernels:
         """Return an op as a function of tensors and its static arguments."""
         declared = math.load(op).OP
         count, names = count_outputs(op), tuple(declared.arrays)
-        may_lack = any(output.mixed for output in declared.outputs.values())
+        may_ask = any(output.asked for output in declared.outputs.values())
+        may_lack = not may_ask and any(output.mixed for output in declared.outputs.values())
         watched, transformed = _watched, _transformed
 
         @functools.cache
@@ -120,6 +121,8 @@ class Kernels:
                 results = cast("Any", _Op).apply(self, op, static, tuple(key), *primals)
             else:
                 results = self.replay(("forward", op, *key), (primals,), static)(primals)
+            if may_ask and not all(made := declared.kept(static)):
+                return _function.filled(results, made)
             if may_lack and not all(made := kept(static["variant"])):
                 return _function.filled(results, made)
             return results[0] if count == 1 else tuple(results[:count])

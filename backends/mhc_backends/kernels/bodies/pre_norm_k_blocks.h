@@ -1,0 +1,160 @@
+// pre_norm_k_blocks: `pre_norm` for the fewest tokens, from the sums of K blocks, blocks[T, B,
+// WIDTH] (k_block_sums.h). n is at most 4.
+//
+// x[T, n, C], given[T or 1, n], scale[3], bias[m], h_norm_weight[C] -> y[T, C], h_pre[T, n],
+// h_post[T, n], h_res[T, n, n]; if RAW, h[T, C]; and, for the vjp if SAVES, u[T, m] and r[T, 1]. A
+// threadgroup takes whole tokens; registers are used as in pre_norm. Every simdgroup makes the
+// mappings by itself, a number in each lane; the last one makes H_res. SPLITS splits are added at a
+// time.
+
+#pragma once
+
+#include "../common/activate.h"
+#include "../common/channels.h"
+#include "../common/collapse.h"
+#include "../common/floats.h"
+#include "../common/load.h"
+#include "../common/norm.h"
+#include "../common/optional.h"
+#include "../common/position.h"
+#include "../common/project/k_block_sums.h"
+#include "../common/raw.h"
+#include "../common/rounded.h"
+#include "../common/sinkhorn/clamped.h"
+#include "../common/sinkhorn/lanes.h"
+#include "../common/sinkhorn/lines.h"
+#include "../common/sinkhorn/sinkhorn.h"
+#include "../common/store.h"
+#include "../common/streams.h"
+#include "../common/sums_for_all.h"
+#include "dialect/simd.h"
+#include "dialect/vectors.h"
+#include "dialect/words.h"
+
+enum { SPLITS_ADDED = 8 };  // partials that a thread reads before it adds the first
+
+// The sizes of the kernel's threadgroup arrays.
+template <int N, int SPLITS>
+struct pre_norm_k_blocks_memory {
+    enum { sums = SPLITS * (N * N + 2 * N + 1), shared = 2 * MOST_SIMDGROUPS };
+};
+
+// Whether all arrays begin where whole vectors may be loaded and stored.
+template <int N, int W, bool RAW, typename X, typename Blocks, typename Weight, typename Y,
+          typename H, typename HRes>
+FUNCTION bool pre_norm_k_blocks_aligned(X x, Blocks blocks, Weight h_norm_weight, Y y, H h,
+                                        HRes h_res) {
+    return vectors<W>(x) && vectors<4>(blocks) && vectors<W>(h_norm_weight) && vectors<W>(y) &&
+           Optional<RAW, W>::by_vectors(h) && vectors<N>(h_res);
+}
+
+template <typename ACCESS, int N, int W, int HELD, bool REST, int BLOCKS, int SPLITS, bool GIVEN,
+          bool RAW, bool SAVES, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED,
+          bool EXP_START, bool CLAMPED, typename X, typename Blocks, typename Scale, typename Bias,
+          typename Given, typename Weight, typename Y, typename HPre, typename HPost, typename HRes,
+          typename H, typename U, typename R>
+FUNCTION void pre_norm_k_blocks(X x, int x_shape_2, Blocks blocks, int64_t blocks_shape_0,
+                                int blocks_shape_1, Scale scale, Bias bias, Given given,
+                                int given_shape_0, Weight h_norm_weight, Y y, HPre h_pre,
+                                HPost h_post, HRes h_res, H h, U u, R r, float norm_eps,
+                                float pre_eps, float post_scale, float post_eps, float sinkhorn_eps,
+                                float clamp_low, float clamp_high, float h_norm_eps,
+                                threadgroup float* sums, threadgroup float* shared, Position here) {
+    const int64_t T = blocks_shape_0;
+    const int C = x_shape_2, count = blocks_shape_1, splits = (count + BLOCKS - 1) / BLOCKS;
+    enum { M = N * N + 2 * N, WIDTH = BlockSums<M>::WIDTH };
+
+    const int own = first_channel<W>(here), step = next_channel<W>(here);
+    const int rest = REST ? own + HELD * step : C;
+    int buffer = 0;  // tokens take turns with the halves of `shared`
+    const int lane = here.id % SIMD, column = lane < M ? lane : M;
+    const int group = column_group<N>(column);
+    const float factor = column < M ? float(scale[group]) : 0.0f;
+    const float shift = column < M ? float(bias[column]) : 0.0f;
+
+    for (int64_t token = here.group_x; token < T; token += here.groups_x) {
+        const auto from = ACCESS::at(x) + token * N * C;
+        const auto to = ACCESS::at(y) + token * C;
+        auto coming = load_raw_streams<N, W>(from, C, own);  // in flight while the sums are added
+        float weights[N];
+        UNROLL for (int i = 0; i < N; i++)
+            weights[i] = GIVEN ? float(given[row(given_shape_0, token) * N + i]) : 0.0f;
+
+        float total = 0.0f;
+        for (int begin = 0; begin < splits; begin += SPLITS) {
+            const int some = splits - begin < SPLITS ? splits - begin : SPLITS;
+            sum_splits<M, BLOCKS>(ACCESS::at(blocks) + (token * count + begin * BLOCKS) * WIDTH,
+                                  count - begin * BLOCKS, some, sums, here);
+            BARRIER;
+            for (int split = 0; split < some; split += SPLITS_ADDED) {
+                Floats<SPLITS_ADDED> next;
+                UNROLL for (int k = 0; k < SPLITS_ADDED; k++)
+                    next.at[k] = split + k < some ? sums[(split + k) * (M + 1) + column] : 0.0f;
+                UNROLL for (int k = 0; k < SPLITS_ADDED; k++)
+                    total += next.at[k];
+            }
+            BARRIER;  // the next splits, or tokens, use sums again
+        }
+
+        const float inverse = inverse_rms(simd_from(total, M), float(N) * C, norm_eps);
+        const float mapped =
+            activated(group, total, inverse, factor, shift, pre_eps, post_scale, post_eps);
+        UNROLL for (int i = 0; i < N; i++) {
+            const float weight = simd_from(mapped, i);
+            if (!GIVEN) weights[i] = weight;
+        }
+
+        // h . h
+        Floats<W> kept[HELD];
+        Floats<1> squares = zeros<1>();
+        UNROLL for (int j = 0; j < HELD; j++) {
+            const auto streams = coming;
+            if (j + 1 < HELD) coming = load_raw_streams<N, W>(from, C, own + (j + 1) * step);
+            kept[j] = rounded(streams.at[0], collapse(weights, floats(streams)));
+            squares.at[0] = add_squares(squares.at[0], kept[j]);
+        }
+        for (int c = rest; c < C; c += step) {
+            const auto streams = load_raw_streams<N, W>(from, C, c);
+            const Floats<W> again = rounded(streams.at[0], collapse(weights, floats(streams)));
+            squares.at[0] = add_squares(squares.at[0], again);
+        }
+        squares = sums_for_all(squares, shared + buffer * MOST_SIMDGROUPS, here);
+        buffer = 1 - buffer;
+        const float inverse_h = inverse_rms(squares.at[0], float(C), h_norm_eps);
+
+        UNROLL for (int j = 0; j < HELD; j++) {
+            const int c = own + j * step;
+            if (c < C) {
+                Optional<RAW, W>::put(ACCESS::at(h) + token * C + c, kept[j]);
+                store(to + c,
+                      product(times(inverse_h, kept[j]), load<W>(ACCESS::at(h_norm_weight) + c)));
+            }
+        }
+        for (int c = rest; c < C; c += step) {
+            const auto streams = load_raw_streams<N, W>(from, C, c);
+            const Floats<W> again = rounded(streams.at[0], collapse(weights, floats(streams)));
+            Optional<RAW, W>::put(ACCESS::at(h) + token * C + c, again);
+            store(to + c, product(times(inverse_h, again), load<W>(ACCESS::at(h_norm_weight) + c)));
+        }
+
+        if (here.id / SIMD == here.threads / SIMD - 1) {
+            if (SAVES && lane < M) u[token * M + lane] = total;
+            if (SAVES && lane == 0) r[token] = inverse;
+            if (lane < N) h_pre[token * N + lane] = mapped;
+            if (lane >= N && lane < 2 * N) h_post[token * N + lane - N] = mapped;
+            // all matrices of the simdgroup are the same one
+            Floats<N> logits = zeros<N>();
+            UNROLL for (int a = 0; a < N; a++) {
+                const int b = line<N>(here) < N ? line<N>(here) : 0;
+                const float one =
+                    simd_from(mapped, 2 * N + entry<N, FIRST_COLUMNS, TRANSPOSED>(a, b));
+                if (inside<N>(here)) logits.at[a] = one;
+            }
+            if (CLAMPED) logits = clamped(logits, clamp_low, clamp_high);
+            const Floats<N> mixed =
+                sinkhorn_matrix<N, LOG, EXP_START>(logits, here, ITERATIONS, sinkhorn_eps);
+            store_line<N, FIRST_COLUMNS, false>(ACCESS::at(h_res) + token * N * N, mixed,
+                                                lane < Lanes<N>::COUNT, here);
+        }
+    }
+}
