@@ -14,7 +14,7 @@ import inspect
 import itertools
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -86,7 +86,7 @@ SIZES = (
     Sizes((2,), 32, 6, "the most streams that kernels take"),
     Sizes((1,), 64, 2, "two H_res of it take more than 32 KiB of threadgroup memory"),
 )
-HANDS = 4  # among which ``dealt`` deals the cases
+HANDS = 8  # among which ``dealt`` deals the cases
 LOW_RANK = 3  # R of gates with a low-rank projection
 SMALL = SIZES[0]
 TAIL = SIZES[6]
@@ -868,8 +868,9 @@ def dealt(op: str, dtype: str = "float32") -> Iterator[Case]:
     Such a backend runs the formulas that NumPy runs in every case, so its cases look for faults of
     the library, which come with a size or a constant in any op alike; and the library compiles for
     seconds for each. So the first program of an op, the one without tokens, and those with arrays
-    absent, shared or narrow at the first size, are all there; every size class and every choice of
-    static arguments is there in the cheapest op that has it; of the others an op gets a quarter.
+    absent, shared or narrow at the first size, are all there; every size class and every value of
+    every static argument, or field of a Variant, is there in the cheapest op that has it; of the
+    others an op gets an eighth.
     """
     mine = _dealt(dtype)[op]
     return (case for case in cases(op, dtype) if _program(case) in mine)
@@ -884,23 +885,39 @@ def _dealt(dtype: str) -> Mapping[str, set[Hashable]]:
         hands[op] = set()
         for turn, (program, case) in enumerate(every.items()):
             form = case.shared or case.optional or case.unmixed or case.narrow
-            kept = turn == 0 or case.sizes == EMPTY or (case.sizes == SMALL and form)
-            new = {case.sizes, case.static} - tried
+            whole = case.sizes == SMALL and form and not case.for_all
+            kept = turn == 0 or case.sizes == EMPTY or whole
+            new = {case.sizes[:3], *_values(case)} - tried
             if kept or new or (at + turn) % HANDS == 0:
                 hands[op].add(program)
                 tried |= new
     return hands
 
 
-def _cost(op: str) -> tuple[bool, bool, int]:
-    """Order ops by what a library compiles for them; of a Variant, head uses little."""
-    return op in PROJECTED, "h_res" not in declaration(op).outputs, len(declaration(op).arrays)
+def _values(case: Case) -> Iterator[Hashable]:
+    """Yield a case's static arguments, a Variant's fields apart, each with its value."""
+    for name, value in case.static:
+        if isinstance(value, Variant):
+            yield from ((field.name, getattr(value, field.name)) for field in fields(value))
+        else:
+            yield name, value
+
+
+def _cost(op: str) -> tuple[bool, bool, bool, int]:
+    """Order ops by what a library compiles for them: a projection, a loop, many arrays.
+
+    Of a Variant, head uses little, so others are to have its values.
+    """
+    declared = declaration(op)
+    loops = any("iterations" in name for name in declared.static)
+    arrays = len(declared.arrays)
+    return op in PROJECTED, loops, op in PROJECTED and "h_res" not in declared.outputs, arrays
 
 
 def _program(case: Case) -> Hashable:
     """Return what a library compiles a case for, which is more than one case's in places."""
     form = (case.shared, case.for_all, case.optional, case.unmixed, case.narrow)
-    return (case.sizes, case.static, form)
+    return (case.sizes[:3], case.static, form)
 
 
 def _tried(case: Case, dtype: str, full: bool) -> bool:
