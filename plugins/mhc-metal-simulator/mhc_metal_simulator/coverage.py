@@ -162,6 +162,7 @@ def units() -> Iterator[tuple[str, str, str]]:
             yield from ((op, dtype, f"forward with {limit}") for limit in LIMITS)
     for op in ("pre_norm", "combine_pre_norm"):  # the same kernels before their last
         yield op, "float32", "forward with all tokens few"
+    yield "pre_norm", "bfloat16", "forward with all tokens few"
     for op in ("pre", "pre_norm"):
         yield op, "float32", "strided with all tokens few"
 
@@ -348,6 +349,10 @@ UNREACHED: Sequence[Unreached] = (
     Unreached(
         r"^sinkhorn in scaled_sum: if \(N > 1\) false",
         "the case of one stream has one iteration",
+    ),
+    Unreached(
+        r"^pre_norm in scaled_sum: if \(N > 1\) false",
+        "the case of one stream has one token, which pre_norm_k_blocks takes",
     ),
     Unreached(
         r"^(sinkhorn|static_mappings)(_vjp)? in sinkhorn_matrix(_vjp)?: if \(EXP_START\)",

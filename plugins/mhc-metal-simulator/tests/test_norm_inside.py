@@ -30,7 +30,13 @@ def _same(one: mx.array, other: mx.array) -> bool:
 
 @pytest.mark.parametrize(
     ("T", "C", "dtype"),
-    [(3, 264, mx.bfloat16), (70, 37, mx.float16), (3, 2056, mx.float32), (515, 32, mx.bfloat16)],
+    [
+        (3, 264, mx.bfloat16),
+        (3, 38, mx.bfloat16),
+        (70, 37, mx.float16),
+        (3, 2056, mx.float32),
+        (515, 32, mx.bfloat16),
+    ],
 )
 def test_it_has_the_bits_of_the_norm_after(T: int, C: int, dtype: Any) -> None:
     arrays, weight = _drawn(T, C, dtype)

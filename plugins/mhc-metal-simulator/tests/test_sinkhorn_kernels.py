@@ -322,7 +322,7 @@ DIVERGENCE = "that thread .* does not reach"
 
 def _slips(kernel: str, op: str, result: str, index: tuple[str, str], *arrays: str) -> list[Fault]:
     """Return slips that any of these kernels might have; ``result``'s statement is rounded."""
-    name = result.removeprefix("const Floats<N> ").split()[0]
+    name = result.partition(" = ")[0].split()[-1]
     rounded = f" for (int a = 0; a < N; a++) {name}.at[a] = float(half({name}.at[a]));"
     space = [
         Fault(
@@ -390,7 +390,7 @@ FAULTS = (
     *_slips(
         "mappings_vjp",
         "mappings_vjp",
-        "const Floats<N> dz = CLAMPED ? clamped_vjp(z, dfrom, clamp_low, clamp_high) : dfrom;",
+        "if (CLAMPED) dz = clamped_vjp(z, dz, clamp_low, clamp_high);",
         ("float(g_post[token * N + b])", "float(g_pre[token * N + b])"),
         "g_res",
     ),
