@@ -30,6 +30,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import mhc_core as mhc
+from mhc_core import math
 from mhc_core.selection import registered
 from mhc_torch.cuda import kernels as kernels_module
 
@@ -74,10 +75,11 @@ def _narrow(call: Call) -> list[Tensor]:
 
 
 def _kernels(call: Call, backend: str = NAME) -> Callable[..., Any]:
+    names = list(math.load(call.op).OP.arrays)  # here: a compiler cannot follow an import
+
     def function(*arrays: Tensor) -> Any:
-        placed = call.placed(arrays)
-        given = {"h_pre": placed[7]} if len(placed) > 7 else {}
-        return getattr(mhc, call.op)(*placed[:7], **given, **call.static, backend=backend)
+        named = dict(zip(names, call.placed(arrays), strict=False))
+        return getattr(mhc, call.op)(**named, **call.static, backend=backend)
 
     return function
 
