@@ -583,7 +583,10 @@ LARGE: Sequence[tuple[Sizes, tuple[str, ...]]] = (
         ("pre", "combine_pre", "head"),
     ),
     (Sizes((2,), 2, 4128, "thousands of channels"), ("mappings", "pre", "head")),
-    (Sizes((3,), 3, 6, "channels in pairs"), ("combine", "gated_combine", "static_layer")),
+    (
+        Sizes((3,), 3, 6, "channels in pairs"),
+        ("combine", "gated_combine", "static_layer", "pre_norm"),
+    ),
     (Sizes((2,), 4, 5124, "more channels than a thread can keep"), ("static_layer",)),
     (Sizes((2,), 32, 40, "the most streams, each longer than a tile"), ("static_layer",)),
     (Sizes((2,), 1, 17412, "more channels than a thread can keep"), ("rms_norm",)),
