@@ -63,8 +63,10 @@ def compile(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Compar
 
     The case is one of few iterations: a compiler that unrolls them all takes half a minute for 20.
     """
+    trial = ordinary(subject, op, dtype, seed)
     short = next((case for case in SECOND if case.op == op and subject.accepts(case)), None)
-    trial = Trial(subject, short, dtype, seed) if short else ordinary(subject, op, dtype, seed)
+    if short is not None:
+        subject.trying, trial = short.name, Trial(subject, short, dtype, seed)
     compiled = subject.transform("compile")
     own = subject.take(trial.primals)
     if subject.lacks("grad") is not None:
