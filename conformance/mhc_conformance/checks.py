@@ -69,17 +69,11 @@ def compile(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Compar
         subject.trying, trial = short.name, Trial(subject, short, dtype, seed)
     compiled = subject.transform("compile")
     own = subject.take(trial.primals)
-    if subject.lacks("grad") is not None:
-        yield from trial.forward(compiled(trial.function)(*own))
-        return
-    pulled = subject.transform("grad")(trial.loss(trial.function), range(len(own)))
-
-    def step(*arrays: Any) -> tuple[Any, ...]:  # one program: compilers take long for each
-        return (*several(trial.function(*arrays)), *pulled(*arrays))
-
-    results = compiled(step)(*own)
-    yield from trial.forward(results[: -len(own)])
-    yield from trial.gradients(results[-len(own) :])
+    yield from trial.forward(compiled(trial.function)(*own))
+    if subject.lacks("grad") is None:
+        argnums = range(len(own))
+        whole = subject.transform("grad")(trial.loss(trial.function), argnums)
+        yield from trial.gradients(compiled(whole)(*own))
 
 
 def vmap(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
