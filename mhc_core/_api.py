@@ -234,8 +234,7 @@ def pre(
         _refuse_norm("pre", h_norm_eps, h_raw)
         return call("pre", (x, phi, scale, bias), {"variant": variant}, backend)
     eps = 1e-5 if h_norm_eps is None else h_norm_eps
-    static = {"variant": variant, "h_norm_eps": eps, "h_raw": h_raw}
-    made = call("pre_norm", (x, phi, scale, bias, h_norm_weight), static, backend)
+    made = pre_norm(x, phi, scale, bias, h_norm_weight, variant, eps, h_raw, backend=backend)
     return made if h_raw else made[:-1]
 
 
@@ -343,13 +342,12 @@ def combine_pre(
     With a norm, the op is :func:`combine_pre_norm`. Errors: see :mod:`mhc_core._api`.
     """
     arrays = (x, y, h_post, h_res, phi, scale, bias)
-    given = () if h_pre is None else (h_pre,)
     if h_norm_weight is None:
         _refuse_norm("combine_pre", h_norm_eps, h_raw)
-        return call("combine_pre", (*arrays, *given), {"variant": variant}, backend)
+        arrays = arrays if h_pre is None else (*arrays, h_pre)
+        return call("combine_pre", arrays, {"variant": variant}, backend)
     eps = 1e-5 if h_norm_eps is None else h_norm_eps
-    static = {"variant": variant, "h_norm_eps": eps, "h_raw": h_raw}
-    made = call("combine_pre_norm", (*arrays, h_norm_weight, *given), static, backend)
+    made = combine_pre_norm(*arrays, h_norm_weight, variant, h_pre, eps, h_raw, backend=backend)
     return made if h_raw else made[:-1]
 
 

@@ -27,24 +27,9 @@ OP = Op(
 )
 
 
-def forward(
-    x: Any,
-    y: Any,
-    h_post: Any,
-    h_res: Any,
-    phi: Any,
-    scale: Any,
-    bias: Any,
-    h_norm_weight: Any,
-    h_pre: Any = None,
-    *,
-    variant: Variant,
-    h_norm_eps: float,
-    h_raw: bool,
-) -> tuple[Any, Any, Any, Any, Any, Any]:
+def forward(*primals: Any, **static: Any) -> tuple[Any, Any, Any, Any, Any, Any]:
     """(x', rms_norm(h'), h_pre', h_post', h_res', h'), with None for h' unless ``h_raw``."""
-    primals = (x, y, h_post, h_res, phi, scale, bias, h_norm_weight, h_pre)
-    return forward_with_saved(*primals, variant=variant, h_norm_eps=h_norm_eps, h_raw=h_raw)[0]
+    return forward_with_saved(*primals, **static)[0]
 
 
 def forward_with_saved(

@@ -23,20 +23,9 @@ OP = Op(
 )
 
 
-def forward(
-    x: Any,
-    phi: Any,
-    scale: Any,
-    bias: Any,
-    h_norm_weight: Any,
-    *,
-    variant: Variant,
-    h_norm_eps: float,
-    h_raw: bool,
-) -> tuple[Any, Any, Any, Any]:
+def forward(*primals: Any, **static: Any) -> tuple[Any, Any, Any, Any]:
     """(rms_norm(h), h_post, h_res, h), with None for h unless ``h_raw``."""
-    primals = (x, phi, scale, bias, h_norm_weight)
-    return forward_with_saved(*primals, variant=variant, h_norm_eps=h_norm_eps, h_raw=h_raw)[0]
+    return forward_with_saved(*primals, **static)[0]
 
 
 def forward_with_saved(

@@ -124,6 +124,8 @@ class Shape:
         Whether the threads share the streams, not the channels alone.
     like
         The kernel whose threads and elements this one has too, so that both have equal sums.
+    mixes
+        Whether phi has columns for an H_res too, for a kernel of the fewest tokens.
     resident
         In CUDA, the threadgroups for which a multiprocessor must have registers, so that one
         computes while another waits.
@@ -152,6 +154,7 @@ class Shape:
     layers: bool = False
     streams: bool = False
     like: str = ""
+    mixes: bool = True
     resident: int = 1
     resident_float32: int | None = None
 
@@ -186,7 +189,7 @@ TABLE: Mapping[str, Shape] = {
     "project_dx": Shape(groups="n_tiles", iterations=4, resident=2),
     "project_few": Shape(groups="k_blocks", threads=512),
     "project_k_blocks": Shape(groups="k_block", threads=128, resident=4),
-    "project_unmixed_k_blocks": Shape(groups="k_block", threads=128, resident=4),
+    "project_unmixed_k_blocks": Shape(groups="k_block", threads=128, resident=4, mixes=False),
     "residual_add_aggregate": Shape(groups="tile"),
     "residual_add_aggregate_vjp": Shape(groups="token"),
     "rms_norm": Shape(groups="token", keeps=1),
@@ -205,7 +208,7 @@ TABLE: Mapping[str, Shape] = {
     "weights_vjp": Shape(groups="token"),
     "write_project": Shape(groups="split_k"),
     "write_project_few": Shape(groups="k_blocks", threads=512),
-    "write_project_k_blocks": Shape(groups="k_block", threads=128, resident=3),
+    "write_project_k_blocks": Shape(groups="k_block", threads=128, resident=3, mixes=False),
     "write_streams": Shape(groups="tile"),
     "write_streams_vjp": Shape(groups="token"),
 }
@@ -384,7 +387,7 @@ def _split_k_few(shape: Shape, T: int, n: int, C: int, each: int, dialect: str) 
 
 def columns(kernel: str, n: int) -> int:
     """Return the columns of phi that a kernel for the fewest tokens multiplies by."""
-    return 2 * n if "unmixed" in kernel or kernel.startswith("write") else n * n + 2 * n
+    return n * n + 2 * n if TABLE[kernel].mixes else 2 * n
 
 
 def column_tiles(kernel: str, T: int, n: int, dtype: str, dialect: str) -> int:
@@ -504,7 +507,7 @@ _NEEDS: Mapping[str, tuple[Callable[[int], bool], str]] = {
     "iterations": (lambda value: value >= 1, "an integer of at least 1"),
     "resident": (lambda value: 1 <= value <= 16, "an integer from 1 to 16"),
 }
-_FIXED = {"groups", "keeps", "layers", "streams", "like", "resident_float32"}
+_FIXED = {"groups", "keeps", "layers", "streams", "like", "mixes", "resident_float32"}
 assert set(_NEEDS) | _FIXED == {field.name for field in fields(Shape)}
 
 
