@@ -342,7 +342,7 @@ UNREACHED: Sequence[Unreached] = (
         "the launch table gives it a simdgroup for the matrix and another for the channels",
     ),
     Unreached(
-        r"pre(_unmixed|_norm)?_k_blocks: "
+        r"pre(_unmixed|_norm)?_k_blocks in sum_all_splits: "
         r"(for \(begin < splits\) again|\?: \(splits - begin < SPLITS\) false)",
         "more than 8192 channels; the simulator's own tests add up two splits at a time",
     ),

@@ -600,11 +600,9 @@ FAULTS = (
     ),
     *_many(
         "pre_k_blocks",
-        ("barrier of the sums", "here); BARRIER;", "here);", RACE),
-        ("barrier of the next splits", "BARRIER;  // the next", "// the next", RACE),
         ("tail", "if (own < C)", "if (own <= C)", ANYWHERE),
         ("index", "token * M + lane]", "token * M + M - 1 - lane]", WRONG),
-        ("half sum", "next.at[k];", "float(half(next.at[k]));", f"{WRONG}|{BITS}"),
+        ("half sum", "(simd_from(total, M)", "(float(half(simd_from(total, M)))", WRONG),
         ("space", "float(scale[group])", f"float({_device('scale')}[group])", NO_SPACE),
     ),
     *_many(
@@ -729,6 +727,14 @@ FAULTS = (
         ("K blocks of a split", "left - split * BLOCKS", "left", ANYWHERE),
         ("products of a split", "if (first + k < M)", "", f"{ANYWHERE}|{RACE}"),
         ("squares of the lanes", "+ (sum.at[2] + sum.at[3])", "", WRONG),
+        ("barrier of the splits", "some, sums, here); BARRIER;", "some, sums, here);", RACE),
+        ("barrier of the next splits", "BARRIER;  // the next splits", "// the next splits", RACE),
+        (
+            "half sum of the splits",
+            "total += next.at[k];",
+            "total += float(half(next.at[k]));",
+            f"{WRONG}|{BITS}",
+        ),
         op="pre_k_blocks",
     ),
     *_many(

@@ -290,11 +290,9 @@ FAULTS = (
     *_many(
         "pre_unmixed_k_blocks",
         "fewest",
-        ("barrier of the sums", "here); BARRIER;", "here);", RACE),
-        ("barrier of the next splits", "BARRIER;  // the next", "// the next", RACE),
         ("tail", "c < C; c +=", "c <= C; c +=", ANYWHERE),
         ("index", "token * M + lane]", "token * M + M - 1 - lane]", BITS),
-        ("half sum", "next.at[k];", "float(half(next.at[k]));", BITS),
+        ("half sum", "(simd_from(total, M)", "(float(half(simd_from(total, M)))", BITS),
         ("space", "float(scale[group])", "float(((const device float*)scale)[group])", NO_SPACE),
     ),
     *_many(
@@ -314,6 +312,18 @@ FAULTS = (
         ("index", "group * N + b", "group * N + N - 1 - b", f"{WRONG}|{RACE}"),
         ("half sum", "dz * product;", "half(dz * product);", WRONG),
         ("space", "float(scale[group])", "float(((const device float*)scale)[group])", NO_SPACE),
+    ),
+    *_many(
+        "common",
+        "fewest",
+        ("barrier of the splits", "some, sums, here); BARRIER;", "some, sums, here);", RACE),
+        ("barrier of the next splits", "BARRIER;  // the next splits", "// the next splits", RACE),
+        (
+            "half sum of the splits",
+            "total += next.at[k];",
+            "total += float(half(next.at[k]));",
+            BITS,
+        ),
     ),
     *_many(
         "common",

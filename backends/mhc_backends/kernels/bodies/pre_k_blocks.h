@@ -13,6 +13,7 @@
 #include "../common/activate.h"
 #include "../common/channels.h"
 #include "../common/collapse.h"
+#include "../common/floats.h"
 #include "../common/norm.h"
 #include "../common/position.h"
 #include "../common/project/k_block_sums.h"
@@ -26,8 +27,6 @@
 #include "dialect/simd.h"
 #include "dialect/vectors.h"
 #include "dialect/words.h"
-
-enum { SPLITS_AT_ONCE = 8 };  // partials that a thread reads before it adds the first
 
 // The sizes of the kernel's threadgroup arrays.
 template <int N, int SPLITS>
@@ -52,7 +51,7 @@ FUNCTION void pre_k_blocks(X x, int x_shape_2, Blocks blocks, int64_t blocks_sha
                            float sinkhorn_eps, float clamp_low, float clamp_high,
                            threadgroup float* sums, Position here) {
     const int64_t T = blocks_shape_0;
-    const int C = x_shape_2, count = blocks_shape_1, splits = (count + BLOCKS - 1) / BLOCKS;
+    const int C = x_shape_2, count = blocks_shape_1;
     enum { M = N * N + 2 * N, WIDTH = BlockSums<M>::WIDTH };
 
     // the last simdgroup has no channels, but the matrix
@@ -69,22 +68,8 @@ FUNCTION void pre_k_blocks(X x, int x_shape_2, Blocks blocks, int64_t blocks_sha
         UNROLL for (int i = 0; i < N; i++)
             weights[i] = GIVEN ? float(given[row(given_shape_0, token) * N + i]) : 0.0f;
 
-        float total = 0.0f;
-        for (int begin = 0; begin < splits; begin += SPLITS) {
-            const int some = splits - begin < SPLITS ? splits - begin : SPLITS;
-            sum_splits<M, BLOCKS>(ACCESS::at(blocks) + (token * count + begin * BLOCKS) * WIDTH,
-                                  count - begin * BLOCKS, some, sums, here);
-            BARRIER;
-            for (int split = 0; split < some; split += SPLITS_AT_ONCE) {
-                Floats<SPLITS_AT_ONCE> next;
-                UNROLL for (int k = 0; k < SPLITS_AT_ONCE; k++)
-                    next.at[k] = split + k < some ? sums[(split + k) * (M + 1) + column] : 0.0f;
-                UNROLL for (int k = 0; k < SPLITS_AT_ONCE; k++)
-                    total += next.at[k];
-            }
-            BARRIER;  // the next splits, or tokens, use sums again
-        }
-
+        const float total = sum_all_splits<M, BLOCKS, SPLITS>(
+            ACCESS::at(blocks) + token * count * WIDTH, count, column, sums, here);
         const float inverse = inverse_rms(simd_from(total, M), float(N) * C, norm_eps);
         const float mapped =
             activated(group, total, inverse, factor, shift, pre_eps, post_scale, post_eps);

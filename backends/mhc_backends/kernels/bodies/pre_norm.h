@@ -10,17 +10,13 @@
 
 #include "../common/activate.h"
 #include "../common/channels.h"
-#include "../common/collapse.h"
 #include "../common/floats.h"
-#include "../common/load.h"
+#include "../common/kept_h.h"
 #include "../common/mix_matrices.h"
 #include "../common/norm.h"
 #include "../common/optional.h"
 #include "../common/partials.h"
 #include "../common/position.h"
-#include "../common/raw.h"
-#include "../common/rounded.h"
-#include "../common/store.h"
 #include "../common/streams.h"
 #include "../common/sums_for_all.h"
 #include "dialect/vectors.h"
@@ -79,41 +75,16 @@ FUNCTION void pre_norm(X x, int x_shape_2, Partials partials, int64_t partials_s
             const auto from = ACCESS::at(x) + token * N * C;
             const auto to = ACCESS::at(y) + token * C;
 
-            // h . h
-            Floats<W> kept[HELD];
-            Floats<1> squares = zeros<1>();
-            UNROLL for (int j = 0; j < HELD; j++) {
-                const auto streams = coming;
-                if (j + 1 < HELD) coming = load_raw_streams<N, W>(from, C, own + (j + 1) * step);
-                kept[j] = rounded(streams.at[0], collapse(weights, floats(streams)));
-                squares.at[0] = add_squares(squares.at[0], kept[j]);
-            }
-            for (int c = rest; c < C; c += step) {
-                const auto streams = load_raw_streams<N, W>(from, C, c);
-                const Floats<W> again = rounded(streams.at[0], collapse(weights, floats(streams)));
-                squares.at[0] = add_squares(squares.at[0], again);
-            }
+            const auto kept = keep_h<HELD, N, W>(from, coming, weights, C, own, step, rest);
             if (token + 1 < end)
                 coming = load_raw_streams<N, W>(ACCESS::at(x) + (token + 1) * N * C, C, own);
-            squares = sums_for_all(squares, shared + buffer * MOST_SIMDGROUPS, here);
+            const Floats<1> squares =
+                sums_for_all(kept.squares, shared + buffer * MOST_SIMDGROUPS, here);
             buffer = 1 - buffer;
             const float inverse = inverse_rms(squares.at[0], float(C), h_norm_eps);
 
-            UNROLL for (int j = 0; j < HELD; j++) {
-                const int c = own + j * step;
-                if (c < C) {
-                    Optional<RAW, W>::put(ACCESS::at(h) + token * C + c, kept[j]);
-                    store(to + c,
-                          product(times(inverse, kept[j]), load<W>(ACCESS::at(h_norm_weight) + c)));
-                }
-            }
-            for (int c = rest; c < C; c += step) {
-                const auto streams = load_raw_streams<N, W>(from, C, c);
-                const Floats<W> again = rounded(streams.at[0], collapse(weights, floats(streams)));
-                Optional<RAW, W>::put(ACCESS::at(h) + token * C + c, again);
-                store(to + c,
-                      product(times(inverse, again), load<W>(ACCESS::at(h_norm_weight) + c)));
-            }
+            store_normed<RAW, N>(kept, inverse, from, weights, ACCESS::at(h_norm_weight), to,
+                                 ACCESS::at(h) + token * C, C, own, step, rest);
         }
         BARRIER;  // the next tokens use sums again
     }

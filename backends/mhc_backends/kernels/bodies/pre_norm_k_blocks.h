@@ -11,27 +11,21 @@
 
 #include "../common/activate.h"
 #include "../common/channels.h"
-#include "../common/collapse.h"
 #include "../common/floats.h"
-#include "../common/load.h"
+#include "../common/kept_h.h"
 #include "../common/norm.h"
 #include "../common/optional.h"
 #include "../common/position.h"
 #include "../common/project/k_block_sums.h"
-#include "../common/raw.h"
-#include "../common/rounded.h"
 #include "../common/sinkhorn/clamped.h"
 #include "../common/sinkhorn/lanes.h"
 #include "../common/sinkhorn/lines.h"
 #include "../common/sinkhorn/sinkhorn.h"
-#include "../common/store.h"
 #include "../common/streams.h"
 #include "../common/sums_for_all.h"
 #include "dialect/simd.h"
 #include "dialect/vectors.h"
 #include "dialect/words.h"
-
-enum { SPLITS_ADDED = 8 };  // partials that a thread reads before it adds the first
 
 // The sizes of the kernel's threadgroup arrays.
 template <int N, int SPLITS>
@@ -61,7 +55,7 @@ FUNCTION void pre_norm_k_blocks(X x, int x_shape_2, Blocks blocks, int64_t block
                                 float clamp_low, float clamp_high, float h_norm_eps,
                                 threadgroup float* sums, threadgroup float* shared, Position here) {
     const int64_t T = blocks_shape_0;
-    const int C = x_shape_2, count = blocks_shape_1, splits = (count + BLOCKS - 1) / BLOCKS;
+    const int C = x_shape_2, count = blocks_shape_1;
     enum { M = N * N + 2 * N, WIDTH = BlockSums<M>::WIDTH };
 
     const int own = first_channel<W>(here), step = next_channel<W>(here);
@@ -80,22 +74,8 @@ FUNCTION void pre_norm_k_blocks(X x, int x_shape_2, Blocks blocks, int64_t block
         UNROLL for (int i = 0; i < N; i++)
             weights[i] = GIVEN ? float(given[row(given_shape_0, token) * N + i]) : 0.0f;
 
-        float total = 0.0f;
-        for (int begin = 0; begin < splits; begin += SPLITS) {
-            const int some = splits - begin < SPLITS ? splits - begin : SPLITS;
-            sum_splits<M, BLOCKS>(ACCESS::at(blocks) + (token * count + begin * BLOCKS) * WIDTH,
-                                  count - begin * BLOCKS, some, sums, here);
-            BARRIER;
-            for (int split = 0; split < some; split += SPLITS_ADDED) {
-                Floats<SPLITS_ADDED> next;
-                UNROLL for (int k = 0; k < SPLITS_ADDED; k++)
-                    next.at[k] = split + k < some ? sums[(split + k) * (M + 1) + column] : 0.0f;
-                UNROLL for (int k = 0; k < SPLITS_ADDED; k++)
-                    total += next.at[k];
-            }
-            BARRIER;  // the next splits, or tokens, use sums again
-        }
-
+        const float total = sum_all_splits<M, BLOCKS, SPLITS>(
+            ACCESS::at(blocks) + token * count * WIDTH, count, column, sums, here);
         const float inverse = inverse_rms(simd_from(total, M), float(N) * C, norm_eps);
         const float mapped =
             activated(group, total, inverse, factor, shift, pre_eps, post_scale, post_eps);
@@ -104,38 +84,14 @@ FUNCTION void pre_norm_k_blocks(X x, int x_shape_2, Blocks blocks, int64_t block
             if (!GIVEN) weights[i] = weight;
         }
 
-        // h . h
-        Floats<W> kept[HELD];
-        Floats<1> squares = zeros<1>();
-        UNROLL for (int j = 0; j < HELD; j++) {
-            const auto streams = coming;
-            if (j + 1 < HELD) coming = load_raw_streams<N, W>(from, C, own + (j + 1) * step);
-            kept[j] = rounded(streams.at[0], collapse(weights, floats(streams)));
-            squares.at[0] = add_squares(squares.at[0], kept[j]);
-        }
-        for (int c = rest; c < C; c += step) {
-            const auto streams = load_raw_streams<N, W>(from, C, c);
-            const Floats<W> again = rounded(streams.at[0], collapse(weights, floats(streams)));
-            squares.at[0] = add_squares(squares.at[0], again);
-        }
-        squares = sums_for_all(squares, shared + buffer * MOST_SIMDGROUPS, here);
+        const auto kept = keep_h<HELD, N, W>(from, coming, weights, C, own, step, rest);
+        const Floats<1> squares =
+            sums_for_all(kept.squares, shared + buffer * MOST_SIMDGROUPS, here);
         buffer = 1 - buffer;
         const float inverse_h = inverse_rms(squares.at[0], float(C), h_norm_eps);
 
-        UNROLL for (int j = 0; j < HELD; j++) {
-            const int c = own + j * step;
-            if (c < C) {
-                Optional<RAW, W>::put(ACCESS::at(h) + token * C + c, kept[j]);
-                store(to + c,
-                      product(times(inverse_h, kept[j]), load<W>(ACCESS::at(h_norm_weight) + c)));
-            }
-        }
-        for (int c = rest; c < C; c += step) {
-            const auto streams = load_raw_streams<N, W>(from, C, c);
-            const Floats<W> again = rounded(streams.at[0], collapse(weights, floats(streams)));
-            Optional<RAW, W>::put(ACCESS::at(h) + token * C + c, again);
-            store(to + c, product(times(inverse_h, again), load<W>(ACCESS::at(h_norm_weight) + c)));
-        }
+        store_normed<RAW, N>(kept, inverse_h, from, weights, ACCESS::at(h_norm_weight), to,
+                             ACCESS::at(h) + token * C, C, own, step, rest);
 
         if (here.id / SIMD == here.threads / SIMD - 1) {
             if (SAVES && lane < M) u[token * M + lane] = total;

@@ -22,8 +22,6 @@
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
-enum { SPLITS_IN_FLIGHT = 8 };  // partials that a thread reads before it adds the first
-
 // The sizes of the kernel's threadgroup arrays.
 template <int N, int SPLITS>
 struct pre_unmixed_k_blocks_memory {
@@ -45,7 +43,7 @@ FUNCTION void pre_unmixed_k_blocks(X x, int x_shape_2, Blocks blocks, int64_t bl
                                    float norm_eps, float pre_eps, float post_scale, float post_eps,
                                    threadgroup float* sums, Position here) {
     const int64_t T = blocks_shape_0;
-    const int C = x_shape_2, count = blocks_shape_1, splits = (count + BLOCKS - 1) / BLOCKS;
+    const int C = x_shape_2, count = blocks_shape_1;
     enum { M = 2 * N, WIDTH = BlockSums<M>::WIDTH };
 
     const int own = first_channel<W>(here), step = next_channel<W>(here);
@@ -60,22 +58,8 @@ FUNCTION void pre_unmixed_k_blocks(X x, int x_shape_2, Blocks blocks, int64_t bl
         UNROLL for (int i = 0; i < N; i++)
             weights[i] = GIVEN ? float(given[row(given_shape_0, token) * N + i]) : 0.0f;
 
-        float total = 0.0f;
-        for (int begin = 0; begin < splits; begin += SPLITS) {
-            const int some = splits - begin < SPLITS ? splits - begin : SPLITS;
-            sum_splits<M, BLOCKS>(ACCESS::at(blocks) + (token * count + begin * BLOCKS) * WIDTH,
-                                  count - begin * BLOCKS, some, sums, here);
-            BARRIER;
-            for (int split = 0; split < some; split += SPLITS_IN_FLIGHT) {
-                Floats<SPLITS_IN_FLIGHT> next;
-                UNROLL for (int k = 0; k < SPLITS_IN_FLIGHT; k++)
-                    next.at[k] = split + k < some ? sums[(split + k) * (M + 1) + column] : 0.0f;
-                UNROLL for (int k = 0; k < SPLITS_IN_FLIGHT; k++)
-                    total += next.at[k];
-            }
-            BARRIER;  // the next splits, or tokens, use sums again
-        }
-
+        const float total = sum_all_splits<M, BLOCKS, SPLITS>(
+            ACCESS::at(blocks) + token * count * WIDTH, count, column, sums, here);
         const float inverse = inverse_rms(simd_from(total, M), float(N) * C, norm_eps);
         const float mapped =
             activated(group, total, inverse, factor, shift, pre_eps, post_scale, post_eps);

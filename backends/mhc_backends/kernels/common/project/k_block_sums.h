@@ -50,3 +50,29 @@ FUNCTION void sum_splits(P blocks, int left, int splits, S partials, Position he
         }
     }
 }
+
+// The sum of a token's `count` K blocks in one of its M + 1 columns, of which the last has the
+// squares. `blocks` points to the first K block. SPLITS splits are added at a time, in
+// `sums`[SPLITS, M + 1]. All threads must come here, and may use `sums` again after it.
+template <int M, int BLOCKS, int SPLITS, typename P>
+FUNCTION float sum_all_splits(P blocks, int count, int column, threadgroup float* sums,
+                              Position here) {
+    enum { AT_ONCE = 8 };  // partials that a thread reads before it adds the first
+    const int splits = (count + BLOCKS - 1) / BLOCKS;
+    float total = 0.0f;
+    for (int begin = 0; begin < splits; begin += SPLITS) {
+        const int some = splits - begin < SPLITS ? splits - begin : SPLITS;
+        sum_splits<M, BLOCKS>(blocks + begin * BLOCKS * BlockSums<M>::WIDTH, count - begin * BLOCKS,
+                              some, sums, here);
+        BARRIER;
+        for (int split = 0; split < some; split += AT_ONCE) {
+            Floats<AT_ONCE> next;
+            UNROLL for (int k = 0; k < AT_ONCE; k++)
+                next.at[k] = split + k < some ? sums[(split + k) * (M + 1) + column] : 0.0f;
+            UNROLL for (int k = 0; k < AT_ONCE; k++)
+                total += next.at[k];
+        }
+        BARRIER;  // the next splits, or tokens, use sums again
+    }
+    return total;
+}
