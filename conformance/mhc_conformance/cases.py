@@ -40,6 +40,7 @@ __all__ = [
     "SMALL",
     "STATICS",
     "TAIL",
+    "TOKENS",
     "Case",
     "Data",
     "Draw",
@@ -86,7 +87,7 @@ SIZES = (
     Sizes((2,), 32, 6, "the most streams that kernels take"),
     Sizes((1,), 64, 2, "two H_res of it take more than 32 KiB of threadgroup memory"),
 )
-HANDS = 8  # among which ``dealt`` deals the cases
+HANDS = 16  # among which ``dealt`` deals the cases
 LOW_RANK = 3  # R of gates with a low-rank projection
 SMALL = SIZES[0]
 TAIL = SIZES[6]
@@ -599,6 +600,7 @@ TOKENS: Sequence[tuple[Sizes, str, tuple[str, ...]]] = (  # so many that product
     ),
     (Sizes((16385,), 3, 5, "tens of thousands of tokens"), "head", ("float32",)),
 )
+LIBRARY_SIZES = (*SIZES, *(sizes for sizes, *_ in TOKENS))  # where a library may run other code
 ONCE = (("variant", replace(DEEPSEEK_V4, sinkhorn_iterations=1)),)
 MIXED = {
     name: replace(PAPER, norm_eps=1e-3, norm_root_eps=0.1, mixer=name, mixer_options=options)
@@ -869,11 +871,12 @@ def dealt(op: str, dtype: str = "float32") -> Iterator[Case]:
     """Yield those of an op's cases that a neutral backend runs whose library compiles.
 
     Such a backend runs the formulas that NumPy runs in every case, so its cases look for faults of
-    the library, which come with a size or a constant in any op alike; and the library compiles for
+    the library, which come with a size or a choice in any op alike; and the library compiles for
     seconds for each. So the first program of an op, the one without tokens, and those with arrays
-    absent, shared or narrow at the first size, are all there; every size class and every value of
-    every static argument, or field of a Variant, is there in the cheapest op that has it; of the
-    others an op gets an eighth.
+    absent, shared or narrow at the first size, are all there; every size of ``SIZES`` and
+    ``TOKENS`` and every choice of a static argument, or field of a Variant, is there in the
+    cheapest op that has it (of numbers, 0 or 1, and one of all others, since the formulas branch on
+    no more); of the others, an op gets a sixteenth.
     """
     mine = _dealt(dtype)[op]
     return (case for case in cases(op, dtype) if _program(case) in mine)
@@ -890,20 +893,24 @@ def _dealt(dtype: str) -> Mapping[str, set[Hashable]]:
             form = case.shared or case.optional or case.unmixed or case.narrow
             whole = case.sizes == SMALL and form and not case.for_all
             kept = turn == 0 or case.sizes == EMPTY or whole
-            new = {case.sizes[:3], *_values(case)} - tried
+            new = {*_choices(case)} - tried
             if kept or new or (at + turn) % HANDS == 0:
                 hands[op].add(program)
                 tried |= new
     return hands
 
 
-def _values(case: Case) -> Iterator[Hashable]:
-    """Yield a case's static arguments, a Variant's fields apart, each with its value."""
+def _choices(case: Case) -> Iterator[Hashable]:
+    """Yield what a library may compile in another way: sizes, and choices of static arguments."""
+    if case.sizes in LIBRARY_SIZES:
+        yield case.sizes[:3]
     for name, value in case.static:
+        given = {name: value}
         if isinstance(value, Variant):
-            yield from ((field.name, getattr(value, field.name)) for field in fields(value))
-        else:
-            yield name, value
+            given = {field.name: getattr(value, field.name) for field in fields(value)}
+        for field, one in given.items():
+            number = isinstance(one, (int, float)) and not isinstance(one, bool)
+            yield field, one if not number or one in (0, 1) else "another number"
 
 
 def _cost(op: str) -> tuple[bool, bool, bool, int]:

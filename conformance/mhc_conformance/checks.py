@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import mhc_core
-from mhc_conformance.cases import SIZES, Case, cases, declaration
+from mhc_conformance.cases import NARROW, SIZES, Case, cases, declaration
 from mhc_conformance.properties import hold, lacks
 from mhc_conformance.records import Comparison, Record, Skip
 from mhc_conformance.subject import Subject, several
@@ -42,20 +42,22 @@ Array = NDArray[Any]
 def forward(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
     """Check every case's outputs: values, shapes and dtypes."""
     for trial in trials(subject, op, dtype, seed):
-        yield from trial.forward(trial.function(*subject.take(trial.primals)))
+        yield from trial.forward(trial.outputs())
 
 
 def gradient(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
     """Check every case's gradients through mhc_core.vjp."""
     for trial in trials(subject, op, dtype, seed):
-        primals, cotangents = subject.take(trial.primals), subject.take(trial.cotangents)
-        yield from trial.gradients(subject.vjp(trial.case, primals, cotangents))
+        yield from trial.gradients(trial.pulled())
 
 
 def grad(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
     """Check gradients through the library's own autodiff: of one case, or of all with --full."""
     for trial in itertools.islice(trials(subject, op, dtype, seed), None if subject.full else 1):
-        yield from trial.gradients(trial.native_gradients())
+        own = subject.take(trial.primals)
+        function = subject.transform("grad")(trial.loss(trial.function), range(len(own)))
+        whole = subject.composed(function) if dtype in NARROW else function  # in one dtype each
+        yield from trial.gradients(whole(*own))
 
 
 def compile(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
@@ -67,13 +69,9 @@ def compile(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Compar
     short = next((case for case in SECOND if case.op == op and subject.accepts(case)), None)
     if short is not None:
         subject.trying, trial = short.name, Trial(subject, short, dtype, seed)
-    compiled = subject.transform("compile")
-    own = subject.take(trial.primals)
-    yield from trial.forward(compiled(trial.function)(*own))
-    if subject.lacks("grad") is None:
-        argnums = range(len(own))
-        whole = subject.transform("grad")(trial.loss(trial.function), argnums)
-        yield from trial.gradients(compiled(whole)(*own))
+    yield from _both(
+        trial, trial.function, subject.lacks("grad") is None, subject.transform("compile")
+    )
 
 
 def vmap(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
@@ -85,13 +83,27 @@ def vmap(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Compariso
         for name, a in zip(trial.case.names, trial.primals, strict=True)
     ]
     mapped = subject.transform("vmap")(trial.function, axes)
-    yield from trial.forward(mapped(*subject.take(trial.primals)))
-    if subject.lacks("grad") is None:
+    yield from _both(trial, mapped, subject.lacks("grad") is None)
 
-        def instead(_: Any) -> Any:
-            return mapped
 
-        yield from trial.gradients(trial.native_gradients(instead))
+def _both(
+    trial: Trial,
+    function: Callable[..., Any],
+    differentiates: bool,
+    run: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+) -> Iterator[Comparison]:
+    """Compare a function's outputs and, where there are any, its gradients, run as one function."""
+    subject, own = trial.subject, trial.subject.take(trial.primals)
+    grad = subject.transform("grad") if differentiates else None
+    gradients_of = grad(trial.loss(function), range(len(own))) if grad else lambda *_: ()
+
+    def both(*arrays: Any) -> Any:
+        return several(function(*arrays)), gradients_of(*arrays)
+
+    outputs, gradients = (run or subject.composed)(both)(*own)
+    yield from trial.forward(outputs)
+    if differentiates:
+        yield from trial.gradients(gradients)
 
 
 def _has_leading(op: Any, name: str, array: Array) -> bool:
@@ -102,9 +114,7 @@ def _has_leading(op: Any, name: str, array: Array) -> bool:
 def checkpoint(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
     """Check forward and gradient when the backward recomputes the forward."""
     trial = ordinary(subject, op, dtype, seed)
-    wrapped = subject.transform("checkpoint")
-    yield from trial.forward(wrapped(trial.function)(*subject.take(trial.primals)))
-    yield from trial.gradients(trial.native_gradients(wrapped))
+    yield from _both(trial, subject.transform("checkpoint")(trial.function), True)
 
 
 def second(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
@@ -160,7 +170,8 @@ def _odd_view(subject: Subject, array: Array) -> Any:
 def repeated(subject: Subject, op: str, dtype: str, seed: int) -> Iterator[Comparison]:
     """Check that two runs give the same bits, forward and gradient, and a no_grad run is right."""
     every = list(trials(subject, op, dtype, seed))
-    for trial in (*every[:2], *[one for one in every[2:] if not one.case.mixes][:1]):
+    unmixed = [one for one in every[2:] if not one.case.mixes]
+    for trial in every[:1] if subject.deals else (*every[:2], *unmixed[:1]):
         subject.trying = trial.case.name
         own, cotangents = subject.take(trial.primals), subject.take(trial.cotangents)
         with mhc_core.no_grad():  # where backends may leave out what only a gradient needs

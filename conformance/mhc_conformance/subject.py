@@ -48,6 +48,9 @@ class Subject:
         # whether it runs its share of the cases alone: see cases.dealt
         self.deals = self.spec.neutral and self.lacks("compile") is None and not (full or quick)
         self.module: Any = backend_module(backend.spec)
+        # whether one program has a case's outputs and gradients, kept for both checks
+        self.together = self.deals and hasattr(self.module, "composed")
+        self.kept: dict[Any, tuple[Any, Any]] = {}
 
     def dtype_context(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
         """Enter the context that the library needs for arrays of that dtype (JAX's x64 mode)."""
@@ -108,3 +111,11 @@ class Subject:
                 f"{self.spec.module} has no function {name!r}"
             )
         return function
+
+    def composed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function made of many calls as the backend's module has it run.
+
+        A library that compiles each call by itself may compile them together in less time.
+        """
+        made = getattr(self.module, "composed", None)
+        return made(function) if made else function

@@ -123,6 +123,32 @@ class Trial:
             for want, other in zip(expected, others, strict=True)
         ]
 
+    def outputs(self) -> Any:
+        """Return the op's outputs on the backend's own arrays."""
+        if self.subject.together:
+            return self._both()[0]
+        return self.function(*self.subject.take(self.primals))
+
+    def pulled(self) -> Any:
+        """Return the gradients by the public vjp."""
+        if self.subject.together:
+            return self._both()[1]
+        own, cotangents = self.subject.take(self.primals), self.subject.take(self.cotangents)
+        return self.subject.vjp(self.case, own, cotangents)
+
+    def _both(self) -> tuple[Any, Any]:
+        """Return outputs and gradients from one program, which is compiled and run once."""
+
+        def both(primals: Any, cotangents: Any) -> Any:
+            outputs = several(self.function(*primals))
+            return outputs, self.subject.vjp(self.case, primals, cotangents)
+
+        kept, key = self.subject.kept, (self.case, self.dtype, self.seed)
+        if key not in kept:
+            run = self.subject.composed(both)
+            kept[key] = run(self.subject.take(self.primals), self.subject.take(self.cotangents))
+        return kept[key]
+
     def forward(self, got: Any) -> Iterator[Comparison]:
         """Compare outputs with the oracle's."""
         got = self.subject.give(got)
@@ -160,12 +186,6 @@ class Trial:
 
         return loss
 
-    def native_gradients(self, wrap: Callable[[Any], Any] | None = None) -> Any:
-        """Return the gradients by the library's own grad."""
-        argnums = range(len(self.primals))
-        loss = self.loss(wrap(self.function) if wrap else self.function)
-        return self.subject.transform("grad")(loss, argnums)(*self.subject.take(self.primals))
-
     def second(self) -> Iterator[Comparison]:
         """Check the gradients' derivative along a direction, or the refusal to compute it."""
         refusal = self.subject.lacks("second")
@@ -190,7 +210,7 @@ class Trial:
             parts = [(u * g).sum() for u, g in zip(along, gradients(*arrays), strict=True)]
             return sum(parts[1:], parts[0])
 
-        return grad(slope, count)(*self.subject.take(self.primals))
+        return self.subject.composed(grad(slope, count))(*self.subject.take(self.primals))
 
     def _unclear(self, error: Exception) -> str:
         """Return why a refusal of second derivatives is unclear, or ""."""
