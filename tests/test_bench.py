@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,14 @@ from mhc_core.cli.bench import _arrays, _library, _measure, _plot, _rows, _sides
 SMALL = ("--T", "6", "--n", "2", "--C", "8", "--repeats", "2", "--calls", "1")
 MLX = ("--backend", "mlx-compiled")
 GB = 1e9
+
+
+@pytest.fixture(autouse=True)
+def _quick_collections() -> Generator[None]:
+    """Leave what is there before a test out of the collections before each measurement."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
