@@ -6,12 +6,11 @@ from importlib import import_module
 from typing import Any
 
 from mhc_backends import mlx_common
+from mhc_backends.kernels.nvidia import OLDEST
 from mhc_backends.kernels.ops import OPS
 from mhc_backends.mlx_metal import NO_VMAP
 from mhc_core.backend import BackendSpec
 from mhc_core.hookspecs import hookimpl
-
-OLDEST = 8  # compute capability whose tensor cores multiply bfloat16
 
 
 def missing() -> str | None:

@@ -8,20 +8,16 @@ import mlx.core as mx
 
 from mhc_backends.kernels.functions import Ops
 from mhc_backends.kernels.mlx import Kernels
+from mhc_backends.kernels.nvidia import memory
 from mhc_backends.mlx_common import checkpoint, compile, from_host, grad, to_host
 from mhc_backends.mlx_cuda.launcher import cuda_kernel
 
 __all__ = ["checkpoint", "compile", "from_host", "grad", "to_host", "vjp"]
 
-# What a threadgroup may have, by the machine: CUDA programming guide, technical specifications.
-_MEMORY = {"sm_80": 163, "sm_87": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227}  # KiB
-_LEAST_MEMORY = 99
-
-
 def _memory() -> int:
     """Return the bytes of threadgroup memory that a kernel may use here."""
     architecture: Any = mx.device_info(mx.Device(mx.gpu)).get("architecture")
-    return _MEMORY.get(architecture, _LEAST_MEMORY) * 1024
+    return memory(architecture)
 
 
 _OPS = Ops(Kernels(cuda_kernel, "cuda", _memory()), mx.compile)

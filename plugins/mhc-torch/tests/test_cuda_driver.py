@@ -13,9 +13,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mhc_core as mhc
+from mhc_backends.kernels import nvrtc
 from mhc_core.errors import BackendUnavailableError
 from mhc_torch import cuda
-from mhc_torch.cuda import nvrtc
 
 # ---- the cache -----------------------------------------------------------------------------------
 
@@ -139,9 +139,9 @@ def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
     (tmp_path / "lib" / "libtorch_cuda.so").touch()
     assert "pip install -e 'plugins/mhc-torch[cuda]'" in str(cuda.missing())
     monkeypatch.setattr(cuda, "_bindings", lambda: True)
-    monkeypatch.setattr(cuda, "_devices", lambda: 0)
+    monkeypatch.setattr(cuda, "devices", lambda: 0)
     assert cuda.missing() == "NVIDIA's driver finds no GPU"
-    monkeypatch.setattr(cuda, "_devices", lambda: 1)
+    monkeypatch.setattr(cuda, "devices", lambda: 1)
     assert cuda.missing() is None
 
 

@@ -1,12 +1,11 @@
 """torch-cuda: mhc-core's kernels on CUDA tensors. Nothing here imports PyTorch.
 
-``ops.py`` has the ops, ``replay.py`` runs a plan of mhc-core on tensors, ``driver.py`` loads and
-launches its functions, and ``nvrtc.py`` compiles them and keeps them on disk.
+``ops.py`` has the ops, ``replay.py`` runs a plan of mhc-core on tensors, and ``driver.py`` loads
+and launches its functions, which ``mhc_backends.kernels.nvrtc`` compiles and keeps on disk.
 """
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -14,11 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mhc_backends.kernels.nvidia import OLDEST, devices
+
 __all__ = ["MIXERS", "NO_VMAP", "OLDEST", "missing", "takes"]
 
 MIXERS = ("sinkhorn", "identity")  # whose mappings kernels make
-
-OLDEST = 8  # compute capability whose tensor cores multiply bfloat16
 
 NO_VMAP = (
     "has no vmap: kernels take leading axes instead; without backend='torch-cuda', 'torch' answers "
@@ -37,7 +36,7 @@ def missing() -> str | None:
     if not _bindings():
         return "cuda-bindings is not installed: pip install -e 'plugins/mhc-torch[cuda]'"
     try:
-        count = _devices()
+        count = devices()
     except OSError as error:
         return f"no NVIDIA driver is installed ({error})"
     return None if count else "NVIDIA's driver finds no GPU"
@@ -48,16 +47,6 @@ def _bindings() -> bool:
         return find_spec("cuda.bindings.driver") is not None
     except ImportError:
         return False
-
-
-def _devices() -> int:
-    """Count the GPUs by NVML: CUDA itself would forbid forks from then on."""
-    name = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
-    nvml, count = ctypes.CDLL(name), ctypes.c_uint(0)
-    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
-        return 0
-    nvml.nvmlShutdown()
-    return count.value
 
 
 _REFUSED: dict[int, str | None] = {}  # by the index of a device

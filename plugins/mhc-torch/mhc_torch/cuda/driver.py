@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from mhc_backends.kernels.cuda_function import NAME
+from mhc_backends.kernels.nvrtc import compiled
 from mhc_core.errors import BackendUnavailableError
-from mhc_torch.cuda.nvrtc import compiled
 
 __all__ = ["Driver", "Nvidia", "Wanted"]
 
