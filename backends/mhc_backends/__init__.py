@@ -7,6 +7,7 @@ __all__ = ["BUILTINS", "DISTRIBUTION"]
 BUILTINS = (
     "mhc_backends.numpy",
     "mhc_backends.jax",
+    "mhc_backends.jax_cuda",
     "mhc_backends.mlx_compiled",
     "mhc_backends.mlx_cuda",
     "mhc_backends.mlx_metal",

@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Callable[..., Any]:
     def op(*arrays: jax.Array, **static: Any) -> Any:
         made = _forward if gradients.wanted() else _plain
         try:
-            return made(name, tuple(static.items()))(*_varying_alike(arrays))
+            return made(name, tuple(static.items()))(*varying_alike(arrays))
         except TypeError as error:
             if "forward-mode" in str(error):
                 raise TypeError(f"{name}: {FORWARD_MODE}") from error
@@ -45,7 +45,7 @@ FORWARD_MODE = (
 )
 
 
-def _varying_alike(arrays: tuple[jax.Array | None, ...]) -> tuple[jax.Array | None, ...]:
+def varying_alike(arrays: tuple[jax.Array | None, ...]) -> tuple[jax.Array | None, ...]:
     """Make every array vary over all mesh axes of shard_map over which any of them varies.
 
     A custom vjp must return gradients that vary as their primals do. So a parameter that all
@@ -62,6 +62,11 @@ def _varying_alike(arrays: tuple[jax.Array | None, ...]) -> tuple[jax.Array | No
         None if array is None else _spread(array, tuple(sorted(union - own)))
         for array, own in zip(arrays, axes, strict=True)
     )
+
+
+def spread_like(array: jax.Array, like: jax.Array) -> jax.Array:
+    """Make an array vary over all mesh axes over which another one does."""
+    return _spread(array, tuple(sorted(_varying_axes(like) - _varying_axes(array))))
 
 
 def _varying_axes(array: jax.Array) -> frozenset[str]:
@@ -82,7 +87,7 @@ def _spread(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return lax.pvary(array, axes)
 
 
-def _by_our_rules(function: Callable[..., Any]) -> Callable[..., Any]:
+def by_our_rules(function: Callable[..., Any]) -> Callable[..., Any]:
     """Trace a function under JAX's default type promotion, even if the caller's is strict."""
 
     @functools.wraps(function)
@@ -96,7 +101,7 @@ def _by_our_rules(function: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def _plain(op: str, static: Static) -> Callable[..., Any]:
     """Return the plain formulas, which JAX differentiates by itself."""
-    return jax.jit(_by_our_rules(functools.partial(math.load(op).forward, **dict(static))))
+    return jax.jit(by_our_rules(functools.partial(math.load(op).forward, **dict(static))))
 
 
 @functools.cache
@@ -118,21 +123,21 @@ def _forward(op: str, static: Static) -> Callable[..., Any]:
         return module.vjp(primals, cotangents if several else (cotangents,), saved, **options)
 
     custom_vjp: Any = jax.custom_vjp  # its own stubs leave the type open
-    differentiable = custom_vjp(_by_our_rules(forward))
-    differentiable.defvjp(_by_our_rules(with_saved), _by_our_rules(pullback))
+    differentiable = custom_vjp(by_our_rules(forward))
+    differentiable.defvjp(by_our_rules(with_saved), by_our_rules(pullback))
     return jax.jit(differentiable)
 
 
 @functools.cache
 def _vjp(op: str, static: Static) -> Callable[..., Any]:
-    return jax.jit(_by_our_rules(functools.partial(math.load(op).vjp, **dict(static))))
+    return jax.jit(by_our_rules(functools.partial(math.load(op).vjp, **dict(static))))
 
 
 def vjp(
     op: str, primals: tuple[jax.Array, ...], cotangents: tuple[jax.Array, ...], **static: Any
 ) -> tuple[jax.Array, ...]:
     """Pull cotangents back by the hand-written vjp, jitted."""
-    spread = _varying_alike((*primals, *cotangents))
+    spread = varying_alike((*primals, *cotangents))
     count = len(primals)
     return _vjp(op, tuple(static.items()))(spread[:count], spread[count:])
 
