@@ -51,6 +51,7 @@ class Cpu:
         handler = jax.ffi.pycapsule(library.mhc_plan)
         jax.ffi.register_ffi_target(TARGET, handler, platform="cpu")
         self._library = library
+        self._known: dict[str, int | None] = {}
 
     @property
     def launched(self) -> int:
@@ -59,12 +60,17 @@ class Cpu:
     def prepare(self, wanted: Sequence[Wanted]) -> None:
         ready = self._functions.functions(0, wanted)
         for one, function in zip(wanted, ready, strict=True):
-            address = ctypes.cast(function, ctypes.c_void_p).value
-            self._library.mhc_add(one.digest.encode(), address)
+            self._known[one.digest] = ctypes.cast(function, ctypes.c_void_p).value
+        self.restore()
 
     def forget(self) -> None:
         """Be as in a process that traced nothing."""
         self._library.mhc_forget()
+
+    def restore(self) -> None:
+        """Know again what was prepared."""
+        for digest, address in self._known.items():
+            self._library.mhc_add(digest.encode(), address)
 
     def prepare_calls(self, calls: Iterable[tuple[str, Any, Any, Sequence[int]]]) -> None:
         """Compile all that calls launch, forward and back, as one program.
@@ -81,9 +87,8 @@ class Cpu:
                 for values in (forward.outputs, forward.saved)
             )
             plans = [forward, record("forward", op, [primals], *asked)]
-            for more in ([outputs], [outputs, saved] if saved else []):
-                if more:
-                    plans.append(record("vjp", op, [primals, *more], *asked))
+            for more in ([outputs], [outputs, saved]) if saved else ([outputs],):
+                plans.append(record("vjp", op, [primals, *more], *asked))
             for plan in plans:
                 for step in plan.steps:
                     if isinstance(step, Launch):

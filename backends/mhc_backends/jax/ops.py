@@ -54,7 +54,7 @@ def varying_alike(arrays: tuple[jax.Array | None, ...]) -> tuple[jax.Array | Non
     """
     if not any(isinstance(array, Tracer) for array in arrays):
         return arrays
-    axes = [frozenset[str]() if array is None else _varying_axes(array) for array in arrays]
+    axes = [frozenset[str]() if array is None else varying_axes(array) for array in arrays]
     union = frozenset[str]().union(*axes)
     if not union:
         return arrays
@@ -66,10 +66,11 @@ def varying_alike(arrays: tuple[jax.Array | None, ...]) -> tuple[jax.Array | Non
 
 def spread_like(array: jax.Array, like: jax.Array) -> jax.Array:
     """Make an array vary over all mesh axes over which another one does."""
-    return _spread(array, tuple(sorted(_varying_axes(like) - _varying_axes(array))))
+    return _spread(array, tuple(sorted(varying_axes(like) - varying_axes(array))))
 
 
-def _varying_axes(array: jax.Array) -> frozenset[str]:
+def varying_axes(array: jax.Array) -> frozenset[str]:
+    """Return the mesh axes of shard_map over which an array varies."""
     typeof = getattr(jax, "typeof", None)  # JAX 0.6
     aval: Any = typeof(array) if typeof else None
     axes: frozenset[str] | None = getattr(aval, "vma", None)  # JAX 0.7

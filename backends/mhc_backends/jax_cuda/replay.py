@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy
 
-from mhc_backends.jax.ops import spread_like
+from mhc_backends.jax.ops import spread_like, varying_axes
 from mhc_backends.jax_cuda.library import Device, Wanted
 from mhc_backends.kernels.cuda_function import function
 from mhc_backends.kernels.plan import ITEMSIZE, Compute, Launch, Plan, Value
@@ -74,12 +74,10 @@ class Replay:
 
     def _call(self, call: _Call, held: dict[int, Any], like: jax.Array) -> dict[int, Any]:
         buffers = [self._plan.buffers[number] for number in call.results]
-        kinds: list[Any] = [
-            jax.ShapeDtypeStruct(one.shape, jnp.dtype(one.dtype), **_varying(like))
-            for one in buffers
-        ]
+        shapes = [(tuple(one.shape), one.dtype) for one in buffers]
         if call.room:
-            kinds.append(jax.ShapeDtypeStruct((call.room,), jnp.dtype("uint8"), **_varying(like)))
+            shapes.append(((call.room,), "uint8"))
+        kinds = [_kind(shape, dtype, like) for shape, dtype in shapes]
         run = jax.ffi.ffi_call(self._target, kinds, vmap_method="sequential")
         results = run(
             *[held[number] for number in call.operands],
@@ -89,13 +87,12 @@ class Replay:
         return dict(zip(call.results, cast("Sequence[Any]", results), strict=False))
 
 
-def _varying(like: jax.Array) -> dict[str, Any]:
-    """Return what says that a result varies over the mesh axes of shard_map as an array does."""
-    aval: Any = jax.typeof(like)
-    for name in ("manual_axis_type", "vma"):  # JAX 0.10, and before
-        if getattr(aval, name, None):
-            return {name: getattr(aval, name)}
-    return {}
+def _kind(shape: tuple[int, ...], dtype: str, like: jax.Array) -> Any:
+    """Return the type of a result that varies over mesh axes of shard_map as an array does."""
+    if not varying_axes(like):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    # JAX's constructors take no such axes by public means, so it is the type of an array
+    return jax.typeof(spread_like(jnp.zeros(shape, dtype), like))
 
 
 def _wanted(step: Launch) -> Wanted:

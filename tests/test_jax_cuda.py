@@ -1,0 +1,381 @@
+"""jax-cuda on a CPU: its plans and its handler, with CUDA texts that g++ compiles."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jax", reason="JAX is not installed")
+import jax
+import jax.numpy as jnp
+from jax import export
+from jax_on_cpu import DEVICE, NAME, SPEC, TARGET, needs_gcc
+
+import mhc_core as mhc
+from mhc_backends import jax_cuda
+from mhc_backends.jax_cuda import library
+from mhc_backends.kernels import nvrtc
+from mhc_backends.kernels.ops import OPS
+from mhc_conformance.cases import Case, Sizes, data
+from mhc_conformance.telling import SECOND
+from mhc_core import math
+from mhc_core.selection import registered
+
+pytestmark = [
+    needs_gcc,
+    pytest.mark.skipif(jax_cuda.NEEDED > jax.version.__version_info__[:2], reason="JAX is older"),
+]
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+SIZES = Sizes((2,), 3, 5, "small, with tails of every kind")
+UNMIXED = replace(mhc.DEEPSEEK_V4, mixer="identity", res_transposed=False)
+
+
+def _small(case: Case, **changes: Any) -> Case:
+    static = {**case.options, **({"n": 3} if "n" in case.options else {})}
+    if "variant" in static:
+        static["variant"] = replace(static["variant"], sinkhorn_iterations=3)
+    return replace(case, sizes=SIZES, shared=False, static=tuple(static.items()), **changes)
+
+
+BY_OP = {case.op: _small(case) for case in SECOND if case.op in OPS}
+CASES = {
+    **BY_OP,
+    "combine, one mapping for all": replace(BY_OP["combine"], shared=True),
+    "combine, unmixed": replace(BY_OP["combine"], unmixed=True),
+    "combine_pre, h_pre given": replace(BY_OP["combine_pre"], optional=True),
+    "pre, unmixed": replace(BY_OP["pre"], static=(("variant", UNMIXED),)),
+    "pre, narrow": replace(BY_OP["pre"], narrow=True),
+}
+DTYPES = {"pre, narrow": "bfloat16"}
+every_case = pytest.mark.parametrize("name", list(CASES))
+
+
+def _arrays(name: str) -> tuple[Any, ...]:
+    return tuple(data(CASES[name], DTYPES.get(name, "float32"), 0).primals)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _backend() -> Iterator[None]:
+    """Register the backend, with the functions of all calls in one program."""
+    calls: list[tuple[str, Any, Any, Sequence[int]]] = []
+    for name, case in CASES.items():
+        placed = case.placed(_arrays(name))
+        there = [(one.shape, str(one.dtype)) for one in placed if one is not None]
+        absent = [place for place, one in enumerate(placed) if one is None]
+        calls.append((case.op, there, case.options, absent))
+    DEVICE.prepare_calls(calls)
+    with registered(SPEC):
+        yield
+
+
+def _function(name: str, backend: str = NAME) -> Callable[..., Any]:
+    case = CASES[name]
+
+    def function(*arrays: Any) -> Any:
+        op = math.load(case.op).OP
+        named = dict.fromkeys(op.optional) | dict(zip(op.arrays, case.placed(arrays), strict=False))
+        return getattr(mhc, case.op)(**named, **case.options, backend=backend)
+
+    return function
+
+
+def _several(outputs: Any) -> list[Any]:
+    every = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [one for one in every if one is not None]
+
+
+def _assert_close(got: Any, want: Any, **tolerances: float) -> None:
+    for a, b in zip(_several(got), _several(want), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), np.asarray(b, np.float64), **(tolerances or CLOSE)
+        )
+
+
+def _loss(function: Callable[..., Any], power: int = 2) -> Callable[..., Any]:
+    return lambda *arrays: sum((one**power).sum() for one in _several(function(*arrays)))
+
+
+# ---- right ---------------------------------------------------------------------------------------
+
+
+@every_case
+def test_outputs_and_gradients(name: str) -> None:
+    """Compare with NumPy; gradients by JAX and by mhc.vjp."""
+    case, arrays, before = CASES[name], _arrays(name), DEVICE.launched
+    device = [jnp.asarray(one) for one in arrays]
+    loose = {"rtol": 2e-2, "atol": 2e-2} if name in DTYPES else CLOSE
+    want = _function(name, "numpy")(*arrays)
+    got, pull = jax.vjp(lambda *given: tuple(_several(_function(name)(*given))), *device)
+    _assert_close(got, tuple(_several(want)), **loose)
+    with mhc.no_grad():
+        _assert_close(_function(name)(*device), got, rtol=0, atol=0)
+    assert DEVICE.launched > before or case.op == "expand"
+    cotangents = tuple(
+        np.random.default_rng(1).normal(size=one.shape).astype(one.dtype) for one in got
+    )
+    given = iter(cotangents)
+    every = want if isinstance(want, tuple) else (want,)
+    placed = tuple(None if one is None else next(given) for one in every)
+    asked = case.op, case.placed(arrays), placed
+    pulled = mhc.vjp(*asked, **case.options, backend="numpy")
+    _assert_close(pull(tuple(map(jnp.asarray, cotangents))), tuple(_several(pulled)), **loose)
+    moved = [
+        tuple(None if one is None else jnp.asarray(one) for one in group) for group in asked[1:]
+    ]
+    _assert_close(mhc.vjp(case.op, *moved, **case.options, backend=NAME), pulled, **loose)
+
+
+@pytest.mark.parametrize("op", ["combine", "pre"])
+def test_second_and_third_derivatives(op: str) -> None:
+    device = [jnp.asarray(one) for one in _arrays(op)]
+
+    def higher(function: Callable[..., Any], order: int) -> Any:
+        made = _loss(function, 3)
+        for _ in range(order - 1):
+            made = (lambda f: lambda x: (jax.grad(f)(x, *device[1:]) ** 2).sum())(
+                lambda x, *others, f=made: f(x, *others)
+            )
+        return jax.grad(made)(*(device if order == 1 else device[:1]))
+
+    for order in (2, 3) if op == "combine" else (2,):
+        got, want = higher(_function(op), order), higher(_function(op, "jax"), order)
+        scale = float(jnp.abs(want).max())
+        _assert_close(got / scale, want / scale, rtol=1e-4, atol=1e-4)
+
+
+def test_transforms() -> None:
+    """jit, scan, checkpoint, vmap of forwards and of gradients, with a parameter for each too."""
+    x, y, h_post, h_res = (jnp.asarray(one) for one in _arrays("combine"))
+    function = _function("combine")
+
+    def chain(x: Any) -> Any:
+        return jax.lax.scan(lambda x, _: (function(x, y, h_post, h_res), None), x, None, length=3)[0]
+
+    want = x
+    for _ in range(3):
+        want = function(want, y, h_post, h_res)
+    _assert_close(jax.jit(chain)(x), want)
+    gradient = jax.grad(lambda x: (chain(x) ** 2).sum())(x)
+    checkpointed = jax.grad(lambda x: (jax.checkpoint(chain)(x) ** 2).sum())(x)
+    _assert_close(jax.jit(jax.grad(lambda x: (chain(x) ** 2).sum()))(x), gradient)
+    _assert_close(checkpointed, gradient)
+    many, axes = (jnp.stack([x, -x, x * 2]), jnp.stack([h_res, h_res * 2, h_res], -1)), (0, None, None, -1)
+    each = [
+        (function(a, y, h_post, b), jax.grad(_loss(function), 3)(a, y, h_post, b))
+        for a, b in zip(many[0], jnp.moveaxis(many[1], -1, 0), strict=True)
+    ]
+    got = jax.vmap(function, axes)(many[0], y, h_post, many[1])
+    _assert_close(got, jnp.stack([one for one, _ in each]))
+    got = jax.vmap(jax.grad(_loss(function), 3), axes)(many[0], y, h_post, many[1])
+    _assert_close(got, jnp.stack([one for _, one in each]))
+
+
+def test_shard_map_gives_gradients_of_what_is_shared() -> None:
+    arrays = [jnp.asarray(one) for one in _arrays("pre")]
+    gradient = jax.grad(_loss(_function("pre")), (0, 1))
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh, spec = jax.make_mesh((1,), ("data",), axis_types=auto), jax.sharding.PartitionSpec
+    sharded = jax.shard_map(
+        gradient, mesh=mesh, in_specs=(spec("data"), *[spec()] * 3), out_specs=(spec("data"), spec())
+    )
+    _assert_close(sharded(*arrays), gradient(*arrays))
+
+
+def test_no_tokens() -> None:
+    x, *parameters = (jnp.asarray(one) for one in _arrays("pre"))
+    h, h_post, h_res = _function("pre")(x[:0], *parameters)
+    assert (h.shape, h_post.shape, h_res.shape) == ((0, 5), (0, 3), (0, 3, 3))
+    assert not jax.grad(_loss(_function("pre")), 1)(x[:0], *parameters).any()
+
+
+def test_forward_mode_is_refused_with_the_remedy() -> None:
+    x, *others = (jnp.asarray(one) for one in _arrays("combine"))
+    with pytest.raises(TypeError, match="no forward mode.*backend='jax'"):
+        jax.jvp(lambda x: _function("combine")(x, *others), (x,), (x,))
+    with mhc.no_grad(), pytest.raises(TypeError, match="no forward mode.*backend='jax'"):
+        jax.jvp(lambda x: _function("combine")(x, *others), (x,), (x,))
+
+
+# ---- programs of XLA -----------------------------------------------------------------------------
+
+
+def _text(function: Callable[..., Any], *arrays: Any) -> str:
+    return jax.jit(function).lower(*arrays).as_text()
+
+
+def test_launches_that_need_nothing_of_jax_are_one_call() -> None:
+    calls = {}
+    for name in ("pre", "pre, narrow", "combine_pre"):
+        device = [jnp.asarray(one) for one in _arrays(name)]
+        with mhc.no_grad():
+            forward = _text(_function(name), *device)
+        both = _text(jax.grad(_loss(_function(name)), tuple(range(len(device)))), *device)
+        calls[name] = [text.count(f"custom_call @{TARGET}") for text in (forward, both)]
+    # combine_pre's vjp adds two gradients, between the kernels of its two halves
+    assert calls == {"pre": [1, 2], "pre, narrow": [1, 2], "combine_pre": [1, 3]}
+
+
+def test_a_program_names_functions_by_their_texts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = [jnp.asarray(one) for one in _arrays("pre")]
+    first = _text(_function("pre"), *device)
+    jax.clear_caches()
+    assert _text(_function("pre"), *device) == first
+    wanted = library.Wanted("a text", 4096)
+    assert wanted.digest == hashlib.sha256(f"4096\n{nvrtc.PRELUDE}a text".encode()).hexdigest()
+    assert wanted.digest != library.Wanted("a text", 8192).digest
+    digests = re.findall(r'functions = "(\w+)"', first)
+    assert digests
+    assert all(len(one) % 64 == 0 for one in digests)
+
+
+def test_an_exported_program_runs_and_says_what_it_lacks() -> None:
+    device = [jnp.asarray(one) for one in _arrays("combine")]
+    allowed = [export.DisabledSafetyCheck.custom_call(TARGET)]
+    function = jax.jit(jax.grad(_loss(_function("combine"))))
+    program = export.export(function, disabled_checks=allowed)(*device)
+    _assert_close(program.call(*device), function(*device))
+    DEVICE.forget()
+    try:
+        with pytest.raises(jax.errors.JaxRuntimeError, match=r"function \w{64} is not known"):
+            jax.block_until_ready(program.call(*device))
+    finally:
+        DEVICE.restore()
+
+
+@pytest.mark.parametrize(
+    "launches",
+    [
+        [0, 1, 1, 32, 0],  # no number of arguments
+        [1, 1, 1, 32, 0, 0],  # a function that is not there
+        [0, 1, 1, 32, 0, 1, 2, 0],  # a buffer that is not there
+        [0, 1, 1, 32, 0, 2, 0, 0],  # an argument that is not there
+        [0, 1, 1, 32, 0, -1],
+    ],
+)
+def test_a_broken_program_is_an_error(launches: list[int]) -> None:
+    out = jax.ShapeDtypeStruct((4,), jnp.float32)
+    call = jax.ffi.ffi_call(TARGET, out)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="attributes of a call"):
+        jax.block_until_ready(
+            call(jnp.ones(4), functions="0" * 64, launches=np.array(launches, np.int64))
+        )
+
+
+# ---- the library for GPUs ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[library.Gpu]:
+    """Build the library for GPUs as at first use, with a compiler of kernels that compiles none."""
+    monkeypatch.setattr(library, "prebuilt", lambda: None)
+    monkeypatch.setenv("MHC_CACHE", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "compiled", lambda text, architecture: f"{architecture} {text}".encode())
+    monkeypatch.setattr(library, "TARGET", f"mhc_test_{tmp_path.name}")
+    made = library.Gpu()
+    monkeypatch.setattr(library.Gpu, "architectures", ("sm_80", "sm_90"))
+    yield made
+    made._library.mhc_on_missing(None)
+
+
+def test_the_library_is_built_once_and_knows_texts_of_other_processes(
+    gpu: library.Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file,) = (tmp_path / "jax-cuda").iterdir()
+    monkeypatch.setattr(library, "build", lambda *_: pytest.fail("built again"))
+    assert library.built(library.FOLDER / library.SOURCE) == file
+    assert gpu.memory == 163 * 1024  # the least of all
+    wanted = library.Wanted("the text", 0)
+    gpu.prepare([wanted, wanted])
+    monkeypatch.setattr(nvrtc, "write", lambda *_: pytest.fail("written again"))
+    gpu.prepare([wanted])
+    assert nvrtc.read(tmp_path / "text" / f"{wanted.digest}.cu") == b"the text"
+    assert gpu._found(wanted.digest.encode(), b"sm_100") == 1
+    assert gpu._found(b"0" * 64, b"sm_100") == 0
+
+
+def test_what_is_needed_to_build_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert library.compiler() is None
+    with pytest.raises(mhc.BackendUnavailableError, match="mhc-jax-cuda, or a C\\+\\+ compiler"):
+        library.build(library.FOLDER / library.SOURCE, tmp_path, tmp_path / "new.so")
+    monkeypatch.undo()
+    with pytest.raises(mhc.BackendUnavailableError, match="failed: .*c_api.h"):
+        library.build(library.FOLDER / library.SOURCE, tmp_path, tmp_path / "new.so")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- what it takes -------------------------------------------------------------------------------
+
+
+def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = mhc.backends()["jax-cuda"].reason
+    if reason is None:
+        pytest.skip("this machine has one")
+    assert any(word in reason for word in ("plugin for CUDA", "driver", "no GPU"))
+    monkeypatch.setattr(jax_cuda, "_version", lambda: (0, 9))
+    assert jax_cuda.missing() == "needs JAX 0.10 or later"
+    monkeypatch.undo()
+    monkeypatch.setattr(jax_cuda, "PLUGINS", ("no_such_plugin",))
+    assert "pip install 'jax[cuda13]'" in str(jax_cuda.missing())
+    monkeypatch.setattr(jax_cuda, "PLUGINS", ("jax",))
+    monkeypatch.setattr(jax_cuda, "devices", lambda: 0)
+    assert jax_cuda.missing() == "NVIDIA's driver finds no GPU"
+    monkeypatch.setattr(jax_cuda, "devices", lambda: 1)
+    monkeypatch.setattr(nvrtc, "missing", lambda: None)
+    assert jax_cuda.missing() is None
+    monkeypatch.setattr(nvrtc, "missing", lambda: "no NVRTC")
+    assert jax_cuda.missing() == "no NVRTC"
+    monkeypatch.setattr(library, "prebuilt", lambda: None)
+    monkeypatch.setattr(library, "compiler", lambda: None)
+    assert "plugins/mhc-jax-cuda" in str(jax_cuda.missing())
+
+
+def _gpu(capability: str) -> Any:
+    return SimpleNamespace(platform="gpu", compute_capability=capability, device_kind="GPU X")
+
+
+def test_it_takes_arrays_on_one_gpu_with_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax_cuda, "_REFUSED", {})
+    x = jnp.ones(3)
+    assert jax_cuda.takes([np.ones(3), x]) == "takes arrays on NVIDIA GPUs, not those on cpu"
+    assert jax_cuda._refusal([_gpu("9.0")]) is None
+    assert "8.0 or later, and GPU X has 7.5" in str(jax_cuda._refusal([_gpu("7.5")]))
+    assert "not those on gpu" in str(jax_cuda._refusal([_gpu("gfx90a")]))
+    assert "one device" in str(jax_cuda._refusal([_gpu("9.0")] * 2))
+    monkeypatch.setattr(jax_cuda, "_gpus", lambda: False)
+    assert "finds none here" in str(jax_cuda.takes([np.ones(3)]))
+
+
+def test_it_takes_tracers_for_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str | None] = []
+
+    def traced(x: Any) -> Any:
+        found.append(jax_cuda.takes([x]))
+        return x
+
+    monkeypatch.setattr(jax_cuda, "_REFUSED", {})
+    jax.jit(traced).lower(jnp.ones(3))
+    assert "not those on cpu" in str(found.pop())
+    monkeypatch.setattr(jax_cuda, "_REFUSED", {})
+    monkeypatch.setattr(jax_cuda, "_first", lambda: _gpu("9.0"))
+    jax.jit(lambda x: traced(x)).lower(jnp.ones(3))
+    assert found.pop() is None
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    jax.jit(lambda x: traced(x) * 1).lower(jnp.ones(3))
+    assert found.pop() == jax_cuda.SEVERAL
+    mesh, spec = jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec("data")
+    jax.jit(jax.shard_map(traced, mesh=mesh, in_specs=spec, out_specs=spec)).lower(jnp.ones(3))
+    assert found.pop() is None
+    with jax.default_device(jax.devices("cpu")[0]):
+        jax.jit(lambda x: traced(x) * 2).lower(jnp.ones(3))
+    assert "not those on cpu" in str(found.pop())
