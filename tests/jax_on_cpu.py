@@ -59,8 +59,8 @@ class Cpu:
 
     def prepare(self, wanted: Sequence[Wanted]) -> None:
         ready = self._functions.functions(0, wanted)
-        for one, function in zip(wanted, ready, strict=True):
-            self._known[one.digest] = ctypes.cast(function, ctypes.c_void_p).value
+        for one, found in zip(wanted, ready, strict=True):
+            self._known[one.digest] = ctypes.cast(found, ctypes.c_void_p).value
         self.restore()
 
     def forget(self) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+import subprocess
+import sys
+import tarfile
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +27,6 @@ import mhc_core as mhc
 from mhc_backends import jax_cuda
 from mhc_backends.jax_cuda import library
 from mhc_backends.kernels import nvrtc
-from mhc_backends.kernels.ops import OPS
 from mhc_conformance.cases import Case, Sizes, data
 from mhc_conformance.telling import SECOND
 from mhc_core import math
@@ -33,9 +36,10 @@ pytestmark = [
     needs_gcc,
     pytest.mark.skipif(jax_cuda.NEEDED > jax.version.__version_info__[:2], reason="JAX is older"),
 ]
+ERRORS = (ValueError, jax.errors.JaxRuntimeError)  # a handler's, called at once or by a thread
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+PLUGIN = Path(__file__).parents[1] / "plugins" / "mhc-jax-cuda"
 SIZES = Sizes((2,), 3, 5, "small, with tails of every kind")
-UNMIXED = replace(mhc.DEEPSEEK_V4, mixer="identity", res_transposed=False)
 
 
 def _small(case: Case, **changes: Any) -> Case:
@@ -45,13 +49,15 @@ def _small(case: Case, **changes: Any) -> Case:
     return replace(case, sizes=SIZES, shared=False, static=tuple(static.items()), **changes)
 
 
+# Each has a kind of step, buffer or result that the others lack. PyTorch's tests run the texts of all
+# ops on a CPU, and each more costs g++ half a second.
+OPS = ("combine", "combine_pre", "contract", "head", "pre", "residual_add_aggregate", "sinkhorn")
 BY_OP = {case.op: _small(case) for case in SECOND if case.op in OPS}
 CASES = {
     **BY_OP,
     "combine, one mapping for all": replace(BY_OP["combine"], shared=True),
     "combine, unmixed": replace(BY_OP["combine"], unmixed=True),
     "combine_pre, h_pre given": replace(BY_OP["combine_pre"], optional=True),
-    "pre, unmixed": replace(BY_OP["pre"], static=(("variant", UNMIXED),)),
     "pre, narrow": replace(BY_OP["pre"], narrow=True),
 }
 DTYPES = {"pre, narrow": "bfloat16"}
@@ -118,7 +124,7 @@ def test_outputs_and_gradients(name: str) -> None:
     _assert_close(got, tuple(_several(want)), **loose)
     with mhc.no_grad():
         _assert_close(_function(name)(*device), got, rtol=0, atol=0)
-    assert DEVICE.launched > before or case.op == "expand"
+    assert DEVICE.launched > before
     cotangents = tuple(
         np.random.default_rng(1).normal(size=one.shape).astype(one.dtype) for one in got
     )
@@ -134,20 +140,18 @@ def test_outputs_and_gradients(name: str) -> None:
     _assert_close(mhc.vjp(case.op, *moved, **case.options, backend=NAME), pulled, **loose)
 
 
-@pytest.mark.parametrize("op", ["combine", "pre"])
-def test_second_and_third_derivatives(op: str) -> None:
-    device = [jnp.asarray(one) for one in _arrays(op)]
+@pytest.mark.parametrize(("op", "orders"), [("combine", (2, 3)), ("head", (2,))])
+def test_second_and_third_derivatives(op: str, orders: tuple[int, ...]) -> None:
+    x, *others = (jnp.asarray(one) for one in _arrays(op))
 
-    def higher(function: Callable[..., Any], order: int) -> Any:
-        made = _loss(function, 3)
+    def higher(backend: str, order: int) -> Any:
+        gradient = jax.grad(lambda x: _loss(_function(op, backend), 3)(x, *others))
         for _ in range(order - 1):
-            made = (lambda f: lambda x: (jax.grad(f)(x, *device[1:]) ** 2).sum())(
-                lambda x, *others, f=made: f(x, *others)
-            )
-        return jax.grad(made)(*(device if order == 1 else device[:1]))
+            gradient = jax.grad(lambda x, g=gradient: (g(x) ** 2).sum())
+        return jax.jit(gradient)(x)
 
-    for order in (2, 3) if op == "combine" else (2,):
-        got, want = higher(_function(op), order), higher(_function(op, "jax"), order)
+    for order in orders:
+        got, want = higher(NAME, order), higher("jax", order)
         scale = float(jnp.abs(want).max())
         _assert_close(got / scale, want / scale, rtol=1e-4, atol=1e-4)
 
@@ -158,7 +162,9 @@ def test_transforms() -> None:
     function = _function("combine")
 
     def chain(x: Any) -> Any:
-        return jax.lax.scan(lambda x, _: (function(x, y, h_post, h_res), None), x, None, length=3)[0]
+        return jax.lax.scan(lambda x, _: (function(x, y, h_post, h_res), None), x, None, length=3)[
+            0
+        ]
 
     want = x
     for _ in range(3):
@@ -168,7 +174,10 @@ def test_transforms() -> None:
     checkpointed = jax.grad(lambda x: (jax.checkpoint(chain)(x) ** 2).sum())(x)
     _assert_close(jax.jit(jax.grad(lambda x: (chain(x) ** 2).sum()))(x), gradient)
     _assert_close(checkpointed, gradient)
-    many, axes = (jnp.stack([x, -x, x * 2]), jnp.stack([h_res, h_res * 2, h_res], -1)), (0, None, None, -1)
+    many, axes = (
+        (jnp.stack([x, -x, x * 2]), jnp.stack([h_res, h_res * 2, h_res], -1)),
+        (0, None, None, -1),
+    )
     each = [
         (function(a, y, h_post, b), jax.grad(_loss(function), 3)(a, y, h_post, b))
         for a, b in zip(many[0], jnp.moveaxis(many[1], -1, 0), strict=True)
@@ -180,14 +189,17 @@ def test_transforms() -> None:
 
 
 def test_shard_map_gives_gradients_of_what_is_shared() -> None:
-    arrays = [jnp.asarray(one) for one in _arrays("pre")]
-    gradient = jax.grad(_loss(_function("pre")), (0, 1))
-    auto = (jax.sharding.AxisType.Auto,)
-    mesh, spec = jax.make_mesh((1,), ("data",), axis_types=auto), jax.sharding.PartitionSpec
-    sharded = jax.shard_map(
-        gradient, mesh=mesh, in_specs=(spec("data"), *[spec()] * 3), out_specs=(spec("data"), spec())
-    )
-    _assert_close(sharded(*arrays), gradient(*arrays))
+    name = "combine, one mapping for all"
+    arrays = [jnp.asarray(one) for one in _arrays(name)]
+    gradient = jax.grad(_loss(_function(name)), (0, 3))
+    mesh, spec = _mesh(), jax.sharding.PartitionSpec
+    given = (spec("data"), spec("data"), spec(), spec())
+    sharded = jax.shard_map(gradient, mesh=mesh, in_specs=given, out_specs=(spec("data"), spec()))
+    _assert_close(jax.jit(sharded)(*arrays), gradient(*arrays))
+
+
+def _mesh() -> Any:
+    return jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def test_no_tokens() -> None:
@@ -264,7 +276,7 @@ def test_an_exported_program_runs_and_says_what_it_lacks() -> None:
 def test_a_broken_program_is_an_error(launches: list[int]) -> None:
     out = jax.ShapeDtypeStruct((4,), jnp.float32)
     call = jax.ffi.ffi_call(TARGET, out)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="attributes of a call"):
+    with pytest.raises(ERRORS, match="attributes of a call"):
         jax.block_until_ready(
             call(jnp.ones(4), functions="0" * 64, launches=np.array(launches, np.int64))
         )
@@ -278,7 +290,9 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[library.Gpu
     """Build the library for GPUs as at first use, with a compiler of kernels that compiles none."""
     monkeypatch.setattr(library, "prebuilt", lambda: None)
     monkeypatch.setenv("MHC_CACHE", str(tmp_path))
-    monkeypatch.setattr(nvrtc, "compiled", lambda text, architecture: f"{architecture} {text}".encode())
+    monkeypatch.setattr(
+        nvrtc, "compiled", lambda text, architecture: f"{architecture} {text}".encode()
+    )
     monkeypatch.setattr(library, "TARGET", f"mhc_test_{tmp_path.name}")
     made = library.Gpu()
     monkeypatch.setattr(library.Gpu, "architectures", ("sm_80", "sm_90"))
@@ -302,14 +316,47 @@ def test_the_library_is_built_once_and_knows_texts_of_other_processes(
     assert gpu._found(b"0" * 64, b"sm_100") == 0
 
 
-def test_what_is_needed_to_build_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("gpu")
+def test_what_was_traced_for_a_gpu_is_refused_on_a_cpu() -> None:
+    call = jax.ffi.ffi_call(library.TARGET, jax.ShapeDtypeStruct((4,), jnp.float32))
+    with pytest.raises(ERRORS, match="traced for a GPU .* backend='jax'"):
+        jax.block_until_ready(call(jnp.ones(4), functions="", launches=np.zeros(0, np.int64)))
+
+
+def test_the_wheel_has_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hatchling")
+    if not PLUGIN.is_dir():
+        pytest.skip("a source archive has no plugins")
+    command = [sys.executable, "-m", "build", "-nx", "--outdir", str(tmp_path), str(PLUGIN)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    archive, wheel = sorted(tmp_path.iterdir(), key=lambda path: path.suffix)
+    with tarfile.open(archive) as files:
+        sources = {Path(name).name for name in files.getnames() if "/native/" in name}
+    assert sources == {library.SOURCE, "plan_handler.h"}
+    assert re.search(r"-py3-none-manylinux_2_\d+_\w+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as files:
+        files.extractall(tmp_path / "site")
+    assert library.prebuilt() is None
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(library, "built", lambda *_: pytest.fail("built at first use"))
+    loaded = library._load()
+    assert Path(loaded._name) == library.prebuilt() == tmp_path / "site/mhc_jax_cuda/cuda.so"
+    monkeypatch.setattr(library, "VERSION", 0)  # a wheel of another version of mhc-core
+    with pytest.raises(pytest.fail.Exception, match="built at first use"):
+        library._load()
+
+
+def test_what_is_needed_to_build_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert library.compiler() is None
     with pytest.raises(mhc.BackendUnavailableError, match="mhc-jax-cuda, or a C\\+\\+ compiler"):
         library.build(library.FOLDER / library.SOURCE, tmp_path, tmp_path / "new.so")
     monkeypatch.undo()
-    with pytest.raises(mhc.BackendUnavailableError, match="failed: .*c_api.h"):
+    with pytest.raises(mhc.BackendUnavailableError, match=r"failed: [\s\S]*c_api.h"):
         library.build(library.FOLDER / library.SOURCE, tmp_path, tmp_path / "new.so")
     assert list(tmp_path.iterdir()) == []
 
@@ -373,7 +420,7 @@ def test_it_takes_tracers_for_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     jax.jit(lambda x: traced(x) * 1).lower(jnp.ones(3))
     assert found.pop() == jax_cuda.SEVERAL
-    mesh, spec = jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec("data")
+    mesh, spec = _mesh(), jax.sharding.PartitionSpec("data")
     jax.jit(jax.shard_map(traced, mesh=mesh, in_specs=spec, out_specs=spec)).lower(jnp.ones(3))
     assert found.pop() is None
     with jax.default_device(jax.devices("cpu")[0]):

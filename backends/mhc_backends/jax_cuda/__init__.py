@@ -1,7 +1,7 @@
 """jax-cuda: the kernels of mlx-cuda on JAX arrays on NVIDIA GPUs, through XLA's FFI.
 
-``ops.py`` has the ops and ``functions.py`` makes them; ``replay.py`` traces a plan as JAX operations,
-and ``library.py`` finds or builds the handler that launches its kernels, ``cuda.cpp``.
+``ops.py`` has the ops and ``functions.py`` makes them; ``replay.py`` traces a plan as JAX
+operations, and ``library.py`` finds or builds the handler that launches its kernels, ``cuda.cpp``.
 """
 
 from __future__ import annotations

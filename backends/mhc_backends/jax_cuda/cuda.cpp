@@ -161,6 +161,14 @@ MHC_PUBLIC int mhc_version() { return 1; }
 
 MHC_PUBLIC XLA_FFI_Error* mhc_plan(XLA_FFI_CallFrame* frame) { return mhc::run<Cuda>(frame); }
 
+// The handler for CPUs: a trace for a GPU may be compiled for one, if the arrays of a call turn out to be there.
+MHC_PUBLIC XLA_FFI_Error* mhc_refuse(XLA_FFI_CallFrame* frame) {
+    if (mhc::describe(frame)) return nullptr;
+    return mhc::error(frame->api, XLA_FFI_Error_Code_FAILED_PRECONDITION,
+                      "mhc-core: this was traced for a GPU with backend 'jax-cuda', and runs on a CPU: call it on "
+                      "arrays on the GPU, name backend='jax', or trace it inside jax.default_device(a CPU)");
+}
+
 // Adds a function's machine code for an architecture such as "sm_90".
 MHC_PUBLIC void mhc_add(const char* digest, const char* architecture, const char* code, size_t size) {
     std::unique_lock<std::shared_mutex> lock(known().mutex);

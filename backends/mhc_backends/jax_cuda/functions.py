@@ -1,8 +1,8 @@
 """The functions of a backend that runs plans in JAX, whatever device runs them.
 
-Four functions call each other, so that gradients can be taken of gradients, of any order: ``forward``,
-``saving``, which also returns what the vjp reads, ``pulled``, the vjp by kernels, and ``second``, the vjp
-of that one by the neutral formulas, which JAX differentiates by itself.
+Functions call each other so that gradients can be taken of gradients, of any order: ``forward``;
+``saving``, which also returns what the vjp reads; ``pulled``, the vjp by kernels; and ``_second``,
+the vjp of that one by the neutral formulas, which JAX differentiates by itself.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ FORWARD_MODE = (
 class Ops:
     """The functions of a backend: an op per attribute, and ``vjp``.
 
-    They are jitted, once per op, static arguments and arrays that are there. A plan is made for exact
-    shapes, when JAX traces, in about a millisecond.
+    They are jitted, once per op, static arguments and arrays that are there. A plan is made for
+    exact shapes, when JAX traces, in about a millisecond.
     """
 
     def __init__(self, device: Callable[[], Device]) -> None:
@@ -96,7 +96,7 @@ class Ops:
         kinds = tuple(tuple((one.shape, str(one.dtype)) for one in group) for group in groups)
         return self._replay(what, op, static, there, kinds)
 
-    # ---- functions of the arrays that are there, which return those that are there ----------------
+    # ---- functions of the arrays that are there, which return those that are there ---------------
 
     def _make_inference(self, op: str, static: Static, there: There) -> Function:
         def inference(*primals: jax.Array) -> Arrays:

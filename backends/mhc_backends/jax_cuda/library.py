@@ -162,8 +162,9 @@ class Gpu:
         self._library.mhc_add.restype = None
         self._find = FIND(self._found)  # kept here: the library calls it at any time
         self._library.mhc_on_missing(self._find)
-        handler = jax.ffi.pycapsule(self._library.mhc_plan)
-        jax.ffi.register_ffi_target(TARGET, handler, platform="CUDA")
+        for function, platform in (("mhc_plan", "CUDA"), ("mhc_refuse", "cpu")):
+            handler = jax.ffi.pycapsule(getattr(self._library, function))
+            jax.ffi.register_ffi_target(TARGET, handler, platform=platform)
         self._ready: set[Wanted] = set()
 
     @functools.cached_property
@@ -225,4 +226,3 @@ def architecture(device: Any) -> str | None:
     """Return a GPU's architecture, such as ``"sm_90"``, or None if NVIDIA did not make it."""
     major, dot, minor = str(getattr(device, "compute_capability", "")).partition(".")
     return f"sm_{major}{minor}" if dot and major.isdigit() and minor.isdigit() else None
-

@@ -1,8 +1,8 @@
 """A plan of mhc-core as JAX operations: its launches are calls of one handler.
 
-All launches that do not wait for an operation of JAX's own are one call, with every buffer that only
-they see in one workspace, which is a result like the others: XLA plans its memory, and CUDA graphs
-may capture the call.
+All launches that do not wait for an operation of JAX's own are one call, with every buffer that
+only they see in one workspace, which is a result like the others: XLA plans its memory, and CUDA
+graphs may capture the call.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Call(NamedTuple):
 
 
 class Replay:
-    """A plan on a device, called with arrays of its shapes: returns its outputs, then what it saves.
+    """A plan on a device, called with arrays: returns its outputs, and then what it saves.
 
     A saved value that is an output too is returned once; ``saved`` has the index of each among all
     that is returned, and ``outputs`` is the number of outputs.

@@ -66,7 +66,7 @@ def read(path: Path) -> bytes | None:
 
 
 def write(path: Path, code: bytes) -> None:
-    """Write a file, with its digest, that others see whole or not at all, where the cache can be written."""
+    """Write a file with its digest, whole or not at all; nothing where that cannot be done."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent)
@@ -218,8 +218,7 @@ def _compile(text: str, architecture: str) -> bytes:
         (error,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
         if error:
             raise BackendUnavailableError(
-                f"NVRTC cannot compile a kernel for {architecture} "
-                f"({error.name}): {_log(program)}"
+                f"NVRTC cannot compile a kernel for {architecture} ({error.name}): {_log(program)}"
             )
         error, size = nvrtc.nvrtcGetCUBINSize(program)
         _check(error, "nvrtcGetCUBINSize")

@@ -14,6 +14,7 @@ from mhc_backends.mlx_cuda.launcher import cuda_kernel
 
 __all__ = ["checkpoint", "compile", "from_host", "grad", "to_host", "vjp"]
 
+
 def _memory() -> int:
     """Return the bytes of threadgroup memory that a kernel may use here."""
     architecture: Any = mx.device_info(mx.Device(mx.gpu)).get("architecture")
