@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+COMPILED = ("mhc-jax-cuda",)  # whose wheel is for one platform
 VERSION = re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)
 
 
@@ -42,7 +43,8 @@ def refuse_another_tag(release: str) -> None:
 def refuse_without_license(folder: Path, stem: str) -> None:
     """Stop unless a wheel and a source archive carry the license text."""
     text = (ROOT / "LICENSE").read_bytes()
-    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl") as wheel:
+    (path,) = folder.glob(f"{stem}-py3-none-*.whl")
+    with zipfile.ZipFile(path) as wheel:
         name = f"{stem}.dist-info/licenses/LICENSE"
         in_wheel = wheel.read(name) if name in wheel.namelist() else b""
     with tarfile.open(folder / f"{stem}.tar.gz") as archive:
@@ -63,9 +65,10 @@ def main(folder: Path, options: list[str]) -> None:
             [sys.executable, "-m", "build", "--outdir", out, *options, source], check=True
         )
         stem = f"{name.replace('-', '_')}-{release}"
-        wanted = {f"{stem}.tar.gz", f"{stem}-py3-none-any.whl"}
-        found = {file.name for file in out.iterdir()}
-        if found != wanted:
+        tag = r"manylinux_\w+" if name in COMPILED else "any"
+        wanted = [re.escape(f"{stem}.tar.gz"), rf"{re.escape(stem)}-py3-none-{tag}\.whl"]
+        found = sorted((file.name for file in out.iterdir()), key=lambda name: name[-1] == "l")
+        if len(found) != 2 or not all(map(re.fullmatch, wanted, found)):
             raise SystemExit(f"{out} has {sorted(found)}, not {sorted(wanted)}")
         refuse_without_license(out, stem)
     core = sorted((folder / "mhc-core").iterdir())

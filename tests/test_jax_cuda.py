@@ -34,7 +34,7 @@ from mhc_core.selection import registered
 
 pytestmark = [
     needs_gcc,
-    pytest.mark.skipif(jax_cuda.NEEDED > jax.version.__version_info__[:2], reason="JAX is older"),
+    pytest.mark.skipif(jax.version.__version_info__[:2] < jax_cuda.NEEDED, reason="JAX is older"),
 ]
 ERRORS = (ValueError, jax.errors.JaxRuntimeError)  # a handler's, called at once or by a thread
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -49,8 +49,8 @@ def _small(case: Case, **changes: Any) -> Case:
     return replace(case, sizes=SIZES, shared=False, static=tuple(static.items()), **changes)
 
 
-# Each has a kind of step, buffer or result that the others lack. PyTorch's tests run the texts of all
-# ops on a CPU, and each more costs g++ half a second.
+# Each has a kind of step, buffer or result that the others lack. PyTorch's tests run the texts of
+# all ops on a CPU, and each more costs g++ half a second.
 OPS = ("combine", "combine_pre", "contract", "head", "pre", "residual_add_aggregate", "sinkhorn")
 BY_OP = {case.op: _small(case) for case in SECOND if case.op in OPS}
 CASES = {
@@ -211,9 +211,9 @@ def test_no_tokens() -> None:
 
 def test_forward_mode_is_refused_with_the_remedy() -> None:
     x, *others = (jnp.asarray(one) for one in _arrays("combine"))
-    with pytest.raises(TypeError, match="no forward mode.*backend='jax'"):
+    with pytest.raises(TypeError, match=r"no forward mode.*backend='jax'"):
         jax.jvp(lambda x: _function("combine")(x, *others), (x,), (x,))
-    with mhc.no_grad(), pytest.raises(TypeError, match="no forward mode.*backend='jax'"):
+    with mhc.no_grad(), pytest.raises(TypeError, match=r"no forward mode.*backend='jax'"):
         jax.jvp(lambda x: _function("combine")(x, *others), (x,), (x,))
 
 
@@ -257,7 +257,7 @@ def test_an_exported_program_runs_and_says_what_it_lacks() -> None:
     _assert_close(program.call(*device), function(*device))
     DEVICE.forget()
     try:
-        with pytest.raises(jax.errors.JaxRuntimeError, match=r"function \w{64} is not known"):
+        with pytest.raises(ERRORS, match=r"function \w{64} is not known"):
             jax.block_until_ready(program.call(*device))
     finally:
         DEVICE.restore()
@@ -319,7 +319,7 @@ def test_the_library_is_built_once_and_knows_texts_of_other_processes(
 @pytest.mark.usefixtures("gpu")
 def test_what_was_traced_for_a_gpu_is_refused_on_a_cpu() -> None:
     call = jax.ffi.ffi_call(library.TARGET, jax.ShapeDtypeStruct((4,), jnp.float32))
-    with pytest.raises(ERRORS, match="traced for a GPU .* backend='jax'"):
+    with pytest.raises(ERRORS, match=r"traced for a GPU .* backend='jax'"):
         jax.block_until_ready(call(jnp.ones(4), functions="", launches=np.zeros(0, np.int64)))
 
 

@@ -42,8 +42,8 @@ class Ops:
     exact shapes, when JAX traces, in about a millisecond.
     """
 
-    def __init__(self, device: Callable[[], Device]) -> None:
-        self._device = functools.cache(device)
+    def __init__(self, device: Device) -> None:
+        self._device = device
         self._replay = functools.lru_cache(maxsize=4096)(self._recorded)
         self._forward = functools.cache(self._make_forward)
         self._inference = functools.cache(self._make_inference)
@@ -87,10 +87,9 @@ class Ops:
     # ---- plans -----------------------------------------------------------------------------------
 
     def _recorded(self, what: str, op: str, static: Static, there: There, kinds: Any) -> Replay:
-        device = self._device()
         absent = [place for place, one in enumerate(there) if not one]
-        plan = record(what, op, kinds, dict(static), "cuda", device.memory, absent)
-        return Replay(plan, device)
+        plan = record(what, op, kinds, dict(static), "cuda", self._device.memory, absent)
+        return Replay(plan, self._device)
 
     def _plan(self, what: str, op: str, static: Static, there: There, *groups: Arrays) -> Replay:
         kinds = tuple(tuple((one.shape, str(one.dtype)) for one in group) for group in groups)

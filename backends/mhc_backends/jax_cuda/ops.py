@@ -11,9 +11,10 @@ from mhc_backends.jax.ops import checkpoint, compile, grad, to_host, vmap
 from mhc_backends.jax_cuda.functions import Ops
 from mhc_backends.jax_cuda.library import Gpu
 
-__all__ = ["checkpoint", "compile", "from_host", "grad", "to_host", "vjp", "vmap"]
+__all__ = ["GPU", "checkpoint", "compile", "from_host", "grad", "to_host", "vjp", "vmap"]
 
-_OPS = Ops(Gpu)
+GPU = Gpu()  # here, so that programs of other processes run once this module is imported
+_OPS = Ops(GPU)
 vjp = _OPS.vjp
 
 
