@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mhc_backends.jax.ops import by_our_rules, varying_alike
+from mhc_backends.jax.ops import by_our_rules, spread_like, varying_alike
 from mhc_backends.jax_cuda.library import Device
 from mhc_backends.jax_cuda.replay import Replay
 from mhc_backends.kernels.ops import OPS
@@ -152,7 +152,10 @@ class Ops:
             primals, given, saved = kept
             # it starts from the primals, so what the forward saved has no derivative of its own
             second = _second(op, static, there, primals, given, cotangents)
-            return (*second, jax.tree.map(jnp.zeros_like, saved))
+            return (
+                *second,
+                tuple([spread_like(jnp.zeros(one.shape, one.dtype), one) for one in saved]),
+            )
 
         custom_vjp: Any = jax.custom_vjp
         differentiable = custom_vjp(by_our_rules(pulled))
@@ -161,7 +164,11 @@ class Ops:
 
     def _make_vjp(self, op: str, static: Static, there: There) -> Function:
         pulled = self._make_pulled(op, static, there)
-        return jax.jit(lambda primals, cotangents: pulled(primals, cotangents, ()))
+
+        def unsaved(primals: Arrays, cotangents: Arrays) -> Arrays:
+            return pulled(primals, cotangents, ())
+
+        return jax.jit(unsaved)
 
 
 def _second(
@@ -174,8 +181,8 @@ def _second(
     def neutral(primals: Arrays, given: Arrays) -> Arrays:
         return _present(module.vjp(_filled(primals, there), _filled(given, kept), **options))
 
-    _, pull = jax.vjp(neutral, primals, given)
-    return cast("tuple[Arrays, Arrays]", pull(cotangents))
+    library: Any = jax  # its own stubs leave the type open
+    return library.vjp(neutral, primals, given)[1](cotangents)
 
 
 def _there(arrays: Sequence[Any]) -> There:

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -170,9 +171,9 @@ class Gpu:
     @functools.cached_property
     def architectures(self) -> tuple[str, ...]:
         """The architectures of this process's GPUs, such as ``"sm_90"``."""
-        import jax
-
-        names = {architecture(one) for one in jax.local_devices() if one.platform == "gpu"}
+        jax: Any = import_module("jax")
+        local = jax.local_devices()
+        names = {architecture(one) for one in local if one.platform == "gpu"}
         return tuple(sorted(name for name in names if name))
 
     @property
@@ -192,7 +193,8 @@ class Gpu:
             return
         pairs = list(product(new, self.architectures))
         with ThreadPoolExecutor(max_workers=8) as pool:
-            codes = list(pool.map(lambda pair: nvrtc.compiled(pair[0].text, pair[1]), pairs))
+            texts, names = [one.text for one, _ in pairs], [name for _, name in pairs]
+            codes = list(pool.map(nvrtc.compiled, texts, names))
         for (one, name), code in zip(pairs, codes, strict=True):
             self._add(one.digest, name, code)
         for one in new:

@@ -24,7 +24,8 @@ def __getattr__(name: str) -> Any:
 
 def from_host(array: numpy.ndarray[Any, Any]) -> jax.Array:
     """Copy a NumPy array to the default device if that is a GPU, else to the first GPU."""
-    default: Any = jax.config.jax_default_device
-    if getattr(default, "platform", None) == "gpu":
-        return jax.device_put(numpy.array(array), default)
-    return jax.device_put(numpy.array(array), jax.local_devices(backend="gpu")[0])
+    library: Any = jax
+    default = library.config.jax_default_device
+    if getattr(default, "platform", None) != "gpu":
+        default = library.local_devices(backend="gpu")[0]
+    return jax.device_put(numpy.array(array), default)

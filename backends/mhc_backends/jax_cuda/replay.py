@@ -197,7 +197,7 @@ def _computed(step: Compute, held: dict[int, Any]) -> jax.Array:
         case "repeat":
             made = jnp.broadcast_to(given[0][..., None, :], shape)
         case "sum":
-            made = given[0].sum(given[1])
+            made = given[0].sum(step.arguments[1])
         case kind:
             run = {"add": jnp.add, "mul": jnp.multiply, "div": jnp.divide}[kind]
             made = run(*given)
