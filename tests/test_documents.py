@@ -80,7 +80,7 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
 # ---- the figures of the README -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["mlx-cuda", "jax"])
+@pytest.mark.parametrize("backend", ["mlx-cuda", "jax-cuda", "jax"])
 def test_the_checks_are_those_of_the_record(backend: str) -> None:
     (link,) = re.findall(rf"\[{backend}\]\((docs/records/\S+\.json)\)", README)
     record = json.loads((ROOT / link).read_text())
@@ -88,7 +88,7 @@ def test_the_checks_are_those_of_the_record(backend: str) -> None:
     assert counts["failed"] == 0
     shown = f"{counts['passed']} of {counts['passed']}( checks pass)? on `{backend}`"
     assert re.search(shown, README)
-    library = {"mlx-cuda": "mlx", "jax": "jax"}[backend]
+    library = {"mlx-cuda": "mlx", "jax-cuda": "jax", "jax": "jax"}[backend]
     assert f"{library.upper()} {record['versions'][library]}" in README
     assert record["devices"][backend] == "gpu, NVIDIA H200"
 

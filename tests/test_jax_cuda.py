@@ -353,7 +353,7 @@ def test_what_is_needed_to_build_it_is_said(
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert library.compiler() is None
-    with pytest.raises(mhc.BackendUnavailableError, match="mhc-jax-cuda, or a C\\+\\+ compiler"):
+    with pytest.raises(mhc.BackendUnavailableError, match=r"mhc-jax-cuda, or a C\+\+ compiler"):
         library.build(library.FOLDER / library.SOURCE, tmp_path, tmp_path / "new.so")
     monkeypatch.undo()
     with pytest.raises(mhc.BackendUnavailableError, match=r"failed: [\s\S]*c_api.h"):

@@ -100,8 +100,8 @@ def build(source: Path, headers: Path, into: Path) -> None:
     found = compiler()
     if found is None:
         raise BackendUnavailableError(
-            "backend 'jax-cuda' needs its library: pip install mhc-jax-cuda, or a C++ compiler "
-            "(g++, c++, clang++ or CXX), which builds it at first use"
+            "backend 'jax-cuda' needs its library: pip install -e plugins/mhc-jax-cuda, or a C++ "
+            "compiler (g++, c++, clang++ or CXX), which builds it at first use"
         )
     into.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=into.parent, suffix=".so")
