@@ -51,7 +51,10 @@ def _small(case: Case, **changes: Any) -> Case:
 
 # Each has a kind of step, buffer or result that the others lack. PyTorch's tests run the texts of
 # all ops on a CPU, and each more costs g++ half a second.
-OPS = ("combine", "combine_pre", "contract", "head", "pre", "residual_add_aggregate", "sinkhorn")
+OPS = (
+    *("combine", "combine_pre", "contract", "head", "pre", "residual_add_aggregate", "sinkhorn"),
+    "static_layer",  # whose launches read parts of buffers
+)
 BY_OP = {case.op: _small(case) for case in SECOND if case.op in OPS}
 CASES = {
     **BY_OP,
