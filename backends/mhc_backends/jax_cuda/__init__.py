@@ -58,8 +58,9 @@ def _version() -> tuple[int, ...]:
 _REFUSED: dict[Any, str | None] = {}  # by sharding, or by the device that a trace is for
 
 SEVERAL = (
-    "takes tracers on several devices inside shard_map alone: under plain jit XLA would gather "
-    "sharded arrays for a kernel; 'jax' has formulas that it can shard"
+    "takes tracers inside shard_map alone where the process has several devices: under plain jit "
+    "XLA would gather sharded arrays for a kernel; 'jax' has formulas that it can shard, and "
+    "CUDA_VISIBLE_DEVICES=0 leaves the process one device"
 )
 
 
