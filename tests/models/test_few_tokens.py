@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 
 import mlx.core as mx
+import mlx.nn as nn
 import small
+from mlx.utils import tree_flatten
 
 import mhc_core as mhc
 from mhc_backends.mlx_nn.models import mlx_vlm_qwen4_exp, mlx_vlm_xing4_0, sublayers
@@ -91,7 +93,62 @@ def test_kernels_run_few_tokens_too() -> None:
             got = small.logits(fast, ids)
             mx.eval(got)
         assert bool(launches) is some
+        inside = [launch for launch in launches if "pre_norm" in launch.kernel]
+        assert len(inside) == (2 * len(fast.layers) if some else 0)
         assert small.apart(got, expected) < 1e-4
+
+
+NORMS = ("attn_norm", "ffn_norm", "input_layernorm", "post_attention_layernorm")
+
+
+@pytest.mark.parametrize("name", [name for name in small.MAKE if name != "Qwen4-Exp"])
+def test_where_kernels_run_they_take_in_the_layers_norms(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Make the formulas do what kernels would. The first h of V4.1 has a given mix, and no pre."""
+    fast, called = small.MAKE[name](), list[int]()
+    accelerate(fast, trainable=True)
+    norms = {id(layer[norm]) for layer in fast.layers for norm in NORMS if norm in layer}
+    assert len(norms) == 2 * len(fast.layers)
+    run: Any = nn.RMSNorm.__call__
+
+    def recorded(norm: Any, x: mx.array) -> mx.array:
+        called.extend({id(norm)} & norms)
+        return run(norm, x)
+
+    monkeypatch.setattr(nn.RMSNorm, "__call__", recorded)
+    ids = small.tokens(1, small.LONG)
+    _, expected = small.gradients(fast.train(), ids)
+    assert len(called) == len(norms)
+    called.clear()
+    monkeypatch.setattr(sublayers, "_runs_formulas", lambda _: False)
+    monkeypatch.setattr(sublayers, "_inside", {})
+    _, inside = small.gradients(fast, ids)
+    first = (fast.layers[0][norm] for norm in NORMS[::2] if norm in fast.layers[0])
+    assert called == ([id(next(first))] if "V4.1" in name else [])
+    want = dict(tree_flatten(expected))
+    for path, gradient in tree_flatten(inside):
+        assert mx.abs(gradient - want[path]).max() <= 1e-4 * mx.abs(want[path]).max() + 1e-9, path
+
+
+def test_other_norms_and_dtypes_stay_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check a norm that is a subclass, and one whose weight widens the dtype of its output."""
+    fast = small.mlx_vlm_xing4_0()
+    accelerate(fast)
+    monkeypatch.setattr(sublayers, "_runs_formulas", lambda _: False)
+    monkeypatch.setattr(sublayers, "_inside", {})
+    projection = fast.layers[0].attn_hc.projection
+    x = mx.random.normal((1, 2, STREAMS, 64))
+
+    class Twice(nn.RMSNorm):
+        def __call__(self, x: mx.array) -> mx.array:
+            return 2 * cast("mx.array", super().__call__(x))
+
+    h = sublayers.enter(x, projection).h
+    for norm in (Twice(64), nn.RMSNorm(64)):
+        assert small.apart(sublayers.enter_layer(x, projection, norm).h, norm(h)) < 1e-6
+    half = sublayers.enter_layer(x.astype(mx.bfloat16), projection, nn.RMSNorm(64)).h
+    assert half.dtype == mx.float32
 
 
 def test_pending_streams_are_written_before_the_library_gets_them() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,7 +16,7 @@ from torch import nn
 
 import mhc_core as mhc
 import mhc_torch
-from mhc_torch.models import family
+from mhc_torch.models import deepseek_v4, family, sublayers
 
 transformers = pytest.importorskip("transformers", "5.17", reason="needs transformers>=5.17")
 v4 = pytest.importorskip(
@@ -85,6 +87,35 @@ def close(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance
         assert error <= tolerance * want[name].abs().max() + 1e-9, (name, error)
 
 
+@contextlib.contextmanager
+def norms_inside(model: nn.Module) -> Generator[list[str]]:
+    """Do with the formulas what kernels do; yield the layers' norms that are called."""
+    ends = ("input_layernorm", "post_attention_layernorm")
+    norms = {id(m): path for path, m in model.named_modules() if path.endswith(ends)}
+    called: list[str] = []
+
+    def record(module: nn.Module, *_: Any) -> None:
+        called.extend([norms[id(module)]] if id(module) in norms else [])
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (deepseek_v4, sublayers):
+            patch.setattr(module, "kernels_run", lambda _: True)
+        handle = nn.modules.module.register_module_forward_hook(record)
+        yield called
+        handle.remove()
+
+
+def test_a_norm_that_must_be_called_is(model: Any, tokens: torch.Tensor) -> None:
+    other = accelerated(model)
+    want = other(tokens).logits
+    first, second = (layer.post_attention_layernorm for layer in other.model.layers)
+    first.register_forward_hook(lambda *_: None)
+    second.forward = type(second).forward.__get__(second)
+    with norms_inside(other) as called:
+        close({"logits": other(tokens).logits}, {"logits": want}, 1e-5)
+    assert called == [f"model.layers.{k}.post_attention_layernorm" for k in (0, 1)]
+
+
 def test_outputs_and_gradients_are_the_models_own(model: Any, tokens: torch.Tensor) -> None:
     want = step(model, tokens)
     other = accelerated(model)
@@ -95,6 +126,9 @@ def test_outputs_and_gradients_are_the_models_own(model: Any, tokens: torch.Tens
             patch.setattr(mhc, name, lambda *a, op=op, name=name: (ops.append(name), op(*a))[1])
         close(step(other, tokens), want, 1e-4)
     assert ops == ["pre", "combine_pre", "combine"] * 2 + ["head"]
+    with norms_inside(other) as called:
+        close(step(other, tokens), want, 1e-4)
+    assert not called
     old = other.gradient_checkpointing_enable  # its name before transformers 5.24
     getattr(other, "activation_checkpointing_enable", old)()
     close(step(other.train(), tokens), step(model.train(), tokens), 1e-4)

@@ -17,7 +17,7 @@ from mhc_backends.mlx_nn.models.sublayers import (
     Projection,
     check,
     deepseek,
-    enter,
+    enter_layer,
     few_stay,
     left,
     written,
@@ -59,10 +59,15 @@ class Layer(v41.DecoderLayer):
         """Return the streams, or the pending ones, and the H_pre for the next sublayer's input."""
         if left(self, streams, self.attn_hc.called):
             return cast("Any", super().__call__(written(streams), pre_mix, **state))
-        attention = enter(streams, self.attn_hc.projection, pre_mix)
-        y = self.self_attn(self.input_layernorm(attention.h), **state)
-        experts = enter(attention.finish(y), self.ffn_hc.projection, attention.h_pre)
-        pending = experts.finish(self.mlp(self.post_attention_layernorm(experts.h)))
+        attention = enter_layer(streams, self.attn_hc.projection, self.input_layernorm, pre_mix)
+        y = self.self_attn(attention.h, **state)
+        experts = enter_layer(
+            attention.finish(y),
+            self.ffn_hc.projection,
+            self.post_attention_layernorm,
+            attention.h_pre,
+        )
+        pending = experts.finish(self.mlp(experts.h))
         return pending if self.passes_on else pending.written(), experts.h_pre
 
 

@@ -20,6 +20,7 @@ from mhc_backends.mlx_nn.models.sublayers import (
     check,
     deepseek,
     enter,
+    enter_layer,
     few_stay,
     left,
     written,
@@ -82,10 +83,10 @@ class Block(v4.DeepseekV4Block):
         """Return the streams, or the pending ones."""
         if left(self, h, self.attn_hc.called):
             return cast("Any", super().__call__(written(h), mask, cache, input_ids, *args, **state))
-        attention = enter(h, self.attn_hc.projection)
-        y = self.attn(self.attn_norm(attention.h), mask, cache, *args, **state)
-        experts = enter(attention.finish(y), self.ffn_hc.projection)
-        pending = experts.finish(self.ffn(self.ffn_norm(experts.h), input_ids))
+        attention = enter_layer(h, self.attn_hc.projection, self.attn_norm)
+        y = self.attn(attention.h, mask, cache, *args, **state)
+        experts = enter_layer(attention.finish(y), self.ffn_hc.projection, self.ffn_norm)
+        pending = experts.finish(self.ffn(experts.h, input_ids))
         return pending if self.passes_on else pending.written()
 
 

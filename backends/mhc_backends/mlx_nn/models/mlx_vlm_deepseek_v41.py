@@ -22,7 +22,7 @@ from mhc_backends.mlx_nn.models.sublayers import (
     Projection,
     check,
     deepseek,
-    enter,
+    enter_layer,
     few_stay,
     left,
     written,
@@ -59,10 +59,12 @@ class Block(v41.DeepseekV41Block):
         """Return the streams, or the pending ones, and the H_pre for the next sublayer's input."""
         if left(self, h, self.called):
             return cast("Any", super().__call__(written(h), pre_mix, image_mask, cache))
-        attention = enter(h, self.projection("attn"), pre_mix)
-        y = self.attn(self.attn_norm(attention.h), cache)
-        experts = enter(attention.finish(y), self.projection("ffn"), attention.h_pre)
-        pending = experts.finish(self.ffn(self.ffn_norm(experts.h), image_mask))
+        attention = enter_layer(h, self.projection("attn"), self.attn_norm, pre_mix)
+        y = self.attn(attention.h, cache)
+        experts = enter_layer(
+            attention.finish(y), self.projection("ffn"), self.ffn_norm, attention.h_pre
+        )
+        pending = experts.finish(self.ffn(experts.h, image_mask))
         return pending if self.passes_on else pending.written(), experts.h_pre
 
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mhc_backends.mlx_nn.models import mlx_vlm_deepseek_v4
 from mhc_backends.mlx_nn.models.family import Layers
-from mhc_backends.mlx_nn.models.sublayers import enter, few_stay, left, written
+from mhc_backends.mlx_nn.models.sublayers import enter_layer, few_stay, left, written
 
 __all__ = ["FAMILY"]
 
@@ -30,10 +30,10 @@ class Stage(dspark.DSparkStage):
         """Return the streams, or the pending ones."""
         if left(self, h, self.attn_hc.called):
             return cast("Any", super().__call__(written(h), main_x, cache))
-        attention = enter(h, self.attn_hc.projection)
-        y = self.attn(self.attn_norm(attention.h), main_x, cache)
-        experts = enter(attention.finish(y), self.ffn_hc.projection)
-        pending = experts.finish(self.ffn(self.ffn_norm(experts.h), None))
+        attention = enter_layer(h, self.attn_hc.projection, self.attn_norm)
+        y = self.attn(attention.h, main_x, cache)
+        experts = enter_layer(attention.finish(y), self.ffn_hc.projection, self.ffn_norm)
+        pending = experts.finish(self.ffn(experts.h, None))
         return pending if self.passes_on else pending.written()
 
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mhc_backends.mlx_nn.models.family import Family, Layers, Swap
 from mhc_backends.mlx_nn.models.mlx_vlm_deepseek_v4 import CONNECTION
-from mhc_backends.mlx_nn.models.sublayers import constant, enter, few_stay, left, written
+from mhc_backends.mlx_nn.models.sublayers import constant, enter_layer, few_stay, left, written
 
 __all__ = ["FAMILY"]
 
@@ -45,14 +45,16 @@ class Block(glm.DecoderLayer):
         if left(self, x, self.attn_hc.called):
             return cast("Any", super().__call__(written(x), mask, cache, prev_topk_indices))
         prev_topk_indices = constant(prev_topk_indices)
-        attention = enter(x, self.attn_hc.projection)
-        h, chosen = self.input_layernorm(attention.h), prev_topk_indices
+        attention = enter_layer(x, self.attn_hc.projection, self.input_layernorm)
+        h, chosen = attention.h, prev_topk_indices
         if self.is_linear:
             y = self.self_attn(h, mask, cache)
         else:
             y, chosen = self.self_attn(h, mask, cache, prev_topk_indices)
-        experts = enter(attention.finish(y), self.ffn_hc.projection)
-        pending = experts.finish(self.mlp(self.post_attention_layernorm(experts.h)))
+        experts = enter_layer(
+            attention.finish(y), self.ffn_hc.projection, self.post_attention_layernorm
+        )
+        pending = experts.finish(self.mlp(experts.h))
         return pending if self.passes_on else pending.written(), chosen
 
 

@@ -19,6 +19,7 @@ from mhc_backends.mlx_nn.models.sublayers import (
     check_rows,
     constant,
     enter,
+    enter_layer,
     few_stay,
     left,
     written,
@@ -97,12 +98,14 @@ class Block(hy.HyV4DecoderLayer):
         if left(self, h, self.hc_attn_layer.hc_pre.called):
             return cast("Any", super().__call__(written(h), mask, cache, prev_topk_indices))
         prev_topk_indices = constant(prev_topk_indices)
-        attention = enter(h, self.hc_attn_layer.hc_pre.projection)
-        y, chosen = self.self_attn(
-            self.input_layernorm(attention.h), mask, cache, prev_topk_indices
+        attention = enter_layer(h, self.hc_attn_layer.hc_pre.projection, self.input_layernorm)
+        y, chosen = self.self_attn(attention.h, mask, cache, prev_topk_indices)
+        mlp = enter_layer(
+            attention.finish(y),
+            self.hc_mlp_layer.hc_pre.projection,
+            self.post_attention_layernorm,
         )
-        mlp = enter(attention.finish(y), self.hc_mlp_layer.hc_pre.projection)
-        pending = mlp.finish(self.mlp(self.post_attention_layernorm(mlp.h)))
+        pending = mlp.finish(self.mlp(mlp.h))
         return pending if self.passes_on else pending.written(), chosen
 
 

@@ -18,6 +18,7 @@ from mhc_backends.mlx_nn.models.sublayers import (
     Projection,
     check,
     enter,
+    enter_layer,
     few_stay,
     left,
     written,
@@ -75,10 +76,12 @@ class Block(xing.DecoderLayer):
         """Return the streams, or the pending ones."""
         if left(self, x, self.attn_hc.called, TIMES):
             return cast("Any", super().__call__(written(x), mask, cache))
-        attention = enter(x, self.attn_hc.projection)
-        y = self.self_attn(self.input_layernorm(attention.h), mask, cache)
-        mlp = enter(attention.finish(y), self.ffn_hc.projection)
-        pending = mlp.finish(self.mlp(self.post_attention_layernorm(mlp.h)))
+        attention = enter_layer(x, self.attn_hc.projection, self.input_layernorm)
+        y = self.self_attn(attention.h, mask, cache)
+        mlp = enter_layer(
+            attention.finish(y), self.ffn_hc.projection, self.post_attention_layernorm
+        )
+        pending = mlp.finish(self.mlp(mlp.h))
         return pending if self.passes_on else pending.written()
 
 

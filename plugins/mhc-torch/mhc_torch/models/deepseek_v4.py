@@ -20,24 +20,42 @@ from mhc_backends.acceleration import Swap
 from mhc_torch.models.family import (
     WHERE,
     Family,
+    Norm,
     classes_of,
     compare,
     has_values,
     hooked,
+    kernels_run,
     pays,
     require,
     streams_of,
     stub_of,
     why_left,
 )
-from mhc_torch.models.sublayers import COMB, check_head, collapsed, comb_projection, mapped
+from mhc_torch.models.sublayers import (
+    COMB,
+    LAYER,
+    begun,
+    check_head,
+    collapsed,
+    comb_projection,
+    continued,
+    mapped,
+)
 
 __all__ = ["FAMILY"]
 
 HOME = "transformers.models.deepseek_v4.modeling_deepseek_v4"
-_Layer, _Connection, _Head = classes_of(
-    HOME, ("DeepseekV4DecoderLayer", "DeepseekV4HyperConnection", "DeepseekV4HyperHead")
+_Layer, _Connection, _Head, _Norm = classes_of(
+    HOME,
+    (
+        "DeepseekV4DecoderLayer",
+        "DeepseekV4HyperConnection",
+        "DeepseekV4HyperHead",
+        "DeepseekV4RMSNorm",
+    ),
 )
+NORM = Norm(cls=_Norm, keeps_dtype=True)
 
 
 class DeepseekV4HyperConnection(_Connection):
@@ -65,16 +83,18 @@ class DeepseekV4DecoderLayer(_Layer):
         """Return the streams ``[batch, tokens, n, C]``."""
         # a connection with a hook is called, so that the hook can bring its parameters
         if pays(self, hidden_states) and not (hooked(self.attn_hc) or hooked(self.ffn_hc)):
-            return _run(self, hidden_states, input_ids, kwargs)
+            return _run(self, hidden_states, input_ids, kwargs, kernels_run(hidden_states))
         return cast("Tensor", super().forward(hidden_states, input_ids=input_ids, **kwargs))
 
 
-def _run(layer: Any, x: Tensor, input_ids: Any, kwargs: dict[str, Any]) -> Tensor:
-    h, h_post, h_res = mhc.pre(x, *comb_projection(layer.attn_hc))
-    y, _ = layer.self_attn(layer.input_layernorm(h), **kwargs)
-    x, h, _, h_post, h_res = mhc.combine_pre(x, y, h_post, h_res, *comb_projection(layer.ffn_hc))
-    y = layer.mlp(layer.post_attention_layernorm(h), input_ids=input_ids)
-    return mhc.combine(x, y, h_post, h_res)
+def _run(layer: Any, x: Tensor, input_ids: Any, kwargs: dict[str, Any], inside: bool) -> Tensor:
+    """Run a layer; its norms are ``inside`` the passes over the streams, or modules."""
+    norm = NORM if inside else None
+    h, *mapped = begun(x, comb_projection(layer.attn_hc), layer.input_layernorm, norm)
+    y, _ = layer.self_attn(h, **kwargs)
+    streams, projection = (x, y, *mapped), comb_projection(layer.ffn_hc)
+    x, h, *mapped = continued(streams, projection, layer.post_attention_layernorm, norm)
+    return mhc.combine(x, layer.mlp(h, input_ids=input_ids), *mapped)
 
 
 # ---- what the installed library computes --------------------------------------------------------
@@ -103,11 +123,11 @@ def _leaves(original: type[Any], layer: Any) -> str | None:
     """Return why layers keep their forward: the installed one does not what ours does."""
     if original is not _Layer or not has_values(layer.attn_hc):
         return None
-    require("a layer", layer, ("attn_hc", "ffn_hc"))
+    require("a layer", layer, LAYER)
     stub, x = _stub(layer), streams_of(layer.attn_hc)
     return why_left(
         lambda: _Layer.forward(stub, x, input_ids=0.5, shift=0.25),
-        lambda: _run(stub, x, 0.5, {"shift": 0.25}),
+        lambda: _run(stub, x, 0.5, {"shift": 0.25}, True),
     )
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "NOWHERE",
     "WHERE",
     "Family",
+    "Norm",
     "agree",
     "classes_of",
     "compare",
@@ -27,6 +28,7 @@ __all__ = [
     "has_values",
     "hooked",
     "installed",
+    "kernels_run",
     "pays",
     "probe_of",
     "require",
@@ -107,6 +109,36 @@ def hooked(module: nn.Module) -> bool:
     return bool(vars(module)["_forward_pre_hooks"]) or hasattr(module, "_hf_hook")
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """The library's RMS norm at a layer's begin, which the kernels of pre and combine_pre take in.
+
+    Attributes
+    ----------
+    cls
+        Its class.
+    keeps_dtype
+        Whether its output has the dtype of its input, whatever the weight's.
+    """
+
+    cls: type[Any]
+    keeps_dtype: bool = False
+
+    def words(self, norm: nn.Module, x: Tensor) -> dict[str, Any]:
+        """Return the arguments of pre for this norm; none if the module must be called."""
+        own, module = vars(norm), cast("Any", norm)
+        changed = "forward" in own or hasattr(norm, "_hf_hook") or any(own[name] for name in _HOOKS)
+        if type(norm) is not self.cls or changed:
+            return {}
+        weight: Tensor = module.weight
+        if not (self.keeps_dtype or weight.dtype == x.dtype):
+            return {}
+        return {"h_norm_weight": weight, "h_norm_eps": module.variance_epsilon}
+
+
 # ---- what the installed library computes --------------------------------------------------------
 
 
@@ -165,20 +197,13 @@ def streams_of(connection: Any) -> Tensor:
 
 
 def stub_of(cls: type[Any], layer: Any) -> Any:
-    """Return a layer with random connections and functions for norms; the caller adds the rest."""
+    """Return a layer with random connections and norms; the caller adds the rest."""
     stub: Any = object.__new__(cls)  # transformers looks the forward up by the class
     nn.Module.__init__(stub)
     stub.attn_hc, stub.ffn_hc = probe_of(layer.attn_hc), probe_of(layer.ffn_hc)
-    stub.input_layernorm, stub.post_attention_layernorm = _doubled, _tripled
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        setattr(stub, name, probe_of(getattr(layer, name)))
     return stub
-
-
-def _doubled(h: Tensor) -> Tensor:
-    return 2 * h
-
-
-def _tripled(h: Tensor) -> Tensor:
-    return 3 * h
 
 
 def _difference(got: Any, want: Any) -> float:
@@ -198,7 +223,12 @@ def pays(module: nn.Module, x: Tensor, fused: bool = True) -> bool:
     """
     if vars(module).get(EVERYWHERE):
         return True
-    return fused and x.is_cuda and x.dtype != torch.float64 and _kernels(x.get_device())
+    return fused and kernels_run(x)
+
+
+def kernels_run(x: Tensor) -> bool:
+    """Return whether kernels run the ops on these streams."""
+    return x.is_cuda and x.dtype != torch.float64 and _kernels(x.get_device())
 
 
 def _has_kernels(index: int) -> bool:

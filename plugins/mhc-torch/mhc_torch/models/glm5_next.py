@@ -15,13 +15,16 @@ from typing import Any, cast
 from torch import Tensor
 
 from mhc_backends.acceleration import Swap
-from mhc_torch.models.family import WHERE, Family, classes_of, compare, pays, require
+from mhc_torch.models.family import WHERE, Family, Norm, classes_of, compare, pays, require
 from mhc_torch.models.sublayers import COMB, IndexedLayer, comb_projection, leaves, mapped
 
 __all__ = ["FAMILY"]
 
 HOME = "transformers.models.glm5_next.modeling_glm5_next"
-_Layer, _Connection = classes_of(HOME, ("Glm5NextTextDecoderLayer", "Glm5NextTextHyperConnection"))
+_Layer, _Connection, _Norm = classes_of(
+    HOME, ("Glm5NextTextDecoderLayer", "Glm5NextTextHyperConnection", "Glm5NextTextRMSNorm")
+)
+NORM = Norm(cls=_Norm)
 
 
 class Glm5NextTextHyperConnection(_Connection):
@@ -38,6 +41,7 @@ class Glm5NextTextDecoderLayer(IndexedLayer, _Layer):
     """A layer whose streams are written and read in one pass between attention and the MLP."""
 
     projection = staticmethod(comb_projection)
+    norm = NORM
 
 
 def _check(path: str, connection: Any) -> None:
@@ -53,5 +57,5 @@ FAMILY = Family(
         ),
         _Connection: Swap(Glm5NextTextHyperConnection, f"runs on mhc-core's ops, {WHERE}", _check),
     },
-    leaves=leaves(_Layer, comb_projection),
+    leaves=leaves(_Layer, comb_projection, NORM),
 )

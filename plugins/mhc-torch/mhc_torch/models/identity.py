@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mhc_core as mhc
 from mhc_backends.acceleration import Swap
-from mhc_torch.models.family import WHERE, Family, compare, pays, require
+from mhc_torch.models.family import WHERE, Family, Norm, compare, pays, require
 from mhc_torch.models.sublayers import (
     IDENTITY,
     IndexedLayer,
@@ -61,8 +61,9 @@ class Layer(IndexedLayer):
 def family(
     originals: tuple[type[Any], type[Any], type[Any]],
     ours: tuple[type[Any], type[Any], type[Any]],
+    norm: Norm,
 ) -> Family:
-    """Return the family of a layer, a connection and a head, and of their replacements."""
+    """Return the family of these classes, their replacements and the norm."""
     layer, connection, head = originals
 
     def check(path: str, module: Any) -> None:
@@ -77,5 +78,5 @@ def family(
             connection: Swap(ours[1], f"runs on mhc-core's ops, {WHERE}", check),
             head: Swap(ours[2], f"runs on mhc-core's head, {WHERE}", check_head(compare, head)),
         },
-        leaves=leaves(layer, identity_projection),
+        leaves=leaves(layer, identity_projection, norm),
     )

@@ -18,8 +18,10 @@ import mhc_core as mhc
 from mhc_core import Variant
 from mhc_torch._variants import key_of, variant_of
 from mhc_torch.models.family import (
+    Norm,
     has_values,
     hooked,
+    kernels_run,
     pays,
     require,
     streams_of,
@@ -31,10 +33,13 @@ __all__ = [
     "COMB",
     "HEAD",
     "IDENTITY",
+    "LAYER",
     "IndexedLayer",
+    "begun",
     "check_head",
     "collapsed",
     "comb_projection",
+    "continued",
     "identity_projection",
     "leaves",
     "mapped",
@@ -43,6 +48,8 @@ __all__ = [
 COMB = ("fn", "scale", "base", "hc_mult", "hc_eps", "hc_sinkhorn_iters", "input_norm.eps")
 IDENTITY = ("fn", "scale", "base", "hc_mult", "hc_eps", "hc_post_magnitude", "input_norm.eps")
 HEAD = ("hc_fn", "hc_scale", "hc_base", "hc_mult", "eps", "input_norm.eps")
+
+LAYER = ("attn_hc", "ffn_hc", "input_layernorm", "post_attention_layernorm")
 
 Projection = Callable[[Any], tuple[Any, ...]]
 
@@ -90,6 +97,25 @@ def mapped(connection: Any, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return h_post, h_res.mT, h
 
 
+def begun(x: Tensor, projection: tuple[Any, ...], module: Any, norm: Norm | None) -> Any:
+    """Return the layer's normalised input, H_post and H_res.
+
+    The pass over the streams takes in the module's norm, if it is of the known kind ``norm``.
+    """
+    words = norm.words(module, x) if norm else {}
+    h, *mapped = mhc.pre(x, *projection, **words)
+    return h if words else module(h), *mapped
+
+
+def continued(
+    streams: tuple[Any, ...], projection: tuple[Any, ...], module: Any, norm: Norm | None
+) -> Any:
+    """Return the streams that combine writes, and what :func:`begun` returns for the next layer."""
+    words = norm.words(module, streams[0]) if norm else {}
+    x, h, _, *mapped = mhc.combine_pre(*streams, *projection, **words)
+    return x, h if words else module(h), *mapped
+
+
 def collapsed(head: Any, x: Tensor) -> Tensor:
     """Return the hidden state of a head with parameters."""
     variant = _variant(_comb, head.input_norm.eps, head.eps, mhc.DEEPSEEK_V4.sinkhorn_iterations)
@@ -103,6 +129,7 @@ class IndexedLayer:
     """
 
     projection: Projection
+    norm: Norm
 
     def forward(
         self,
@@ -127,18 +154,24 @@ class IndexedLayer:
         }
         runs = pays(layer, hidden_states) and "past_key_values" not in kwargs
         if runs and not (hooked(layer.attn_hc) or hooked(layer.ffn_hc)):
-            return _run(layer, hidden_states, type(self).projection, own, kwargs)
+            norm = type(self).norm if kernels_run(hidden_states) else None
+            return _run(layer, hidden_states, type(self).projection, norm, own, kwargs)
         return cast("tuple[Tensor, Any]", original.forward(hidden_states, **own, **kwargs))
 
 
 def _run(
-    layer: Any, x: Tensor, projection: Projection, own: dict[str, Any], kwargs: dict[str, Any]
+    layer: Any,
+    x: Tensor,
+    projection: Projection,
+    norm: Norm | None,
+    own: dict[str, Any],
+    kwargs: dict[str, Any],
 ) -> tuple[Tensor, Any]:
-    h, h_post, h_res = mhc.pre(x, *projection(layer.attn_hc))
-    y, chosen = _attended(layer, layer.input_layernorm(h), own, kwargs)
-    x, h, _, h_post, h_res = mhc.combine_pre(x, y, h_post, h_res, *projection(layer.ffn_hc))
-    y = layer.mlp(layer.post_attention_layernorm(h))
-    return mhc.combine(x, y, h_post, h_res), chosen
+    h, *mapped = begun(x, projection(layer.attn_hc), layer.input_layernorm, norm)
+    y, chosen = _attended(layer, h, own, kwargs)
+    streams, last = (x, y, *mapped), layer.post_attention_layernorm
+    x, h, *mapped = continued(streams, projection(layer.ffn_hc), last, norm)
+    return mhc.combine(x, layer.mlp(h), *mapped), chosen
 
 
 def _attended(
@@ -167,21 +200,25 @@ def check_head(compare: Callable[..., None], original: type[Any]) -> Callable[[s
     return check
 
 
-def leaves(cls: type[Any], projection: Projection) -> Callable[[type[Any], Any], str | None]:
+def leaves(
+    cls: type[Any], projection: Projection, norm: Norm
+) -> Callable[[type[Any], Any], str | None]:
     """Return the function that tells why indexed layers of a class keep their forward, if so."""
 
     def reason(original: type[Any], layer: Any) -> str | None:
         if original is not cls or not has_values(layer.attn_hc):
             return None
-        require("a layer", layer, ("attn_hc", "ffn_hc"))
+        require("a layer", layer, LAYER)
         kinds = (_LINEAR, "attention") if hasattr(layer, "block_type") else (None,)
-        reasons = [_compared(cls, layer, projection, kind) for kind in kinds]
+        reasons = [_compared(cls, layer, projection, norm, kind) for kind in kinds]
         return next((found for found in reasons if found), None)
 
     return reason
 
 
-def _compared(cls: type[Any], layer: Any, projection: Projection, kind: str | None) -> str | None:
+def _compared(
+    cls: type[Any], layer: Any, projection: Projection, norm: Norm, kind: str | None
+) -> str | None:
     stub, x = stub_of(cls, layer), streams_of(layer.attn_hc)
     stub.self_attn, stub.mlp = _linear if kind == _LINEAR else _indexed, torch.sin
     if kind:
@@ -191,7 +228,7 @@ def _compared(cls: type[Any], layer: Any, projection: Projection, kind: str | No
     count = 1 if kind == _LINEAR else 2  # outputs that are tensors
     return why_left(
         lambda: cls.forward(stub, x, **own, shift=0.25)[:count],
-        lambda: _run(stub, x, projection, own, {"shift": 0.25})[:count],
+        lambda: _run(stub, x, projection, norm, own, {"shift": 0.25})[:count],
     )
 
 
