@@ -54,7 +54,9 @@ CASES = [
     Case("pre", "float16", 4, MANY, T=70, C=64),
     Case("pre", "bfloat16", 4, MANY, T=70, C=64),  # whole blocks: the streams are on their way
     Case("pre_norm", "float32", 4, FEW, back=True, T=3),
+    Case("pre_norm", "float32", 3, FEW, T=3, mixes=False),
     Case("combine_pre_norm", "float32", 4, FEWEST, T=3),
+    Case("combine_pre_norm", "float32", 4, FEWEST, T=3, mixes=False),
     Case("head", "float32", 4, FEW, back=True),
     Case("head", "bfloat16", 4, MANY),
     Case("mappings", "float32", 2, MANY),

@@ -364,7 +364,7 @@ UNREACHED: Sequence[Unreached] = (
         "static mappings have eps 0, and those of few streams are iterated line by line",
     ),
     Unreached(
-        r"^(mappings(_unmixed)?|pre_norm) in activate(_unmixed)?: if \(stores\) false",
+        r"^(mappings(_unmixed)?|pre_norm) in activate: if \(stores\) false",
         "one threadgroup computes all of its tokens' mappings",
     ),
     Unreached(
@@ -372,7 +372,7 @@ UNREACHED: Sequence[Unreached] = (
         "forwards need all sums in every lane only for few lanes; vjps need them for any",
     ),
     Unreached(
-        r"^(mappings|pre)_unmixed in activated: \?: \(group == 1\) false",
+        r"^(mappings|pre)_unmixed in (activated: \?: \(group == 1\)|column_group: \?: .*) false",
         "mappings without H_res have two groups of columns",
     ),
     Unreached(

@@ -34,7 +34,7 @@ FUNCTION void mappings(Partials partials, int64_t partials_shape_0, int partials
          first += int64_t(here.groups_x) * TOKENS) {
         sum_partials<TOKENS, M + 1>(partials, partials_shape_1, first, T, sums, here);
         BARRIER;
-        activate<N, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale, post_eps,
+        activate<N, true, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale, post_eps,
                                    float(N) * CHANNELS, first, T, true, u, r, h_pre, h_post, here);
         BARRIER;
         mix_matrices<N, TOKENS, ITERATIONS, LOG, FIRST_COLUMNS, TRANSPOSED, EXP_START, CLAMPED>(

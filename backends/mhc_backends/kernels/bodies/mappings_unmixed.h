@@ -6,7 +6,7 @@
 
 #pragma once
 
-#include "../common/activate_unmixed.h"
+#include "../common/activate.h"
 #include "../common/partials.h"
 #include "../common/position.h"
 #include "dialect/words.h"
@@ -29,7 +29,7 @@ FUNCTION void mappings_unmixed(Partials partials, int64_t partials_shape_0, int 
          first += int64_t(here.groups_x) * TOKENS) {
         sum_partials<TOKENS, 2 * N + 1>(partials, partials_shape_1, first, T, sums, here);
         BARRIER;
-        activate_unmixed<N, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale,
+        activate<N, false, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale,
                                            post_eps, float(N) * CHANNELS, first, T, true, u, r,
                                            h_pre, h_post, here);
         BARRIER;  // the next tokens use sums again

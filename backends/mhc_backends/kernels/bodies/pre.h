@@ -54,7 +54,7 @@ FUNCTION void pre(X x, int x_shape_2, Partials partials, int64_t partials_shape_
                                              own);  // in flight while the partials are summed
         sum_partials<TOKENS, M + 1>(partials, partials_shape_1, first, T, sums, here);
         BARRIER;
-        activate<N, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale, post_eps,
+        activate<N, true, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale, post_eps,
                                    float(N) * C, first, T, here.group_y == 0, u, r, h_pre, h_post,
                                    here);
         BARRIER;

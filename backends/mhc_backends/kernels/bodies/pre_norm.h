@@ -2,8 +2,9 @@
 // norm reads h as rounded to its type.
 //
 // x[T, n, C], given[T or 1, n], scale[3], bias[m], h_norm_weight[C] -> y[T, C], h_pre[T, n],
-// h_post[T, n], h_res[T, n, n]; if RAW, h[T, C]; and, for the vjp if SAVES, u[T, m] and r[T, 1]. A
-// threadgroup takes TOKENS whole tokens. Between the two uses of h, a thread keeps its first HELD
+// h_post[T, n], h_res[T, n, n]; if RAW, h[T, C]; and, for the vjp if SAVES, u[T, m] and r[T, 1].
+// Unless it MIXES, there is no h_res, m is 2 n and scale has 2 entries. A threadgroup takes TOKENS
+// whole tokens. Between the two uses of h, a thread keeps its first HELD
 // accesses in registers; if there is a REST, it reads the streams again.
 
 #pragma once
@@ -12,7 +13,7 @@
 #include "../common/channels.h"
 #include "../common/floats.h"
 #include "../common/kept_h.h"
-#include "../common/mix_matrices.h"
+#include "../common/mixed_tokens.h"
 #include "../common/norm.h"
 #include "../common/optional.h"
 #include "../common/partials.h"
@@ -23,20 +24,20 @@
 #include "dialect/words.h"
 
 // The sizes of the kernel's threadgroup arrays.
-template <int N, int TOKENS>
+template <int N, bool MIXES, int TOKENS>
 struct pre_norm_memory {
-    enum { sums = TOKENS * (N * N + 2 * N + 1), shared = 2 * MOST_SIMDGROUPS };
+    enum { sums = TOKENS * (MIXES * N * N + 2 * N + 1), shared = 2 * MOST_SIMDGROUPS };
 };
 
 // Whether all arrays begin where whole vectors may be loaded and stored.
-template <int N, int W, bool RAW, typename X, typename Weight, typename Y, typename H,
+template <int N, int W, bool MIXES, bool RAW, typename X, typename Weight, typename Y, typename H,
           typename HRes>
 FUNCTION bool pre_norm_aligned(X x, Weight h_norm_weight, Y y, H h, HRes h_res) {
     return vectors<W>(x) && vectors<W>(h_norm_weight) && vectors<W>(y) &&
-           Optional<RAW, W>::by_vectors(h) && vectors<N>(h_res);
+           Optional<RAW, W>::by_vectors(h) && Optional<MIXES, N>::by_vectors(h_res);
 }
 
-template <typename ACCESS, int N, int W, int TOKENS, int HELD, bool REST, bool GIVEN, bool RAW,
+template <typename ACCESS, int N, int W, bool MIXES, int TOKENS, int HELD, bool REST, bool GIVEN, bool RAW,
           bool SAVES, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED, bool EXP_START,
           bool CLAMPED, typename X, typename Partials, typename Scale, typename Bias,
           typename Given, typename Weight, typename Y, typename HPre, typename HPost, typename HRes,
@@ -48,7 +49,7 @@ FUNCTION void pre_norm(X x, int x_shape_2, Partials partials, int64_t partials_s
                        float sinkhorn_eps, float clamp_low, float clamp_high, float h_norm_eps,
                        threadgroup float* sums, threadgroup float* shared, Position here) {
     const int64_t T = partials_shape_0;
-    const int C = x_shape_2, M = N * N + 2 * N;
+    const int C = x_shape_2, M = MIXES ? N * N + 2 * N : 2 * N;
 
     const int own = first_channel<W>(here), step = next_channel<W>(here);
     const int rest = REST ? own + HELD * step : C;
@@ -62,11 +63,12 @@ FUNCTION void pre_norm(X x, int x_shape_2, Partials partials, int64_t partials_s
                                              own);  // in flight while the partials are summed
         sum_partials<TOKENS, M + 1>(partials, partials_shape_1, first, T, sums, here);
         BARRIER;
-        activate<N, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale, post_eps,
+        activate<N, MIXES, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale, post_eps,
                                    float(N) * C, first, T, true, u, r, h_pre, h_post, here);
         BARRIER;
-        mix_matrices<N, TOKENS, ITERATIONS, LOG, FIRST_COLUMNS, TRANSPOSED, EXP_START, CLAMPED>(
-            sums, sinkhorn_eps, clamp_low, clamp_high, first, T, ACCESS::at(h_res), here);
+        MixedTokens<MIXES, N, TOKENS, ITERATIONS, LOG, FIRST_COLUMNS, TRANSPOSED, EXP_START,
+                    CLAMPED>::mix(sums, sinkhorn_eps, clamp_low, clamp_high, first, T,
+                                  ACCESS::at(h_res), here);
         for (int64_t token = first; token < end; token++) {
             float weights[N];
             UNROLL for (int i = 0; i < N; i++)

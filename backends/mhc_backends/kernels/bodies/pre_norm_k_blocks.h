@@ -2,8 +2,9 @@
 // WIDTH] (k_block_sums.h). n is at most 4.
 //
 // x[T, n, C], given[T or 1, n], scale[3], bias[m], h_norm_weight[C] -> y[T, C], h_pre[T, n],
-// h_post[T, n], h_res[T, n, n]; if RAW, h[T, C]; and, for the vjp if SAVES, u[T, m] and r[T, 1]. A
-// threadgroup takes whole tokens; registers are used as in pre_norm. Every simdgroup makes the
+// h_post[T, n], h_res[T, n, n]; if RAW, h[T, C]; and, for the vjp if SAVES, u[T, m] and r[T, 1].
+// Unless it MIXES, there is no h_res, m is 2 n and scale has 2 entries. A threadgroup takes whole
+// tokens; registers are used as in pre_norm. Every simdgroup makes the
 // mappings by itself, a number in each lane; the last one makes H_res. SPLITS splits are added at a
 // time.
 
@@ -13,14 +14,11 @@
 #include "../common/channels.h"
 #include "../common/floats.h"
 #include "../common/kept_h.h"
+#include "../common/mixed_token.h"
 #include "../common/norm.h"
 #include "../common/optional.h"
 #include "../common/position.h"
 #include "../common/project/k_block_sums.h"
-#include "../common/sinkhorn/clamped.h"
-#include "../common/sinkhorn/lanes.h"
-#include "../common/sinkhorn/lines.h"
-#include "../common/sinkhorn/sinkhorn.h"
 #include "../common/streams.h"
 #include "../common/sums_for_all.h"
 #include "dialect/simd.h"
@@ -28,21 +26,21 @@
 #include "dialect/words.h"
 
 // The sizes of the kernel's threadgroup arrays.
-template <int N, int SPLITS>
+template <int N, bool MIXES, int SPLITS>
 struct pre_norm_k_blocks_memory {
-    enum { sums = SPLITS * (N * N + 2 * N + 1), shared = 2 * MOST_SIMDGROUPS };
+    enum { sums = SPLITS * (MIXES * N * N + 2 * N + 1), shared = 2 * MOST_SIMDGROUPS };
 };
 
 // Whether all arrays begin where whole vectors may be loaded and stored.
-template <int N, int W, bool RAW, typename X, typename Blocks, typename Weight, typename Y,
+template <int N, int W, bool MIXES, bool RAW, typename X, typename Blocks, typename Weight, typename Y,
           typename H, typename HRes>
 FUNCTION bool pre_norm_k_blocks_aligned(X x, Blocks blocks, Weight h_norm_weight, Y y, H h,
                                         HRes h_res) {
     return vectors<W>(x) && vectors<4>(blocks) && vectors<W>(h_norm_weight) && vectors<W>(y) &&
-           Optional<RAW, W>::by_vectors(h) && vectors<N>(h_res);
+           Optional<RAW, W>::by_vectors(h) && Optional<MIXES, N>::by_vectors(h_res);
 }
 
-template <typename ACCESS, int N, int W, int HELD, bool REST, int BLOCKS, int SPLITS, bool GIVEN,
+template <typename ACCESS, int N, int W, bool MIXES, int HELD, bool REST, int BLOCKS, int SPLITS, bool GIVEN,
           bool RAW, bool SAVES, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED,
           bool EXP_START, bool CLAMPED, typename X, typename Blocks, typename Scale, typename Bias,
           typename Given, typename Weight, typename Y, typename HPre, typename HPost, typename HRes,
@@ -56,7 +54,7 @@ FUNCTION void pre_norm_k_blocks(X x, int x_shape_2, Blocks blocks, int64_t block
                                 threadgroup float* sums, threadgroup float* shared, Position here) {
     const int64_t T = blocks_shape_0;
     const int C = x_shape_2, count = blocks_shape_1;
-    enum { M = N * N + 2 * N, WIDTH = BlockSums<M>::WIDTH };
+    enum { M = (MIXES ? N * N : 0) + 2 * N, WIDTH = BlockSums<M>::WIDTH };
 
     const int own = first_channel<W>(here), step = next_channel<W>(here);
     const int rest = REST ? own + HELD * step : C;
@@ -98,19 +96,9 @@ FUNCTION void pre_norm_k_blocks(X x, int x_shape_2, Blocks blocks, int64_t block
             if (SAVES && lane == 0) r[token] = inverse;
             if (lane < N) h_pre[token * N + lane] = mapped;
             if (lane >= N && lane < 2 * N) h_post[token * N + lane - N] = mapped;
-            // all matrices of the simdgroup are the same one
-            Floats<N> logits = zeros<N>();
-            UNROLL for (int a = 0; a < N; a++) {
-                const int b = line<N>(here) < N ? line<N>(here) : 0;
-                const float one =
-                    simd_from(mapped, 2 * N + entry<N, FIRST_COLUMNS, TRANSPOSED>(a, b));
-                if (inside<N>(here)) logits.at[a] = one;
-            }
-            if (CLAMPED) logits = clamped(logits, clamp_low, clamp_high);
-            const Floats<N> mixed =
-                sinkhorn_matrix<N, LOG, EXP_START>(logits, here, ITERATIONS, sinkhorn_eps);
-            store_line<N, FIRST_COLUMNS, false>(ACCESS::at(h_res) + token * N * N, mixed,
-                                                lane < Lanes<N>::COUNT, here);
+            MixedToken<MIXES, N, ITERATIONS, LOG, FIRST_COLUMNS, TRANSPOSED, EXP_START,
+                       CLAMPED>::mix(mapped, sinkhorn_eps, clamp_low, clamp_high,
+                                     ACCESS::at(h_res) + token * N * N, here);
         }
     }
 }

@@ -6,7 +6,7 @@
 
 #pragma once
 
-#include "../common/activate_unmixed.h"
+#include "../common/activate.h"
 #include "../common/channels.h"
 #include "../common/collapse.h"
 #include "../common/partials.h"
@@ -50,7 +50,7 @@ FUNCTION void pre_unmixed(X x, int x_shape_2, Partials partials, int64_t partial
                                              own);  // in flight while the partials are summed
         sum_partials<TOKENS, M + 1>(partials, partials_shape_1, first, T, sums, here);
         BARRIER;
-        activate_unmixed<N, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale,
+        activate<N, false, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale,
                                            post_eps, float(N) * C, first, T, here.group_y == 0, u,
                                            r, h_pre, h_post, here);
         BARRIER;

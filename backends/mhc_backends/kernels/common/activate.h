@@ -1,4 +1,4 @@
-// Computes u, r, h_pre, h_post and the logits of H_res from the sums over n C.
+// Computes u, r, h_pre, h_post and the logits of an H_res from the sums over n C.
 
 #pragma once
 
@@ -20,14 +20,16 @@ FUNCTION float activated(int group, float product, float inverse, float scale, f
     return group == 0 ? sigmoid(z) + pre_eps : group == 1 ? post_scale * sigmoid(z) + post_eps : z;
 }
 
-// `sums` has M = n n + 2 n products and the sum of squares of each of TOKENS tokens. Computes u
-// (the products), r (1 / rms), h_pre and h_post, and stores them if `stores`. h_pre and the logits
-// of H_res replace the products in `sums`: a BARRIER must come before they are read.
-template <int N, int TOKENS, bool SAVES, typename S, typename A, typename B, typename P, typename Q>
+// `sums` has M products and the sum of squares of each of TOKENS tokens; M is n n + 2 n, or 2 n
+// where nothing MIXES the streams. Computes u (the products), r (1 / rms), h_pre and h_post, and
+// stores them if `stores`. h_pre, h_post and the logits of H_res replace the products in `sums`: a
+// BARRIER must come before they are read.
+template <int N, bool MIXES, int TOKENS, bool SAVES, typename S, typename A, typename B, typename P,
+          typename Q>
 FUNCTION void activate(S sums, A scale, B bias, float norm_eps, float pre_eps, float post_scale,
                        float post_eps, float count, int64_t first, int64_t T, bool stores, Q u, Q r,
                        P h_pre, P h_post, Position here) {
-    const int M = N * N + 2 * N;
+    const int M = MIXES ? N * N + 2 * N : 2 * N;
     const int tokens = T - first < TOKENS ? int(T - first) : TOKENS;
     for (int item = here.id; item < tokens * M; item += here.threads) {
         const int k = item / M, column = item % M;

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from mhc_backends.kernels import launch
 from mhc_backends.kernels.host import FLOAT32, Array, Kernels, Out, Sizes, Stage, dtype_name, tokens
-from mhc_backends.kernels.ops import combine, rms_norm
+from mhc_backends.kernels.ops import combine
 from mhc_core.variants import Variant
 
 __all__ = [
@@ -305,14 +305,7 @@ def pre_norm(
     variant: Variant,
     saves: bool = True,
 ) -> Pre:
-    """Launch ``pre_norm`` on the sums of x, which is ``pre`` with a norm of h.
-
-    Without H_res, that is ``pre_unmixed`` and then ``rms_norm``.
-    """
-    if not variant.mixes:
-        made = pre(kernels, x, sums, scale, bias, given, variant, saves)
-        y = rms_norm.normalised(kernels, made.h, norm.weight, norm.eps)
-        return made._replace(h=y, raw=made.h if norm.raw else None)
+    """Launch ``pre_norm`` on the sums of x, which is ``pre`` with a norm of h."""
     sizes, ahead = Sizes.of(x), x.shape[:-2]
     kernel = "pre_norm_k_blocks" if sums.blocks else "pre_norm"
     inputs: dict[str, Array | None] = {
@@ -329,13 +322,16 @@ def pre_norm(
         "h": layer if norm.raw else None,
         **mapped(ahead, sizes.n, bias.size, variant.mixes, saves),
     }
+    outputs.setdefault("h_res", None)
     chosen = {"GIVEN": given is not None, "RAW": norm.raw, "SAVES": saves, **constants(variant)}
+    chosen |= {"MIXES": variant.mixes}
     chosen |= {"BLOCKS": sums.blocks, "SPLITS": launch.SPLITS_AT_ONCE}
     numbers = {**settings(variant), "h_norm_eps": norm.eps}
     y, *made = kernels(kernel, inputs, outputs, sizes, numbers, **chosen)
     raw = made.pop(0) if norm.raw else None
-    h_pre, h_post, h_res, *saved = made
-    return Pre(y, h_pre, h_post, h_res, tuple(saved), raw)
+    h_pre, h_post, *rest = made
+    h_res = rest.pop(0) if variant.mixes else None
+    return Pre(y, h_pre, h_post, h_res, tuple(rest), raw)
 
 
 # ---- pullbacks -----------------------------------------------------------------------------------
