@@ -372,6 +372,10 @@ UNREACHED: Sequence[Unreached] = (
         "forwards need all sums in every lane only for few lanes; vjps need them for any",
     ),
     Unreached(
+        r"^(mappings|pre)(_unmixed)? in activate: \?: \(MIXES\)",
+        "each of these kernels is for streams that are mixed, or for those that are not",
+    ),
+    Unreached(
         r"^(mappings|pre)_unmixed in (activated: \?: \(group == 1\)|column_group: \?: .*) false",
         "mappings without H_res have two groups of columns",
     ),

@@ -35,7 +35,8 @@ FUNCTION void mappings(Partials partials, int64_t partials_shape_0, int partials
         sum_partials<TOKENS, M + 1>(partials, partials_shape_1, first, T, sums, here);
         BARRIER;
         activate<N, true, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale, post_eps,
-                                   float(N) * CHANNELS, first, T, true, u, r, h_pre, h_post, here);
+                                         float(N) * CHANNELS, first, T, true, u, r, h_pre, h_post,
+                                         here);
         BARRIER;
         mix_matrices<N, TOKENS, ITERATIONS, LOG, FIRST_COLUMNS, TRANSPOSED, EXP_START, CLAMPED>(
             sums, sinkhorn_eps, clamp_low, clamp_high, first, T, h_res, here);

@@ -30,8 +30,8 @@ FUNCTION void mappings_unmixed(Partials partials, int64_t partials_shape_0, int 
         sum_partials<TOKENS, 2 * N + 1>(partials, partials_shape_1, first, T, sums, here);
         BARRIER;
         activate<N, false, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale,
-                                           post_eps, float(N) * CHANNELS, first, T, true, u, r,
-                                           h_pre, h_post, here);
+                                          post_eps, float(N) * CHANNELS, first, T, true, u, r,
+                                          h_pre, h_post, here);
         BARRIER;  // the next tokens use sums again
     }
 }

@@ -55,8 +55,8 @@ FUNCTION void pre(X x, int x_shape_2, Partials partials, int64_t partials_shape_
         sum_partials<TOKENS, M + 1>(partials, partials_shape_1, first, T, sums, here);
         BARRIER;
         activate<N, true, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale, post_eps,
-                                   float(N) * C, first, T, here.group_y == 0, u, r, h_pre, h_post,
-                                   here);
+                                         float(N) * C, first, T, here.group_y == 0, u, r, h_pre,
+                                         h_post, here);
         BARRIER;
         if (here.group_y == 0)
             mix_matrices<N, TOKENS, ITERATIONS, LOG, FIRST_COLUMNS, TRANSPOSED, EXP_START, CLAMPED>(

@@ -37,11 +37,11 @@ FUNCTION bool pre_norm_aligned(X x, Weight h_norm_weight, Y y, H h, HRes h_res) 
            Optional<RAW, W>::by_vectors(h) && Optional<MIXES, N>::by_vectors(h_res);
 }
 
-template <typename ACCESS, int N, int W, bool MIXES, int TOKENS, int HELD, bool REST, bool GIVEN, bool RAW,
-          bool SAVES, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED, bool EXP_START,
-          bool CLAMPED, typename X, typename Partials, typename Scale, typename Bias,
-          typename Given, typename Weight, typename Y, typename HPre, typename HPost, typename HRes,
-          typename H, typename U, typename R>
+template <typename ACCESS, int N, int W, bool MIXES, int TOKENS, int HELD, bool REST, bool GIVEN,
+          bool RAW, bool SAVES, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED,
+          bool EXP_START, bool CLAMPED, typename X, typename Partials, typename Scale,
+          typename Bias, typename Given, typename Weight, typename Y, typename HPre, typename HPost,
+          typename HRes, typename H, typename U, typename R>
 FUNCTION void pre_norm(X x, int x_shape_2, Partials partials, int64_t partials_shape_0,
                        int partials_shape_1, Scale scale, Bias bias, Given given, int given_shape_0,
                        Weight h_norm_weight, Y y, HPre h_pre, HPost h_post, HRes h_res, H h, U u,
@@ -63,8 +63,9 @@ FUNCTION void pre_norm(X x, int x_shape_2, Partials partials, int64_t partials_s
                                              own);  // in flight while the partials are summed
         sum_partials<TOKENS, M + 1>(partials, partials_shape_1, first, T, sums, here);
         BARRIER;
-        activate<N, MIXES, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale, post_eps,
-                                   float(N) * C, first, T, true, u, r, h_pre, h_post, here);
+        activate<N, MIXES, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale,
+                                          post_eps, float(N) * C, first, T, true, u, r, h_pre,
+                                          h_post, here);
         BARRIER;
         MixedTokens<MIXES, N, TOKENS, ITERATIONS, LOG, FIRST_COLUMNS, TRANSPOSED, EXP_START,
                     CLAMPED>::mix(sums, sinkhorn_eps, clamp_low, clamp_high, first, T,

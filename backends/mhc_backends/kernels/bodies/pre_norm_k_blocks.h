@@ -32,19 +32,19 @@ struct pre_norm_k_blocks_memory {
 };
 
 // Whether all arrays begin where whole vectors may be loaded and stored.
-template <int N, int W, bool MIXES, bool RAW, typename X, typename Blocks, typename Weight, typename Y,
-          typename H, typename HRes>
+template <int N, int W, bool MIXES, bool RAW, typename X, typename Blocks, typename Weight,
+          typename Y, typename H, typename HRes>
 FUNCTION bool pre_norm_k_blocks_aligned(X x, Blocks blocks, Weight h_norm_weight, Y y, H h,
                                         HRes h_res) {
     return vectors<W>(x) && vectors<4>(blocks) && vectors<W>(h_norm_weight) && vectors<W>(y) &&
            Optional<RAW, W>::by_vectors(h) && Optional<MIXES, N>::by_vectors(h_res);
 }
 
-template <typename ACCESS, int N, int W, bool MIXES, int HELD, bool REST, int BLOCKS, int SPLITS, bool GIVEN,
-          bool RAW, bool SAVES, int ITERATIONS, bool LOG, bool FIRST_COLUMNS, bool TRANSPOSED,
-          bool EXP_START, bool CLAMPED, typename X, typename Blocks, typename Scale, typename Bias,
-          typename Given, typename Weight, typename Y, typename HPre, typename HPost, typename HRes,
-          typename H, typename U, typename R>
+template <typename ACCESS, int N, int W, bool MIXES, int HELD, bool REST, int BLOCKS, int SPLITS,
+          bool GIVEN, bool RAW, bool SAVES, int ITERATIONS, bool LOG, bool FIRST_COLUMNS,
+          bool TRANSPOSED, bool EXP_START, bool CLAMPED, typename X, typename Blocks,
+          typename Scale, typename Bias, typename Given, typename Weight, typename Y, typename HPre,
+          typename HPost, typename HRes, typename H, typename U, typename R>
 FUNCTION void pre_norm_k_blocks(X x, int x_shape_2, Blocks blocks, int64_t blocks_shape_0,
                                 int blocks_shape_1, Scale scale, Bias bias, Given given,
                                 int given_shape_0, Weight h_norm_weight, Y y, HPre h_pre,

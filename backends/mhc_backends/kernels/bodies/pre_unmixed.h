@@ -51,8 +51,8 @@ FUNCTION void pre_unmixed(X x, int x_shape_2, Partials partials, int64_t partial
         sum_partials<TOKENS, M + 1>(partials, partials_shape_1, first, T, sums, here);
         BARRIER;
         activate<N, false, TOKENS, SAVES>(sums, scale, bias, norm_eps, pre_eps, post_scale,
-                                           post_eps, float(N) * C, first, T, here.group_y == 0, u,
-                                           r, h_pre, h_post, here);
+                                          post_eps, float(N) * C, first, T, here.group_y == 0, u, r,
+                                          h_pre, h_post, here);
         BARRIER;
         for (int64_t token = first; token < end; token++) {
             float weights[N];

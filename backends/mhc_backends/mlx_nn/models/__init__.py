@@ -86,7 +86,8 @@ def accelerate(model: Any, *, trainable: bool = False) -> AccelerationReport:
     ``xing4_0``). A drafter for speculative decoding is a model of its own: mlx-vlm's
     ``deepseek_v4_mtp``, ``deepseek_v4_dspark`` and ``qwen4_exp_mtp`` are accelerated too; its
     other drafters have no hyper-connections. One pass, :func:`mhc_core.combine_pre`, writes the
-    streams after a sublayer and reads them for the next one, also across layers.
+    streams after a sublayer and reads them for the next one, also across layers. Where kernels run,
+    it also applies the layer's ``nn.RMSNorm``.
 
     Where no kernels run, as on a CPU, few tokens stay on the library's own code outside training,
     with its bits, because it is faster for them: the report says up to which size.

@@ -38,9 +38,9 @@ def accelerate(model: Any, *, everywhere: bool = False) -> AccelerationReport:
 
     For models of transformers with the layers of ``deepseek_v4``, ``glm5_next``, ``hy_v4``,
     ``hy_v4_vl`` and ``qwen4_exp``, wrapped or not. In each layer one pass,
-    :func:`mhc_core.combine_pre`, writes the streams after attention and reads them for the experts;
-    ``qwen4_exp`` has :func:`mhc_core.combine` and :func:`mhc_core.gated_pre`. transformers 5.24 has
-    no Xing4.0.
+    :func:`mhc_core.combine_pre`, writes the streams after attention and reads them for the experts,
+    and where kernels run it also applies the layer's RMS norm; ``qwen4_exp`` has
+    :func:`mhc_core.combine` and :func:`mhc_core.gated_pre`. transformers 5.24 has no Xing4.0.
 
     Parameters, their names, the state_dict, caches, ``generate``, gradient checkpointing,
     ``save_pretrained`` and hooks work as before. Outputs and gradients equal the model's up to
