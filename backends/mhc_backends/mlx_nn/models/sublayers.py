@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx import nn
 
 import mhc_core as mhc
 from mhc_backends.mlx_compiled import SPEC as FORMULAS
