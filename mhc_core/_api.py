@@ -238,6 +238,35 @@ def pre(
     return made if h_raw else made[:-1]
 
 
+def pre_residual(
+    x: Array, phi: Array, scale: Array, bias: Array, variant: Variant, *, backend: str | None = None
+) -> tuple[Array, Array, Array, Array]:
+    """Run :func:`pre`, and pass x through for :func:`combine`, so that training is faster.
+
+    ``h, H_post, H_res, x = pre_residual(x, ...)``: pass the x that is returned to combine. Its
+    gradient is then an input of this op's vjp, which adds it to its own in the same pass: else the
+    library adds the two gradients of x, which reads two arrays of streams and writes a third.
+
+    Parameters
+    ----------
+    x, phi, scale, bias, variant
+        As for :func:`mappings`.
+    backend
+        A backend's name, instead of the one chosen elsewhere.
+
+    Returns
+    -------
+    h, h_post, h_res, x
+        As :func:`pre` returns them, and x, ``[..., n, C]``.
+
+    Notes
+    -----
+    Without gradients there is nothing to gain. If the x that is returned is not used, the library
+    makes zeros for its gradient. Errors: see :mod:`mhc_core._api`.
+    """
+    return call("pre_residual", (x, phi, scale, bias), {"variant": variant}, backend)
+
+
 def _refuse_norm(op: str, h_norm_eps: float | None, h_raw: bool) -> None:
     """Raise for arguments of a norm that has no weight."""
     for name, value in (("h_norm_eps", h_norm_eps), ("h_raw", h_raw or None)):
@@ -852,6 +881,7 @@ if TYPE_CHECKING:  # editors read a list, and without one take the imports above
         "mappings",
         "pre",
         "pre_norm",
+        "pre_residual",
         "pre_scale",
         "residual_add_aggregate",
         "rms_norm",

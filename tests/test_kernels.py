@@ -21,6 +21,7 @@ from mhc_backends.kernels.launch import BUSY, TABLE, VARIABLE, Launch, launch, s
 from mhc_backends.kernels.ops import OPS
 from mhc_backends.kernels.text import entry, flat, header, headers, signature
 from mhc_backends.mlx_metal import SPEC
+from mhc_core.variants import DEEPSEEK_V4 as V4
 
 # ---- the spec ------------------------------------------------------------------------------------
 
@@ -402,6 +403,28 @@ def test_factors_fit_in_any_gpu(n: int, kibibytes: int, monkeypatch: pytest.Monk
         _projection.combine_project(own, x, layer, *mappings, phi)
     assert len(asked) == 6
     assert all(0 < size <= kibibytes * 1024 for size in asked)
+
+
+def test_nothing_adds_gradients_of_streams_after_pre_residual(tmp_path: Path) -> None:
+    """Count the additions of a sublayer's gradient of x: with pre, MLX adds two gradients."""
+    mx = pytest.importorskip("mlx.core")
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
+
+    own = Ops(Kernels(Recorder(), "cuda", 227 * 1024))
+    x, n, C = mx.zeros((3, 4, 64), mx.bfloat16), 4, 64
+    projection = mx.zeros((n * n + 2 * n, n * C)), mx.zeros(3), mx.zeros(n * n + 2 * n)
+
+    def additions(op: str) -> int:
+        def sublayer(x: Any) -> Any:
+            h, h_post, h_res, *passed = getattr(own, op)(x, *projection, variant=V4)
+            return own.combine(passed[0] if passed else x, mx.tanh(h), h_post, h_res)
+
+        _, (dx,) = mx.vjp(sublayer, [x], [x])
+        mx.export_to_dot(str(tmp_path / op), dx)
+        return (tmp_path / op).read_text().count('"Add"')
+
+    assert (additions("pre"), additions("pre_residual")) == (1, 0)
 
 
 # ---- launch shapes -------------------------------------------------------------------------------

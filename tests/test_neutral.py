@@ -39,6 +39,7 @@ COMPOSED = (
     "pre",
     "combine_pre",
     "pre_norm",
+    "pre_residual",
     "combine_pre_norm",
     "static_layer",
 )  # of other ops, which have more cases

@@ -341,6 +341,14 @@ def combine_pre(
 
 
 @op
+def pre_residual(
+    x: Value, phi: Value, scale: Value, bias: Value, variant: Variant
+) -> tuple[Value, Value, Value | None, Value]:
+    """Return pre's outputs, and the streams themselves."""
+    return *pre(x, phi, scale, bias, variant), x
+
+
+@op
 def pre_norm(
     x: Value,
     phi: Value,

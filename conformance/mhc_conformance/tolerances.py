@@ -48,6 +48,7 @@ K: Mapping[str, tuple[float, float, float]] = {
     "mappings": (16, 32, 8),
     "pre": (32, 32, 8),
     "pre_norm": (32, 64, 8),
+    "pre_residual": (32, 32, 8),
     "pre_scale": (4, 16, 4),
     "residual_add_aggregate": (4, 16, 4),
     "rms_norm": (4, 64, 4),

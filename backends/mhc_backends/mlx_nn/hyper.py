@@ -215,7 +215,10 @@ class HyperConnection(Projection):
         self, x: mx.array, layer: Callable[..., mx.array], *args: Any, **kwargs: Any
     ) -> mx.array:
         """Apply ``layer(h, *args, **kwargs)`` to the streams ``[..., n, dims]``."""
-        h, h_post, h_res = self.pre(x)
+        if self.training:  # x comes back, so that its two gradients are added in one pass
+            h, h_post, h_res, x = mhc.pre_residual(x, *self.projection, self.variant)
+        else:
+            h, h_post, h_res = self.pre(x)
         return self.combine(x, layer(h, *args, **kwargs), h_post, h_res)
 
 

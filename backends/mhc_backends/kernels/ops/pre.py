@@ -31,16 +31,24 @@ def forward_with_saved(
 
 
 def vjp(
-    kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None, *, variant: Variant
+    kernels: Kernels,
+    primals: Any,
+    cotangents: Any,
+    saved: Any = None,
+    *,
+    variant: Variant,
+    g_x: Array | None = None,
 ) -> tuple[Array, ...]:
-    """Pull back through the aggregate, then through the mappings with the cotangent of H_pre."""
+    """Pull back through the aggregate, then through the mappings with the cotangent of H_pre.
+
+    The gradient of x includes g_x, another one, if it is given.
+    """
     (x, phi, scale, bias), (g_h, g_post, g_res) = primals, cotangents
     if saved is None:
         _, saved = forward_with_saved(kernels, *primals, variant=variant)
     u, r, h_pre = saved
-    given = _projection.Cotangents(
-        _projection.weights_vjp(kernels, x, g_h), g_post, g_res, h_pre, g_h
-    )
+    dh_pre = _projection.weights_vjp(kernels, x, g_h)
+    given = _projection.Cotangents(dh_pre, g_post, g_res, h_pre, g_h, g_x)
     return _projection.pullback(
         kernels, x, phi, scale, bias, _projection.Projected(u, r), given, variant, Out.like(x)
     )
