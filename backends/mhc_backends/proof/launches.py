@@ -70,6 +70,7 @@ STATICS: dict[str, Sequence[dict[str, Any]]] = {
     "mappings": (*VARIANTS, UNMIXING),
     "pre": (*VARIANTS, UNMIXING),
     "pre_norm": NORMED,
+    "pre_residual": (*VARIANTS, UNMIXING),
     "rms_norm": ({"eps": 1e-5},),
     "sinkhorn": tuple(
         {"iterations": 20, "eps": eps, "first": first}
