@@ -575,7 +575,7 @@ EQUIVALENT: Mapping[tuple[str, ...], str] = {
             "H_post = post_scale sigmoid(z) + post_eps is an output that no other output depends "
             "on, and its derivative by z is sigmoid's own times post_scale"
         )
-        for op in ("mappings", "pre", "combine_pre", *H_NORMED)
+        for op in ("mappings", "pre", "pre_residual", "combine_pre", *H_NORMED)
     },
     **{
         (
