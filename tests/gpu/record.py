@@ -72,7 +72,9 @@ class Recorder:
             return
         outputs = getattr(self._ops, op)(*primals, **static)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        mx.eval(self._ops.vjp(op, primals, outputs, **static))
+        # of their own: an output may be a primal, whose second reading is from the cache
+        cotangents = [self._marked(one.shape, one.dtype) for one in outputs]
+        mx.eval(self._ops.vjp(op, primals, cotangents, **static))
 
     def _marked(self, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
         self._mark += 1
@@ -149,6 +151,7 @@ def _arguments(
         "head": ([x, ((n, n * C), plain), ((1,), plain), ((n,), plain)], variant),
         "mappings": ([x, *projection], variant),
         "pre": ([x, *projection], variant),
+        "pre_residual": ([x, *projection], variant),
         "pre_scale": ([x, h_pre], {}),
         "residual_add_aggregate": ([x, x, h_pre], {}),
         "rms_norm": ([y, ((C,), plain)], {"eps": 1e-5}),
