@@ -1,8 +1,8 @@
 """pre_residual: pre, with the streams passed through for combine.
 
-A sublayer reads x twice, in pre and in combine. Where combine takes the x that is returned here, its
-gradient of x is a cotangent of this op, which the vjp adds in the pass that makes its own gradient
-of x: nothing else has to add the two.
+A sublayer reads x twice, in pre and in combine. Where combine takes the x that is returned here,
+its gradient of x is a cotangent of this op, which the vjp adds in the pass that makes its own
+gradient of x: nothing else has to add the two.
 """
 
 from __future__ import annotations
@@ -47,8 +47,6 @@ def vjp(
     xp = _xp.namespace(primals[0])
     *through, g_x = cotangents
     x, phi, scale, bias = (_xp.upcast(xp, array) for array in primals)
-    dx, *others = pre.pullback(
-        xp, x, phi, scale, bias, through, saved, saved_cotangents, variant
-    )
+    dx, *others = pre.pullback(xp, x, phi, scale, bias, through, saved, saved_cotangents, variant)
     gradients = (dx + _xp.upcast(xp, g_x), *others)
     return tuple(_xp.as_dtype_of(xp, g, p) for g, p in zip(gradients, primals, strict=True))
