@@ -237,7 +237,7 @@ def mappings(
 ) -> tuple[Value, Value, Value | None]:
     """Return H_pre, H_post and H_res of every token (eqs. 7-8 and 14-19)."""
     n = x.shape[-2]
-    z = _project(x, phi, variant)
+    z = project(x, phi, variant)
     z_pre = z[..., :n] * scale[0] + bias[:n]
     z_post = z[..., n : 2 * n] * scale[1] + bias[n : 2 * n]
     H_res = None
@@ -271,7 +271,7 @@ def _doubly(logits: Value, variant: Variant) -> Value:
     return matrix
 
 
-def _project(x: Value, phi: Value, variant: Variant) -> Value:
+def project(x: Value, phi: Value, variant: Variant) -> Value:
     """Return ``(vec(x) @ phi.T) / (sqrt(mean(vec(x)^2) + norm_eps) + norm_root_eps)``, by rows."""
     leading, size = x.shape[:-2], x.shape[-2] * x.shape[-1]
     vec = x.reshape(math.prod(leading), size)
@@ -399,7 +399,7 @@ def combine_pre_norm(
 @op
 def head(x: Value, phi: Value, scale: Value, bias: Value, variant: Variant) -> Value:
     """Return the streams collapsed before the output: one sigmoid weight for each."""
-    weights = sigmoid(_project(x, phi, variant) * scale + bias) + variant.pre_eps
+    weights = sigmoid(project(x, phi, variant) * scale + bias) + variant.pre_eps
     return aggregate(x, weights)
 
 
@@ -444,17 +444,17 @@ def gated_pre(
     x: Value, norm: Value, down: Value, up: Value, inject: Value, eps: float
 ) -> tuple[Value, Value]:
     """Return h and H_post of streams that are normalised one by one and gated by channel."""
-    h, u = _gated(x, norm, down, up, eps)
+    h, u = gated(x, norm, down, up, eps)
     return h, 2.0 * sigmoid(_times(u, inject) / x.shape[-2])
 
 
 @op
 def gated_head(x: Value, norm: Value, down: Value, up: Value, eps: float) -> Value:
     """Return the streams collapsed before the output, by gates for each channel."""
-    return _gated(x, norm, down, up, eps)[0]
+    return gated(x, norm, down, up, eps)[0]
 
 
-def _gated(x: Value, norm: Value, down: Value, up: Value, eps: float) -> tuple[Value, Value]:
+def gated(x: Value, norm: Value, down: Value, up: Value, eps: float) -> tuple[Value, Value]:
     """Return ``mean_i sigmoid(z_i) u_i``, and the normalised streams u."""
     n, C = x.shape[-2:]
     u = rms_norm(x, norm.reshape(n, C) + 1.0, eps)

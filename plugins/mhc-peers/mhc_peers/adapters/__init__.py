@@ -1,0 +1,1 @@
+"""The adapters: a module per project, each with ``PEERS``."""

@@ -1,0 +1,72 @@
+"""TransformerEngine: its Triton kernels, by the two files of a checkout."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from mhc_peers.declaration import Peer
+from mhc_peers.files import checkout
+
+__all__ = ["PEERS"]
+
+peer = Peer(
+    name="transformer-engine",
+    project="TransformerEngine",
+    where="transformer_engine/common/triton/mhc.py, transformer_engine/pytorch/triton/mhc.py",
+    library="torch",
+    versions=("triton", "torch"),
+    needs={"torch": "torch", "triton": "triton"},
+    checkout="transformer-engine",
+    gpu="its Triton kernels run on a GPU; TRITON_INTERPRET=1 runs them on a CPU",
+    sizes=lambda n, C: None if n == 4 else "takes 4 streams",
+)
+
+
+def _module() -> Any:
+    """Return the file of the torch functions, with the packages around it left out."""
+    import importlib
+    import sys
+
+    import torch
+
+    name = "transformer_engine.pytorch.triton.mhc"
+    if name in sys.modules:
+        return sys.modules[name]
+    root = checkout() / "transformer_engine"
+    for package in ("", ".common", ".common.triton", ".pytorch", ".pytorch.triton"):
+        module = ModuleType(f"transformer_engine{package}")
+        module.__path__ = [str(root.joinpath(*package.split(".")[1:]))]
+        sys.modules[module.__name__] = module
+    gemm = ModuleType("transformer_engine.pytorch.cpp_extensions.gemm")
+    gemm.general_gemm = None  # type: ignore[attr-defined]  # for a norm weight alone
+    sys.modules["transformer_engine.pytorch.cpp_extensions"] = ModuleType("cpp_extensions")
+    sys.modules[gemm.__name__] = gemm
+    module = importlib.import_module(name)
+    if not torch.cuda.is_available():
+        module._support_tma = lambda x: False
+    return module
+
+
+@peer.op("sinkhorn", free=("iterations",), fixed={"eps": 0.0, "first": "rows"}, dtypes=("float32",))
+def _sinkhorn(logits: Any, iterations: int, eps: float, first: str) -> Any:
+    flat = logits.contiguous()
+    return _module().mhc_fused_sinkhorn(flat, flat.shape[-1], True, iterations)
+
+
+@peer.op("aggregate")
+def _aggregate(x: Any, h_pre: Any) -> Any:
+    streams = x.transpose(-1, -2).contiguous()
+    return _module().mhc_fused_aggregate(streams, h_pre, x.shape[-2], use_tf32=False)
+
+
+@peer.op("combine")
+def _combine(x: Any, y: Any, h_post: Any, h_res: Any) -> Any:
+    streams = x.transpose(-1, -2).contiguous()
+    made = _module().mhc_fused_expand_combine(
+        y, None, h_post, streams, h_res.transpose(-1, -2).contiguous(), x.shape[-2], use_tf32=False
+    )
+    return made.transpose(-1, -2)
+
+
+PEERS = (peer,)

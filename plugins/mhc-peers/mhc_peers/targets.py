@@ -1,0 +1,144 @@
+"""The folders that peers are installed into, and the process that each runs in.
+
+A peer's pins are installed without what they require, each set into a folder of its own in the
+cache: two projects that take the same import names are never in one process, and nobody's
+environment changes. What the environment already has in that very version is taken from there.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from mhc_peers.declaration import Peer
+
+__all__ = ["NotRunError", "cache", "environment", "interpreter"]
+
+
+class NotRunError(Exception):
+    """A peer cannot run here; the text says why."""
+
+
+def cache() -> Path:
+    """Return the folder of the installed peers: MHC_PEERS_CACHE, or one in the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mhc-peers"
+    return Path(os.environ.get("MHC_PEERS_CACHE") or default)
+
+
+def interpreter(peer: Peer) -> str:
+    """Return the Python that a peer runs with; raise NotRunError where there is none."""
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if not peer.python or _at_least(here, peer.python):
+        return sys.executable
+    for candidate in _pythons(peer.python):
+        if _runs(candidate, peer.python):
+            return candidate
+    variable = _variable(peer.python)
+    raise NotRunError(
+        f"needs Python {peer.python}, and this is {here}: name one by {variable}=/path/to/python"
+    )
+
+
+def _at_least(have: str, need: str) -> bool:
+    return tuple(map(int, have.split("."))) >= tuple(map(int, need.split(".")))
+
+
+def _variable(number: str) -> str:
+    return f"MHC_PEERS_PYTHON_{number.replace('.', '_')}"
+
+
+def _pythons(number: str) -> Iterator[str]:
+    given = os.environ.get(_variable(number))
+    if given:
+        yield given
+        return
+    found = shutil.which(f"python{number}")
+    if found:
+        yield found
+    root = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    yield from (str(path) for path in sorted(root.glob(f"versions/{number}*/bin/python")))
+
+
+def _runs(python: str, number: str) -> bool:
+    code = "import sys; print('%d.%d' % sys.version_info[:2])"
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0 and done.stdout.strip() == number
+
+
+def environment(peer: Peer, python: str, checkouts: Mapping[str, Path]) -> dict[str, str]:
+    """Return the environment of a peer's process; install what it pins, and raise NotRunError."""
+    for module, distribution in peer.needs.items():
+        if importlib.util.find_spec(module.partition(".")[0]) is None:
+            raise NotRunError(f"needs {module}: pip install '{distribution}'")
+    path = [str(_links())]
+    given = dict(os.environ)
+    if peer.checkout:
+        folder = checkouts.get(peer.checkout)
+        if folder is None:
+            raise NotRunError(f"is read from a checkout: give --checkout {peer.checkout}=FOLDER")
+        if not folder.is_dir():
+            raise NotRunError(f"--checkout {peer.checkout} is {folder}, which is no folder")
+        path.append(str(folder.absolute()))
+        given["MHC_PEERS_CHECKOUT"] = str(folder.absolute())
+    path += map(str, _installed(peer, python))
+    given["PYTHONPATH"] = os.pathsep.join(path)
+    given.setdefault("MLX_ENABLE_TF32", "0")
+    return {**given, **peer.environment}
+
+
+def _links() -> Path:
+    """Return a folder from which another Python imports this package and nothing else of ours."""
+    folder = cache() / "links"
+    folder.mkdir(parents=True, exist_ok=True)
+    link, target = folder / "mhc_peers", Path(__file__).parent
+    if not link.is_symlink() or link.resolve() != target.resolve():
+        link.unlink(missing_ok=True)
+        link.symlink_to(target, target_is_directory=True)
+    return folder
+
+
+def _installed(peer: Peer, python: str) -> list[Path]:
+    own = python == sys.executable
+    pins = [pin for pin in peer.pins if not (own and _has(pin))]
+    if not pins:
+        return []
+    return [_target(tuple(pins), python, whole=not own)]
+
+
+def _has(pin: str) -> bool:
+    name, _, number = pin.partition("==")
+    try:
+        return version(name) == number
+    except PackageNotFoundError:
+        return False
+
+
+@functools.cache
+def _target(pins: tuple[str, ...], python: str, whole: bool) -> Path:
+    """Return the folder with some pins; another Python gets all that they require too."""
+    words = "\n".join((*pins, python))
+    folder = cache() / hashlib.sha256(words.encode()).hexdigest()[:16]
+    if (folder / "installed").exists():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command += ["--target", str(folder), *pins]
+    command += [] if whole else ["--no-deps", "--ignore-requires-python"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"]
+        said = next((line for line in reversed(lines) if "ERROR" in line), lines[-1])
+        raise NotRunError(f"could not be installed: {said}")
+    (folder / "installed").write_text("\n".join(pins) + "\n")
+    return folder
