@@ -28,7 +28,7 @@ from mhc_core.discovery import plugins
 from mhc_core.math import OPS
 from mhc_core.text import safe
 
-__all__ = ["NUMERIC", "SUFFIXES", "LeftOut", "Report", "in_order", "left_out", "worst"]
+__all__ = ["NUMERIC", "SUFFIXES", "LeftOut", "Report", "in_order", "left_out", "page", "worst"]
 
 NUMERIC = {"forward": "forward", "gradient": "gradient", "grad": "gradient"}
 """The checks whose errors the matrix shows, each with its column, of two."""
@@ -266,7 +266,12 @@ def as_html(report: Report) -> str:
         "<h2>Where</h2>"
         + _table(("", ""), [[_escaped(word) for word in pair] for pair in _facts(whole)])
     )
-    return _PAGE.format(title=_escaped(title), style=_STYLE, body="\n".join(filter(None, parts)))
+    return page(title, "\n".join(filter(None, parts)))
+
+
+def page(title: str, body: str) -> str:
+    """Return a self-contained HTML page, in the reader's colours, for any screen."""
+    return _PAGE.format(title=_escaped(title), style=_STYLE, body=body)
 
 
 def _escaped(text: Any) -> str:

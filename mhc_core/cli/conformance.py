@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mhc_core.cli import _files, _screen
+from mhc_core.cli import _field, _files, _screen
 from mhc_core.cli._command import Stopped, stoppable
 
 if TYPE_CHECKING:
@@ -51,12 +51,42 @@ def conformance(
         bool,
         typer.Option("--mutations", help="Run the kit on wrong backends; show which check fails."),
     ] = False,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers",
+            help="Run other projects' implementations, those named in place of backends or all; "
+            "needs the plugin mhc-peers.",
+        ),
+    ] = False,
+    checkout: Annotated[
+        list[str] | None,
+        typer.Option(help="With --peers, NAME=FOLDER: the checkout of a project not on PyPI."),
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Write golden cases for code that cannot import Python to this folder."),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Check the answers in a folder of golden cases.")
+    ] = None,
+    variant: Annotated[str, typer.Option(help="With --export: the variant.")] = "DEEPSEEK_V4",
+    n: Annotated[int, typer.Option("--n", min=1, max=64, help="With --export: streams.")] = 4,
+    channels: Annotated[int, typer.Option("--C", min=1, help="With --export: channels.")] = 64,
+    tokens: Annotated[int, typer.Option("--tokens", min=0, help="With --export: tokens.")] = 8,
 ) -> None:
     """Compare every backend's forwards and gradients with the float64 oracle."""
+    if against is not None:
+        _field.against(against)
+        return
     if mutations:
         files = [*(report or ()), *([json_file] if json_file else [])]
         others = (backends, op, dtype, kind, map(str, files))
         _mutations(seed, unwanted=[word for words in others for word in words or ()])
+        return
+    if peers:
+        chosen = (backends or (), op or (), dtype or (), kind or (), seed)
+        _field.peers(*chosen, checkout or (), report or (), json_file)
         return
     if quick and full:
         raise typer.BadParameter("--quick came with --full; needs one of them")
@@ -79,6 +109,10 @@ def conformance(
         for word in chosen or ():
             if word not in known:
                 raise typer.BadParameter(f"{name} is {word!r}; needs one of {', '.join(known)}")
+    if export is not None:
+        chosen = (op or (), dtype or ("float32", "bfloat16"))
+        _field.export(export, *chosen, variant, n, channels, tokens, seed)
+        return
     _files.check(
         {**{f"--report {k}": file for k, file in enumerate(report or ())}, "--json": json_file}
     )

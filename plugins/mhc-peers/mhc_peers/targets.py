@@ -94,6 +94,8 @@ def environment(peer: Peer, python: str, checkouts: Mapping[str, Path]) -> dict[
     path += map(str, _installed(peer, python))
     given["PYTHONPATH"] = os.pathsep.join(path)
     given.setdefault("MLX_ENABLE_TF32", "0")
+    if peer.library == "mlx" and sys.platform != "darwin":
+        given.setdefault("MLX_DISABLE_COMPILE", "1")  # else a C++ compiler runs for every shape
     return {**given, **peer.environment}
 
 

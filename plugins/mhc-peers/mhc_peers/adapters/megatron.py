@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from types import SimpleNamespace
+import functools
+import importlib.util
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from mhc_peers.declaration import Peer
@@ -22,14 +25,25 @@ peer = Peer(
 )
 
 
-def _module(x: Any, variant: Any) -> Any:
+@functools.cache
+def _class() -> Any:
     import torch
 
     if not torch.cuda.is_available():  # its ranges for a profiler need CUDA
-        torch.cuda.nvtx.range = lambda *_: contextlib.nullcontext()  # type: ignore[assignment]
+        torch.cuda.nvtx.range = lambda *_: contextlib.nullcontext()
         torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: None
+    if importlib.util.find_spec("triton") is None:  # its experts' kernels, which mHC has none of
+        triton, language = ModuleType("triton"), ModuleType("triton.language")
+        triton.jit = lambda function: function  # type: ignore[attr-defined]
+        triton.language = language  # type: ignore[attr-defined]
+        language.constexpr = int  # type: ignore[attr-defined]
+        sys.modules |= {"triton": triton, "triton.language": language}
     from megatron.core.transformer.hyper_connection import HyperConnectionModule
 
+    return HyperConnectionModule
+
+
+def _module(x: Any, variant: Any) -> Any:
     config = SimpleNamespace(
         mhc_num_residual_streams=x.shape[-2],
         hidden_size=x.shape[-1],
@@ -38,7 +52,7 @@ def _module(x: Any, variant: Any) -> Any:
         perform_initialization=False,
         sequence_parallel=False,
     )
-    return HyperConnectionModule(config, 0)
+    return _class()(config, 0)
 
 
 @peer.op(
@@ -77,16 +91,12 @@ def _combine(x: Any, y: Any, h_post: Any, h_res: Any) -> Any:
 
 @peer.op("expand")
 def _expand(h: Any, n: int) -> Any:
-    from megatron.core.transformer.hyper_connection import HyperConnectionModule
-
-    return HyperConnectionModule.input_expand(h, n).view(*h.shape[:-1], n, h.shape[-1])
+    return _class().input_expand(h, n).view(*h.shape[:-1], n, h.shape[-1])
 
 
 @peer.op("contract", fixed={"how": "mean"})
 def _contract(x: Any, how: str) -> Any:
-    from megatron.core.transformer.hyper_connection import HyperConnectionModule
-
-    return HyperConnectionModule.output_contract(x.flatten(-2), x.shape[-2])
+    return _class().output_contract(x.flatten(-2), x.shape[-2])
 
 
 PEERS = (peer,)

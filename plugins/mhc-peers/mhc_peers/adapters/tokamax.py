@@ -16,8 +16,8 @@ peer = Peer(
     python="3.12",
     pins=(
         "tokamax==0.0.17",
-        "jax==0.11.2",
-        "jaxlib==0.11.2",
+        "jax==0.12.0.1",
+        "jaxlib==0.12.0.1",
     ),
     versions=("tokamax", "jax"),
     dtypes=("bfloat16",),

@@ -1,0 +1,300 @@
+"""Golden cases in files, for kernels that no Python can call: written here, answered elsewhere.
+
+A folder has ``index.json`` and, for each case, one file of safetensors: a little-endian length of
+eight bytes, a JSON header with each array's dtype, shape and place, and the numbers.
+
+=================  =============================================================================
+``in.NAME``        the inputs; streams in the case's dtype, parameters and mappings in float32
+``ct.NAME``        the cotangents of the outputs, for gradients
+``out.NAME``       the oracle's outputs, in float64
+``grad.NAME``      the oracle's gradients of ``sum(ct * out)``, in float64
+=================  =============================================================================
+
+Whoever has an implementation reads ``in.*`` (and ``ct.*``), and writes ``out.*``, ``grad.*`` or
+both, in the dtypes that the index names, into ``CASE.answer.safetensors`` beside the case.
+``mhc conformance --against FOLDER`` then gives a verdict for each case.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import mhc_core
+from mhc_conformance.cases import STATICS, Case, Sizes, declaration, numpy_dtype, with_variant
+from mhc_conformance.golden import Golden, Want
+from mhc_conformance.tolerances import Quantity
+from mhc_core import Variant, math
+from mhc_core.variants import check_variant
+
+__all__ = ["ANSWER", "FORMAT", "INDEX", "Answer", "against", "cases_for", "export", "variants"]
+
+Array = NDArray[Any]
+
+FORMAT = 1  # of the index; goes up when a reader of the old one would misread it
+INDEX = "index.json"
+ANSWER = ".answer.safetensors"
+
+_NAMES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+}
+_DTYPES = {short: name for name, short in _NAMES.items()}
+_ROLES: Mapping[Quantity, str] = {"forward": "out", "gradient": "grad"}
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def write(file: Path, arrays: Mapping[str, Array]) -> None:
+    """Write arrays by name as safetensors, bfloat16 included.
+
+    By hand: what the library's ``serialize`` takes has changed between its versions.
+    """
+    header: dict[str, Any] = {}
+    data, place = [array.tobytes() for array in arrays.values()], 0
+    for (name, array), part in zip(arrays.items(), data, strict=True):
+        ends = place + len(part)
+        dtype, shape = _NAMES[str(array.dtype)], list(array.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, ends]}
+        place = ends
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    file.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(data))
+
+
+def read(file: Path) -> dict[str, Array]:
+    """Return the arrays of a file of safetensors by name; raise ValueError for a bad file."""
+    whole = file.read_bytes()
+    try:
+        (length,) = struct.unpack_from("<Q", whole)
+        header = json.loads(whole[8 : 8 + length])
+        header.pop("__metadata__", None)
+        return {name: _array(whole[8 + length :], entry) for name, entry in header.items()}
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file.name} is no file of safetensors: {error}") from None
+
+
+def _array(data: bytes, entry: Mapping[str, Any]) -> Array:
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"dtype {entry['dtype']!r} is none of {', '.join(_DTYPES)}")
+    begins, ends = entry["data_offsets"]
+    dtype = numpy_dtype(_DTYPES[entry["dtype"]])
+    return np.frombuffer(data[begins:ends], dtype).reshape(entry["shape"])
+
+
+# --- writing ----------------------------------------------------------------------------------
+
+
+def variants() -> dict[str, Variant]:
+    """Return the published variants by name."""
+    return {name: v for name, v in vars(mhc_core).items() if isinstance(v, Variant)}
+
+
+def cases_for(
+    ops: Sequence[str] = (),
+    variant: str = "DEEPSEEK_V4",
+    n: int = 4,
+    C: int = 64,
+    tokens: int = 8,
+) -> list[Case]:
+    """Return a case of each op with these sizes; raise ValueError for sizes that do not fit."""
+    chosen = variants()[variant]
+    reason = chosen.refuses(n)
+    if reason is not None:
+        raise ValueError(f"variant {variant}: {reason}")
+    sizes = Sizes((tokens,), n, C, "as asked for")
+    return [_case(op, variant, chosen, sizes) for op in ops or math.OPS]
+
+
+def _case(op: str, name: str, variant: Variant, sizes: Sizes) -> Case:
+    declared = declaration(op)
+    static = STATICS[op][0][1]
+    if check_variant in declared.static.values():
+        static = with_variant(op, variant, h_raw=True)
+    if "n" in declared.static:
+        static = (("n", sizes.n), *static)
+    case = Case(
+        op, name if declared.projects or "variant" in declared.static else op, sizes, static
+    )
+    mixes = variant.mixes or "h_res" not in declared.optional
+    return case if mixes else replace(case, unmixed=True)
+
+
+def export(folder: Path, cases: Iterable[Golden], command: str = "") -> list[dict[str, Any]]:
+    """Write cases and their index into a folder; return the index's entries."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = [_exported(folder, one) for one in cases]
+    index = {
+        "format": FORMAT,
+        "command": command,
+        "version": mhc_core.__version__,
+        "error": "max |got - want| / max |want|, each array by itself",
+        "answers": f"CASE{ANSWER}, beside the case",
+        "cases": entries,
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return entries
+
+
+def _exported(folder: Path, one: Golden) -> dict[str, Any]:
+    case = one.case
+    name = f"{case.op}-{one.dtype}-n{case.sizes.n}-C{case.sizes.C}-{_word(case.label)}"
+    arrays: dict[str, Array] = {}
+    arrays |= {f"in.{k}": a for k, a in zip(case.names, one.primals, strict=True)}
+    arrays |= {f"ct.{k}": a for k, a in zip(one.outputs, one.cotangents, strict=True)}
+    wanted: dict[str, dict[str, Any]] = {}
+    for quantity, role in _ROLES.items():
+        for want in one.want(quantity):
+            arrays[f"{role}.{want.name}"] = want.value
+            wanted[f"{role}.{want.name}"] = {
+                "dtype": want.dtype,
+                "shape": list(want.value.shape),
+                "allowed": want.limit,
+            }
+    write(folder / f"{name}.safetensors", arrays)
+    return {
+        "case": name,
+        "op": case.op,
+        "dtype": one.dtype,
+        "seed": one.seed,
+        "label": case.label,
+        "sizes": {"leading": list(case.sizes.leading), "n": case.sizes.n, "C": case.sizes.C},
+        "unmixed": case.unmixed,
+        "static": {k: asdict(v) if isinstance(v, Variant) else v for k, v in case.static},
+        "inputs": {k: _described(arrays[f"in.{k}"]) for k in case.names},
+        "wanted": wanted,
+    }
+
+
+def _word(label: str) -> str:
+    return "".join(c if c.isalnum() or c in "._" else "-" for c in label)
+
+
+def _described(array: Array) -> dict[str, Any]:
+    return {"dtype": str(array.dtype), "shape": list(array.shape)}
+
+
+# --- checking ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The verdict on one case."""
+
+    case: str
+    outcome: str  # holds, off, or missing
+    worst: float = 0.0  # of all arrays, the largest share of what is allowed
+    says: str = ""
+
+
+def against(folder: Path) -> Iterator[Answer]:
+    """Yield a verdict for every case of a folder; raise ValueError for a folder without cases."""
+    file = folder / INDEX
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    if index.get("format") != FORMAT:
+        raise ValueError(f"{file} has format {index.get('format')!r}; needs {FORMAT}")
+    for entry in index["cases"]:
+        yield _checked(folder, entry)
+
+
+def _checked(folder: Path, entry: Mapping[str, Any]) -> Answer:
+    name = entry["case"]
+    file = folder / f"{name}{ANSWER}"
+    if not file.exists():
+        return Answer(name, "missing", says=f"there is no {file.name}")
+    try:
+        given = read(file)
+        right = read(folder / f"{name}.safetensors")
+    except ValueError as error:
+        return Answer(name, "off", float("inf"), str(error))
+    wanted = entry["wanted"]
+    unknown = [key for key in given if key not in wanted]
+    if unknown:
+        return Answer(name, "off", float("inf"), f"{unknown[0]} is none of {', '.join(wanted)}")
+    roles = {role for role in _ROLES.values() if any(key.startswith(f"{role}.") for key in given)}
+    asked = {key: about for key, about in wanted.items() if key.split(".")[0] in roles}
+    if not asked:
+        return Answer(name, "missing", says=f"{file.name} has no arrays")
+    wants = _seamed(entry, given, right)
+    worst, says = 0.0, ""
+    for key, about in asked.items():
+        share, problem = _compared(key, about, given.get(key), wants.get(key), right)
+        if problem and not says:
+            says = problem
+        worst = max(worst, share)
+    return Answer(name, "off" if says else "holds", worst, says)
+
+
+def _seamed(
+    entry: Mapping[str, Any], given: Mapping[str, Array], right: Mapping[str, Array]
+) -> dict[str, Want]:
+    """Return the wanted arrays that depend on an output as it was rounded, of the answer's own."""
+    outputs = {k[4:]: a for k, a in given.items() if k.startswith("out.")}
+    case = _case_of(entry)
+    one = Golden(case, entry["dtype"], entry["seed"])
+    same = all(
+        np.array_equal(right[f"in.{k}"], a, equal_nan=True)
+        for k, a in zip(case.names, one.primals, strict=True)
+    )
+    if not same or not one.reads(outputs):
+        return {}
+    found: dict[str, Want] = {}
+    for quantity, role in _ROLES.items():
+        found |= {f"{role}.{want.name}": want for want in one.want(quantity, outputs)}
+    return found
+
+
+def _case_of(entry: Mapping[str, Any]) -> Case:
+    sizes = entry["sizes"]
+    static = tuple(
+        (name, Variant(**_tuples(value)) if isinstance(value, dict) else value)
+        for name, value in entry["static"].items()
+    )
+    leading = tuple(sizes["leading"])
+    shape = Sizes(leading, sizes["n"], sizes["C"], "as asked for")
+    return Case(entry["op"], entry["label"], shape, static, unmixed=entry["unmixed"])
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a variant's fields as they were before JSON made lists of tuples."""
+    return {
+        name: _tupled(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+
+
+def _tupled(value: list[Any]) -> tuple[Any, ...]:
+    return tuple(_tupled(one) if isinstance(one, list) else one for one in value)
+
+
+def _compared(
+    key: str,
+    about: Mapping[str, Any],
+    got: Array | None,
+    want: Want | None,
+    right: Mapping[str, Array],
+) -> tuple[float, str]:
+    """Return an array's share of what is allowed, and what is wrong with it."""
+    if got is None:
+        return float("inf"), f"{key} is not there"
+    have = f"{got.dtype} {list(got.shape)}"
+    if str(got.dtype) != about["dtype"] or list(got.shape) != about["shape"]:
+        return float("inf"), f"{key} is {have}; needs {about['dtype']} {about['shape']}"
+    if want is None:
+        want = Want(key, right[key], about["dtype"], about["allowed"])
+    error = want.error(got)
+    share = error / want.limit if want.limit else (float("inf") if error else 0.0)
+    says = f"{key} is off by {error:.3g}, allowed {want.limit:.3g}" if share > 1 else ""
+    return share, says

@@ -1,0 +1,144 @@
+"""``mhc conformance`` without a backend: other projects, and golden cases in files."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from mhc_core.cli import _files, _screen
+
+__all__ = ["against", "export", "peers"]
+
+GROUP = "mhc_core.peers"
+"""The entry-point group of the plugin that runs other projects' implementations."""
+
+STYLES = {"good": "green", "bad": "red", "none": "dim", "title": "bold"}
+
+
+def peers(
+    chosen: Sequence[str],
+    ops: Sequence[str],
+    dtypes: Sequence[str],
+    kinds: Sequence[str],
+    seed: int,
+    checkouts: Sequence[str],
+    report: Sequence[Path],
+    json_file: Path | None,
+) -> None:
+    """Hold other projects' implementations against the oracle, and name their bugs."""
+    plugin = _plugin()
+    folders = _folders(plugin, checkouts)
+    for file in report:
+        if file.suffix.lower() not in plugin.SUFFIXES:
+            needs = ", ".join(plugin.SUFFIXES)
+            raise typer.BadParameter(f"--report is {file.suffix!r}; needs one of {needs}")
+    _files.check({**{f"--report {k}": f for k, f in enumerate(report)}, "--json": json_file})
+    words = ["mhc", "conformance", "--peers", *chosen]
+    for name, some in (("op", ops), ("dtype", dtypes), ("kind", kinds)):
+        words += [word for one in some for word in (f"--{name}", one)]
+    for name, folder in folders.items():
+        words += ["--checkout", f"{name}={folder.name}"]
+    command = shlex.join([*words, "--seed", str(seed)])
+    with _files.only_json(json_file):
+        with _screen.progress(44) as bars:
+            bar = bars.add_task("reading the adapters", total=None)
+
+            def began(what: str) -> None:
+                bars.update(bar, description=what)
+
+            try:
+                made = plugin.table(chosen, ops, dtypes, kinds, seed, folders, command, began)
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from None
+        for line, mark in made.lines():
+            _screen.say(line, STYLES[mark])
+        _screen.say(made.summary)
+        texts = [(file, made.spelled(file.suffix)) for file in report]
+        texts += [(json_file, made.spelled(".json"))] if json_file else []
+    written = [_files.write(file, content) for file, content in texts]
+    if not made.compared or not all(written):
+        raise typer.Exit(1)
+
+
+def _plugin() -> Any:
+    from importlib.metadata import entry_points
+
+    found = entry_points(group=GROUP)
+    if not found:
+        raise typer.BadParameter(
+            "--peers needs the plugin mhc-peers: pip install mhc-peers, or plugins/mhc-peers of a "
+            "checkout"
+        )
+    return next(iter(found)).load()
+
+
+def _folders(plugin: Any, checkouts: Sequence[str]) -> dict[str, Path]:
+    known = plugin.checkouts()
+    folders: dict[str, Path] = {}
+    for word in checkouts:
+        name, _, folder = word.partition("=")
+        if name not in known or not folder:
+            raise typer.BadParameter(
+                f"--checkout is {word!r}; needs NAME=FOLDER, with a name of {', '.join(known)}"
+            )
+        folders[name] = Path(folder)
+    return folders
+
+
+def export(
+    folder: Path,
+    ops: Sequence[str],
+    dtypes: Sequence[str],
+    variant: str,
+    n: int,
+    channels: int,
+    tokens: int,
+    seed: int,
+) -> None:
+    """Write golden cases as safetensors, with a JSON index."""
+    from mhc_conformance import exchange, flashinfer
+    from mhc_conformance.golden import Golden
+
+    known = exchange.variants()
+    if variant not in known:
+        raise typer.BadParameter(f"--variant is {variant!r}; needs one of {', '.join(known)}")
+    words = ["mhc", "conformance", "--export", folder.name, "--variant", variant]
+    words += ["--n", str(n), "--C", str(channels), "--tokens", str(tokens), "--seed", str(seed)]
+    for name, some in (("op", ops), ("dtype", dtypes)):
+        words += [word for one in some for word in (f"--{name}", one)]
+    try:
+        cases = exchange.cases_for(ops, variant, n, channels, tokens)
+        golden = [Golden(case, dtype, seed) for dtype in dtypes for case in cases]
+        entries = exchange.export(folder, golden, shlex.join(words))
+        traces = flashinfer.write(folder, known[variant], n, channels)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+    typer.echo(f"{len(entries)} cases in {folder}: see {exchange.INDEX}")
+    if traces:
+        typer.echo(f"{len(traces)} trace definitions of FlashInfer: {', '.join(traces)}")
+
+
+def against(folder: Path) -> None:
+    """Give a verdict on every answer in a folder of golden cases."""
+    from mhc_conformance.exchange import against as verdicts
+
+    try:
+        found = list(verdicts(folder))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    for one in found:
+        if one.outcome != "missing":
+            share = f"{one.worst:.2g} of what is allowed" if one.worst < float("inf") else ""
+            says = f": {one.says}" if one.says else f", {share}"
+            _screen.say(
+                f"{one.outcome:<5} {one.case}{says}", "green" if one.outcome == "holds" else "red"
+            )
+    counts = {mark: sum(o.outcome == mark for o in found) for mark in ("holds", "off", "missing")}
+    holds, off, missing = counts.values()
+    typer.echo(f"{holds} hold, {off} off, {missing} without an answer")
+    if off or not holds:
+        raise typer.Exit(1)
