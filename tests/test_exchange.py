@@ -43,7 +43,7 @@ def folder_of(folder: Path, ops: list[str], variant: str = "DEEPSEEK_V4", **size
 
 def test_a_program_in_another_language(program: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke
-    words = "--op combine --n 5 --C 37 --tokens 9 --seed 2".split()
+    words = ["--op", "combine", "--n", "5", "--C", "37", "--tokens", "9", "--seed", "2"]
     made = run(app, ["conformance", "--export", str(tmp_path), *words])
     assert made.exit_code == 0, made.output
     names = [entry["case"] for entry in json.loads((tmp_path / INDEX).read_text())["cases"]]

@@ -25,6 +25,7 @@ PACKAGES = {
     "mhc_metal_simulator": ROOT / "plugins/mhc-metal-simulator/mhc_metal_simulator",
     "mhc_mlx": ROOT / "plugins/mhc-drop-in/mhc_mlx",
     "mlx_mhc": ROOT / "plugins/mhc-drop-in/mlx_mhc",
+    "mhc_peers": ROOT / "plugins/mhc-peers/mhc_peers",
 }
 
 # From the ground up; a part of a package that stands on another floor has a line of its own.
@@ -40,6 +41,7 @@ LAYERS = (
     "mhc_metal_simulator",
     "mhc_mlx",
     "mlx_mhc",
+    "mhc_peers",
 )
 
 IMPORTS = [
@@ -63,6 +65,8 @@ IMPORTS = [
     "mlx_mhc -> mhc_core.mlx",
     "mlx_mhc -> mhc_backends",
     "mlx_mhc -> mhc_mlx",
+    "mhc_peers -> mhc_core",
+    "mhc_peers -> mhc_conformance",
 ]
 
 # Arrows that any plugin may have, without a line above.

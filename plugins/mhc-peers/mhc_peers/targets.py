@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mhc_peers.declaration import Peer
 
-__all__ = ["NotRunError", "cache", "environment", "interpreter"]
+__all__ = ["NotRunError", "cache", "environment", "installed", "interpreter"]
 
 
 class NotRunError(Exception):
@@ -91,7 +91,8 @@ def environment(peer: Peer, python: str, checkouts: Mapping[str, Path]) -> dict[
             raise NotRunError(f"--checkout {peer.checkout} is {folder}, which is no folder")
         path.append(str(folder.absolute()))
         given["MHC_PEERS_CHECKOUT"] = str(folder.absolute())
-    path += map(str, _installed(peer, python))
+    path += map(str, installed(peer, python))
+    path += filter(None, [os.environ.get("PYTHONPATH")] if python == sys.executable else [])
     given["PYTHONPATH"] = os.pathsep.join(path)
     given.setdefault("MLX_ENABLE_TF32", "0")
     if peer.library == "mlx" and sys.platform != "darwin":
@@ -110,7 +111,8 @@ def _links() -> Path:
     return folder
 
 
-def _installed(peer: Peer, python: str) -> list[Path]:
+def installed(peer: Peer, python: str) -> list[Path]:
+    """Return the folders of what a peer pins, for a Python; install what is not there."""
     own = python == sys.executable
     pins = [pin for pin in peer.pins if not (own and _has(pin))]
     if not pins:
