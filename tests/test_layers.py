@@ -67,6 +67,8 @@ IMPORTS = [
     "mlx_mhc -> mhc_mlx",
     "mhc_peers -> mhc_core",
     "mhc_peers -> mhc_conformance",
+    "mhc_peers -> mhc_mlx",  # the original, in a process that finds it before the drop-in
+    "mhc_peers -> mlx_mhc",  # likewise
 ]
 
 # Arrows that any plugin may have, without a line above.

@@ -131,7 +131,7 @@ def _amount(case: Case) -> int:
 
 @dataclass(frozen=True)
 class Field:
-    """What an implementation has of an op, from which its cases follow.
+    """The part of an op that an implementation has, from which its cases follow.
 
     Attributes
     ----------

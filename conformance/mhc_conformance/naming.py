@@ -50,7 +50,7 @@ UNEXPLAINED = "no known bug matches"
 
 @dataclass(frozen=True)
 class Observed:
-    """What an implementation answered to one case."""
+    """The answer of an implementation to one case."""
 
     golden: Golden
     quantity: Quantity

@@ -123,7 +123,7 @@ def export(
 
 
 def against(folder: Path) -> None:
-    """Give a verdict on every answer in a folder of golden cases."""
+    """Judge every answer in a folder of golden cases."""
     from mhc_conformance.exchange import against as verdicts
 
     try:

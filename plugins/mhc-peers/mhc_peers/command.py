@@ -1,4 +1,4 @@
-"""What ``mhc conformance --peers`` calls, by the entry-point group ``mhc_core.peers``."""
+"""The functions that ``mhc conformance --peers`` calls, by the entry-point group ``mhc_core.peers``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter declares: where an implementation is, what it computes, and what it cannot.
+"""The declarations of an adapter: where an implementation is, what it computes, and what it cannot.
 
 An adapter is read in two processes. The one that compares reads its declarations and has none of
 the peer's libraries; the one that runs it has those, and no mhc-core. So an adapter imports nothing

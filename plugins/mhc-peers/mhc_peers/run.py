@@ -30,7 +30,7 @@ LONGEST = 900  # seconds for one peer
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found of one op of one peer, in one dtype, forward or gradient."""
+    """The verdict on one op of one peer, in one dtype, forward or gradient."""
 
     peer: str
     project: str

@@ -1,4 +1,4 @@
-"""What goes between the process that compares and the one that runs a peer."""
+"""Messages between the process that compares and the one that runs a peer."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Found:
-    """What a peer answered: its arrays, the seconds of a call, or why there are none."""
+    """The answer of a peer: its arrays, the seconds of a call, or why there are none."""
 
     number: int
     arrays: tuple[Wire, ...] = ()
