@@ -11,7 +11,7 @@ import typer
 
 from mhc_core.cli import _files, _screen
 
-__all__ = ["against", "export", "peers"]
+__all__ = ["against", "export", "peers", "plugin"]
 
 GROUP = "mhc_core.peers"
 """The entry-point group of the plugin that runs other projects' implementations."""
@@ -30,11 +30,11 @@ def peers(
     json_file: Path | None,
 ) -> None:
     """Hold other projects' implementations against the oracle, and name their bugs."""
-    plugin = _plugin()
-    folders = _folders(plugin, checkouts)
+    known = _plugin()
+    folders = _folders(known, checkouts)
     for file in report:
-        if file.suffix.lower() not in plugin.SUFFIXES:
-            needs = ", ".join(plugin.SUFFIXES)
+        if file.suffix.lower() not in known.SUFFIXES:
+            needs = ", ".join(known.SUFFIXES)
             raise typer.BadParameter(f"--report is {file.suffix!r}; needs one of {needs}")
     _files.check({**{f"--report {k}": f for k, f in enumerate(report)}, "--json": json_file})
     words = ["mhc", "conformance", "--peers", *chosen]
@@ -51,7 +51,7 @@ def peers(
                 bars.update(bar, description=what)
 
             try:
-                made = plugin.table(chosen, ops, dtypes, kinds, seed, folders, command, began)
+                made = known.table(chosen, ops, dtypes, kinds, seed, folders, command, began)
             except ValueError as error:
                 raise typer.BadParameter(str(error)) from None
         for line, mark in made.lines():
@@ -64,26 +64,32 @@ def peers(
         raise typer.Exit(1)
 
 
-def _plugin() -> Any:
+def plugin() -> Any:
+    """Return the module of the plugin that runs other projects' implementations, or None."""
     from importlib.metadata import entry_points
 
     found = entry_points(group=GROUP)
-    if not found:
+    return next(iter(found)).load() if found else None
+
+
+def _plugin() -> Any:
+    found = plugin()
+    if found is None:
         raise typer.BadParameter(
             "--peers needs the plugin mhc-peers: pip install mhc-peers, or plugins/mhc-peers of a "
             "checkout"
         )
-    return next(iter(found)).load()
+    return found
 
 
-def _folders(plugin: Any, checkouts: Sequence[str]) -> dict[str, Path]:
-    known = plugin.checkouts()
+def _folders(known: Any, checkouts: Sequence[str]) -> dict[str, Path]:
+    names = known.checkouts()
     folders: dict[str, Path] = {}
     for word in checkouts:
         name, _, folder = word.partition("=")
-        if name not in known or not folder:
+        if name not in names or not folder:
             raise typer.BadParameter(
-                f"--checkout is {word!r}; needs NAME=FOLDER, with a name of {', '.join(known)}"
+                f"--checkout is {word!r}; needs NAME=FOLDER, with a name of {', '.join(names)}"
             )
         folders[name] = Path(folder)
     return folders

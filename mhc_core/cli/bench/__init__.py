@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mhc_core.cli import _files
-from mhc_core.cli._baselines import BASELINES
+from mhc_core.cli import _field, _files
+from mhc_core.cli._baselines import BASELINES, Baseline
 from mhc_core.text import one_line
 
 if TYPE_CHECKING:
@@ -268,6 +268,15 @@ def _chosen_rows(mode: Mode, chosen: Sequence[str] | None, depth: int) -> list[R
     return [every[name] for name in dict.fromkeys(chosen or usual)]
 
 
+def _peers(chosen: Sequence[str] | None) -> dict[str, Baseline]:
+    """Return the baselines of the plugin mhc-peers, where a name that is not here asks for them."""
+    if set(chosen or ()) <= {*BASELINES, NOBODY}:
+        return {}
+    plugin = _field.plugin()
+    timed = plugin.timed() if plugin else {}
+    return {name: Baseline(name, *about) for name, about in timed.items()}
+
+
 def _theirs(chosen: Sequence[str] | None, libraries: set[str]) -> tuple[list[Side], list[str]]:
     """Return the baselines that are installed, and a note on each of the others.
 
@@ -276,13 +285,14 @@ def _theirs(chosen: Sequence[str] | None, libraries: set[str]) -> tuple[list[Sid
     from mhc_core.cli.bench._sides import baseline_side
     from mhc_core.text import safe
 
-    known = (*BASELINES, NOBODY)
+    every = {**_peers(chosen), **BASELINES}
+    known = (*every, NOBODY)
     for name in chosen or ():
         if name not in known:
             raise typer.BadParameter(f"--vs is {name!r}; needs one of {', '.join(known)}")
     sides: list[Side] = []
     notes: list[str] = []
-    for baseline in BASELINES.values():
+    for baseline in every.values():
         if baseline.name not in chosen if chosen else baseline.library not in libraries:
             continue
         if reason := baseline.missing():

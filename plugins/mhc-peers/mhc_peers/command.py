@@ -1,16 +1,23 @@
-"""The functions that ``mhc conformance --peers`` calls, by the entry-point group ``mhc_core.peers``."""
+"""The functions that ``mhc conformance --peers`` calls, by the group ``mhc_core.peers``."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import mhc_core
+from mhc_peers.declaration import Op, Peer
 from mhc_peers.registry import named, peers
-from mhc_peers.run import Plan, run
+from mhc_peers.run import Plan, run, runs_here
 from mhc_peers.table import SUFFIXES, Table
+from mhc_peers.targets import NotRunError, installed, lacking
 
-__all__ = ["SUFFIXES", "checkouts", "names", "table"]
+__all__ = ["SUFFIXES", "checkouts", "names", "table", "timed"]
 
 
 def names() -> list[str]:
@@ -41,3 +48,47 @@ def table(
     started = time.perf_counter()
     ran = list(run(Plan(chosen, ops, dtypes, kinds, seed, folders), began))
     return Table(command, seed, time.perf_counter() - started, ran)
+
+
+# --- for mhc bench --vs -----------------------------------------------------------------------
+
+
+def timed() -> dict[str, tuple[str, str, str, Callable[[], Mapping[str, Any]]]]:
+    """Return what ``mhc bench --vs`` takes: library, distribution, description and functions.
+
+    They run in its process, beside mhc-core's backends, on the same arrays. So a peer that needs
+    another Python or a checkout is not among them.
+    """
+    return {
+        name: (peer.library, "mhc-peers", f"{peer.where}, by the adapter", _loader(peer))
+        for name, peer in peers().items()
+        if not (peer.python or peer.checkout)
+    }
+
+
+def _loader(peer: Peer) -> Callable[[], Mapping[str, Any]]:
+    def load() -> dict[str, Any]:
+        reason = runs_here(peer) or lacking(peer)
+        if reason:
+            raise NotRunError(reason)
+        sys.path[:0] = [str(folder) for folder in installed(peer, sys.executable)]
+        return {
+            name: functools.partial(op.function, **_defaults(name, op))
+            for name, op in peer.ops.items()
+            if op.released in ("", "DEEPSEEK_V4")  # the constants that all sides are timed with
+        }
+
+    return load
+
+
+def _defaults(name: str, op: Op) -> dict[str, Any]:
+    """Return the static arguments of an op: the peer's own, else those of mhc-core."""
+    public = inspect.signature(getattr(mhc_core, name)).parameters
+    taken = inspect.signature(op.function).parameters
+    found: dict[str, Any] = {"variant": mhc_core.DEEPSEEK_V4} if "variant" in taken else {}
+    for argument in taken:
+        given = public[argument].default if argument in public else inspect.Parameter.empty
+        value = op.fixed.get(argument, given)
+        if argument != "variant" and value is not inspect.Parameter.empty and value is not None:
+            found[argument] = value
+    return found

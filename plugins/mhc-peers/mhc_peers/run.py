@@ -22,7 +22,7 @@ from mhc_peers.registry import named, peers
 from mhc_peers.targets import NotRunError, environment, interpreter
 from mhc_peers.wire import Asked, Found, from_wire, to_wire
 
-__all__ = ["Plan", "Ran", "Verdict", "judge", "questions", "run"]
+__all__ = ["Plan", "Ran", "Verdict", "here", "judge", "questions", "run", "runs_here"]
 
 QUANTITIES: tuple[Quantity, ...] = ("forward", "gradient")
 LONGEST = 900  # seconds for one peer
@@ -177,8 +177,9 @@ def in_a_process(
 ) -> dict[str, Answers]:
     """Return each peer's answers by their numbers, from a process that they share."""
     first = family[0]
-    if first.gpu and not _gpu() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise NotRunError(f"needs a GPU: {first.gpu}")
+    reason = runs_here(first)
+    if reason:
+        raise NotRunError(reason)
     python = interpreter(first)
     around = environment(first, python, checkouts)
     with tempfile.TemporaryDirectory() as folder:
@@ -218,6 +219,13 @@ def _read(results: Path, names: Iterable[str]) -> dict[str, Answers]:
                 else:
                     about.update(one)
     return answers
+
+
+def runs_here(peer: Peer) -> str:
+    """Return why this machine cannot run a peer, or ""."""
+    if peer.gpu and not _gpu() and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs a GPU: {peer.gpu}"
+    return ""
 
 
 def _gpu() -> bool:

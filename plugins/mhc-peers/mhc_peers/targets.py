@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mhc_peers.declaration import Peer
 
-__all__ = ["NotRunError", "cache", "environment", "installed", "interpreter"]
+__all__ = ["NotRunError", "cache", "environment", "installed", "interpreter", "lacking"]
 
 
 class NotRunError(Exception):
@@ -78,9 +78,9 @@ def _runs(python: str, number: str) -> bool:
 
 def environment(peer: Peer, python: str, checkouts: Mapping[str, Path]) -> dict[str, str]:
     """Return the environment of a peer's process; install what it pins, and raise NotRunError."""
-    for module, distribution in peer.needs.items():
-        if importlib.util.find_spec(module.partition(".")[0]) is None:
-            raise NotRunError(f"needs {module}: pip install '{distribution}'")
+    reason = lacking(peer)
+    if reason:
+        raise NotRunError(reason)
     path = [str(_links())]
     given = dict(os.environ)
     if peer.checkout:
@@ -98,6 +98,14 @@ def environment(peer: Peer, python: str, checkouts: Mapping[str, Path]) -> dict[
     if peer.library == "mlx" and sys.platform != "darwin":
         given.setdefault("MLX_DISABLE_COMPILE", "1")  # else a C++ compiler runs for every shape
     return {**given, **peer.environment}
+
+
+def lacking(peer: Peer) -> str:
+    """Return what the environment lacks for a peer, or ""."""
+    for module, distribution in peer.needs.items():
+        if importlib.util.find_spec(module.partition(".")[0]) is None:
+            return f"needs {module}: pip install '{distribution}'"
+    return ""
 
 
 def _links() -> Path:
