@@ -76,8 +76,7 @@ def _plugin() -> Any:
     found = plugin()
     if found is None:
         raise typer.BadParameter(
-            "--peers needs the plugin mhc-peers: pip install mhc-peers, or plugins/mhc-peers of a "
-            "checkout"
+            "--peers needs the plugin mhc-peers: in a checkout, pip install -e plugins/mhc-peers"
         )
     return found
 
