@@ -22,7 +22,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,9 +77,9 @@ def read(file: Path) -> dict[str, Array]:
     whole = file.read_bytes()
     try:
         (length,) = struct.unpack_from("<Q", whole)
-        header = json.loads(whole[8 : 8 + length])
+        header: dict[str, Any] = json.loads(whole[8 : 8 + length])
         header.pop("__metadata__", None)
-        return {name: _array(whole[8 + length :], entry) for name, entry in header.items()}
+        return {name: _array(whole[8 + length :], header[name]) for name in header}
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file.name} is no file of safetensors: {error}") from None
 
@@ -260,7 +260,7 @@ def _seamed(
 def _case_of(entry: Mapping[str, Any]) -> Case:
     sizes = entry["sizes"]
     static = tuple(
-        (name, Variant(**_tuples(value)) if isinstance(value, dict) else value)
+        (name, Variant(**_tuples(value)) if name == "variant" else value)
         for name, value in entry["static"].items()
     )
     leading = tuple(sizes["leading"])
@@ -270,13 +270,11 @@ def _case_of(entry: Mapping[str, Any]) -> Case:
 
 def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return a variant's fields as they were before JSON made lists of tuples."""
-    return {
-        name: _tupled(value) if isinstance(value, list) else value for name, value in fields.items()
-    }
+    return {name: _tupled(value) for name, value in fields.items()}
 
 
-def _tupled(value: list[Any]) -> tuple[Any, ...]:
-    return tuple(_tupled(one) if isinstance(one, list) else one for one in value)
+def _tupled(value: Any) -> Any:
+    return tuple(map(_tupled, cast("list[Any]", value))) if isinstance(value, list) else value
 
 
 def _compared(

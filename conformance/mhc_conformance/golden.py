@@ -187,7 +187,7 @@ def golden_cases(field: Field) -> list[Case]:
     if (field.fixed or {}).get(ALONE):
         taken = [sizes._replace(leading=()) for sizes in taken]
     statics = static_of(field)
-    flags = {name: bool((field.fixed or {}).get(name)) for name in FLAGS}
+    flags: dict[str, Any] = {name: bool((field.fixed or {}).get(name)) for name in FLAGS}
     pairs = [(label, static, sizes) for label, static in statics[:1] for sizes in taken]
     pairs += [(label, static, sizes) for label, static in statics[1:] for sizes in taken[:2]]
     found = [

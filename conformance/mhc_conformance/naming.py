@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from mhc_conformance import oracle
 from mhc_conformance.autodiff import (
     Value,
+    concatenate,
     exp,
     largest,
     maximum,
@@ -36,6 +37,7 @@ from mhc_conformance.bugs import BUGS, Bug
 from mhc_conformance.cases import NARROW, numpy_dtype
 from mhc_conformance.generated import CONSTANTS, get, paths, put
 from mhc_conformance.golden import Golden, Want
+from mhc_conformance.subject import several
 from mhc_conformance.tolerances import Quantity, eps
 
 __all__ = ["PATCHES", "Observed", "Suspect", "name_bug", "suspects"]
@@ -46,6 +48,8 @@ Replaced = Callable[[Callable[..., Any]], Callable[..., Any]]
 Answer = Callable[[Golden, Quantity], "Sequence[Array] | None"]
 
 UNEXPLAINED = "no known bug matches"
+ROUNDINGS = 4
+"""The number of roundings to a narrow dtype up to which a difference is rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -139,13 +143,15 @@ def _described(failing: Sequence[Observed]) -> str:
     ]
     if any(not np.isfinite(got.astype(np.float64)).all() for _, got in wrong):
         return f"{UNEXPLAINED}: there are NaN or infinite numbers"
+    dtype = failing[0].golden.dtype
     wide = [got for want, got in wrong if want.dtype not in NARROW]
-    for narrow in NARROW:
-        if wide and all(_holds(got, narrow) for got in wide):
+    for narrow in (dtype, *NARROW):
+        if narrow in NARROW and wide and all(_holds(got, narrow) for got in wide):
             return f"rounded: float32 results hold {narrow} numbers"
-    narrow = failing[0].golden.dtype
-    if narrow in NARROW and max(want.error(got) for want, got in wrong) <= 2 * eps(narrow):
-        return f"rounding: right to two roundings of {narrow}, where one is allowed"
+    if dtype in NARROW:
+        roundings = int(np.ceil(max(want.error(got) for want, got in wrong) / (eps(dtype) / 2)))
+        if roundings <= ROUNDINGS:
+            return f"rounding: right to {roundings} roundings of {dtype}, where one is allowed"
     return UNEXPLAINED
 
 
@@ -232,10 +238,14 @@ def _changes(
     elif isinstance(current, str):
         for pair in (("columns", "rows"), ("softmax", "exp"), ("sum", "mean")):
             if current in pair:
-                yield "the other", lambda given, pair=pair: pair[get(given, path) == pair[0]]
+                yield "the other", _other_of(path, pair)
     elif path[-1] == "sinkhorn_clamp":
         yield "none", lambda _: None
         yield "30", lambda _: (-30.0, 30.0)
+
+
+def _other_of(path: tuple[str, ...], pair: tuple[str, str]) -> Change:
+    return lambda given: pair[int(get(given, path) == pair[0])]
 
 
 def _with_constant(path: tuple[str, ...], change: Change) -> Answer:
@@ -266,8 +276,7 @@ def _as_bug(bug: Bug) -> Answer:
             if case.op not in functions:
                 return None
             primals = tuple(np.array(primal) for primal in case.placed(one.primals))
-            outputs = functions[case.op](*primals, **case.options)
-            made = outputs if isinstance(outputs, tuple) else (outputs,)
+            made = several(functions[case.op](*primals, **case.options))
             return [np.asarray(output) for output in made if output is not None]
         if "vjp" not in functions:
             return None
@@ -347,7 +356,7 @@ def _reaches(op: str) -> set[str]:
 
 
 @contextlib.contextmanager
-def _replaced(function: str, replacement: Replaced) -> Iterator[None]:
+def _replaced(function: str, replacement: Replaced) -> Generator[None]:
     right = getattr(oracle, function)
     wrong = replacement(right)
     setattr(oracle, function, wrong)
@@ -768,7 +777,7 @@ def _scale_at(index: int, instead: int) -> Callable[[int, Value, Value, int], tu
     def change(n: int, scale: Value, bias: Value, m: int) -> tuple[Value, Value]:
         order = list(range(scale.shape[0]))
         order[index] = instead
-        return scale[np.array(order)], bias
+        return concatenate([scale[at : at + 1] for at in order], 0), bias
 
     return change
 
@@ -903,13 +912,6 @@ for _dtype in NARROW:
     patch("aggregate-narrow", f"H_pre and each product are rounded to {_dtype}", "aggregate")(
         _collapsed_in(_dtype)
     )
-
-
-def _gradient_in(dtype: str, array: Value) -> Value:
-    def pull(g: Array) -> tuple[Array]:
-        return (np.asarray(g).astype(numpy_dtype(dtype)).astype(np.float64),)
-
-    return node("as it is", array.data, (array,), pull)
 
 
 # --- norms and gates --------------------------------------------------------------------------

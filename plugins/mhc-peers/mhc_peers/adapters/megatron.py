@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.machinery
 import importlib.util
 import sys
 from types import ModuleType, SimpleNamespace
@@ -25,18 +26,36 @@ peer = Peer(
 )
 
 
+class _Absent(ModuleType):
+    """A module in the place of triton: the kernels of experts are declared with it, not run."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        self.__version__ = "0"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def declares(*given: Any, **_: Any) -> Any:
+            return given[0] if given and callable(given[0]) else declares
+
+        return declares
+
+
 @functools.cache
 def _class() -> Any:
     import torch
+    from torch.utils._triton import has_triton_package
 
     if not torch.cuda.is_available():  # its ranges for a profiler need CUDA
         torch.cuda.nvtx.range = lambda *_: contextlib.nullcontext()
         torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: None
-    if importlib.util.find_spec("triton") is None:  # its experts' kernels, which mHC has none of
-        triton, language = ModuleType("triton"), ModuleType("triton.language")
-        triton.jit = lambda function: function  # type: ignore[attr-defined]
+    if importlib.util.find_spec("triton") is None:
+        has_triton_package()  # which torch remembers: it has none
+        triton, language = _Absent("triton"), _Absent("triton.language")
         triton.language = language  # type: ignore[attr-defined]
-        language.constexpr = int  # type: ignore[attr-defined]
         sys.modules |= {"triton": triton, "triton.language": language}
     from megatron.core.transformer.hyper_connection import HyperConnectionModule
 
