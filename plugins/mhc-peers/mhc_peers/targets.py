@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
 
 from mhc_peers.declaration import Peer
@@ -129,11 +129,14 @@ def installed(peer: Peer, python: str) -> list[Path]:
 
 
 def _has(pin: str) -> bool:
+    """Return whether the environment itself, without our folders, has that very version."""
     name, _, number = pin.partition("==")
     try:
-        return version(name) == number
-    except PackageNotFoundError:
+        found = metadata.distribution(name)
+    except metadata.PackageNotFoundError:
         return False
+    there = Path(str(found.locate_file(""))).resolve()
+    return found.version == number and cache().resolve() not in there.parents
 
 
 @functools.cache
