@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mhc_core.cli import backends, bench, conformance, demo, info
+from mhc_core.cli import backends, bench, conformance, demo, info, plan
 from mhc_core.cli._command import Command, Group
 
 __all__ = ["app"]
@@ -25,6 +25,7 @@ for subcommand in (
     conformance.conformance,
     demo.demo,
     info.info,
+    plan.plan,
 ):
     app.command(cls=Command)(subcommand)
 

@@ -13,7 +13,7 @@ from mhc_backends.checkpoints.names import MOST_LAYERS, OWNER, printable
 from mhc_core import checks
 from mhc_core.variants import Variant
 
-__all__ = ["Config", "eps_of", "is_file", "read_config", "read_json", "variant_of"]
+__all__ = ["Config", "config_in", "eps_of", "is_file", "read_config", "read_json", "variant_of"]
 
 _NORM_EPS = 1e-6  # of Qwen4-Exp, as its config has it by default
 
@@ -60,6 +60,11 @@ def read_config(weights: Path | None) -> Config:
     file = None if folder is None else folder / "config.json"
     if file is None or not is_file(file):
         return Config(None, {}, None, None, None, None)
+    return config_in(file)
+
+
+def config_in(file: Path) -> Config:
+    """Read a file with the content of a ``config.json``."""
     whole = read_json(file)
     fields: Any = whole.get("text_config", whole)
     if not isinstance(fields, dict):
