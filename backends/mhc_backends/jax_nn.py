@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,58 @@ from mhc_backends.nn_common import (
     names_of,
     residual_bias,
 )
+from mhc_core import sharding
 from mhc_core.variants import PAPER, Variant
 
-__all__ = ["GatedConnection", "GatedHead", "HyperConnection", "HyperHead"]
+__all__ = ["GatedConnection", "GatedHead", "HyperConnection", "HyperHead", "channels_over"]
 
 Params = dict[str, jax.Array]
+
+
+@contextlib.contextmanager
+def channels_over(axis_name: str) -> Generator[None]:
+    """Tell the ops inside a ``jax.shard_map`` that devices of an axis have a part of the channels.
+
+    Streams, layer inputs and outputs, norm weights and phi are then parts; mappings, scale and bias
+    are the same on all devices of the axis. What the maths needs of the other parts is summed, in
+    one all-reduce each: ``m + 1`` numbers a token in ``mappings``, ``pre`` and ``combine_pre``, and
+    for the gradients of H_pre, H_post and H_res as many numbers as these have. Streams are never
+    gathered. Other axes of the mesh may have parts of the tokens. The ops run on the backend
+    ``jax`` and are those of :data:`mhc_backends.jax.ops.CHANNEL_OPS`.
+
+    Keep phi as ``[m, n, C]`` outside, to shard it along C.
+
+    Parameters
+    ----------
+    axis_name
+        The name of the axis.
+
+    Raises
+    ------
+    TypeError
+        If ``axis_name`` is no word.
+    ValueError
+        From an op inside, for an array that is no part, or is one and must not be.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, mhc_core as mhc
+    >>> from jax.sharding import PartitionSpec as P
+    >>> from mhc_core.jax import channels_over
+    >>> mesh = jax.make_mesh((1,), ("model",))
+    >>> parts = (P(None, None, "model"), P(None, None, "model"), P(), P())
+    >>> @jax.shard_map(mesh=mesh, in_specs=parts, out_specs=(P(None, "model"), P(), P()))
+    ... def pre(x, phi, scale, bias):
+    ...     with channels_over("model"):
+    ...         return mhc.pre(x, phi.reshape(len(phi), -1), scale, bias, mhc.PAPER)
+    >>> h, h_post, h_res = pre(jnp.ones((5, 4, 8)), jnp.ones((24, 4, 8)), jnp.ones(3), jnp.ones(24))
+    >>> h.shape
+    (5, 8)
+    """
+    if not isinstance(axis_name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"channels_over: axis_name is {axis_name!r}; needs the name of an axis")
+    with mhc.use_backend("jax"), sharding.channels_over(axis_name):
+        yield
 
 
 @dataclass(frozen=True)

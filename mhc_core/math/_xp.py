@@ -12,8 +12,11 @@ from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
 
+from mhc_core.sharding import channel_axis
+
 __all__ = [
     "as_dtype_of",
+    "channels",
     "clamped",
     "collapse",
     "constant",
@@ -29,6 +32,7 @@ __all__ = [
     "mix",
     "namespace",
     "outer",
+    "over_channels",
     "project",
     "scan",
     "scan_reverse",
@@ -497,11 +501,12 @@ def mean_square(xp: Any, x: Array, axes: int = 1) -> Array:
 
     Streams of 1e18 have squares of 1e36, and float32 cannot hold the sum of 341 such squares. So
     the division by their number comes before the sum where that fuses, else after partial sums of
-    at most 256 squares.
+    at most 256 squares. Where the channels are on several devices, this is one device's part of the
+    mean, for :func:`over_channels` to sum.
     """
     count = math.prod(x.shape[x.ndim - axes :])
     if keeps_axes(xp):
-        last = tuple(range(-axes, 0))
+        last, count = tuple(range(-axes, 0)), count * _devices_of_channels(xp)
         return xp.sum(x * (1 / max(count, 1)) * x, axis=last)[..., None]
     return _mean_square(xp, xp.reshape(x, (*x.shape[: x.ndim - axes], count)))[..., None]
 
@@ -708,6 +713,26 @@ def _on_two_cores(mx: Any, function: Callable[..., Array], *arrays: Array) -> li
 @functools.cache
 def _second_stream(mx: Any) -> Any:
     return mx.new_thread_local_stream(mx.cpu)
+
+
+# ------------------------------------------------------------------------------ sums over devices
+# Inside jax.shard_map an array is a device's part, and a sum over C is that of its part alone.
+
+
+def over_channels(xp: Any, *sums: Array) -> tuple[Array, ...]:
+    """Sum one device's sums over C across all devices that have channels, in one all-reduce."""
+    axis = channel_axis() if _is(xp, "jax") else None
+    return sums if axis is None else _lax().psum(sums, axis)
+
+
+def channels(xp: Any, x: Array) -> int:
+    """Return C, on all devices together."""
+    return x.shape[-1] * _devices_of_channels(xp)
+
+
+def _devices_of_channels(xp: Any) -> int:
+    axis = channel_axis() if _is(xp, "jax") else None
+    return 1 if axis is None else _lax().psum(1, axis)
 
 
 # -------------------------------------------------------------------------------------- iterations

@@ -35,4 +35,5 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None) -> tuple[Any, Any]:
 
 def pullback(xp: Any, x: Any, h_pre: Any, g: Any) -> tuple[Any, Any]:
     """Return dx and dh_pre in the dtype of computation."""
-    return h_pre[..., None] * g[..., None, :], _xp.dot(xp, x, g[..., None, :], like=h_pre)
+    (dh_pre,) = _xp.over_channels(xp, _xp.dot(xp, x, g[..., None, :], like=h_pre))
+    return h_pre[..., None] * g[..., None, :], dh_pre

@@ -56,9 +56,9 @@ def pullback(xp: Any, x: Any, y: Any, h_post: Any, h_res: Any, g: Any) -> tuple[
     """Return all four gradients in the dtype of computation; that of no h_res is None."""
     dh_post = _xp.dot(xp, g, y[..., None, :], like=h_post)
     if h_res is None:
-        return g, _collapsed(xp, h_post, g), dh_post, None
+        return g, _collapsed(xp, h_post, g), *_xp.over_channels(xp, dh_post), None
     dx, dy = _streams_pullback(xp, g, h_post, h_res)
-    return dx, dy, dh_post, _xp.outer(xp, g, x, like=h_res)
+    return dx, dy, *_xp.over_channels(xp, dh_post, _xp.outer(xp, g, x, like=h_res))
 
 
 @_xp.fused

@@ -67,9 +67,9 @@ def vjp(
 
 def projection(xp: Any, x: Any, phi: Any, variant: Variant) -> Projected:
     """Project vec(x) and take its root mean square, over all n * C numbers of a token."""
-    root = xp.sqrt(_xp.mean_square(xp, x, axes=2) + variant.norm_eps)
-    more = variant.norm_root_eps
-    return Projected(_xp.project(xp, x, phi), 1 / (root + more if more else root))
+    u, square = _xp.over_channels(xp, _xp.project(xp, x, phi), _xp.mean_square(xp, x, axes=2))
+    root, more = xp.sqrt(square + variant.norm_eps), variant.norm_root_eps
+    return Projected(u, 1 / (root + more if more else root))
 
 
 def _sizes(n: int, columns: int) -> tuple[int, ...]:
@@ -177,6 +177,6 @@ def projection_pullback(
         du, pull = du + more.u, pull + more.r * r
     if variant.norm_root_eps:  # of the root alone, without what is added to it
         pull = pull / (1 - variant.norm_root_eps * r)
-    pull = (pull * r / -(x.shape[-2] * x.shape[-1]))[..., None]
+    pull = (pull * r / -(x.shape[-2] * _xp.channels(xp, x)))[..., None]
     dx = _xp.unproject(xp, du, phi, x) + pull * (x * r[..., None])
     return dx, _xp.gram(xp, du, x, like=phi)

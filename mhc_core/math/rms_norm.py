@@ -40,9 +40,10 @@ def pullback(xp: Any, x: Any, weight: Any, g: Any, eps: float) -> tuple[Any, Any
     r = _inverse(xp, x, eps)
     scaled = x * r
     y = scaled * weight
-    pulled = _xp.dot(xp, y, g)[..., None] / x.shape[-1]
+    (pulled,) = _xp.over_channels(xp, _xp.dot(xp, y, g)[..., None] / _xp.channels(xp, x))
     return r * (weight * g - scaled * pulled), g * scaled, y
 
 
 def _inverse(xp: Any, x: Any, eps: float) -> Any:
-    return 1 / xp.sqrt(_xp.mean_square(xp, x) + eps)
+    (square,) = _xp.over_channels(xp, _xp.mean_square(xp, x))
+    return 1 / xp.sqrt(square + eps)

@@ -18,6 +18,7 @@ import numpy
 from jax.core import Tracer
 
 from mhc_core import gradients, math
+from mhc_core.sharding import channel_axis, channels_over
 
 Static = tuple[tuple[str, Any], ...]
 
@@ -29,7 +30,10 @@ def __getattr__(name: str) -> Callable[..., Any]:
     def op(*arrays: jax.Array, **static: Any) -> Any:
         made = _forward if gradients.wanted() else _plain
         try:
-            return made(name, tuple(static.items()))(*varying_alike(arrays))
+            axis = channel_axis()
+            if axis is not None:
+                _check_channels(name, arrays, axis)
+            return made(name, tuple(static.items()), axis)(*varying_alike(arrays, axis))
         except TypeError as error:
             if "forward-mode" in str(error):
                 raise TypeError(f"{name}: {FORWARD_MODE}") from error
@@ -45,17 +49,20 @@ FORWARD_MODE = (
 )
 
 
-def varying_alike(arrays: tuple[jax.Array | None, ...]) -> tuple[jax.Array | None, ...]:
+def varying_alike(
+    arrays: tuple[jax.Array | None, ...], apart: str | None = None
+) -> tuple[jax.Array | None, ...]:
     """Make every array vary over all mesh axes of shard_map over which any of them varies.
 
     A custom vjp must return gradients that vary as their primals do. So a parameter that all
     devices share is marked as varying before the vjp, and JAX sums its gradient over the devices
-    (``check_vma``, https://docs.jax.dev/en/latest/notebooks/shard_map.html).
+    (``check_vma``, https://docs.jax.dev/en/latest/notebooks/shard_map.html). The axis ``apart`` is
+    left as it is.
     """
     if not any(isinstance(array, Tracer) for array in arrays):
         return arrays
     axes = [frozenset[str]() if array is None else varying_axes(array) for array in arrays]
-    union = frozenset[str]().union(*axes)
+    union = frozenset[str]().union(*axes) - {apart}
     if not union:
         return arrays
     return tuple(
@@ -67,6 +74,47 @@ def varying_alike(arrays: tuple[jax.Array | None, ...]) -> tuple[jax.Array | Non
 def spread_like(array: jax.Array, like: jax.Array) -> jax.Array:
     """Make an array vary over all mesh axes over which another one does."""
     return _spread(array, tuple(sorted(varying_axes(like) - varying_axes(array))))
+
+
+def _check_channels(op: str, arrays: tuple[jax.Array | None, ...], axis: str) -> None:
+    """Raise unless what has channels, and only that, has a part on each device of an axis.
+
+    Raises
+    ------
+    ValueError
+        For an op or an array that does not fit; the message names it and what is needed.
+    """
+    if op not in CHANNEL_OPS:
+        known = ", ".join(CHANNEL_OPS)
+        raise ValueError(f"{op}: it takes no sharded channels; of the ops, {known} do")
+    for (name, pattern), array in zip(math.load(op).OP.arrays.items(), arrays, strict=False):
+        if array is None:
+            continue
+        varies = axis in varying_axes(array)
+        if "C" in pattern and not varies:
+            raise ValueError(
+                f"{op}: {name} is the same on all devices of axis {axis!r}; needs a part of its "
+                "channels on each, inside jax.shard_map with check_vma=True, its default"
+            )
+        if "C" not in pattern and varies:
+            raise ValueError(
+                f"{op}: {name} varies over axis {axis!r}; needs to be the same on all its devices"
+            )
+
+
+CHANNEL_OPS = (
+    "aggregate",
+    "combine",
+    "combine_pre",
+    "contract",
+    "expand",
+    "head",
+    "mappings",
+    "pre",
+    "residual_add_aggregate",
+    "rms_norm",
+)
+"""The ops that take a part of the channels on each device (:func:`mhc_core.jax.channels_over`)."""
 
 
 def varying_axes(array: jax.Array) -> frozenset[str]:
@@ -88,25 +136,33 @@ def _spread(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return lax.pvary(array, axes)
 
 
-def by_our_rules(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Trace a function under JAX's default type promotion, even if the caller's is strict."""
+def by_our_rules(function: Callable[..., Any], axis: str | None = None) -> Callable[..., Any]:
+    """Trace a function under JAX's default type promotion, even if the caller's is strict.
+
+    ``axis`` is that of the mesh over which channels are sharded, also when the vjp is traced.
+    """
 
     @functools.wraps(function)
     def traced(*arrays: Any) -> Any:
-        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        with (
+            jax.numpy_rank_promotion("allow"),
+            jax.numpy_dtype_promotion("standard"),
+            channels_over(axis),
+        ):
             return function(*arrays)
 
     return traced
 
 
 @functools.cache
-def _plain(op: str, static: Static) -> Callable[..., Any]:
+def _plain(op: str, static: Static, axis: str | None = None) -> Callable[..., Any]:
     """Return the plain formulas, which JAX differentiates by itself."""
-    return jax.jit(by_our_rules(functools.partial(math.load(op).forward, **dict(static))))
+    forward = functools.partial(math.load(op).forward, **dict(static))
+    return jax.jit(by_our_rules(forward, axis))
 
 
 @functools.cache
-def _forward(op: str, static: Static) -> Callable[..., Any]:
+def _forward(op: str, static: Static, axis: str | None = None) -> Callable[..., Any]:
     module, options = math.load(op), dict(static)
 
     def forward(*primals: jax.Array) -> Any:
@@ -124,23 +180,26 @@ def _forward(op: str, static: Static) -> Callable[..., Any]:
         return module.vjp(primals, cotangents if several else (cotangents,), saved, **options)
 
     custom_vjp: Any = jax.custom_vjp  # its own stubs leave the type open
-    differentiable = custom_vjp(by_our_rules(forward))
-    differentiable.defvjp(by_our_rules(with_saved), by_our_rules(pullback))
+    differentiable = custom_vjp(by_our_rules(forward, axis))
+    differentiable.defvjp(by_our_rules(with_saved, axis), by_our_rules(pullback, axis))
     return jax.jit(differentiable)
 
 
 @functools.cache
-def _vjp(op: str, static: Static) -> Callable[..., Any]:
-    return jax.jit(by_our_rules(functools.partial(math.load(op).vjp, **dict(static))))
+def _vjp(op: str, static: Static, axis: str | None = None) -> Callable[..., Any]:
+    return jax.jit(by_our_rules(functools.partial(math.load(op).vjp, **dict(static)), axis))
 
 
 def vjp(
     op: str, primals: tuple[jax.Array, ...], cotangents: tuple[jax.Array, ...], **static: Any
 ) -> tuple[jax.Array, ...]:
     """Pull cotangents back by the hand-written vjp, jitted."""
-    spread = varying_alike((*primals, *cotangents))
+    axis = channel_axis()
+    if axis is not None:
+        _check_channels(op, primals, axis)
+    spread = varying_alike((*primals, *cotangents), axis)
     count = len(primals)
-    return _vjp(op, tuple(static.items()))(spread[:count], spread[count:])
+    return _vjp(op, tuple(static.items()), axis)(spread[:count], spread[count:])
 
 
 def from_host(array: numpy.ndarray[Any, Any]) -> jax.Array:
