@@ -393,6 +393,8 @@ def _sums(xp: Any, terms: int) -> bool:
 def matmul(xp: Any, a: Array, b: Array) -> Array:
     """Multiply matrices in full float32, which some libraries do not do by default on a GPU."""
     if _is(xp, "jax"):
+        if options := _summed_over_devices(a):
+            return xp.einsum("...ik,...kj->...ij", a, b, precision="highest", **options)
         return xp.matmul(a, b, precision="highest")
     if _is(xp, "mlx") and _on_gpu(xp) and os.environ.get("MLX_ENABLE_TF32") != "0":
         return _product_by_halves()(a, b)
@@ -568,7 +570,8 @@ def _times_transposed(xp: Any, g: Array, x: Array) -> Array:
 
 def _einsum_transposed(xp: Any, g: Array, x: Array) -> Array:
     """Multiply in JAX: on a CPU twice as fast as with a transposed array."""
-    return xp.einsum("...ic,...jc->...ij", g, x, precision="highest")
+    options = _summed_over_devices(g)
+    return xp.einsum("...ic,...jc->...ij", g, x, precision="highest", **options)
 
 
 def _sums_of_products(xp: Any, g: Array, x: Array) -> Array:
@@ -614,7 +617,7 @@ def project(xp: Any, x: Array, phi: Array) -> Array:
     """
     if keeps_axes(xp):
         both = ((x.ndim - 2, x.ndim - 1), (1, 2))
-        return _dot_general(x, _by_stream(xp, phi, x), both)
+        return _dot_general(x, _by_stream(xp, phi, x), both, **_summed_over_devices(x, 2))
     columns = swap(xp, phi)
     flat = xp.reshape(x, (math.prod(x.shape[:-2]), phi.shape[1]))
     if _is(xp, "mlx") and flat.shape[0] > 2 and not _on_gpu(xp):
@@ -633,7 +636,8 @@ def gram(xp: Any, du: Array, x: Array, like: Array) -> Array:
     """Sum du[..., m] (outer) vec(x)[..., n C] over all tokens -> [m, n C], the shape of phi."""
     if keeps_axes(xp):
         leading = tuple(range(x.ndim - 2))
-        return xp.reshape(_dot_general(du, x, (leading, leading), like), like.shape)
+        contracted = (leading, leading)
+        return xp.reshape(_on_devices_of(like, x, _dot_general, du, x, contracted), like.shape)
     du = tokens(xp, du, 1)
     x = xp.reshape(x, (du.shape[0], like.shape[1]))
     if not _spreads(xp, x.shape[0]):
@@ -643,17 +647,46 @@ def gram(xp: Any, du: Array, x: Array, like: Array) -> Array:
 
 
 def _by_stream(xp: Any, phi: Array, x: Array) -> Array:
-    """phi[m, n C] -> [m, n, C]: neither x's axes nor their sharding are merged."""
-    return xp.reshape(phi, (phi.shape[0], *x.shape[-2:]))
+    """phi[m, n C] -> [m, n, C]: neither x's axes nor their sharding are merged.
+
+    Where Explicit axes shard x's channels, each device takes its part of phi: with a whole phi, JAX
+    would gather the streams.
+    """
+    phi = xp.reshape(phi, (phi.shape[0], *x.shape[-2:]))
+    sharding = _explicit_sharding(x)
+    if sharding is None or sharding.spec[-1] is None:
+        return phi
+    return _resharded(phi, sharding, (None, None, sharding.spec[-1]))
 
 
-def _dot_general(a: Array, b: Array, contracted: Any, like: Array | None = None) -> Array:
-    """Contract axes of JAX arrays; a sum over tokens is placed on every device of ``like``."""
-    lax = _lax()
-    options: dict[str, Any] = {}
-    if like is not None and (sharding := _explicit_sharding(like)) is not None:
-        options["out_sharding"] = _split_last(sharding)
-    return lax.dot_general(a, b, (contracted, ((), ())), precision="highest", **options)
+def _dot_general(a: Array, b: Array, contracted: Any, **options: Any) -> Array:
+    """Contract axes of JAX arrays in full float32."""
+    dimensions = (contracted, ((), ()))
+    return _lax().dot_general(a, b, dimensions, precision="highest", **options)
+
+
+def _on_devices_of(like: Array, x: Array, product: Callable[..., Array], *given: Any) -> Array:
+    """Return a product [m, n, C], a sum over tokens, on every device of ``like`` [m, n C].
+
+    Where Explicit axes shard x's channels, each device sums its own before they are gathered.
+    """
+    sharding, of_x = _explicit_sharding(like), _explicit_sharding(x)
+    if sharding is None:
+        return product(*given)
+    whole = _split_last(sharding)
+    if of_x is None or of_x.spec[-1] is None:
+        return product(*given, out_sharding=whole)
+    rows = (*tuple(whole.spec)[:1], None, of_x.spec[-1])
+    parts = product(*given, out_sharding=_placed(sharding, rows))
+    return _resharded(parts, sharding, tuple(whole.spec))
+
+
+def _placed(sharding: Any, spec: tuple[Any, ...]) -> Any:
+    return type(sharding)(sharding.mesh, type(sharding.spec)(*spec))
+
+
+def _resharded(array: Array, sharding: Any, spec: tuple[Any, ...]) -> Array:
+    return import_module("jax").sharding.reshard(array, _placed(sharding, spec))
 
 
 def _explicit_sharding(array: Array) -> Any:
@@ -665,10 +698,20 @@ def _explicit_sharding(array: Array) -> Any:
     return sharding if any(axis_type.name == "Explicit" for axis_type in axis_types) else None
 
 
+def _summed_over_devices(a: Array, axes: int = 1) -> dict[str, Any]:
+    """Return where a product over the last axes of ``a`` lies, if Explicit axes shard the last.
+
+    JAX asks to be told: it could also leave a part of the sum on each device.
+    """
+    sharding = _explicit_sharding(a)
+    if sharding is None or sharding.spec[-1] is None:
+        return {}
+    return {"out_sharding": _placed(sharding, (*tuple(sharding.spec)[:-axes], None))}
+
+
 def _split_last(sharding: Any) -> Any:
     """Return the sharding of [m, n, C] for that of [m, n C], whose last axis is not sharded."""
-    rows = tuple(sharding.spec)[:1]
-    return type(sharding)(sharding.mesh, type(sharding.spec)(*rows))
+    return _placed(sharding, tuple(sharding.spec)[:1])
 
 
 def _rows(xp: Any, a: Array, b: Array) -> Array:
