@@ -1,4 +1,4 @@
-"""What hyper-connections cost at scale: memory, traffic and communication, by formulas.
+"""The cost of hyper-connections at scale: memory, traffic and communication, by formulas.
 
 The symbols are T (tokens), L (sublayers: two a layer), n (streams), C (channels), m (rows of phi),
 s (bytes of a number of the streams, 2 or 4) and D (devices). Mappings, parameters and their
@@ -104,7 +104,7 @@ class Quantity(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """What devices exchange in a step.
+    """Data that devices exchange in a step.
 
     ``size`` bytes are summed or sent ``count`` times; ``sent`` is what one device sends in all. A
     ring all-reduce over D devices sends 2 (D - 1) / D of what it sums from each device.

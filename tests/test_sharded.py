@@ -1,4 +1,4 @@
-"""What devices exchange under JAX: the collectives of the compiled programs, and their bytes.
+"""The collectives of programs that JAX compiles for several devices, and their bytes.
 
 Programs for eight devices are compiled and run in one process of their own, since JAX must be told
 of the devices before it starts. Here it is two sublayers in every layout. As a command, this file

@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 SMALL = {
     "threads.py": ["--threads=6", "--seconds=1"],
     "shapes.py": ["--calls=200", "--shapes=20", "--backend=numpy"],
+    "recompute.py": ["--layers=2"],
     "beyond_int32.py": ["--C=8", "--tokens=40", "--backend=mlx-compiled"],
 }
 
