@@ -59,9 +59,9 @@ def channels_over(axis_name: str) -> Generator[None]:
     Examples
     --------
     >>> import jax, jax.numpy as jnp, mhc_core as mhc
-    >>> from jax.sharding import PartitionSpec as P
+    >>> from jax.sharding import AxisType, PartitionSpec as P
     >>> from mhc_core.jax import channels_over
-    >>> mesh = jax.make_mesh((1,), ("model",))
+    >>> mesh = jax.make_mesh((1,), ("model",), axis_types=(AxisType.Auto,))
     >>> parts = (P(None, None, "model"), P(None, None, "model"), P(), P())
     >>> @jax.shard_map(mesh=mesh, in_specs=parts, out_specs=(P(None, "model"), P(), P()))
     ... def pre(x, phi, scale, bias):
