@@ -31,6 +31,7 @@ from mhc_conformance.cases import Case, Sizes, data
 from mhc_conformance.telling import SECOND
 from mhc_core import math
 from mhc_core.selection import registered
+from mhc_core.sharding import channels_over
 
 pytestmark = [
     needs_gcc,
@@ -403,6 +404,11 @@ def test_it_takes_arrays_on_one_gpu_with_tensor_cores(monkeypatch: pytest.Monkey
     assert "one device" in str(jax_cuda._refusal([_gpu("9.0")] * 2))
     monkeypatch.setattr(jax_cuda, "_gpus", lambda: False)
     assert "finds none here" in str(jax_cuda.takes([np.ones(3)]))
+
+
+def test_it_takes_no_part_of_a_token() -> None:
+    with channels_over("d"):
+        assert "channels_over" in str(jax_cuda.takes([jnp.ones(3)]))
 
 
 def test_it_takes_tracers_for_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
