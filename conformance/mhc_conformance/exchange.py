@@ -89,7 +89,7 @@ def _array(data: bytes, entry: Mapping[str, Any]) -> Array:
         raise ValueError(f"dtype {entry['dtype']!r} is none of {', '.join(_DTYPES)}")
     begins, ends = entry["data_offsets"]
     dtype = numpy_dtype(_DTYPES[entry["dtype"]])
-    return np.frombuffer(data[begins:ends], dtype).reshape(entry["shape"])
+    return cast("Array", np.frombuffer(data[begins:ends], dtype)).reshape(tuple(entry["shape"]))
 
 
 # --- writing ----------------------------------------------------------------------------------

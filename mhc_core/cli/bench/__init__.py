@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -273,7 +273,7 @@ def _peers(chosen: Sequence[str] | None) -> dict[str, Baseline]:
     if set(chosen or ()) <= {*BASELINES, NOBODY}:
         return {}
     plugin = _field.plugin()
-    timed = plugin.timed() if plugin else {}
+    timed: dict[str, tuple[Any, ...]] = plugin.timed() if plugin else {}
     return {name: Baseline(name, *about) for name, about in timed.items()}
 
 
