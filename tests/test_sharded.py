@@ -124,10 +124,12 @@ def collectives(hlo: str) -> list[tuple[str, int]]:
 
 def two_sublayers(x: Any, *parameters: Any) -> Any:
     """Run pre, combine_pre and combine, around layers without arrays."""
-    import jax.numpy as jnp
+    import jax.numpy
 
-    import mhc_core as mhc
+    import mhc_core
 
+    mhc: Any = mhc_core
+    jnp: Any = jax.numpy
     first, second = parameters[:3], parameters[3:]
     h, h_post, h_res = mhc.pre(x, *first, DEEPSEEK_V4)
     x, h, _, h_post, h_res = mhc.combine_pre(x, jnp.tanh(h), h_post, h_res, *second, DEEPSEEK_V4)
@@ -156,9 +158,9 @@ class Program:
             jax.device_put(array, NamedSharding(mesh, spec))
             for array, spec in zip(arrays, specs, strict=True)
         ]
-        graded = jax.grad(loss, argnums=tuple(range(len(arrays))))
-        self.forward = jax.jit(function).lower(*self.given).compile()
-        self.gradient = jax.jit(graded).lower(*self.given).compile()
+        graded: Any = jax.grad(loss, argnums=tuple(range(len(arrays))))
+        self.forward: Any = jax.jit(function).lower(*self.given).compile()
+        self.gradient: Any = jax.jit(graded).lower(*self.given).compile()
 
     def collectives(self) -> dict[str, list[tuple[str, int]]]:
         """Return those of the forward, and of the gradients with what they need of it."""
@@ -211,7 +213,8 @@ def _programs() -> Iterator[tuple[str, Program]]:
                     return two_sublayers(x, *flat)
 
         def local(*some: Any, run: Any = run) -> Any:
-            return jax.lax.psum(summed(run)(*some), "d")
+            lax: Any = jax.lax
+            return lax.psum(summed(run)(*some), "d")
 
         ins = tuple(all_specs)
         mapped = jax.shard_map(run, mesh=mesh, in_specs=ins, out_specs=own)
@@ -224,7 +227,7 @@ def _error(program: Program, wanted: Any) -> float:
     import jax
 
     worst = 0.0
-    got = jax.tree.leaves(program.gradient(*program.given))
+    got: Any = jax.tree.leaves(program.gradient(*program.given))
     for a, b in zip(jax.tree.leaves(wanted), got, strict=True):
         a, b = np.asarray(a), np.asarray(b).reshape(a.shape)
         worst = max(worst, float(np.abs(a - b).max() / np.abs(a).max()))
@@ -238,9 +241,10 @@ def _refused() -> dict[str, str]:
     from jax.sharding import AxisType
     from jax.sharding import PartitionSpec as P
 
-    import mhc_core as mhc
+    import mhc_core
     from mhc_core.jax import channels_over
 
+    mhc: Any = mhc_core
     mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(AxisType.Auto,))
     parts = P(None, None, "d")
 
@@ -256,12 +260,13 @@ def _refused() -> dict[str, str]:
             return str(error)
         return "not refused"
 
+    def pre(*some: Any) -> Any:
+        return mhc.pre(*some, DEEPSEEK_V4)
+
     x, own = jnp.ones((S, n, C)), jnp.ones((M, n * C // DEVICES))
     ones = jnp.ones(3), jnp.zeros(M)
     return {
-        "phi": said(
-            lambda *some: mhc.pre(*some, DEEPSEEK_V4), x, own, *ones, specs=(parts, P(), P(), P())
-        ),
+        "phi": said(pre, x, own, *ones, specs=(parts, P(), P(), P())),
         "h_pre": said(mhc.aggregate, x, jnp.ones((S, n * DEVICES)), specs=(parts, P(None, "d"))),
         "op": said(mhc.pre_scale, jnp.ones((S, n * C)), jnp.ones((S, n)), specs=(P(), P())),
     }
@@ -327,7 +332,8 @@ def _main() -> None:
     x, parameters = _numbers()
     loss = summed(two_sublayers)
     every = tuple(range(7))
-    wanted = jax.jit(jax.grad(loss, argnums=every))(x, *parameters)
+    graded: Any = jax.grad(loss, argnums=every)
+    wanted: Any = jax.jit(graded)(x, *parameters)
     results: dict[str, Any] = {"refused": _refused()}
     for setting, program in _programs():
         results[setting] = {**program.collectives(), "error": _error(program, wanted)}
