@@ -94,11 +94,12 @@ def _both(
 ) -> Iterator[Comparison]:
     """Compare a function's outputs and, where there are any, its gradients, run as one function."""
     subject, own = trial.subject, trial.subject.take(trial.primals)
-    grad = subject.transform("grad") if differentiates else None
-    gradients_of = grad(trial.loss(function), range(len(own))) if grad else lambda *_: ()
+    grad = None
+    if differentiates:
+        grad = subject.transform("grad")(trial.loss(function), range(len(own)))
 
     def both(*arrays: Any) -> Any:
-        return several(function(*arrays)), gradients_of(*arrays)
+        return several(function(*arrays)), grad(*arrays) if grad else ()
 
     outputs, gradients = (run or subject.composed)(both)(*own)
     yield from trial.forward(outputs)
