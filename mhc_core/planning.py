@@ -103,7 +103,8 @@ class Quantity(NamedTuple):
     formula: str
 
 
-class Transfer(NamedTuple):
+@dataclass(frozen=True)
+class Transfer:
     """Data that devices exchange in a step.
 
     ``size`` bytes are summed or sent ``count`` times; ``sent`` is what one device sends in all. A
@@ -225,18 +226,20 @@ def plan(
 
 def _part(model: Model, tokens: int, devices: int, layout: Layout, itemsize: int) -> _Part:
     """Return the part of one device, the largest."""
-    T, C, layers = tokens, model.channels, model.layers
+    channels, layers = model.channels, model.layers
     if layout == "channels":
-        if C % devices:
-            raise ValueError(f"plan: devices is {devices}; needs a divisor of C={C} for channels")
-        C //= devices
+        if channels % devices:
+            raise ValueError(
+                f"plan: devices is {devices}; needs a divisor of C={channels} for channels"
+            )
+        channels //= devices
     elif layout == "pipeline":
         if devices > layers:
             raise ValueError(f"plan: devices is {devices}; needs at most {layers}, the layers")
         layers = _up(layers, devices)
     else:
-        T = _up(tokens, devices)
-    return _Part(model, T, SUBLAYERS * layers, C, itemsize)
+        tokens = _up(tokens, devices)
+    return _Part(model, tokens, SUBLAYERS * layers, channels, itemsize)
 
 
 def _up(count: int, parts: int) -> int:

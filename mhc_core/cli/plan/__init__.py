@@ -97,7 +97,7 @@ def plan(
     shown = _table.Shown(model, sizes, tokens, devices, dtype.value, plans, refused, speeds)
     if json_file != _files.STDOUT:
         _table.show(shown)
-    written = []
+    written: list[bool] = []
     if json_file:
         written.append(_files.write(json_file, json.dumps(shown.record(), indent=2) + "\n"))
     if plot:

@@ -29,9 +29,11 @@ def measure() -> tuple[str | None, float]:
     mesh = jax.make_mesh((count,), ("d",), axis_types=(sharding.AxisType.Auto,))
     spec = sharding.PartitionSpec("d")
     place = sharding.NamedSharding(mesh, spec)
-    numbers = jax.jit(
-        lambda key: jax.random.normal(key, (count, NUMBERS), "float32"), out_shardings=place
-    )(jax.random.key(0))
+
+    def drawn() -> Any:
+        return jax.random.normal(jax.random.key(0), (count, NUMBERS), "float32")
+
+    numbers = jax.jit(drawn, out_shardings=place)()
 
     def summed(part: Any) -> Any:
         return jax.lax.psum(part, "d")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from mhc_core.cli import _screen
@@ -76,7 +76,7 @@ class Shown:
                 "kept": listed(plan.recomputed),
             },
             "traffic": listed(plan.traffic),
-            "communication": [one._asdict() for one in plan.communication],
+            "communication": [asdict(one) for one in plan.communication],
             "seconds": self.seconds(plan),
         }
 
