@@ -487,6 +487,29 @@ def test_what_may_be_under_way_follows_the_gpu() -> None:
     assert _library._quarter({"memory_size": 8 * gib}) == _library._quarter({}) == 4 * gib
 
 
+def test_torch_waits_for_a_gpu_that_is_not_the_default_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[str] = []
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        synchronize=lambda: waited.append("yes"),
+        get_device_properties=lambda: SimpleNamespace(total_memory=80 * 10**9),
+        memory_allocated=lambda: 10,
+        max_memory_allocated=lambda: 17,
+        reset_peak_memory_stats=lambda: None,
+    )
+    cpu = SimpleNamespace(type="cpu")
+    fake = SimpleNamespace(cuda=cuda, neg=abs, get_default_device=lambda: cpu)
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    library = _library._torch()
+    library.wait(None)
+    assert (waited, library.accelerator, library.at_once) == (["yes"], True, 20 * 10**9)
+    assert library.peak is not None
+    assert library.peak(lambda: SimpleNamespace(is_cuda=True)) == 7
+    assert library.peak(lambda: SimpleNamespace(is_cuda=False)) is None
+
+
 def test_a_copy_is_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, seconds=2.0)
     clock.library.copy = clock.function

@@ -49,7 +49,8 @@ class Library:
         Whether it runs on a GPU here.
     peak
         Takes a function without arguments; returns its peak extra memory in bytes, results
-        included. None where the library does not report it.
+        included. None where the library does not report it; the function returns None for
+        arrays whose memory it does not count.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Library:
     accelerator: bool
     holds: bool = False
     at_once: int = AT_ONCE
-    peak: Callable[[Callable[[], Any]], int] | None = None
+    peak: Callable[[Callable[[], Any]], int | None] | None = None
 
     @property
     def copied_bytes(self) -> int:
@@ -192,7 +193,7 @@ def _quarter(device: Mapping[str, Any]) -> int:
 
 def _torch() -> Library:
     torch: Any = import_module("torch")
-    on_gpu = torch.get_default_device().type == "cuda"
+    on_gpu = torch.cuda.is_available()  # torch-cuda's arrays are there, whatever the default device
 
     def wait(_: Any) -> None:
         if on_gpu:
@@ -203,12 +204,15 @@ def _torch() -> Library:
         output = forward(*own)
         return output, torch.autograd.grad(leaves(output), own, list(cotangents))
 
-    def peak(function: Callable[[], Any]) -> int:
+    def peak(function: Callable[[], Any]) -> int | None:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        wait(function())
-        return torch.cuda.max_memory_allocated() - before
+        results = leaves(function())
+        wait(results)
+        used = torch.cuda.max_memory_allocated() - before
+        return used if all(one.is_cuda for one in results) else None
 
+    memory = torch.cuda.get_device_properties().total_memory if on_gpu else 0
     return Library(
         name="torch",
         xp=torch,
@@ -220,5 +224,6 @@ def _torch() -> Library:
         whole=("call", _unchanged),
         copy=torch.neg,
         accelerator=on_gpu,
+        at_once=max(memory // 4, AT_ONCE),
         peak=peak if on_gpu else None,
     )
