@@ -17,7 +17,8 @@ peer = Peer(
     versions=("liger-kernel", "triton", "torch"),
     needs={"torch": "torch", "triton": "triton"},
     gpu="its Triton kernels run on a GPU; TRITON_INTERPRET=1 runs them on a CPU",
-    sizes=lambda n, C: None if n >= 2 else "takes 2 streams or more",
+    # tl.arange(0, HC) of its kernels
+    sizes=lambda n, C: None if n >= 2 and not n & (n - 1) else "takes 2, 4, 8, ... streams",
 )
 
 FREE = (
