@@ -141,3 +141,21 @@ def test_trace_definitions() -> None:
         exec(compile(text, one["name"], "exec"), code)
         arguments = code["run"].__code__.co_varnames[: code["run"].__code__.co_argcount]
         assert list(arguments) == list(one["inputs"])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--export x --mutations", "--mutations came with --export; needs one of them"),
+        ("--against x --op combine", "--op came with --against; it goes with"),
+        ("--n 4", "--n came alone; it goes with --export"),
+        ("--tokens 0", "--tokens came alone; it goes with --export"),
+        ("--checkout a=b", "--checkout came alone; it goes with --peers"),
+        ("--peers --full", "--full came with --peers; it goes with the plain command"),
+        ("--mutations --quick", "--quick came with --mutations; it goes with the plain command"),
+    ],
+)
+def test_an_option_of_another_way_to_use_the_command_is_refused(options: str, says: str) -> None:
+    result = CliRunner().invoke(app, ["conformance", *options.split()])
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.split())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,12 +70,45 @@ def conformance(
     against: Annotated[
         Path | None, typer.Option(help="Check the answers in a folder of golden cases.")
     ] = None,
-    variant: Annotated[str, typer.Option(help="With --export: the variant.")] = "DEEPSEEK_V4",
-    n: Annotated[int, typer.Option("--n", min=1, max=64, help="With --export: streams.")] = 4,
-    channels: Annotated[int, typer.Option("--C", min=1, help="With --export: channels.")] = 64,
-    tokens: Annotated[int, typer.Option("--tokens", min=0, help="With --export: tokens.")] = 8,
+    variant: Annotated[
+        str | None, typer.Option(help="With --export: the variant, DEEPSEEK_V4 if left out.")
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, max=64, help="With --export: streams; 4.")
+    ] = None,
+    channels: Annotated[
+        int | None, typer.Option("--C", min=1, help="With --export: channels; 64.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=0, help="With --export: tokens; 8.")
+    ] = None,
 ) -> None:
     """Compare every backend's forwards and gradients with the float64 oracle."""
+    modes = {
+        "--mutations": mutations,
+        "--peers": peers,
+        "--export": export is not None,
+        "--against": against is not None,
+    }
+    _check_options(
+        [mode for mode, asked in modes.items() if asked],
+        {
+            "BACKENDS": backends,
+            "--op": op,
+            "--dtype": dtype,
+            "--kind": kind,
+            "--full": full,
+            "--quick": quick,
+            "--jobs": jobs,
+            "--report": report,
+            "--json": json_file,
+            "--checkout": checkout,
+            "--variant": variant,
+            "--n": n,
+            "--C": channels,
+            "--tokens": tokens,
+        },
+    )
     if against is not None:
         _field.against(against)
         return
@@ -111,7 +144,8 @@ def conformance(
                 raise typer.BadParameter(f"{name} is {word!r}; needs one of {', '.join(known)}")
     if export is not None:
         chosen = (op or (), dtype or ("float32", "bfloat16"))
-        _field.export(export, *chosen, variant, n, channels, tokens, seed)
+        sizes = (n or 4, channels or 64, 8 if tokens is None else tokens)
+        _field.export(export, *chosen, variant or "DEEPSEEK_V4", *sizes, seed)
         return
     _files.check(
         {**{f"--report {k}": file for k, file in enumerate(report or ())}, "--json": json_file}
@@ -143,6 +177,42 @@ def conformance(
     written = [_files.write(file, content) for file, content in texts]
     if not records or not all(written) or not all(record.passed for record in records):
         raise typer.Exit(1)
+
+
+COMMON = ("BACKENDS", "--op", "--dtype", "--kind", "--report", "--json")
+TAKES: Mapping[str, Collection[str]] = {
+    "": (
+        "BACKENDS",
+        "--op",
+        "--dtype",
+        "--kind",
+        "--full",
+        "--quick",
+        "--jobs",
+        "--report",
+        "--json",
+    ),
+    "--peers": ("BACKENDS", "--op", "--dtype", "--kind", "--report", "--json", "--checkout"),
+    "--export": ("--op", "--dtype", "--variant", "--n", "--C", "--tokens"),
+    "--against": (),
+    # _mutations has a better message for what is named; one process runs it, whatever --jobs says
+    "--mutations": (*COMMON, "--jobs"),
+}
+"""The options of each way to use the command, beside ``--seed``."""
+
+
+def _check_options(modes: Sequence[str], options: Mapping[str, object]) -> None:
+    """Raise for two ways at once, and for an option that the chosen one would not look at."""
+    if len(modes) > 1:
+        raise typer.BadParameter(f"{modes[0]} came with {modes[1]}; needs one of them")
+    mode = modes[0] if modes else ""
+    for name, value in options.items():
+        if value is None or value is False or value == [] or name in TAKES[mode]:
+            continue
+        owners = [other for other in ("", "--peers", "--export") if name in TAKES[other]]
+        needs = " or ".join(other or "the plain command" for other in owners)
+        came = f"came with {mode}" if mode else "came alone"
+        raise typer.BadParameter(f"{name} {came}; it goes with {needs}")
 
 
 def _run(plan: Any, jobs: int | None) -> tuple[list[Record], float]:
