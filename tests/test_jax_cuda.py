@@ -329,7 +329,7 @@ def test_what_was_traced_for_a_gpu_is_refused_on_a_cpu() -> None:
 
 
 def test_the_wheel_has_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("hatchling")
+    pytest.importorskip("hatchling", reason="hatchling, which builds it, is not installed")
     if not PLUGIN.is_dir():
         pytest.skip("a source archive has no plugins")
     command = [sys.executable, "-m", "build", "-nx", "--outdir", str(tmp_path), str(PLUGIN)]

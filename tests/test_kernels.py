@@ -407,7 +407,7 @@ def test_factors_fit_in_any_gpu(n: int, kibibytes: int, monkeypatch: pytest.Monk
 
 def test_nothing_adds_gradients_of_streams_after_pre_residual(tmp_path: Path) -> None:
     """Count the additions of a sublayer's gradient of x: with pre, MLX adds two gradients."""
-    mx = pytest.importorskip("mlx.core")
+    mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
     from mhc_backends.kernels.functions import Ops
     from mhc_backends.kernels.mlx import Kernels
 
@@ -610,7 +610,7 @@ _ANSWERS: dict[str, Any] = {
 
 @pytest.fixture
 def mx() -> Any:
-    return pytest.importorskip("mlx.core")
+    return pytest.importorskip("mlx.core", reason="MLX is not installed")
 
 
 def _inputs(mx: Any, T: int, n: int, shared: bool) -> tuple[Any, ...]:
