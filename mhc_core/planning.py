@@ -42,13 +42,14 @@ SUBLAYERS = 2  # of a layer: attention and MLP
 
 Layout = Literal["data", "sequence", "channels", "pipeline"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+"""What the devices of a step share it by."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """The sizes of a model that concern its hyper-connections.
 
-    Attributes
+    Parameters
     ----------
     layers, channels, n
         Its layers, of two sublayers each; the channels and the number of its streams.
