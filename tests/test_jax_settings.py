@@ -30,9 +30,10 @@ def found() -> dict[str, dict[str, Any]]:
     """Return, by setting and then by call, how far results are from unsharded ones, or an error."""
     # most of the time is XLA's, whose optimisations are not what is tested
     flags = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
+    both = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     done = subprocess.run(
         [sys.executable, __file__],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "XLA_FLAGS": both, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         check=False,

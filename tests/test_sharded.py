@@ -41,9 +41,10 @@ FLAGS = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimiz
 def found() -> dict[str, dict[str, Any]]:
     """Return the collectives of two sublayers, forward and with gradients, by setting."""
     pytest.importorskip("jax", reason="JAX is not installed")
+    both = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
     done = subprocess.run(
         [sys.executable, __file__, "--json"],
-        env={**os.environ, "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "XLA_FLAGS": both, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         check=False,

@@ -143,7 +143,7 @@ class Draws:
         """Return a public op's results on host arrays, as host arrays in float64."""
         own = self.subject.take([array.astype(self.dtype) for array in arrays])
         case = Case(name, self.law.name, SMALL, tuple(static.items()))
-        outputs = self.subject.give(self.subject.function(case)(*own))
+        outputs = self.subject.give(self.subject.forward(case)(*own))
         return tuple(output.astype(np.float64) for output in outputs)
 
     def one(self, *choices: Any) -> Any:

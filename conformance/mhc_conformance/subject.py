@@ -51,6 +51,7 @@ class Subject:
         # whether one program has a case's outputs and gradients, kept for both checks
         self.together = self.deals and hasattr(self.module, "composed")
         self.kept: dict[Any, tuple[Any, Any]] = {}
+        self._programs: dict[Any, Callable[..., Any]] = {}
 
     def dtype_context(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
         """Enter the context that the library needs for arrays of that dtype (JAX's x64 mode)."""
@@ -119,3 +120,28 @@ class Subject:
         """
         made = getattr(self.module, "composed", None)
         return made(function) if made else function
+
+    def forward(self, case: Case) -> Callable[..., Any]:
+        """Return :meth:`function`, composed; the same program at every call."""
+        return self._program("forward", case, lambda: self.function(case))
+
+    def both(self, case: Case) -> Callable[..., Any]:
+        """Return a function of primals and cotangents to outputs and gradients, as `forward`."""
+
+        def make() -> Callable[..., Any]:
+            function = self.function(case)
+
+            def call(primals: Any, cotangents: Any) -> Any:
+                return several(function(*primals)), self.vjp(case, primals, cotangents)
+
+            return call
+
+        return self._program("both", case, make)
+
+    def _program(
+        self, what: str, case: Case, make: Callable[[], Callable[..., Any]]
+    ) -> Callable[..., Any]:
+        key = what, case
+        if key not in self._programs:
+            self._programs[key] = self.composed(make())
+        return self._programs[key]

@@ -99,7 +99,7 @@ class Trial:
         declared = declaration(self.case.op)
         asked = (declared.outputs[output].asked for output in wanted.values())
         options = {**self.case.options, **{name: True for name in asked if name}}
-        function = self.subject.function(replace(self.case, static=tuple(options.items())))
+        function = self.subject.forward(replace(self.case, static=tuple(options.items())))
         outputs = self.subject.give(function(*self.subject.take(self.primals)))
         named = dict(zip(declared.outputs_of(options), outputs, strict=True))
         return tuple((name, Kept(named[output])) for name, output in wanted.items())
@@ -138,15 +138,10 @@ class Trial:
 
     def _both(self) -> tuple[Any, Any]:
         """Return outputs and gradients from one program, which is compiled and run once."""
-
-        def both(primals: Any, cotangents: Any) -> Any:
-            outputs = several(self.function(*primals))
-            return outputs, self.subject.vjp(self.case, primals, cotangents)
-
         kept, key = self.subject.kept, (self.case, self.dtype, self.seed)
         if key not in kept:
-            run = self.subject.composed(both)
-            kept[key] = run(self.subject.take(self.primals), self.subject.take(self.cotangents))
+            own, cotangents = self.subject.take(self.primals), self.subject.take(self.cotangents)
+            kept[key] = self.subject.both(self.case)(own, cotangents)
         return kept[key]
 
     def forward(self, got: Any) -> Iterator[Comparison]:
@@ -163,8 +158,7 @@ class Trial:
         self, how: str, primals: tuple[Any, ...], cotangents: tuple[Any, ...]
     ) -> Iterator[Comparison]:
         """Compare outputs and gradients on the backend's own arrays; ``how`` is in messages."""
-        outputs = self.function(*primals)
-        gradients = self.subject.vjp(self.case, primals, cotangents)
+        outputs, gradients = self.subject.both(self.case)(primals, cotangents)
         for comparison in (*self.forward(outputs), *self.gradients(gradients)):
             yield replace(comparison, where=f"{comparison.where}, {how}")
 
