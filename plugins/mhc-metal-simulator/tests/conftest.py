@@ -31,6 +31,11 @@ def private_cache(run_folder: Path) -> Iterator[None]:
         yield
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run test_coverage.py last: until then it would have to run the checks that others run."""
+    items.sort(key=lambda item: item.path.name == "test_coverage.py")
+
+
 class Run(Protocol):
     def __call__(
         self,

@@ -22,12 +22,12 @@ from mhc_backends import kernels
 from mhc_backends.kernels import launch as launches
 from mhc_backends.kernels import program as programs
 from mhc_backends.kernels import text as texts
-from mhc_conformance import Subject, check
+from mhc_conformance import Subject
 from mhc_conformance.cases import declaration
+from mhc_conformance.checks import comparisons
 
 import mhc_metal_simulator as simulator
-from mhc_metal_simulator.coverage import Coverage, Ran, covered
-from mhc_metal_simulator.launch import LaunchRecord
+from mhc_metal_simulator.coverage import Coverage
 
 BACKEND = "mlx-metal-simulator"
 
@@ -67,13 +67,12 @@ Unit = tuple[str, str, str]
 """An op, a dtype and a check of the kit."""
 
 
-def keep_coverage(folder: Path, unit: Unit, ran: Sequence[LaunchRecord]) -> None:
-    """Store what a check's launches covered, whole or not at all."""
-    op, dtype, kind = unit
+def keep_coverage(folder: Path, unit: Unit, found: Coverage) -> None:
+    """Store what a check covered, whole or not at all."""
     entry = _entry(folder, unit)
     entry.parent.mkdir(exist_ok=True)
     part = entry.with_suffix(f".{os.getpid()}")
-    part.write_bytes(pickle.dumps(covered(Ran(op, dtype, f"the check {kind}"), ran)))
+    part.write_bytes(pickle.dumps(found))
     part.replace(entry)
 
 
@@ -155,11 +154,15 @@ def run(op: str, primals: list[mx.array], **static: Any) -> None:
     agree(gradients, rounded(truth, gradients))
 
 
-def hold_by_the_kit(op: str) -> None:
-    """Run the kit in the dtype and the checks that see most."""
-    for kind in ("forward", "gradient"):
-        record = check(Subject(BACKEND), op, "float32", kind)
-        assert record.passed, record.detail
+def hold_by_the_kit(op: str, *kinds: str) -> None:
+    """Run the kit in the dtype and the checks that see most, up to the first failure."""
+    for kind in kinds or ("forward", "gradient"):
+        with contextlib.closing(comparisons(Subject(BACKEND), op, "float32", kind)) as every:
+            passed = 0
+            for one in every:
+                assert one.passed, one.says
+                passed += 1
+        assert passed, f"{op} has no case"
 
 
 # ---- seeded faults -------------------------------------------------------------------------------
@@ -174,6 +177,7 @@ class Fault(NamedTuple):
     wrong: str
     shows: str
     op: str = "combine"
+    first: str = ""  # of the checks that are tried, the one that sees it
 
 
 WRONG = "is off by"

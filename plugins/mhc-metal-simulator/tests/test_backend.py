@@ -29,6 +29,7 @@ from kernel_checks import (  # noqa: E402
     SPACE,
     WRONG,
     Fault,
+    Unit,
     assert_all_are_seeded,
     cramped,
     draw,
@@ -43,6 +44,7 @@ from mhc_backends.mlx_common import as_tuple  # noqa: E402
 from mhc_conformance import BackendConformance, Subject  # noqa: E402
 from mhc_conformance.cases import cases, data  # noqa: E402
 
+from mhc_metal_simulator import coverage  # noqa: E402
 from mhc_metal_simulator.backend import missing  # noqa: E402
 from mhc_metal_simulator.compiler import find_compiler  # noqa: E402
 from mhc_metal_simulator.launch import LaunchRecord  # noqa: E402
@@ -59,7 +61,14 @@ class TestConformance(BackendConformance):
         """Run a check, and keep its coverage for test_coverage.py, which need not run it again."""
         with simulator.record() as launches:
             super()._hold(op, dtype, kind)
-        keep_coverage(self.folder, (op, dtype, kind), launches)
+        found = coverage.covered(coverage.Ran(op, dtype, f"the check {kind}"), launches)
+        keep_coverage(self.folder, (op, dtype, kind), found)
+
+
+@pytest.mark.parametrize("unit", [u for u in coverage.units() if " with " in u[2]], ids=" ".join)
+def test_either_kernels_run_every_case(unit: Unit, run_folder: Path) -> None:
+    """Check where all tokens count as few, or none; test_coverage.py reads what this covers."""
+    keep_coverage(run_folder, unit, coverage.checked(*unit))
 
 
 # ---- what the backend says of itself -------------------------------------------------------------
