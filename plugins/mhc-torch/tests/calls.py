@@ -53,18 +53,21 @@ class Call:
 
 
 SMALL = Sizes((T,), N, C, "small, as gradients are compared with differences")
+FEWEST = Sizes((2,), 2, 3, "smaller yet, as second derivatives are: one for each pair of numbers")
 OTHER = {"mappings": {"variant": LOG}}  # beside the variant of the others
 
 
-def _call(op: str) -> Call:
+def _call(op: str, sizes: Sizes = SMALL) -> Call:
     """Return the call of an op that the kit takes second derivatives of, in these sizes."""
     case = next(case for case in SECOND if case.op == op)
-    static = {**case.options, **({"n": N} if "n" in case.options else {}), **OTHER.get(op, {})}
-    case = replace(case, sizes=SMALL, shared=False, static=tuple(static.items()))
+    n = {"n": sizes.n} if "n" in case.options else {}
+    static = {**case.options, **n, **OTHER.get(op, {})}
+    case = replace(case, sizes=sizes, shared=False, static=tuple(static.items()))
     return Call(op, [array.shape for array in data(case, "float64", 0).primals], static)
 
 
 CALLS = [_call(op) for op in math.OPS]
+FEWEST_CALLS = [_call(op, FEWEST) for op in math.OPS]
 (KNOPP,) = (call for call in CALLS if call.op == "sinkhorn_knopp")
 
 

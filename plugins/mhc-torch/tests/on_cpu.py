@@ -5,6 +5,7 @@ The module is that of a backend, as ``mhc_torch.cuda.ops`` is.
 
 from __future__ import annotations
 
+import atexit
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -40,6 +41,9 @@ SPEC = replace(
     mhc_torch.CUDA, name=NAME, module=__name__, missing=lambda: None, takes=None, automatic=False
 )
 _FOLDER = tempfile.TemporaryDirectory(prefix="mhc-cuda-on-cpu-")
+atexit.register(
+    _FOLDER.cleanup
+)  # left to its finalizer, it warns, which a worker takes for an error
 DEVICE = Device(Path(_FOLDER.name))
 _op, vjp = functions(Kernels(NAME, DEVICE))
 
