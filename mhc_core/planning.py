@@ -42,7 +42,7 @@ SUBLAYERS = 2  # of a layer: attention and MLP
 
 Layout = Literal["data", "sequence", "channels", "pipeline"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-"""What the devices of a step share it by."""
+"""The ways in which devices share a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
