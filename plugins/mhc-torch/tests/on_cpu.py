@@ -41,9 +41,7 @@ SPEC = replace(
     mhc_torch.CUDA, name=NAME, module=__name__, missing=lambda: None, takes=None, automatic=False
 )
 _FOLDER = tempfile.TemporaryDirectory(prefix="mhc-cuda-on-cpu-")
-atexit.register(
-    _FOLDER.cleanup
-)  # left to its finalizer, it warns, which a worker takes for an error
+atexit.register(_FOLDER.cleanup)  # its finalizer warns, which is an error in a worker
 DEVICE = Device(Path(_FOLDER.name))
 _op, vjp = functions(Kernels(NAME, DEVICE))
 
