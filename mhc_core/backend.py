@@ -155,6 +155,10 @@ class BackendSpec:
     device
         Called for reports: returns the device that the library computes on, in words, and may
         import the library. None where the arrays themselves say it (``array.device``).
+    channels
+        The library whose devices its functions sum over C across, inside ``channels_over``
+        (:mod:`mhc_core.sharding`), such as ``"jax"``; None for a backend that takes whole tokens
+        alone, which is refused there.
     disabled_by
         The name of an environment variable that disables the backend while it is ``1``; it is read
         at every call. None for none.
@@ -184,6 +188,7 @@ class BackendSpec:
     takes: Callable[[Sequence[Any]], str | None] | None = None
     proof: Proof | None = None
     device: Callable[[], str] | None = None
+    channels: str | None = None
     disabled_by: str | None = None
     api_version: int = API_VERSION
 
@@ -214,6 +219,8 @@ class BackendSpec:
         self._require("proof", good, "None, or methods verdict(op, dtypes, n) and verdicts()")
         good = self.device is None or callable(self.device)
         self._require("device", good, "None, or a function of no arguments")
+        good = self.channels is None or _is_word(self.channels)
+        self._require("channels", good, "the name of a library, or None")
         good = self.disabled_by is None or _is_word(self.disabled_by)
         self._require("disabled_by", good, "the name of an environment variable, or None")
         good = (
@@ -238,10 +245,12 @@ class BackendSpec:
         n: int | None,
         mixers: tuple[str, ...] = (),
         fields: tuple[str, ...] = (),
+        channels: str | None = None,
     ) -> str | None:
         """Return why it does not accept this op, these dtypes, n streams, ..., or None.
 
-        ``fields`` are those of a variant that only a backend knows that takes all mixers.
+        ``fields`` are those of a variant that only a backend knows that takes all mixers;
+        ``channels`` is the library whose devices share the channels, where any do.
 
         ``n`` is None for an op without streams, such as rms_norm.
         """
@@ -257,6 +266,8 @@ class BackendSpec:
                 return f"has no mixer {mixer!r} (it takes {known}); {UNFUSED}"
         if self.mixers is not None and fields:
             return f"does not know a variant's {fields[0]}; {UNFUSED}"
+        if channels is not None and channels != self.channels:
+            return f"takes whole tokens, not their parts on devices of {channels}"
         if n is not None and not smallest <= n <= (largest or n):
             upwards = f"to {largest}" if largest else "on"
             return f"takes n from {smallest} {upwards}, not {n}"

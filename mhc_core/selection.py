@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
+from mhc_core import sharding
 from mhc_core._arrays import HOST_TYPE, converting_host_arrays, full_name, is_a
 from mhc_core._messages import error_text, nearest, warn
 from mhc_core._proofs import advice, not_asked, unproven, unproven_text, warn_once
@@ -140,6 +141,7 @@ def select(
         _chosen.get(),
         _getenv(_MHC_BACKEND),
         _switches(),
+        sharding.library(),
         *map(type, arrays),
     )
     try:
@@ -154,7 +156,7 @@ def select(
 
 def situation() -> tuple[Any, ...]:
     """Return what a selection depends on besides the call: the names and switches in force."""
-    return _chosen.get(), _getenv(_MHC_BACKEND), _switches()
+    return _chosen.get(), _getenv(_MHC_BACKEND), _switches(), sharding.library()
 
 
 def selected(call: Signature, arrays: Sequence[Any]) -> BackendSpec:
@@ -191,6 +193,8 @@ def _values(*variables: Any) -> tuple[Any, ...]:
 def _find(
     what: str, call: Signature, backend: str | None, arrays: Sequence[Any]
 ) -> Callable[..., Any]:
+    if sharding.library() is not None:
+        sharding.check_op(call.op.name)
     for name, source in ((backend, ""), *_names_in_force()):
         if name is not None:
             choice = _named(what, name, source, call, arrays)
@@ -260,7 +264,7 @@ def _named(what: str, name: Any, source: str, call: Signature, arrays: Sequence[
                 f"{call.op.name}: {argument} is a {full_name(array)}; backend {name!r}{source} "
                 f"needs {takes}: convert it with numpy.asarray(...)"
             )
-    reason = spec.refuses(call.op.name, call.dtypes, call.n, call.mixers, call.fields)
+    reason = _refused(spec, call)
     if reason:
         raise UnsupportedError(f"{call.op.name}: backend {name!r}{source} {reason}")
     reason = unproven(what, spec, call)
@@ -268,6 +272,12 @@ def _named(what: str, name: Any, source: str, call: Signature, arrays: Sequence[
         said = unproven_text(spec, call, source, reason)
         raise BackendUnavailableError(f"{said} {advice(spec, call)}")
     return _Choice(spec, convert=not all(own))
+
+
+def _refused(spec: BackendSpec, call: Signature) -> str | None:
+    return spec.refuses(
+        call.op.name, call.dtypes, call.n, call.mixers, call.fields, sharding.library()
+    )
 
 
 def _automatic(
@@ -291,9 +301,7 @@ def _automatic(
     candidates: list[BackendSpec] = []
     for spec in specs:
         if library in spec.array_types and spec.name not in refused:
-            reason = missing_reason(spec) or spec.refuses(
-                call.op.name, call.dtypes, call.n, call.mixers, call.fields
-            )
+            reason = missing_reason(spec) or _refused(spec, call)
             if not spec.automatic:
                 refusals[spec.name] = "runs only when chosen by name"
             elif reason:

@@ -1,31 +1,78 @@
-"""The axis of a device mesh over which the channels of what is being traced are sharded.
+"""The devices that share the channels of what is computed.
 
-Inside a function that a library maps over devices (``jax.shard_map``) an array is one device's
-part, and a sum over C is that of its part alone: the formulas of :mod:`mhc_core.math` then sum it
-over the devices of this axis.
+Where an array is one device's part, a sum over C is that of its part alone: the formulas of
+:mod:`mhc_core.math` then sum it over the devices. In a function that JAX maps over devices
+(``jax.shard_map``) they are an axis of its mesh, by name; where every device has a process of its
+own, as in PyTorch and MLX, they are a :class:`Group`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["channel_axis", "channels_over"]
+__all__ = ["CHANNEL_OPS", "Axis", "Group", "channel_axis", "channels_over", "check_op", "library"]
 
-_axis: ContextVar[str | None] = ContextVar("mhc_channel_axis", default=None)
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that share channels: how many, and their all-reduce of one array.
+
+    ``key`` is the library's own group. Groups are equal if their keys are, so that what is made for
+    a group is found again.
+    """
+
+    library: str
+    key: Any
+    size: int = field(compare=False)
+    total: Callable[[Any], Any] = field(compare=False, repr=False)
+
+
+Axis = str | Group
+
+CHANNEL_OPS = (
+    "aggregate",
+    "combine",
+    "combine_pre",
+    "contract",
+    "expand",
+    "head",
+    "mappings",
+    "pre",
+    "residual_add_aggregate",
+    "rms_norm",
+)
+"""The ops that take a part of the channels on each device."""
+
+_axis: ContextVar[Axis | None] = ContextVar("mhc_channel_axis", default=None)
 
 
 @contextlib.contextmanager
-def channels_over(axis_name: str | None) -> Generator[None]:
-    """Sum over C across the devices of a mesh's axis, in what is traced inside the block."""
-    token = _axis.set(axis_name)
+def channels_over(axis: Axis | None) -> Generator[None]:
+    """Sum over C across these devices, in what is computed or traced inside the block."""
+    token = _axis.set(axis)
     try:
         yield
     finally:
         _axis.reset(token)
 
 
-def channel_axis() -> str | None:
-    """Return the axis of :func:`channels_over`, or None outside of it."""
+def channel_axis() -> Axis | None:
+    """Return the devices of :func:`channels_over`, or None outside of it."""
     return _axis.get()
+
+
+def library() -> str | None:
+    """Return the library whose devices share channels, or None where none do."""
+    axis = _axis.get()
+    return axis if axis is None else "jax" if isinstance(axis, str) else axis.library
+
+
+def check_op(op: str) -> None:
+    """Raise ValueError unless an op takes a part of the channels on each device."""
+    if op not in CHANNEL_OPS:
+        known = ", ".join(CHANNEL_OPS)
+        raise ValueError(f"{op}: it takes no sharded channels; of the ops, {known} do")

@@ -31,7 +31,6 @@ from mhc_conformance.cases import Case, Sizes, data
 from mhc_conformance.telling import SECOND
 from mhc_core import math
 from mhc_core.selection import registered
-from mhc_core.sharding import channels_over
 
 pytestmark = [
     needs_gcc,
@@ -408,8 +407,8 @@ def test_it_takes_arrays_on_one_gpu_with_tensor_cores(monkeypatch: pytest.Monkey
 
 
 def test_it_takes_no_part_of_a_token() -> None:
-    with channels_over("d"):
-        assert "channels_over" in str(jax_cuda.takes([jnp.ones(3)]))
+    reason = jax_cuda.SPEC.refuses("pre", (), 4, channels="jax")
+    assert reason == "takes whole tokens, not their parts on devices of jax"
 
 
 def test_it_takes_tracers_for_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -283,10 +283,10 @@ def _every_op() -> Iterator[str]:
     from jax.sharding import PartitionSpec as P
 
     import mhc_core as mhc
-    from mhc_backends.jax.ops import CHANNEL_OPS
     from mhc_conformance.cases import SMALL, Case, data, declaration
     from mhc_conformance.telling import SECOND
     from mhc_core.math import OPS
+    from mhc_core.sharding import CHANNEL_OPS
 
     statics = {case.op: case.options for case in SECOND}
     sizes = SMALL._replace(leading=(B, S), C=C)

@@ -40,7 +40,7 @@ def channels_over(axis_name: str) -> Generator[None]:
     one all-reduce each: ``m + 1`` numbers a token in ``mappings``, ``pre`` and ``combine_pre``, and
     for the gradients of H_pre, H_post and H_res as many numbers as these have. Streams are never
     gathered. Other axes of the mesh may have parts of the tokens. The ops run on the backend
-    ``jax`` and are those in ``mhc_backends.jax.ops.CHANNEL_OPS``.
+    ``jax`` and are those in ``mhc_core.sharding.CHANNEL_OPS``.
 
     Keep phi as ``[m, n, C]`` outside, to shard it along C.
 

@@ -32,9 +32,11 @@ __all__ = [
     "head_bias",
     "is_repeatable",
     "names_of",
+    "received",
     "residual_bias",
     "run_sublayers",
     "segment",
+    "sent",
 ]
 
 Recompute = Literal["auto", False] | int
@@ -147,6 +149,7 @@ def check_stack(
     head: Any,
     single_pass: bool,
     kinds: tuple[type[Any], type[Any]],
+    last: bool = True,
 ) -> None:
     """Raise unless all blocks, and a head, are of these kinds and have the same sizes."""
     kind_of_block, kind_of_head = kinds
@@ -168,6 +171,8 @@ def check_stack(
         )
     if single_pass:
         raise ValueError(f"{owner}: head is given; the single-pass order has no head")
+    if not last:
+        raise ValueError(f"{owner}: head is given; only the last stage has one")
     _check_sizes(owner, "head", head, blocks[0].connection.n, blocks[0].connection.dims)
 
 
@@ -212,16 +217,18 @@ def run_sublayers(
     arguments: Sequence[Call],
     state: Any,
     single_pass: bool,
+    first: bool = True,
 ) -> tuple[Any, ...]:
     """Run ``len(arguments)`` sublayers, from number ``start`` on.
 
     ``blocks`` are the blocks of these sublayers and of the next one. The state before the first
-    sublayer is the hidden state; then the streams, a layer's input and its mappings; after the
-    last one, the streams and its H_pre.
+    sublayer is the hidden state, or in a later stage of a pipeline, where ``first`` is False, what
+    :func:`sent` returned; then the streams, a layer's input and its mappings; after the last one,
+    the streams and its H_pre.
     """
     if start == 0:
-        (h,) = state
-        state = _first_state(blocks[0].connection, h, single_pass)
+        enter = _first_state if first else _state_of_stage
+        state = enter(blocks[0].connection, *state, single_pass)
     for k, (args, kwargs) in enumerate(arguments):
         x, h, h_pre, h_post, h_res = state
         y = blocks[k].transform(h, *args, **kwargs)
@@ -238,6 +245,24 @@ def _first_state(first: Any, h: Any, single_pass: bool) -> tuple[Any, ...]:
     x = mhc.expand(h, first.n)
     h_pre, h_post, h_res = first.mappings(x)
     return x, h if single_pass else mhc.aggregate(x, h_pre), h_pre, h_post, h_res
+
+
+def _state_of_stage(first: Any, x: Any, *rest: Any) -> tuple[Any, ...]:
+    """Return the streams, the first layer's input and its mappings, after another stage."""
+    *mix, _ = rest
+    h_pre, h_post, h_res = first.mappings(x)
+    return x, mhc.aggregate(x, *mix or (h_pre,)), h_pre, h_post, h_res
+
+
+def received(first: bool, single_pass: bool) -> int:
+    """Return how many arrays a stage of a pipeline begins with."""
+    return 1 + (single_pass and not first)
+
+
+def sent(state: Any, single_pass: bool) -> Any:
+    """Return what crosses to the next stage: the streams, and in the single-pass order H_pre."""
+    x, h_pre = state
+    return (x, h_pre) if single_pass else x
 
 
 def collapse(state: Any, single_pass: bool, head: Callable[[Any], Any] | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import shutil
@@ -12,7 +13,7 @@ from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
 
-from mhc_core.sharding import channel_axis
+from mhc_core.sharding import Axis, channel_axis, library
 
 __all__ = [
     "as_dtype_of",
@@ -510,7 +511,9 @@ def mean_square(xp: Any, x: Array, axes: int = 1) -> Array:
     if keeps_axes(xp):
         last, count = tuple(range(-axes, 0)), count * _devices_of_channels(xp)
         return xp.sum(x * (1 / max(count, 1)) * x, axis=last)[..., None]
-    return _mean_square(xp, xp.reshape(x, (*x.shape[: x.ndim - axes], count)))[..., None]
+    mean = _mean_square(xp, xp.reshape(x, (*x.shape[: x.ndim - axes], count)))[..., None]
+    devices = _devices_of_channels(xp)
+    return mean if devices == 1 else mean / devices
 
 
 @fused
@@ -759,13 +762,24 @@ def _second_stream(mx: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------ sums over devices
-# Inside jax.shard_map an array is a device's part, and a sum over C is that of its part alone.
+# Where devices share the channels an array is a device's part, and a sum over C that of its part.
 
 
 def over_channels(xp: Any, *sums: Array) -> tuple[Array, ...]:
     """Sum one device's sums over C across all devices that have channels, in one all-reduce."""
-    axis = channel_axis() if _is(xp, "jax") else None
-    return sums if axis is None else _lax().psum(sums, axis)
+    axis = _axis_of(xp)
+    if axis is None:
+        return sums
+    if isinstance(axis, str):
+        return _lax().psum(sums, axis)
+    if len(sums) == 1:
+        return (axis.total(sums[0]),)
+    total = axis.total(xp.concat([xp.reshape(one, (math.prod(one.shape),)) for one in sums]))
+    starts = itertools.accumulate((math.prod(one.shape) for one in sums), initial=0)
+    return tuple(
+        xp.reshape(total[start : start + math.prod(one.shape)], one.shape)
+        for start, one in zip(starts, sums, strict=False)
+    )
 
 
 def channels(xp: Any, x: Array) -> int:
@@ -774,8 +788,16 @@ def channels(xp: Any, x: Array) -> int:
 
 
 def _devices_of_channels(xp: Any) -> int:
-    axis = channel_axis() if _is(xp, "jax") else None
-    return 1 if axis is None else _lax().psum(1, axis)
+    axis = _axis_of(xp)
+    if axis is None:
+        return 1
+    return _lax().psum(1, axis) if isinstance(axis, str) else axis.size
+
+
+def _axis_of(xp: Any) -> Axis | None:
+    """Return the devices that share this library's channels, if any."""
+    sharing = library()
+    return channel_axis() if sharing and sharing in xp.__name__ else None
 
 
 # -------------------------------------------------------------------------------------- iterations

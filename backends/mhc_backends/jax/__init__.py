@@ -31,6 +31,7 @@ SPEC = BackendSpec(
     dtypes=DTYPES,
     mixers=None,
     neutral=True,
+    channels="jax",
     protocol="__jax_array__",
     missing=_missing,
     device=_device,

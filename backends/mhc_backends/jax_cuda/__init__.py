@@ -17,7 +17,6 @@ from mhc_backends.kernels.nvidia import OLDEST, devices
 from mhc_backends.kernels.ops import OPS
 from mhc_core.backend import BackendSpec
 from mhc_core.hookspecs import hookimpl
-from mhc_core.sharding import channel_axis
 
 __all__ = ["MIXERS", "missing", "takes"]
 
@@ -65,13 +64,8 @@ SEVERAL = (
 )
 
 
-CHANNELS = "takes whole tokens, not their parts inside channels_over: 'jax' sums over the devices"
-
-
 def takes(arrays: Sequence[Any]) -> str | None:
     """Return why the kernels do not take these arrays, or None."""
-    if channel_axis() is not None:
-        return CHANNELS
     jax: Any = import_module("jax")
     for one in arrays:
         if isinstance(one, jax.Array):

@@ -15,6 +15,7 @@ SPEC = BackendSpec(
     dtypes=mlx_common.NO_FLOAT64,
     mixers=None,
     neutral=True,
+    channels="mlx",
     missing=mlx_common.missing,
     device=mlx_common.device,
 )

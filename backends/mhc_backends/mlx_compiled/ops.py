@@ -32,6 +32,7 @@ from mhc_backends.mlx_common import (
 )
 from mhc_backends.mlx_compiled._vmap import differentiable
 from mhc_core import math
+from mhc_core.sharding import Axis, channel_axis, channels_over
 
 __all__ = ["checkpoint", "compile", "from_host", "grad", "to_host", "vjp", "vmap"]
 
@@ -48,7 +49,8 @@ def __getattr__(name: str) -> Callable[..., Any]:
 
     def op(*arrays: mx.array | None, **static: Any) -> Any:
         there = tuple(array is not None for array in arrays)
-        made = _forward(name, tuple(static.items()), _device(), there)(*present(arrays))
+        key = name, tuple(static.items()), _device(), there, channel_axis()
+        made = _forward(*key)(*present(arrays))
         outputs = filled(made, declared.kept(static))
         return outputs[0] if len(outputs) == 1 else outputs
 
@@ -60,10 +62,13 @@ def _device() -> Any:  # MLX's stubs do not say that it can be hashed
 
 
 @functools.cache
-def _forward(op: str, static: Static, device: Any, there: tuple[bool, ...]) -> Callable[..., Any]:
+def _forward(
+    op: str, static: Static, device: Any, there: tuple[bool, ...], axis: Axis | None
+) -> Callable[..., Any]:
     """Return a function from the op's arrays to one tuple of its outputs and what its vjp saves.
 
-    It takes the arrays that are ``there``, and returns the outputs that are not None.
+    It takes the arrays that are ``there``, and returns the outputs that are not None. ``axis`` has
+    the devices that share channels, also when the vjp is traced.
     """
     module, options = math.load(op), dict(static)
     kept = module.OP.kept(options)
@@ -74,9 +79,10 @@ def _forward(op: str, static: Static, device: Any, there: tuple[bool, ...]) -> C
     def forward(*primals: mx.array) -> Any:
         nonlocal places
         arrays = filled(primals, there)
-        if not hasattr(module, "forward_with_saved"):
-            return as_tuple(module.forward(*arrays, **options))
-        outputs, saved = module.forward_with_saved(*arrays, **options)
+        with channels_over(axis):
+            if not hasattr(module, "forward_with_saved"):
+                return as_tuple(module.forward(*arrays, **options))
+            outputs, saved = module.forward_with_saved(*arrays, **options)
         places, every = placed(present(outputs), saved)
         return every
 
@@ -86,22 +92,43 @@ def _forward(op: str, static: Static, device: Any, there: tuple[bool, ...]) -> C
         given = filled([mx.contiguous(c) for c in cotangents[:count]], kept)
         saved = ([a[k] for k in places] for a in (outputs, cotangents)) if places else ()
         arrays = filled(as_tuple(primals), there)
-        return distinct(present(module.vjp(arrays, given, *saved, **options)))
+        with channels_over(axis):
+            gradients = distinct(present(module.vjp(arrays, given, *saved, **options)))
+        return gradients if axis is None else _once(op, gradients)
 
     def again(*arrays: mx.array) -> Any:
-        return _forward(op, static, device, there)(*arrays)
+        return _forward(op, static, device, there, axis)(*arrays)
 
     words = [name for name, is_there in zip(module.OP.arrays, there, strict=False) if is_there]
     return _compiled(differentiable(forward, pullback, module.OP, words, again), op, device)
 
 
+def _once(op: str, gradients: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
+    """Return gradients that cannot be differentiated: what crosses devices there has no vjp."""
+
+    def same(*arrays: mx.array) -> Any:
+        return arrays
+
+    def refused(*_: Any) -> Any:
+        raise RuntimeError(
+            f"{op}: gradients of gradients need whole channels, not their parts on several devices"
+        )
+
+    guarded = mx.custom_function(same)
+    guarded.vjp(refused)
+    return as_tuple(guarded(*gradients))
+
+
 @functools.cache
-def _vjp(op: str, static: Static, device: Any, there: tuple[bool, ...]) -> Callable[..., Any]:
+def _vjp(
+    op: str, static: Static, device: Any, there: tuple[bool, ...], axis: Axis | None
+) -> Callable[..., Any]:
     module, options = math.load(op), dict(static)
 
     def function(primals: Any, cotangents: Any) -> Any:
         given = filled(cotangents, module.OP.kept(options))
-        return present(module.vjp(filled(primals, there), given, **options))
+        with channels_over(axis):
+            return present(module.vjp(filled(primals, there), given, **options))
 
     return _compiled(function, op, device)
 
@@ -130,5 +157,5 @@ def vjp(
 ) -> tuple[mx.array | None, ...]:
     """Pull cotangents back by the hand-written vjp, compiled."""
     there = tuple(array is not None for array in primals)
-    pull = _vjp(op, tuple(static.items()), _device(), there)
+    pull = _vjp(op, tuple(static.items()), _device(), there, channel_axis())
     return filled(pull(present(primals), present(cotangents)), there)

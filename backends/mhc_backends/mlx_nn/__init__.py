@@ -22,6 +22,11 @@ from mhc_backends.mlx_nn.compat import (
 from mhc_backends.mlx_nn.gated import GatedConnection, GatedHead
 from mhc_backends.mlx_nn.hyper import HyperConnection, HyperHead
 from mhc_backends.mlx_nn.models import AccelerationReport, accelerate, restore
+from mhc_backends.mlx_nn.sharding import (
+    channels_over,
+    pipeline_value_and_grad,
+    shard_channels,
+)
 from mhc_backends.mlx_nn.stack import HyperConnectedStack
 from mhc_core import sinkhorn_knopp
 
@@ -44,10 +49,13 @@ __all__ = [
     "PatchReport",
     "Patched",
     "accelerate",
+    "channels_over",
     "compare_models",
     "diagnostics",
     "load_hyper_connections",
+    "pipeline_value_and_grad",
     "residual_add_agg",
     "restore",
+    "shard_channels",
     "sinkhorn_knopp",
 ]

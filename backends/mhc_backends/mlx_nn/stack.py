@@ -19,10 +19,12 @@ from mhc_backends.nn_common import (
     checked_recompute,
     collapse,
     is_repeatable,
+    received,
     run_sublayers,
     segment,
+    sent,
 )
-from mhc_core import checks, gradients
+from mhc_core import checks, gradients, sharding
 
 __all__ = ["HyperConnectedStack"]
 
@@ -50,6 +52,10 @@ class HyperConnectedStack(nn.Module):
     head
         A :class:`HyperHead` that collapses the streams; by default their mean does. The single-pass
         order has no head.
+    first, last
+        False for a stack that is a later, or an earlier, stage of a pipeline. A stage that is not
+        the first begins with what the stage before returned: the streams, and in the single-pass
+        order also H_pre, as a second argument. One that is not the last returns them.
 
     Raises
     ------
@@ -100,15 +106,20 @@ class HyperConnectedStack(nn.Module):
         single_pass: bool = False,
         recompute: Recompute = "auto",
         head: HyperHead | None = None,
+        *,
+        first: bool = True,
+        last: bool = True,
     ) -> None:
         super().__init__()
         owner = type(self).__name__
+        self.first = checks.boolean(owner, "first", first)
+        self.last = checks.boolean(owner, "last", last)
         self.n = checks.positive_int(owner, "n", n)
         self.single_pass = checks.boolean(owner, "single_pass", single_pass)
         self.recompute: Recompute = checked_recompute(owner, recompute)
         self.blocks = list(blocks)
         kinds = HyperConnectedBlock, HyperHead
-        check_stack(owner, self.blocks, self.n, head, single_pass, kinds)
+        check_stack(owner, self.blocks, self.n, head, single_pass, kinds, last)
         if head is not None:
             self.head = head
 
@@ -123,37 +134,44 @@ class HyperConnectedStack(nn.Module):
         *args: Any,
         each: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
-    ) -> mx.array:
+    ) -> Any:
         """Run ``[..., dims]`` through all blocks, to ``[..., dims]``.
 
         Every layer gets ``args`` and ``kwargs`` after its input, and the layer of block k also gets
         the keyword arguments ``each[k]``.
         """
         count, size = len(self.blocks), self.segment
+        more = received(self.first, self.single_pass) - 1
+        state: tuple[mx.array, ...] = (h, *args[:more])
+        args = args[more:]
         arguments_of = calls(type(self).__name__, count, args, each, kwargs)
         recompute = self.training and gradients.wanted() and size < count
         recompute = recompute and is_repeatable(arguments_of, (mx.array, mx.Dtype))
-        state: tuple[mx.array, ...] = (h,)
+        axis = sharding.channel_axis()  # a recomputation runs after the caller's block
         for start in range(0, count, size):
             stop = min(start + size, count)
-            arguments = (start, arguments_of[start:stop], *state)
+            arguments = (axis, start, arguments_of[start:stop], *state)
             blocks = self.blocks[start : stop + 1]
             if recompute:
                 state = recomputed(self._run, blocks, self._used(start, stop), *arguments)
             else:
                 state = self._run(blocks, *arguments)
+        if not self.last:
+            return sent(state, self.single_pass)
         head = self.head if "head" in self else None
         return collapse(state, self.single_pass, head)
 
     def _run(
         self,
         blocks: Sequence[HyperConnectedBlock],
+        axis: sharding.Axis | None,
         start: int,
         calls: Sequence[Call],
         *state: mx.array,
     ) -> tuple[mx.array, ...]:
         """Run ``len(calls)`` sublayers of ``blocks``, or of copies of them, from ``start`` on."""
-        return run_sublayers(blocks, start, calls, state, self.single_pass)
+        with sharding.channels_over(axis):
+            return run_sublayers(blocks, start, calls, state, self.single_pass, self.first)
 
     def _used(self, start: int, stop: int) -> list[nn.Module]:
         """Return the modules that :meth:`_run` uses: its end maps for the next segment's start."""

@@ -38,6 +38,7 @@ SPEC = BackendSpec(
     ops=math.OPS,
     dtypes=DTYPES,
     mixers=None,
+    channels="torch",
     missing=_missing,
     device=_device,
     api_version=1,

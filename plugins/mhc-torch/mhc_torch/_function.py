@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 
 from mhc_core import math
+from mhc_core.sharding import channel_axis, channels_over
 from mhc_torch import _knopp
 from mhc_torch._precision import full_float32
 
@@ -66,6 +67,7 @@ class _Op(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         ctx.op, ctx.static, *primals = inputs
+        ctx.axis = channel_axis()
         ctx.kept = math.load(ctx.op).OP.kept(dict(ctx.static))
         extra = iter(output[sum(ctx.kept) :])
         where = _ALSO_OUTPUT[ctx.op]
@@ -80,9 +82,16 @@ class _Op(torch.autograd.Function):
         primals, saved = kept[: ctx.primals], kept[ctx.primals :]
         # If this backward is itself differentiated, the saved values are recomputed from the
         # primals, because the vjp has no cotangents for saved values.
-        saved = None if torch.is_grad_enabled() else saved
+        if again := torch.is_grad_enabled():
+            saved = None
+        if again and ctx.axis is not None:
+            raise RuntimeError(
+                f"{ctx.op}: gradients of gradients (create_graph=True) need whole channels, not "
+                "their parts on several devices"
+            )
         given = filled(cotangents, ctx.kept)
-        gradients = pull_back(ctx.op, primals, given, saved, dict(ctx.static))
+        with channels_over(ctx.axis):  # a thread of autograd's has a context of its own
+            gradients = pull_back(ctx.op, primals, given, saved, dict(ctx.static))
         needed = zip(ctx.needs_input_grad[2:], gradients, strict=True)
         return None, None, *[gradient if needs else None for needs, gradient in needed]
 

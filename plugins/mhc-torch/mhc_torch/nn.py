@@ -28,11 +28,13 @@ from mhc_backends.nn_common import (
     head_bias,
     is_repeatable,
     names_of,
+    received,
     residual_bias,
     run_sublayers,
     segment,
+    sent,
 )
-from mhc_core import checks
+from mhc_core import checks, sharding
 from mhc_core.variants import PAPER, Variant
 from mhc_torch._variants import key_of, variant_of
 from mhc_torch.gated import GatedConnection, GatedHead
@@ -335,6 +337,10 @@ class HyperConnectedStack(nn.Module):
     head
         A :class:`HyperHead` that collapses the streams; by default their mean does. The single-pass
         order has no head.
+    first, last
+        False for a stack that is a later, or an earlier, stage of a pipeline. A stage that is not
+        the first begins with what the stage before returned: the streams, and in the single-pass
+        order also H_pre, as a second argument. One that is not the last returns them.
 
     Raises
     ------
@@ -372,14 +378,20 @@ class HyperConnectedStack(nn.Module):
         single_pass: bool = False,
         recompute: Recompute = "auto",
         head: HyperHead | None = None,
+        *,
+        first: bool = True,
+        last: bool = True,
     ) -> None:
         super().__init__()
         owner = type(self).__name__
+        self.first = checks.boolean(owner, "first", first)
+        self.last = checks.boolean(owner, "last", last)
         self.n = checks.positive_int(owner, "n", n)
         self.single_pass = checks.boolean(owner, "single_pass", single_pass)
         self.recompute: Recompute = checked_recompute(owner, recompute)
         blocks = list(blocks)
-        check_stack(owner, blocks, self.n, head, single_pass, (HyperConnectedBlock, HyperHead))
+        kinds = HyperConnectedBlock, HyperHead
+        check_stack(owner, blocks, self.n, head, single_pass, kinds, last)
         self.blocks = nn.ModuleList(blocks)
         self.register_module("head", head)
 
@@ -394,26 +406,32 @@ class HyperConnectedStack(nn.Module):
         *args: Any,
         each: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> Any:
         """Run ``[..., dims]`` through all blocks, to ``[..., dims]``.
 
         Every layer gets ``args`` and ``kwargs`` after its input, and the layer of block k also gets
         the keyword arguments ``each[k]``.
         """
         blocks, size = list(self.blocks), self.segment
+        more = received(self.first, self.single_pass) - 1
+        state: tuple[Tensor, ...] = (h, *args[:more])
+        args = args[more:]
         arguments = calls(type(self).__name__, len(blocks), args, each, kwargs)
         wanted = self.training and torch.is_grad_enabled()
         recompute = wanted and size < len(blocks)
         recompute = recompute and is_repeatable(arguments, (Tensor, torch.dtype, torch.device))
-        state: tuple[Tensor, ...] = (h,)
+        axis = sharding.channel_axis()  # a recomputation runs after the caller's block
         for start in range(0, len(blocks), size):
             stop = min(start + size, len(blocks))
 
             def run(*state: Tensor, start: int = start, stop: int = stop) -> tuple[Tensor, ...]:
                 part, given = blocks[start : stop + 1], arguments[start:stop]
-                return run_sublayers(part, start, given, state, self.single_pass)
+                with sharding.channels_over(axis):
+                    return run_sublayers(part, start, given, state, self.single_pass, self.first)
 
             state = _checkpoint(run, *state, use_reentrant=False) if recompute else run(*state)
+        if not self.last:
+            return sent(state, self.single_pass)
         return collapse(state, self.single_pass, self.head)
 
 

@@ -20,7 +20,7 @@ import torch.utils.checkpoint
 
 from mhc_core import math
 from mhc_core.dispatch import OPAQUE
-from mhc_torch import _function
+from mhc_torch import _dtensor, _function
 
 for _function_of_core in OPAQUE:
     torch.compiler.allow_in_graph(_function_of_core)
@@ -32,6 +32,8 @@ def __getattr__(name: str) -> Callable[..., Any]:
     names = tuple(math.load(name).OP.arrays)
 
     def op(*arrays: torch.Tensor | None, **static: Any) -> Any:
+        if _dtensor.is_distributed(arrays):
+            return _dtensor.apply(name, op, arrays, static)
         require_one_device(name, names, arrays)
         return _function.apply(name, arrays, static)
 
@@ -45,6 +47,8 @@ def vjp(
     **static: Any,
 ) -> tuple[torch.Tensor | None, ...]:
     """Pull cotangents back by the hand-written vjp."""
+    if _dtensor.is_distributed(primals):
+        return _dtensor.vjp(op, vjp, primals, cotangents, static)
     require_one_device_of_vjp(op, primals, cotangents)
     return _function.pull_back(op, primals, cotangents, None, static)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mhc_backends.kernels.ops import OPS
+from mhc_torch import _dtensor
 from mhc_torch import ops as neutral
 from mhc_torch.cuda.kernels import Kernels
 
@@ -30,6 +31,8 @@ def functions(kernels: Kernels) -> tuple[Callable[[str], Any], Callable[..., Any
         **static: Any,
     ) -> tuple[torch.Tensor | None, ...]:
         """Pull cotangents back by the op's vjp kernels."""
+        if _dtensor.is_distributed(primals):
+            return _dtensor.vjp(op, vjp, primals, cotangents, static)
         neutral.require_one_device_of_vjp(op, primals, cotangents)
         return kernels.vjp(op, primals, cotangents, static)
 

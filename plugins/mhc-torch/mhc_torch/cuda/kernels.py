@@ -21,7 +21,7 @@ from mhc_backends.kernels.ops import outputs as count_outputs
 from mhc_backends.kernels.plan import Axis, Plan, record
 from mhc_core import gradients, math
 from mhc_core.variants import Variant
-from mhc_torch import _function
+from mhc_torch import _dtensor, _function
 from mhc_torch._variants import key_of, made
 from mhc_torch.cuda.driver import Driver
 from mhc_torch.cuda.replay import DTYPES, Replay
@@ -103,6 +103,8 @@ class Kernels:
             key: list[Any] = [index, *static.values()]
             for one in cast("tuple[Tensor | None, ...]", primals):
                 if one is None:
+                    if _dtensor.is_distributed(primals):
+                        return _dtensor.apply(op, call, primals, static)
                     there, static = _present(primals, static)
                     return call(*there, **static)
                 if one.get_device() != index:
@@ -112,6 +114,8 @@ class Kernels:
                 if one.requires_grad:
                     graph = True
                 key += (one.shape, one.dtype)
+            if not plain and _dtensor.is_distributed(primals):
+                return _dtensor.apply(op, call, primals, static)
             if transformed():
                 results = cast("Any", _OpInTransforms).apply(self, op, static, *primals)
             elif not plain:

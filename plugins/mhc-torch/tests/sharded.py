@@ -1,0 +1,487 @@
+"""Several processes that compute what one does, and the collectives that they need for it.
+
+``python plugins/mhc-torch/tests/sharded.py --processes 4`` runs every layout and prints a line for
+each; docs/records has what it printed. tests/test_sharded.py asserts the same of two processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mhc_core as mhc
+from mhc_conformance.cases import SMALL, Case, data, declaration
+from mhc_conformance.telling import SECOND
+from mhc_core.math import OPS
+from mhc_core.sharding import CHANNEL_OPS
+from mhc_torch.distributed import ChannelParallel, TokenParallel, channels_over
+from mhc_torch.nn import HyperConnectedBlock, HyperConnectedStack, HyperConnection, HyperHead
+
+B, S, n, C = 4, 8, 4, 16
+QUICK = mhc.DEEPSEEK_V4
+
+
+class Found(NamedTuple):
+    """What a layout computed: its largest relative error, and its collectives."""
+
+    error: float
+    forward: list[tuple[str, int]]
+    backward: list[tuple[str, int]]
+
+
+class Collectives(TorchDispatchMode):
+    """Keep the name, and the bytes that it takes, of each collective inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if DTensor in types:
+            return NotImplemented
+        name = func.name().partition(".")[0]
+        if "c10d" in func.namespace and not name.endswith(("wait_tensor", "_autograd")):
+            self.seen.append((name.partition("::")[2].strip("_"), _bytes(args)))
+        return func(*args, **(kwargs or {}))
+
+
+def _bytes(arguments: Any) -> int:
+    if isinstance(arguments, Tensor):
+        return arguments.nbytes
+    if isinstance(arguments, (list, tuple)):
+        return sum(map(_bytes, arguments))
+    return 0
+
+
+def apart(got: Any, wanted: Tensor) -> float:
+    """Return the largest distance, relative to the largest number."""
+    got = got.full_tensor() if isinstance(got, DTensor) else got
+    got, wanted = got.detach(), wanted.detach()
+    assert got.shape == wanted.shape, (got.shape, wanted.shape)
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
+
+
+# ---- ops -----------------------------------------------------------------------------------------
+
+
+def one_op(op: str, layout: str, mesh: Any) -> Found:
+    """Compare an op on DTensors with the op on tensors."""
+    statics = {case.op: case.options for case in SECOND}[op]
+    case = Case(op, "sharded", SMALL._replace(leading=(B, S), C=C), tuple(statics.items()))
+    arrays = [torch.from_numpy(one.copy()) for one in data(case, "float32", 0).primals]
+    words = [some[0] for some in declaration(op).patterns.values()]
+    generator = torch.Generator().manual_seed(1)
+
+    def placement(array: Tensor, word: Sequence[str]) -> Any:
+        if layout == "channels":
+            return Shard(array.ndim - 1) if word[-1] == "C" else Replicate()
+        dim = ("batch", "sequence").index(layout)
+        return Shard(dim) if array.shape[:2] == (B, S) else Replicate()
+
+    function = getattr(mhc, op)
+    plain = [one.clone().requires_grad_() for one in arrays]
+    wanted = function(*plain, **statics, backend="torch")
+    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+    cotangents = [torch.randn(one.shape, generator=generator) for one in wanted if one is not None]
+    there = [one for one in wanted if one is not None]
+    gradients = torch.autograd.grad(there, plain, cotangents, allow_unused=True)
+
+    parts = [
+        distribute_tensor(one, mesh, [placement(one, word)]).requires_grad_()
+        for one, word in zip(arrays, words, strict=False)
+    ]
+    with Collectives() as forward:
+        made = function(*parts, **statics, backend="torch")
+    made = [one for one in (made if isinstance(made, tuple) else (made,)) if one is not None]
+    given = [
+        distribute_tensor(one, mesh, list(out.placements))
+        for one, out in zip(cotangents, made, strict=True)
+    ]
+    with Collectives() as backward:
+        pulled = torch.autograd.grad(made, parts, given, allow_unused=True)
+    pairs = [*zip(made, there, strict=True), *zip(pulled, gradients, strict=True)]
+    errors = [apart(a, b) for a, b in pairs if b is not None]
+    by_hand = mhc.vjp(op, parts, tuple(given), backend="torch", **statics)
+    errors += [apart(a, b) for a, b in zip(by_hand, gradients, strict=True) if b is not None]
+    return Found(max(errors), forward.seen, backward.seen)
+
+
+FEW = ("combine_pre", "head", "rms_norm")
+
+
+def some_ops(mesh: Any, ops: Sequence[str]) -> dict[str, Found]:
+    """Return what ops do with sharded tokens, and where they take them, with sharded channels."""
+    return {
+        f"{op}, {layout}": one_op(op, layout, mesh)
+        for op in ops
+        for layout in ("batch", "sequence", "channels")
+        if layout != "channels" or op in CHANNEL_OPS
+    }
+
+
+# ---- models --------------------------------------------------------------------------------------
+# In float64: layouts round float32 differently, and attention makes 2e-5 of it.
+
+
+class Mlp(nn.Module):
+    """Two products, with tanh between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(C, 2 * C, bias=False), nn.Linear(2 * C, C, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the layer's output."""
+        return self.down(torch.tanh(self.up(h)))
+
+
+class Attention(nn.Module):
+    """One causal head: a token reads those before it, on other devices too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(C, C, bias=False) for _ in range(3))
+        self.mask: Tensor | DTensor = torch.ones(S, S).tril().log()
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the layer's output."""
+        k, v = self.k(h), self.v(h)
+        if isinstance(k, DTensor) and isinstance(v, DTensor):  # keys and values of all tokens
+            k, v = (one.redistribute(placements=[Replicate()]) for one in (k, v))
+        scores = self.q(h) @ k.transpose(-2, -1) / C**0.5 + self.mask
+        return scores.softmax(-1) @ v
+
+
+def made(single_pass: bool = False, **options: Any) -> HyperConnectedStack:
+    """Return the same stack in every process: attention, MLP, attention, MLP."""
+    torch.manual_seed(0)
+    layers = [Attention(), Mlp(), Attention(), Mlp()]
+    blocks = [HyperConnectedBlock(layer, C, n, QUICK) for layer in layers]
+    head = None if single_pass else HyperHead(C, n, QUICK)
+    stack = HyperConnectedStack(blocks, n, single_pass, recompute=2, head=head, **options)
+    for module in stack.modules():  # far from the start, where H_res has little gradient
+        if isinstance(module, (HyperConnection, HyperHead)):
+            for one in module.parameters():
+                nn.init.normal_(one, std=0.1)
+    return stack.double()
+
+
+def hidden() -> Tensor:
+    """Return the same input in every process."""
+    return torch.randn(B, S, C, generator=torch.Generator().manual_seed(2)).double()
+
+
+def loss_of(out: Tensor) -> Tensor:
+    """Return a sum over tokens that no layout changes."""
+    return (out.sin() * out).sum()
+
+
+def alone(single_pass: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss and the gradients of one process."""
+    stack = made(single_pass)
+    loss = loss_of(stack(hidden()))
+    loss.backward()
+    return loss.detach(), {name: some(one.grad) for name, one in stack.named_parameters()}
+
+
+def some(value: Tensor | None) -> Tensor:
+    """Return a gradient that must be there."""
+    assert value is not None
+    return value
+
+
+def compared(
+    stack: nn.Module,
+    loss: Tensor,
+    seen: tuple[Collectives, Collectives],
+    wanted: tuple[Tensor, dict[str, Tensor]],
+    names: Callable[[str], str] = str,
+) -> Found:
+    """Compare a loss, and the gradients that a stack has, with those of one process."""
+    total, gradients = wanted
+    got = {names(name): some(one.grad) for name, one in stack.named_parameters()}
+    errors = [apart(loss.detach(), total), *(apart(got[k], gradients[k]) for k in got)]
+    return Found(max(errors), seen[0].seen, seen[1].seen)
+
+
+def sharded_channels(mesh: Any) -> Found:
+    """Shard streams and phi along C, and the MLPs by columns and rows; a tensor-parallel model."""
+    stack = made()
+    mlps = {
+        "up": ColwiseParallel(input_layouts=Shard(-1), use_local_output=False),
+        "down": RowwiseParallel(output_layouts=Shard(-1), use_local_output=False),
+    }
+    for block in stack.blocks:
+        if isinstance(block.layer, Mlp):
+            parallelize_module(block.layer, mesh, mlps)
+        else:
+            block.layer.mask = distribute_tensor(block.layer.mask, mesh, [Replicate()])
+    parallelize_module(stack, mesh, ChannelParallel(output_layouts=Replicate()))
+    assert stack.blocks[0].connection.fn.to_local().numel() == 24 * n * C // mesh.size()
+    with Collectives() as forward:
+        loss = loss_of(stack(hidden()))
+    with Collectives() as backward:
+        loss.backward()
+    return compared(stack, loss, (forward, backward), alone())
+
+
+def sharded_sequence(mesh: Any) -> Found:
+    """Shard the sequence; attention gathers keys and values, as context parallelism does."""
+    stack = made()
+    for block in stack.blocks:
+        if isinstance(block.layer, Attention):
+            rows = distribute_tensor(block.layer.mask, mesh, [Shard(0)])
+            block.layer.mask = rows
+    style = TokenParallel(1, input_layouts=Replicate(), use_local_output=False)
+    parallelize_module(stack, mesh, style)
+    with Collectives() as forward:
+        loss = loss_of(stack(hidden())).full_tensor()
+    with Collectives() as backward:
+        loss.backward()
+    return compared(stack, loss, (forward, backward), alone())
+
+
+def fsdp(mesh: Any) -> Found:
+    """Shard the batch and the parameters by FSDP2, which takes the mean of the gradients."""
+    stack = made()
+    for block in stack.blocks:
+        fully_shard(block.layer, mesh=mesh)
+    fully_shard(stack, mesh=mesh)
+    part = hidden().chunk(mesh.size())[mesh.get_local_rank()]
+    with Collectives() as forward:
+        loss = loss_of(stack(part)) * mesh.size()
+    with Collectives() as backward:
+        loss.backward()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    return compared(stack, mean / mesh.size(), (forward, backward), alone())
+
+
+def ddp(mesh: Any) -> Found:
+    """Shard the batch by DistributedDataParallel."""
+    model = nn.parallel.DistributedDataParallel(made(), process_group=mesh.get_group())
+    part = hidden().chunk(mesh.size())[mesh.get_local_rank()]
+    with Collectives() as forward:
+        loss = loss_of(model(part)) * mesh.size()
+    with Collectives() as backward:
+        loss.backward()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    seen = forward, backward
+    return compared(model, mean / mesh.size(), seen, alone(), lambda k: k.removeprefix("module."))
+
+
+def pipeline(mesh: Any, single_pass: bool = False) -> Found:
+    """Give each process some sublayers; streams, and in the single pass H_pre, cross over."""
+    whole, rank, size = made(single_pass), mesh.get_local_rank(), mesh.size()
+    each = len(whole.blocks) // size
+    last = rank == size - 1
+    stage = HyperConnectedStack(
+        list(whole.blocks[rank * each : (rank + 1) * each]),
+        n,
+        single_pass,
+        recompute=1,
+        head=whole.head if last else None,
+        first=rank == 0,
+        last=last,
+    )
+    schedule = ScheduleGPipe(
+        PipelineStage(stage, rank, size, torch.device("cpu")),
+        n_microbatches=2,
+        loss_fn=lambda out, _: loss_of(out),
+        scale_grads=False,
+    )
+    losses: list[Tensor] = []
+    with Collectives() as seen:
+        if rank == 0:
+            schedule.step(hidden())
+        elif last:
+            schedule.step(target=torch.zeros(B), losses=losses)
+        else:
+            schedule.step()
+    total = torch.stack(losses).sum().detach() if last else torch.zeros((), dtype=torch.float64)
+    dist.broadcast(total, size - 1)
+
+    def name_of(name: str) -> str:
+        if not name.startswith("blocks."):
+            return name
+        _, k, rest = name.split(".", 2)
+        return f"blocks.{int(k) + rank * each}.{rest}"
+
+    return compared(stage, total, (seen, Collectives()), alone(single_pass), name_of)
+
+
+def megatron(mesh: Any) -> Found:
+    """Shard channels of plain tensors, in Megatron's layout [s, b, n C], which is a view."""
+    rank, size = mesh.get_local_rank(), mesh.size()
+    part = slice(rank * C // size, (rank + 1) * C // size)
+    torch.manual_seed(0)
+    x, phi = torch.randn(S, B, n * C), torch.randn(24, n * C) / 8
+    scale, bias = torch.ones(3), torch.randn(24)
+    plain = [one.clone().requires_grad_() for one in (x, phi, scale, bias)]
+
+    def run(x: Tensor, *projection: Tensor) -> Tensor:
+        streams = x.unflatten(-1, (n, -1))
+        assert streams.data_ptr() == x.data_ptr()
+        h, h_post, h_res = mhc.pre(streams, *projection, QUICK)
+        return mhc.combine(streams, torch.tanh(h), h_post, h_res)
+
+    out = run(*plain)
+    loss_of(out).backward()
+    own = [
+        one.unflatten(-1, (n, C))[..., part].flatten(-2) if one.shape[-1] == n * C else one
+        for one in (x, phi, scale, bias)
+    ]
+    own = [one.detach().clone().requires_grad_() for one in own]
+    with Collectives() as forward, channels_over(mesh.get_group()):
+        mine = run(*own)
+    with Collectives() as backward:
+        loss_of(mine).backward()
+    errors = [apart(mine, out[..., part])]
+    for one, wanted in zip(own, map(lambda p: some(p.grad), plain), strict=True):
+        if wanted.shape[-1] == n * C:
+            wanted = wanted.unflatten(-1, (n, C))[..., part].flatten(-2)
+        errors.append(apart(some(one.grad), wanted))
+    return Found(max(errors), forward.seen, backward.seen)
+
+
+def refusals(mesh: Any) -> dict[str, str]:
+    """Return the errors of calls that do not fit."""
+    x = torch.randn(4, n, C)
+    weights = torch.ones(4, n)
+
+    def said(function: Callable[..., Any], *arrays: Any, **options: Any) -> str:
+        try:
+            function(*arrays, **options)
+        except (TypeError, ValueError, RuntimeError) as error:
+            return str(error)
+        return "not refused"
+
+    def twice() -> None:
+        with channels_over(mesh.get_group()):
+            own = x.clone().requires_grad_()
+            (dx,) = torch.autograd.grad(mhc.aggregate(own, weights).sum(), own, create_graph=True)
+
+    def inside(function: Callable[..., Any], *arrays: Any) -> None:
+        with channels_over(mesh.get_group()):
+            function(*arrays)
+
+    def placed(array: Tensor, dim: int) -> DTensor:
+        return distribute_tensor(array, mesh, [Shard(dim)])
+
+    return {
+        "plain": said(mhc.aggregate, placed(x, 0), weights),
+        "streams": said(mhc.aggregate, placed(x, 1), distribute_tensor(weights, mesh)),
+        "odd": said(mhc.contract, placed(torch.randn(4, n, C + 1), 2)),
+        "op": said(
+            mhc.pre_scale, placed(torch.randn(4, n * C), 1), distribute_tensor(weights, mesh)
+        ),
+        "plain op": said(inside, mhc.pre_scale, torch.randn(4, n * C), weights),
+        "numpy": said(inside, mhc.aggregate, x.numpy(), weights.numpy()),
+        "twice": said(twice),
+    }
+
+
+def both_at_once(mesh: Any) -> Found:
+    """Shard the batch by FSDP2 over one dimension of a mesh, and channels over the other."""
+    grid = init_device_mesh("cpu", (2, mesh.size() // 2), mesh_dim_names=("data", "channels"))
+    stack = made()
+    for block in stack.blocks:
+        if isinstance(block.layer, Attention):
+            rows = distribute_tensor(block.layer.mask, grid["channels"], [Replicate()])
+            block.layer.mask = rows
+    parallelize_module(stack, grid["channels"], ChannelParallel(output_layouts=Replicate()))
+    fully_shard(stack, mesh=grid["data"])
+    part = hidden().chunk(2)[grid["data"].get_local_rank()]
+    with Collectives() as forward:
+        loss = loss_of(stack(part)) * 2
+    with Collectives() as backward:
+        loss.backward()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean, group=grid["data"].get_group())
+    return compared(stack, mean / 2, (forward, backward), alone())
+
+
+LAYOUTS: dict[str, Callable[[Any], Found]] = {
+    "data (DDP)": ddp,
+    "data (FSDP2)": fsdp,
+    "sequence, context": sharded_sequence,
+    "channels, tensor": sharded_channels,
+    "channels, [s, b, n C]": megatron,
+    "pipeline": pipeline,
+    "pipeline, single pass": lambda mesh: pipeline(mesh, single_pass=True),
+}
+
+
+def run(rank: int, size: int, folder: str, every: bool = True) -> dict[str, Any]:
+    """Run every layout as one of ``size`` processes, or a few, and return what was found."""
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=120)  # for a process whose peer has failed
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, rank=rank, world_size=size, timeout=limit)
+    try:
+        mesh = init_device_mesh("cpu", (size,))
+        layouts = LAYOUTS if every else {k: LAYOUTS[k] for k in LAYOUTS if k != "pipeline"}
+        found: dict[str, Any] = {name: layout(mesh) for name, layout in layouts.items()}
+        if size > 2:
+            found["data (FSDP2) x channels"] = both_at_once(mesh)
+        found["refused"] = refusals(mesh)
+        found["ops"] = some_ops(mesh, OPS if every else FEW)
+        return found
+    finally:
+        dist.destroy_process_group()
+
+
+def listed(some: Sequence[tuple[str, int]]) -> str:
+    """Return collectives in words, equal ones counted."""
+    counts = {one: some.count(one) for one in some}
+    return ", ".join(f"{count} x {kind} {size}" for (kind, size), count in counts.items()) or "none"
+
+
+def main() -> None:
+    """Print a line for each layout and op."""
+    parser = argparse.ArgumentParser(description="Layouts over several processes, by gloo.")
+    parser.add_argument("--processes", type=int, default=2)
+    size = parser.parse_args().processes
+    with tempfile.TemporaryDirectory() as folder:
+        others: list[int] = []
+        for rank in range(1, size):
+            other = os.fork()  # nothing has run in parallel yet
+            if other == 0:
+                run(rank, size, folder)
+                os._exit(0)
+            others.append(other)
+        found = run(0, size, folder)
+        for other in others:
+            assert os.waitpid(other, 0)[1] == 0
+    print(
+        f"torch {torch.__version__}, {size} processes by gloo, [{B}, {S}, {n}, {C}], float32 ops, float64 models; bytes"
+    )
+    found.pop("refused")
+    for name, one in {**found.pop("ops"), **found}.items():
+        lists = f"forward: {listed(one.forward)}; backward: {listed(one.backward)}"
+        print(f"{name:34} error {one.error:.0e}; {lists}")
+
+
+if __name__ == "__main__":
+    main()
