@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -168,6 +169,31 @@ def test_the_json_and_the_plot(tmp_path: Path) -> None:
     data = record["layouts"]["data"]
     moved = sum(one["size"] for one in data["traffic"])
     assert data["seconds"] == {"traffic": moved / 100 / 1e9}
+
+
+def test_a_measured_bandwidth_is_that_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copy 1 MiB under a clock that goes on by 1/4 s: three copies a turn, read and written."""
+    from mhc_core.cli.bench import _library, _timing
+
+    clock = itertools.count(step=0.25)
+    monkeypatch.setattr(_timing.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(_library.Library, "copied_bytes", 1 << 20)
+    record = json.loads(run("--model", "hy-v4", "--bandwidth", "measured", "--json").stdout)
+    assert record["bandwidth_gb_per_s"] == pytest.approx(3 * 2 * (1 << 20) / 0.25 / 1e9)
+    data = record["layouts"]["data"]
+    moved = sum(one["size"] for one in data["traffic"]) / 1e9
+    assert data["seconds"] == {"traffic": pytest.approx(moved / record["bandwidth_gb_per_s"])}
+
+
+def test_a_link_is_measured_between_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``tests/test_sharded.py`` measures one between 8 devices."""
+    pytest.importorskip("jax", reason="JAX is not installed")
+    import jax
+
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    done = run("--model", "hy-v4", "--link", "measured")
+    assert done.exit_code == 2
+    assert "--link is 'measured'; needs two devices, JAX has 1 here: give GB/s" in done.output
 
 
 def test_a_config_is_read_by_its_family(tmp_path: Path) -> None:

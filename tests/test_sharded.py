@@ -7,6 +7,7 @@ prints a line for each op too: ``python tests/test_sharded.py``; docs/records ha
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -86,6 +87,13 @@ def test_sharded_channels_take_one_all_reduce_a_sublayer_and_direction(
     # phi on all devices needs its whole gradient on each; phi sharded with the streams does not
     whole = [] if setting.startswith("shard_map") else [["all-gather", 4 * M * n * C]] * 2
     assert gathered == whole
+
+
+def test_a_link_is_measured_by_an_all_reduce(found: dict[str, dict[str, Any]]) -> None:
+    """A ring sends 2 (D - 1) / D of what it sums, here 4 KiB in 1/4 s."""
+    link: Any = found["link"]
+    assert link[0] is None
+    assert link[1] == pytest.approx(2 * (DEVICES - 1) / DEVICES * 4096 / 0.25 / 1e9)
 
 
 def test_what_does_not_fit_sharded_channels_is_refused(found: dict[str, dict[str, Any]]) -> None:
@@ -187,8 +195,11 @@ def _programs() -> Iterator[tuple[str, Program]]:
     from jax.sharding import AxisType
     from jax.sharding import PartitionSpec as P
 
-    from mhc_core.jax import channels_over
+    import mhc_core
+    from mhc_core.jax import HyperConnection, channels_over
 
+    mhc: Any = mhc_core
+    connection = HyperConnection(C, n, DEEPSEEK_V4, axis_name="d")
     x, parameters = _numbers()
     everywhere = [P()] * len(parameters)
     specs = {"data": P("d"), "sequence": P(None, "d"), "channels": P(None, None, None, "d")}
@@ -209,9 +220,16 @@ def _programs() -> Iterator[tuple[str, Program]]:
                 all_specs[k] = P(None, None, "d")
 
             def run(x: Any, *some: Any) -> Any:
-                flat = (one.reshape(M, -1) if one.ndim == 3 else one for one in some)
+                first, second = (
+                    dict(zip(("fn", "scale", "base"), own, strict=True))
+                    for own in (some[:3], some[3:])
+                )
+                h, h_post, h_res = connection.pre(first, x)
+                x, h, _, h_post, h_res = connection.combine_pre(
+                    second, x, jax.numpy.tanh(h), h_post, h_res
+                )
                 with channels_over("d"):
-                    return two_sublayers(x, *flat)
+                    return mhc.combine(x, jax.numpy.tanh(h), h_post, h_res)
 
         def local(*some: Any, run: Any = run) -> Any:
             lax: Any = jax.lax
@@ -271,6 +289,18 @@ def _refused() -> dict[str, str]:
         "h_pre": said(mhc.aggregate, x, jnp.ones((S, n * DEVICES)), specs=(parts, P(None, "d"))),
         "op": said(mhc.pre_scale, jnp.ones((S, n * C)), jnp.ones((S, n)), specs=(P(), P())),
     }
+
+
+def _link() -> tuple[str | None, float]:
+    """Measure the link between the devices, under a clock that goes on by 1/4 s."""
+    from types import SimpleNamespace
+
+    from mhc_core.cli.plan import _link as link
+
+    clock = itertools.count(step=0.25)
+    link.NUMBERS = 1024
+    link.time = SimpleNamespace(perf_counter=lambda: next(clock))
+    return link.measure()
 
 
 def _every_op() -> Iterator[str]:
@@ -335,7 +365,7 @@ def _main() -> None:
     every = tuple(range(7))
     graded: Any = jax.grad(loss, argnums=every)
     wanted: Any = jax.jit(graded)(x, *parameters)
-    results: dict[str, Any] = {"refused": _refused()}
+    results: dict[str, Any] = {"refused": _refused(), "link": _link()}
     for setting, program in _programs():
         results[setting] = {**program.collectives(), "error": _error(program, wanted)}
     print(json.dumps(results))

@@ -71,10 +71,16 @@ def channels_over(axis_name: str) -> Generator[None]:
     >>> h.shape
     (5, 8)
     """
-    if not isinstance(axis_name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"channels_over: axis_name is {axis_name!r}; needs the name of an axis")
+    if axis_name is None:  # pyright: ignore[reportUnnecessaryComparison]
+        raise TypeError("channels_over: axis_name is None; needs the name of an axis")
+    _check_axis("channels_over", axis_name)
     with mhc.use_backend("jax"), sharding.channels_over(axis_name):
         yield
+
+
+def _check_axis(owner: str, axis_name: Any) -> None:
+    if axis_name is not None and not isinstance(axis_name, str):
+        raise TypeError(f"{owner}: axis_name is {axis_name!r}; needs the name of an axis")
 
 
 @dataclass(frozen=True)
@@ -84,13 +90,20 @@ class _Projection:
     dims: int
     n: int = 4
     variant: Variant = PAPER
+    axis_name: str | None = None
 
     _checked = staticmethod(checked_sizes)
 
     def __post_init__(self) -> None:
-        sizes = self._checked(type(self).__name__, self.dims, self.n, self.variant)
+        owner = type(self).__name__
+        sizes = self._checked(owner, self.dims, self.n, self.variant)
         for name, value in zip(("dims", "n", "variant"), sizes, strict=True):
             object.__setattr__(self, name, value)
+        _check_axis(owner, self.axis_name)
+
+    def _over(self) -> contextlib.AbstractContextManager[None]:
+        """Return the block in which ops sum over C across the devices of ``axis_name``."""
+        return contextlib.nullcontext() if self.axis_name is None else channels_over(self.axis_name)
 
     def _start(self, key: jax.Array, groups: int, bias: list[float]) -> Params:
         shape = (len(bias), self.n * self.dims)
@@ -102,9 +115,9 @@ class _Projection:
         return dict(zip(names_of(self.variant), arrays, strict=True))
 
     def _arrays(self, params: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return phi, scale and bias, as the ops take them."""
+        """Return phi, scale and bias, as the ops take them; phi may be [m, n, C]."""
         phi, scale, bias = names_of(self.variant)
-        return params[phi], params[scale], params[bias]
+        return params[phi].reshape(len(params[phi]), -1), params[scale], params[bias]
 
 
 @dataclass(frozen=True)
@@ -129,6 +142,9 @@ class HyperConnection(_Projection):
         The constants and the layout of the parameters: :data:`mhc_core.PAPER`, or
         :data:`mhc_core.DEEPSEEK_V4` or ``DEEPSEEK_V41`` for released checkpoints. Its mixer makes
         H_res; with ``"identity"`` there is none, and the methods take and return None for it.
+    axis_name
+        In ``jax.shard_map``, the axis of the mesh over whose devices the channels are sharded
+        (:func:`channels_over`); shard phi, kept as ``[m, n, C]``, along C with the streams.
 
     Raises
     ------
@@ -163,11 +179,13 @@ class HyperConnection(_Projection):
 
     def mappings(self, params: Params, x: jax.Array) -> Any:
         """Return H_pre, H_post and H_res of the streams x: :func:`mhc_core.mappings`."""
-        return mhc.mappings(x, *self._arrays(params), self.variant)
+        with self._over():
+            return mhc.mappings(x, *self._arrays(params), self.variant)
 
     def pre(self, params: Params, x: jax.Array) -> Any:
         """Return h, the layer's input, H_post and H_res: :func:`mhc_core.pre`."""
-        return mhc.pre(x, *self._arrays(params), self.variant)
+        with self._over():
+            return mhc.pre(x, *self._arrays(params), self.variant)
 
     def combine_pre(
         self,
@@ -184,7 +202,8 @@ class HyperConnection(_Projection):
         streams, this layer's input (computed with the h_pre argument, if given) and this
         connection's H_pre, H_post and H_res.
         """
-        return mhc.combine_pre(x, y, h_post, h_res, *self._arrays(params), self.variant, h_pre)
+        with self._over():
+            return mhc.combine_pre(x, y, h_post, h_res, *self._arrays(params), self.variant, h_pre)
 
     def __call__(
         self,
@@ -196,7 +215,9 @@ class HyperConnection(_Projection):
     ) -> jax.Array:
         """Apply ``layer(h, *args, **kwargs)`` to the streams ``[..., n, dims]``."""
         h, h_post, h_res = self.pre(params, x)
-        return mhc.combine(x, layer(h, *args, **kwargs), h_post, h_res)
+        y = layer(h, *args, **kwargs)
+        with self._over():
+            return mhc.combine(x, y, h_post, h_res)
 
 
 @dataclass(frozen=True)
@@ -207,7 +228,7 @@ class HyperHead(_Projection):
 
     Parameters
     ----------
-    dims, n, variant
+    dims, n, variant, axis_name
         As for :class:`HyperConnection`, whose H_pre the weights w start as.
 
     Raises
@@ -226,7 +247,8 @@ class HyperHead(_Projection):
 
     def __call__(self, params: Params, x: jax.Array) -> jax.Array:
         """Return ``[..., dims]`` from the streams ``[..., n, dims]``: :func:`mhc_core.head`."""
-        return mhc.head(x, *self._arrays(params), self.variant)
+        with self._over():
+            return mhc.head(x, *self._arrays(params), self.variant)
 
 
 @dataclass(frozen=True)

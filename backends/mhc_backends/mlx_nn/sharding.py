@@ -177,10 +177,8 @@ def pipeline_value_and_grad(
             return loss(out) if stage.last else out
 
         try:
-            if stage.last:
-                cotangents = [mx.ones(())]
-            else:  # received after the outputs are sent
-                cotangents = receive(crossing, rank + 1)
+            # lazy: they are received after the outputs are sent
+            cotangents = [mx.ones(())] if stage.last else receive(crossing, rank + 1)
             outputs, gradients = mx.vjp(run, [*given, *parameters], cotangents)
         finally:
             stage.update(tree_unflatten(list(zip(names, parameters, strict=True))))

@@ -158,8 +158,7 @@ class _Layout(NamedTuple):
         per_token = words[0] == "..."
         own = part.shape[len(self.leading) if per_token else 0 :]
         whole = [
-            self.sizes[word] if word in self.sizes else size
-            for word, size in zip(words[per_token:], own, strict=True)
+            self.sizes.get(word, size) for word, size in zip(words[per_token:], own, strict=True)
         ]
         shape = (*self.leading, *whole) if per_token else tuple(whole)
         return self._wrapped(part, self.placements(words), shape)

@@ -358,7 +358,7 @@ def megatron(mesh: Any) -> Found:
     with Collectives() as backward:
         loss_of(mine).backward()
     errors = [apart(mine, out[..., part])]
-    for one, wanted in zip(own, map(lambda p: some(p.grad), plain), strict=True):
+    for one, wanted in zip(own, (some(p.grad) for p in plain), strict=True):
         if wanted.shape[-1] == n * C:
             wanted = wanted.unflatten(-1, (n, C))[..., part].flatten(-2)
         errors.append(apart(some(one.grad), wanted))
@@ -380,7 +380,7 @@ def refusals(mesh: Any) -> dict[str, str]:
     def twice() -> None:
         with channels_over(mesh.get_group()):
             own = x.clone().requires_grad_()
-            (dx,) = torch.autograd.grad(mhc.aggregate(own, weights).sum(), own, create_graph=True)
+            torch.autograd.grad(mhc.aggregate(own, weights).sum(), own, create_graph=True)
 
     def inside(function: Callable[..., Any], *arrays: Any) -> None:
         with channels_over(mesh.get_group()):
@@ -474,8 +474,9 @@ def main() -> None:
         found = run(0, size, folder)
         for other in others:
             assert os.waitpid(other, 0)[1] == 0
+    kinds = "float32 ops, float64 models"
     print(
-        f"torch {torch.__version__}, {size} processes by gloo, [{B}, {S}, {n}, {C}], float32 ops, float64 models; bytes"
+        f"torch {torch.__version__}, {size} processes by gloo, [{B}, {S}, {n}, {C}], {kinds}; bytes"
     )
     found.pop("refused")
     for name, one in {**found.pop("ops"), **found}.items():
