@@ -1,9 +1,9 @@
 """The devices that share the channels of what is computed.
 
 Where an array is one device's part, a sum over C is that of its part alone: the formulas of
-:mod:`mhc_core.math` then sum it over the devices. In a function that JAX maps over devices
-(``jax.shard_map``) they are an axis of its mesh, by name; where every device has a process of its
-own, as in PyTorch and MLX, they are a :class:`Group`.
+:mod:`mhc_core.math` then sum it over the devices. In a function that is mapped over the devices of
+a mesh, they are an axis of the mesh, by name; where every device has a process of its own, they are
+a :class:`Group`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["CHANNEL_OPS", "Axis", "Group", "channel_axis", "channels_over", "check_op", "library"]
+__all__ = [
+    "CHANNEL_OPS",
+    "Axis",
+    "Group",
+    "Named",
+    "channel_axis",
+    "channels_over",
+    "check_op",
+    "library",
+]
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,15 @@ class Group:
     total: Callable[[Any], Any] = field(compare=False, repr=False)
 
 
-Axis = str | Group
+@dataclass(frozen=True)
+class Named:
+    """An axis of the mesh over whose devices a library maps what it traces."""
+
+    library: str
+    name: str
+
+
+Axis = Named | Group
 
 CHANNEL_OPS = (
     "aggregate",
@@ -71,7 +88,7 @@ def channel_axis() -> Axis | None:
 def library() -> str | None:
     """Return the library whose devices share channels, or None where none do."""
     axis = _axis.get()
-    return axis if axis is None else "jax" if isinstance(axis, str) else axis.library
+    return None if axis is None else axis.library
 
 
 def check_op(op: str) -> None:

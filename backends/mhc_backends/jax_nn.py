@@ -74,7 +74,7 @@ def channels_over(axis_name: str) -> Generator[None]:
     if axis_name is None:  # pyright: ignore[reportUnnecessaryComparison]
         raise TypeError("channels_over: axis_name is None; needs the name of an axis")
     _check_axis("channels_over", axis_name)
-    with mhc.use_backend("jax"), sharding.channels_over(axis_name):
+    with mhc.use_backend("jax"), sharding.channels_over(sharding.Named("jax", axis_name)):
         yield
 
 

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
 
-from mhc_core.sharding import Axis, channel_axis, library
+from mhc_core.sharding import Axis, Named, channel_axis, library
 
 __all__ = [
     "as_dtype_of",
@@ -770,8 +770,8 @@ def over_channels(xp: Any, *sums: Array) -> tuple[Array, ...]:
     axis = _axis_of(xp)
     if axis is None:
         return sums
-    if isinstance(axis, str):
-        return _lax().psum(sums, axis)
+    if isinstance(axis, Named):
+        return _lax().psum(sums, axis.name)
     if len(sums) == 1:
         return (axis.total(sums[0]),)
     total = axis.total(xp.concat([xp.reshape(one, (math.prod(one.shape),)) for one in sums]))
@@ -791,7 +791,7 @@ def _devices_of_channels(xp: Any) -> int:
     axis = _axis_of(xp)
     if axis is None:
         return 1
-    return _lax().psum(1, axis) if isinstance(axis, str) else axis.size
+    return _lax().psum(1, axis.name) if isinstance(axis, Named) else axis.size
 
 
 def _axis_of(xp: Any) -> Axis | None:

@@ -153,7 +153,7 @@ def channels(group: Any) -> float:
 
 
 def pipeline(group: Any, single_pass: bool = False) -> float:
-    """Give each process some sublayers; streams, and in the single pass H_pre, cross over."""
+    """Split the sublayers over processes; streams, and in the single pass H_pre, cross over."""
     each = LAYERS // group.size()
     start = group.rank() * each
     stage = made(single_pass, start, start + each)

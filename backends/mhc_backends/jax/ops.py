@@ -18,7 +18,7 @@ import numpy
 from jax.core import Tracer
 
 from mhc_core import gradients, math
-from mhc_core.sharding import channel_axis, channels_over
+from mhc_core.sharding import Named, channel_axis, channels_over
 
 Static = tuple[tuple[str, Any], ...]
 
@@ -79,7 +79,7 @@ def spread_like(array: jax.Array, like: jax.Array) -> jax.Array:
 def _named_axis() -> str | None:
     """Return the axis of a mesh over which channels are sharded."""
     axis = channel_axis()
-    return axis if isinstance(axis, str) else None
+    return axis.name if isinstance(axis, Named) else None
 
 
 def _check_channels(op: str, arrays: tuple[jax.Array | None, ...], axis: str) -> None:
@@ -135,7 +135,7 @@ def by_our_rules(function: Callable[..., Any], axis: str | None = None) -> Calla
         with (
             jax.numpy_rank_promotion("allow"),
             jax.numpy_dtype_promotion("standard"),
-            channels_over(axis),
+            channels_over(None if axis is None else Named("jax", axis)),
         ):
             return function(*arrays)
 

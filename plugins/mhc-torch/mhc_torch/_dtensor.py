@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mhc_core.dispatch import get_op
 from mhc_core.sharding import CHANNEL_OPS, Group, channels_over, check_op
+from mhc_torch import _function
 
 __all__ = ["apply", "group_of", "is_distributed", "vjp"]
 
@@ -49,10 +50,12 @@ def group_of(groups: Sequence[Any]) -> Group:
 def apply(op: str, run: Callable[..., Any], arrays: Sequence[Any], static: Mapping[str, Any]):
     """Run an op on DTensors; ``run`` is the op on local tensors of whole tokens."""
     layout = _layout(op, arrays, static)
+    local = tuple(map(layout.local, layout.declared.arrays, arrays))
     with channels_over(layout.group):
-        if layout.group is not None:
-            run = _neutral(op)
-        results = run(*map(layout.local, layout.declared.arrays, arrays), **static)
+        if layout.group is None:
+            results = run(*local, **static)
+        else:
+            results = _function.apply(op, local, dict(static))
     several = results if isinstance(results, tuple) else (results,)
     outputs = tuple(map(layout.output, layout.declared.outputs, cast("tuple[Any, ...]", several)))
     return outputs if len(outputs) > 1 else outputs[0]
@@ -66,8 +69,6 @@ def vjp(
     static: Mapping[str, Any],
 ) -> tuple[Any, ...]:
     """Pull DTensors back; ``run`` is the vjp on local tensors of whole tokens."""
-    from mhc_torch import ops
-
     layout = _layout(op, primals, static)
     names, outputs = list(layout.declared.arrays)[: len(primals)], layout.declared.outputs
     given = (
@@ -76,15 +77,11 @@ def vjp(
     )
     local = tuple(map(layout.local, names, primals))
     with channels_over(layout.group):
-        run = run if layout.group is None else ops.vjp
-        gradients = run(op, local, tuple(given), **static)
+        if layout.group is None:
+            gradients = run(op, local, tuple(given), **static)
+        else:
+            gradients = _function.pull_back(op, local, tuple(given), None, dict(static))
     return tuple(map(layout.gradient, names, primals, gradients))
-
-
-def _neutral(op: str) -> Callable[..., Any]:
-    from mhc_torch import ops
-
-    return getattr(ops, op)
 
 
 class _Layout(NamedTuple):

@@ -40,7 +40,7 @@ QUICK = mhc.DEEPSEEK_V4
 
 
 class Found(NamedTuple):
-    """What a layout computed: its largest relative error, and its collectives."""
+    """The result of a layout: its largest relative error, and its collectives."""
 
     error: float
     forward: list[tuple[str, int]]
@@ -292,7 +292,7 @@ def ddp(mesh: Any) -> Found:
 
 
 def pipeline(mesh: Any, single_pass: bool = False) -> Found:
-    """Give each process some sublayers; streams, and in the single pass H_pre, cross over."""
+    """Split the sublayers over processes; streams, and in the single pass H_pre, cross over."""
     whole, rank, size = made(single_pass), mesh.get_local_rank(), mesh.size()
     each = len(whole.blocks) // size
     last = rank == size - 1
