@@ -70,6 +70,48 @@ def test_quantised_gates(cls: type[Any]) -> None:
         assert apart < near * mx.abs(want).max()
 
 
+class Lora(nn.Module):
+    """A low-rank adapter beside a layer that may be quantised."""
+
+    def __init__(self, layer: nn.Module, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.a = mx.random.normal((inputs, 2), key=mx.random.key(inputs)) / 4
+        self.b = mx.random.normal((2, outputs), key=mx.random.key(outputs)) / 4
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.layer(x) + x @ self.a @ self.b
+
+
+@pytest.mark.parametrize("cls", [GatedConnection, GatedHead])
+def test_adapters_on_quantised_gates_are_trained(cls: type[Any]) -> None:
+    """Check the gradients of all that is trainable against a difference, and nothing else has one.
+
+    The quantised matrices and their scales are frozen; the streams get a gradient through them.
+    """
+    module, x = trained(cls), streams()
+    shapes = {name: module[name].weight.shape for name in NAMES if name in module}
+    nn.quantize(module, group_size=32, bits=4)
+    for name in NAMES[1:]:
+        if name in shapes:
+            outputs, inputs = shapes[name]
+            module[name] = Lora(module[name], inputs, outputs)
+    gradient = nn.value_and_grad(module, lambda x: value(module, x))(x)[1]
+    found = dict(flat(gradient))
+    assert set(found) == {"hc_norm.weight"} | {
+        f"{name}.{part}" for name in shapes if name != "hc_norm" for part in "ab"
+    }
+    assert all(mx.abs(a).max() > 0 for a in found.values())
+    by_x = mx.grad(lambda x: value(module, x))(x)
+    norm = sum(mx.square(a).sum() for a in (by_x, *found.values())).item() ** 0.5
+    at, values = dict(flat(module.trainable_parameters())), list[float]()
+    for step in (1e-2, -1e-2):
+        moved = [(name, a + step / norm * found[name]) for name, a in at.items()]
+        module.update(utils.tree_unflatten(moved))
+        values.append(value(module, x + step / norm * by_x).item())
+    assert (values[0] - values[1]) / 2e-2 == pytest.approx(norm, rel=1e-3)
+
+
 def test_the_start_is_that_of_the_family() -> None:
     connection = GatedConnection(64, 4, 8)
     x = mx.broadcast_to(mx.random.normal((5, 1, 64)), (5, 4, 64))

@@ -13,6 +13,7 @@ pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 
 import mlx.core as mx
 import small
+from mlx import nn
 from mlx.utils import tree_flatten
 from test_families import MAKE, OTHER, quantized
 
@@ -81,8 +82,30 @@ def test_what_mlx_vlm_saves_is_what_it_computes(name: str, tmp_path: Path) -> No
     assert filled >= 8 * len(loaded.layers) - 4 * (name != "qwen4_exp")
 
 
-def test_quantised_gates_are_refused_by_name(tmp_path: Path) -> None:
-    source = saved(quantized(MAKE["qwen4_exp"](hc_lowrank=32)), tmp_path)
-    for allow_unused in (False, True):
-        with pytest.raises(ValueError, match=r"_down\.scales.*: parts of quantised matrices"):
-            load_hyper_connections(source, allow_unused=allow_unused)
+def test_gates_that_mlx_vlm_quantised_are_what_it_computes(tmp_path: Path) -> None:
+    """Load what it saves, and load that into a model quantised in the same way and a plain one."""
+    make = MAKE["qwen4_exp"]
+    model = quantized(make(hc_lowrank=32))
+    site = layers_of(model)[0].attn_hyper_connection
+    kinds = {type(layer) for layer in site.children().values()}
+    assert nn.QuantizedLinear in kinds
+    source = saved(model, tmp_path)
+    loaded = load_hyper_connections(source)
+    assert type(loaded.layers[0].attn.block_inject_weight) is nn.QuantizedLinear
+    x = mx.random.normal((2, 3, loaded.layers[0].attn.n, loaded.layers[0].attn.dims))
+    for layer, theirs in zip(loaded.layers, layers_of(model), strict=True):
+        for ours, name in zip(layer, SITES["qwen4_exp"], strict=True):
+            for got, want in zip(ours.pre(x), mapped("qwen4_exp", theirs[name], x), strict=True):
+                assert got is want is None or small.apart(got, want) < 1e-5
+    wanted = dict(tree_flatten(model.parameters()))
+    same = quantized(make(seed=1, hc_lowrank=32))
+    load_hyper_connections(source, same)
+    for path, array in tree_flatten(same.parameters()):
+        if "hyper_connection" in path:
+            assert mx.array_equal(array, wanted[path]), path
+    plain = make(seed=1, hc_lowrank=32)
+    load_hyper_connections(source, plain)
+    for theirs, other in zip(layers_of(model), layers_of(plain), strict=True):
+        for name in SITES["qwen4_exp"]:
+            found = (one[name](x.flatten(-2)) for one in (other, theirs))
+            assert all(small.apart(got, want) < 1e-4 for got, want in zip(*found, strict=True))

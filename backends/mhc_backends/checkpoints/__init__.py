@@ -14,6 +14,7 @@ from mhc_backends.checkpoints.config import Config, eps_of, read_config, variant
 from mhc_backends.checkpoints.families import BY_TYPE, DEEPSEEK, HUNYUAN, Family
 from mhc_backends.checkpoints.names import (
     OWNER,
+    QUANTISED,
     SUBLAYERS,
     Key,
     family_of,
@@ -23,8 +24,10 @@ from mhc_backends.checkpoints.names import (
     model_key,
     printable,
 )
+from mhc_backends.checkpoints.quantised import Packing, dequantised, parts, unpacked
 from mhc_backends.checkpoints.sources import (
     DTYPES,
+    INTEGERS,
     Checkpoint,
     Tensor,
     checked_path,
@@ -60,8 +63,9 @@ class Gated(NamedTuple):
 class Read(NamedTuple):
     """The hyper-connections of a checkpoint: arrays of the caller's library.
 
-    They are float32, and those of a gated residual in their own dtype. ``targets`` has the names of
-    a model's parameters, if a model was given. Of ``variant`` and ``gated`` one is None.
+    They are float32, and those of a gated residual in their own dtype, where a library keeps what
+    is quantised, with its parts. ``targets`` has the names of a model's parameters, if a model was
+    given. Of ``variant`` and ``gated`` one is None.
     """
 
     arrays: Mapping[Key, Any]
@@ -89,7 +93,9 @@ class Read(NamedTuple):
 
     def _of(self, layer: int, sublayer: str, names: tuple[str, ...]) -> dict[str, Any]:
         own = gated_name if self.variant is None else _names(self.variant).__getitem__
-        return {own(name): self.arrays[Key(layer, sublayer, name)] for name in names}
+        keys = [Key(layer, sublayer, name) for name in names]
+        keys += [key.beside(part) for key in keys for part in QUANTISED]
+        return {own(key.parameter): self.arrays[key] for key in keys if key in self.arrays}
 
 
 def _names(variant: Variant) -> dict[str, str]:
@@ -110,12 +116,16 @@ class Library(NamedTuple):
         Converts its float32 array to the dtype of a name in ``DTYPES``.
     own
         The type of its own arrays, if they are to be taken as they are, not by way of NumPy.
+    integers
+        Makes an array of unsigned integers; None if the library's modules have no quantised
+        matrices, so that those of a checkpoint are dequantised.
     """
 
     float32: Callable[[Any], Any]
     is_finite: Callable[[Any], bool]
     cast: Callable[[Any, str], Any]
     own: type[Any] | tuple[()] = ()
+    integers: Callable[[Any], Any] | None = None
 
 
 def read(
@@ -151,23 +161,59 @@ def read(
     checkpoint = _of_family(checkpoint, family)
     if path is not None and path.is_dir():
         checkpoint.promised.update(_promised(config, family))
-    tensors = _complete(checkpoint, family, options)
+    stored = _complete(checkpoint, family, options)
+    tensors, packings = unpacked(stored)
     n, dims, rank = _checked_sizes(tensors, family, config)
-    targets: dict[Key, str] = {}
-    if parameters is not None:
-        targets = _targets(parameters(family), family, tensors, options.allow_missing)
-    arrays = {key: _read(library, family, tensor) for key, tensor in tensors.items()}
+    found = None if parameters is None else _in_model(parameters(family), family)
+    kept = {
+        key: parts(key, packing, stored)
+        for key, packing in packings.items()
+        if library.integers and (found is None or key.beside("scales") in found)
+    }
+    for own in kept.values():
+        tensors.update(own)
+    targets = {} if found is None else _targets(found, tensors, options.allow_missing)
+    arrays: dict[Key, Any] = {}
+    for key, tensor in tensors.items():
+        if key in packings and key not in kept:
+            own = parts(key, packings[key], stored)
+            tensor = tensor._replace(read=_dequantised(library, packings[key], own), own=None)
+        arrays[key] = _read(library, family, tensor)
     variant = constants if isinstance(constants, Variant) else None
     gated = None if isinstance(constants, Variant) else Gated(rank, constants)
     return Read(arrays, targets, n, dims, family, variant, gated)
 
 
+def _dequantised(
+    library: Library, packing: Packing, stored: Mapping[Key, Tensor]
+) -> Callable[[], Any]:
+    """Return what reads a quantised matrix in its own shape, after checking its parts."""
+    for part in stored.values():
+        if part.dtype in DTYPES.values():
+            _float32(library, part)
+
+    def read() -> Any:
+        return dequantised(packing, *(part.read() for part in stored.values()))
+
+    return read
+
+
 def _read(library: Library, family: Family, tensor: Tensor) -> Any:
-    own = isinstance(tensor.own, library.own)
-    array = library.float32(tensor.own if own else tensor.read())
+    if library.integers and tensor.dtype in INTEGERS.values():
+        return library.integers(_given(library, tensor))
+    array = _float32(library, tensor)
+    return array if family.variant else library.cast(array, tensor.dtype)
+
+
+def _float32(library: Library, tensor: Tensor) -> Any:
+    array = library.float32(_given(library, tensor))
     if not library.is_finite(array):
         raise ValueError(f"{OWNER}: {tensor.name} holds NaN or infinity")
-    return array if family.variant else library.cast(array, tensor.dtype)
+    return array
+
+
+def _given(library: Library, tensor: Tensor) -> Any:
+    return tensor.own if isinstance(tensor.own, library.own) else tensor.read()
 
 
 def keys_of_stack(path: str, blocks: int, family: Family) -> dict[str, Key]:
@@ -234,14 +280,14 @@ def _of_family(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     tensors: dict[Key, Tensor] = {}
     unsupported = list(checkpoint.unsupported)
     for key, tensor in checkpoint.tensors.items():
-        if key.parameter in names[key.is_head]:
+        if key.whole in names[key.is_head]:
             tensors[key] = tensor
         else:
             unsupported.append(tensor.name)
     promised = {
         key: clause
         for key, clause in checkpoint.promised.items()
-        if key.parameter in names[key.is_head]
+        if key.whole in names[key.is_head]
     }
     return Checkpoint(tensors, sorted(unsupported), promised, checkpoint.where)
 
@@ -265,12 +311,6 @@ def _promised(config: Config, family: Family) -> dict[Key, str]:
 def _complete(checkpoint: Checkpoint, family: Family, options: Options) -> dict[Key, Tensor]:
     """Return the tensors in order; every layer up to the last, and a head, must be complete."""
     tensors, where = checkpoint.tensors, checkpoint.where
-    quantised = [name for name in checkpoint.unsupported if _is_of_quantised(name)]
-    if quantised:
-        raise ValueError(
-            f"{OWNER}: {_listed(quantised)} in {where}: parts of quantised matrices, which are not "
-            "read; load the model with its own library and accelerate it, or dequantise it"
-        )
     if checkpoint.unsupported and not options.allow_unused:
         raise ValueError(
             f"{OWNER}: {_listed(checkpoint.unsupported)} in {where}: named like hyper-connections, "
@@ -292,13 +332,8 @@ def _complete(checkpoint: Checkpoint, family: Family, options: Options) -> dict[
     missing = [key for key in needed if key not in tensors]
     if missing:
         raise ValueError(f"{OWNER}: {_missing(missing)} in {where}")
-    return {key: tensors[key] for key in needed}
-
-
-def _is_of_quantised(name: str) -> bool:
-    """Return whether MLX stores a tensor beside the integers of a gate's matrix."""
-    stem, _, last = name.rpartition(".")
-    return last in ("scales", "biases") and family_of(f"{stem}.weight") is not None
+    beside = [key for key in tensors if key.part]
+    return {key: tensors[key] for key in (*needed, *beside)}
 
 
 def _missing(keys: list[Key]) -> str:
@@ -394,10 +429,8 @@ def _rank(tensors: Mapping[Key, Tensor]) -> int:
 # ---- the model ----------------------------------------------------------------------------------
 
 
-def _targets(
-    parameters: Named, family: Family, tensors: Mapping[Key, Tensor], allow_missing: bool
-) -> dict[Key, str]:
-    """Return the model's parameter for every tensor, after checking that the shapes agree."""
+def _in_model(parameters: Named, family: Family) -> dict[Key, tuple[str, tuple[int, ...]]]:
+    """Return the names and shapes of a model's hyper-connections."""
     found: dict[Key, tuple[str, tuple[int, ...]]] = {}
     for name, shape, known in parameters:
         key = known or model_key(name, family)
@@ -406,6 +439,15 @@ def _targets(
         if key in found:
             raise ValueError(f"{OWNER}: the model has {found[key][0]} and {name} for one tensor")
         found[key] = name, shape
+    return found
+
+
+def _targets(
+    found: Mapping[Key, tuple[str, tuple[int, ...]]],
+    tensors: Mapping[Key, Tensor],
+    allow_missing: bool,
+) -> dict[Key, str]:
+    """Return the model's parameter for every tensor, after checking that the shapes agree."""
     for key, (name, _) in found.items():
         if key not in tensors and not allow_missing:
             raise ValueError(f"{OWNER}: {key} is missing; the model needs it for {name}")

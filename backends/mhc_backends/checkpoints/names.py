@@ -13,7 +13,8 @@ A layer's parameter is named ``layers.N.`` and then, depending on who wrote it,
   renaming of ``.hc_pre.hc_`` to ``.hc_`` (``conversion_mapping.py``) in the wrong place, as it does
   in the head: ``hc_pre.hc_head.hc_head_fn``, ``hc_head.hc_pre.hc_head_fn``;
 - ``attn_hyper_connection.hc_norm.weight`` and ``mlp_hyper_connection.hc_norm.weight`` in
-  Qwen4-Exp, whose head is ``hyper_connection_mixer``.
+  Qwen4-Exp, whose head is ``hyper_connection_mixer``; MLX stores a quantised matrix as ``weight``,
+  ``scales`` and ``biases``.
 
 The head is ``hc_head_fn``, ``hc_head.fn``, ``hc_head.hc_fn``, or ``hc_head.hc_head_fn`` in HY-V4.
 transformers renames DeepSeek's back only where the name has no prefix (``^hc_head_fn`` in its
@@ -32,6 +33,7 @@ from mhc_backends.checkpoints.families import HUNYUAN, QWEN4, XING, Family
 __all__ = [
     "MOST_LAYERS",
     "OWNER",
+    "QUANTISED",
     "SUBLAYERS",
     "Key",
     "by_key",
@@ -47,6 +49,7 @@ __all__ = [
 
 OWNER = "load_hyper_connections"  # errors begin with it
 SUBLAYERS = ("attn", "ffn")
+QUANTISED = ("scales", "biases")  # beside the weight of a quantised matrix
 MOST_LAYERS = 10_000  # far above any model; a name alone must not make millions of modules
 
 _LONGEST = 200  # characters of a name in an error
@@ -54,7 +57,9 @@ _LONGEST = 200  # characters of a name in an error
 _IN_LAYER = r"layers\.(?P<layer>0|[1-9][0-9]*)\."
 _MAPPED = r"(?P<parameter>fn|base|scale)(?:\.weight)?"
 _OWN = r"(?P<parameter>phi|bias|alpha)"
-_GATE = r"hc_norm|input_mix_weight_down|input_mix_weight_up"
+_GATES = r"input_mix_weight_down|input_mix_weight_up"
+_PART = rf"\.(?P<part>weight|{'|'.join(QUANTISED)})"
+_NORM = r"hc_norm(?=\.weight\Z)"  # it is never quantised
 
 # By an example of each: where a name may be, in checkpoints or only in models.
 _FORMS = {
@@ -66,11 +71,13 @@ _FORMS = {
     ),
     "attn_hyper_connection.hc_norm": (
         _IN_LAYER + r"(?P<sublayer>attn|mlp)_hyper_connection\."
-        rf"(?P<parameter>{_GATE}|block_inject_weight)\.weight"
+        rf"(?P<parameter>{_NORM}|{_GATES}|block_inject_weight){_PART}"
     ),
     "hc_head_fn": r"hc_head[._](?:hc_)?" + _MAPPED,
     "hc_head.hc_head_fn": r"(?:hc_pre\.)?hc_head\.(?:hc_pre\.)?hc_head_" + _MAPPED,
-    "hyper_connection_mixer.hc_norm": rf"hyper_connection_mixer\.(?P<parameter>{_GATE})\.weight",
+    "hyper_connection_mixer.hc_norm": (
+        rf"hyper_connection_mixer\.(?P<parameter>{_NORM}|{_GATES}){_PART}"
+    ),
 }
 _IN_MODELS = {
     **_FORMS,
@@ -111,7 +118,10 @@ _LAYER = re.compile(r"(?:^|\.)layers\.([0-9]+)\.")
 
 
 class Key(NamedTuple):
-    """A tensor whatever its name: the layer (-1 for the head), the sublayer and the parameter."""
+    """A tensor whatever its name: the layer (-1 for the head), the sublayer and the parameter.
+
+    A parameter is one of a family's, or a part of a quantised one: ``down.scales``.
+    """
 
     layer: int
     sublayer: str
@@ -120,7 +130,7 @@ class Key(NamedTuple):
     def __str__(self) -> str:
         """Return the released name: Qwen4-Exp's for a gated residual, else DeepSeek's."""
         layer = "" if self.layer < 0 else f"layers.{self.layer}."
-        if self.parameter not in _RELEASED:
+        if self.whole not in _RELEASED:
             return f"{layer}hc_{self.sublayer}_{self.parameter}"
         return f"{layer}{_GATED_MODULES[self.sublayer]}.{gated_name(self.parameter)}"
 
@@ -129,10 +139,25 @@ class Key(NamedTuple):
         """Return whether it is a parameter of the head."""
         return self.sublayer == "head"
 
+    @property
+    def whole(self) -> str:
+        """Return the parameter that it is, or is a part of."""
+        return self.parameter.partition(".")[0]
+
+    @property
+    def part(self) -> str:
+        """Return which part of a quantised parameter it is; "" for the parameter itself."""
+        return self.parameter.partition(".")[2]
+
+    def beside(self, part: str) -> Key:
+        """Return the key of a part that is stored beside a quantised parameter."""
+        return self._replace(parameter=f"{self.whole}.{part}")
+
 
 def gated_name(parameter: str) -> str:
     """Return the released name of a gated residual's parameter, within its module."""
-    return f"{_RELEASED[parameter]}.weight"
+    whole, _, part = parameter.partition(".")
+    return f"{_RELEASED[whole]}.{part or 'weight'}"
 
 
 def layer_keys(layers: int, family: Family) -> list[Key]:
@@ -214,6 +239,8 @@ def _stored_key(name: str) -> Key | None:
 def _key(match: re.Match[str]) -> Key:
     groups = match.groupdict()
     parameter = _PLAIN.get(groups["parameter"], groups["parameter"])
+    if groups.get("part") in QUANTISED:
+        parameter += f".{groups['part']}"
     if groups.get("layer") is None:
         return Key(-1, "head", parameter)
     sublayer = "ffn" if groups["sublayer"] == "mlp" else groups["sublayer"]

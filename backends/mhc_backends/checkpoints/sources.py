@@ -21,7 +21,9 @@ from mhc_backends.mlx_common import to_host
 __all__ = ["DTYPES", "Checkpoint", "Tensor", "checked_path", "from_files", "from_mapping"]
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by their names in safetensors
+# By their names in safetensors:
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+INTEGERS = {"U32": "uint32", "U8": "uint8"}  # of quantised matrices
 
 
 class Tensor(NamedTuple):
@@ -113,10 +115,11 @@ def _is_a(kind: str, array: Any) -> bool:
 
 
 def _from_torch(label: str, tensor: Any) -> ndarray[Any, Any]:
-    """Convert a tensor from any device, by way of float32, since NumPy has no bfloat16."""
+    """Convert a tensor from any device, floats by way of float32, since NumPy has no bfloat16."""
     try:
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        return whole.detach().float().numpy(force=True)
+        wide = whole.detach().float() if whole.is_floating_point() else whole
+        return wide.numpy(force=True)
     except Exception as error:  # a tensor without values: on the device meta, or traced
         raise ValueError(f"{OWNER}: {label} cannot be read: {error}") from error
 
@@ -221,7 +224,10 @@ def _of_slice(file: Path, name: str, part: Any) -> Tensor:
             return opened.get_tensor(name)
 
     dtype = cast("str", part.get_dtype())
-    return Tensor(printable(name), tuple(part.get_shape()), DTYPES.get(dtype, dtype), read)
+    return Tensor(printable(name), tuple(part.get_shape()), _NAMES.get(dtype, dtype), read)
+
+
+_NAMES = DTYPES | INTEGERS
 
 
 def open_safetensors(file: Path) -> Any:

@@ -13,6 +13,7 @@ from mlx import nn, utils
 from mhc_backends.checkpoints import Library, Options, Read, keys_of_stack, read, sources
 from mhc_backends.checkpoints.families import Family
 from mhc_backends.checkpoints.names import Key
+from mhc_backends.checkpoints.quantised import Packing, fitting
 from mhc_backends.mlx_common import from_host
 from mhc_backends.mlx_nn.gated import GatedConnection, GatedHead
 from mhc_backends.mlx_nn.hyper import HyperConnection, HyperHead
@@ -105,8 +106,9 @@ def load_hyper_connections(
     TypeError, ValueError
         For a tensor that is missing or a duplicate; whose shape disagrees with the other tensors or
         the model; whose dtype is not float32, bfloat16 or float16; that has NaN or infinity; that
-        the model has no parameter for; that looks like a hyper-connection but has an unsupported
-        name; or whose layer is above 9999. The error names the tensor.
+        belongs to a quantised matrix whose other parts do not fit; that the model has no parameter
+        for; that looks like a hyper-connection but has an unsupported name; or whose layer is above
+        9999. The error names the tensor.
 
         For a file that is damaged or of another format, and for an index that leads out of its
         folder. The error names the file.
@@ -120,6 +122,10 @@ def load_hyper_connections(
     Beside the tensors that are returned, only one is in memory at a time, and large ones (experts,
     attention) are never read. float32 tensors keep their bits; bfloat16 and float16 are converted
     to float32, but for the weights of gated residuals, which keep their dtype.
+
+    Gates that MLX quantised (``weight``, ``scales``, ``biases``) become ``nn.QuantizedLinear`` of
+    the mode, the group size and the bits that their shapes tell. In a ``model`` whose gates are
+    ``nn.Linear`` they are dequantised; quantise its gates in the same way before to keep them.
 
     HY-V4's H_post has ``hc_eps``, as in transformers; mlx-vlm 0.7.10 leaves it out.
 
@@ -155,12 +161,28 @@ def _made(found: Read, mapped: Any, gated: Any, arrays: dict[str, mx.array]) -> 
     """Return a module with these arrays."""
     sizes = found.dims, found.n
     made = mapped(*sizes, found.variant) if found.gated is None else gated(*sizes, *found.gated)
-    return made.update(utils.tree_unflatten(list(arrays.items())))
+    own = cast("dict[str, Any]", utils.tree_unflatten(list(arrays.items())))
+    for name, its in own.items():
+        if "scales" in its:
+            made[name] = _quantised(made[name], its)
+    return made.update(own)
+
+
+def _quantised(layer: nn.Linear, arrays: dict[str, mx.array]) -> nn.QuantizedLinear:
+    """Return a quantised layer, of a plain one's size, for these arrays."""
+    outputs, inputs = layer.weight.shape
+    shapes = arrays["weight"].shape, arrays["scales"].shape
+    packing = cast("Packing", fitting(*shapes, inputs, "biases" in arrays))
+    mode, group_size, bits = packing
+    return nn.QuantizedLinear(inputs, outputs, False, group_size, bits, mode)
+
+
+def _own(array: Any) -> mx.array:
+    return array if isinstance(array, mx.array) else from_host(array)
 
 
 def _float32(array: Any) -> mx.array:
-    own = array if isinstance(array, mx.array) else from_host(array)
-    return own.astype(mx.float32)
+    return _own(array).astype(mx.float32)
 
 
 def _is_finite(array: mx.array) -> bool:
@@ -171,7 +193,7 @@ def _cast(array: mx.array, dtype: str) -> mx.array:
     return array.astype(getattr(mx, dtype))
 
 
-_LIBRARY = Library(_float32, _is_finite, _cast, own=mx.array)
+_LIBRARY = Library(_float32, _is_finite, _cast, own=mx.array, integers=_own)
 
 
 def _parameters(

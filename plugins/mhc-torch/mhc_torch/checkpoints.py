@@ -95,6 +95,11 @@ def load_hyper_connections(
     FileNotFoundError
         For a file that does not exist.
 
+    Notes
+    -----
+    Gates that MLX quantised (Qwen4-Exp) are dequantised, in the dtype of their scales, or of the
+    norm if the scales are 8 bits wide, since PyTorch has no such layer.
+
     Examples
     --------
     >>> import torch

@@ -130,3 +130,38 @@ def test_gates_are_loaded_in_their_dtype_and_named_in_errors() -> None:
         model.layers[0].mlp_hyper_connection.hc_norm.weight.bfloat16(),
         weights[start.format("mlp") + "hc_norm.weight"],
     )
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "mxfp8", "nvfp4"])
+def test_gates_that_mlx_quantised_are_dequantised(mode: str) -> None:
+    mx = pytest.importorskip("mlx.core", reason="quantises with MLX")
+    dims, rank, weights, wanted = 16, 32, {}, {}
+    for part in ("attn", "mlp"):
+        for name, tensor in GatedConnection(dims, N, rank).state_dict().items():
+            path = f"layers.0.{part}_hyper_connection.{name}"
+            weights[path] = wanted[path] = tensor.bfloat16()
+            if name == "hc_norm.weight":
+                continue
+            group = 16 if mode == "nvfp4" else 32
+            parts = mx.quantize(mx.array(tensor.numpy()), group_size=group, mode=mode)
+            whole = mx.dequantize(*parts, group_size=group, mode=mode).astype(mx.float32)
+            wanted[path] = torch.tensor(np.array(whole))
+            for own, array in zip(("weight", "scales", "biases"), parts, strict=False):
+                weights[f"{path.rpartition('.')[0]}.{own}"] = torch.tensor(np.array(array))
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Module()])
+    for part in ("attn", "mlp"):
+        setattr(model.layers[0], f"{part}_hyper_connection", GatedConnection(dims, N, rank))
+    loaded = load_hyper_connections(weights, model)
+    for part, module in zip(("attn", "mlp"), loaded.layers[0], strict=True):
+        for name, tensor in module.state_dict().items():
+            path = f"layers.0.{part}_hyper_connection.{name}"
+            affine = mode == "affine" and "norm" not in name
+            assert tensor.dtype == (torch.float32 if affine else torch.bfloat16)
+            assert torch.allclose(tensor.float(), wanted[path].float(), rtol=1e-6, atol=1e-8)
+            own = model.state_dict()[path]
+            assert own.dtype == torch.float32  # the model's
+            assert torch.equal(own, tensor.float())
+    assert (
+        weights["layers.0.attn_hyper_connection.block_inject_weight.weight"].dtype == torch.uint32
+    )
