@@ -223,35 +223,42 @@ def run_sublayers(
 
     ``blocks`` are the blocks of these sublayers and of the next one. The state before the first
     sublayer is the hidden state, or in a later stage of a pipeline, where ``first`` is False, what
-    :func:`sent` returned; then the streams, a layer's input and its mappings; after the last one,
-    the streams and its H_pre.
+    :func:`sent` returned; then the streams, a layer's normalised input and its mappings; after the
+    last one, the streams and its H_pre. H_pre is for the single-pass order alone.
     """
     if start == 0:
         enter = _first_state if first else _state_of_stage
-        state = enter(blocks[0].connection, *state, single_pass)
+        state = enter(blocks[0], *state, single_pass)
     for k, (args, kwargs) in enumerate(arguments):
         x, h, h_pre, h_post, h_res = state
-        y = blocks[k].transform(h, *args, **kwargs)
+        y = blocks[k].layer(h, *args, **kwargs)
         if k + 1 == len(blocks):
             return mhc.combine(x, y, h_post, h_res), h_pre
-        following = blocks[k + 1].connection
-        previous_h_pre = h_pre if single_pass else None
-        state = following.combine_pre(x, y, h_post, h_res, previous_h_pre)
+        following = blocks[k + 1]
+        state = following.connection.combine_pre(
+            x, y, h_post, h_res, h_pre if single_pass else None, following.norm
+        )
     return state
 
 
 def _first_state(first: Any, h: Any, single_pass: bool) -> tuple[Any, ...]:
-    """Return the streams, the first layer's input and its mappings."""
-    x = mhc.expand(h, first.n)
-    h_pre, h_post, h_res = first.mappings(x)
-    return x, h if single_pass else mhc.aggregate(x, h_pre), h_pre, h_post, h_res
+    """Return the streams, the first layer's normalised input and its mappings."""
+    x = mhc.expand(h, first.connection.n)
+    if single_pass:
+        h_pre, h_post, h_res = first.connection.mappings(x)
+        return x, first.norm(h), h_pre, h_post, h_res
+    h, h_post, h_res = first.connection.pre(x, first.norm)
+    return x, h, None, h_post, h_res
 
 
 def _state_of_stage(first: Any, x: Any, *rest: Any) -> tuple[Any, ...]:
-    """Return the streams, the first layer's input and its mappings, after another stage."""
+    """Return the streams, the first layer's normalised input and its mappings, after a stage."""
     *mix, _ = rest
-    h_pre, h_post, h_res = first.mappings(x)
-    return x, mhc.aggregate(x, *mix or (h_pre,)), h_pre, h_post, h_res
+    if not mix:
+        h, h_post, h_res = first.connection.pre(x, first.norm)
+        return x, h, None, h_post, h_res
+    h_pre, h_post, h_res = first.connection.mappings(x)
+    return x, first.norm(mhc.aggregate(x, *mix)), h_pre, h_post, h_res
 
 
 def received(first: bool, single_pass: bool) -> int:

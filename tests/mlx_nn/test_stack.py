@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from mlx import nn
 from numpy.typing import NDArray
-from stacks import COUNT, DIMS, close, flat, gradients, hidden, made, orders
+from stacks import COUNT, DIMS, close, flat, gradients, hidden, made, orders, same
 
 import mhc_core as mhc
+from mhc_backends.mlx_nn import inside
 from mhc_core.mlx import HyperConnectedBlock, HyperConnectedStack, HyperHead
 
 # ---- the two orders -----------------------------------------------------------------------------
@@ -60,7 +61,52 @@ def test_the_streams_are_read_once_between_two_layers(monkeypatch: pytest.Monkey
 
         monkeypatch.setattr(mhc, name, noted)
     made().eval()(hidden(2))
-    assert seen == ["mappings", "aggregate", *["combine_pre"] * (COUNT - 1), "combine"]
+    assert seen == ["pre", *["combine_pre"] * (COUNT - 1), "combine"]
+
+
+@orders
+@pytest.mark.parametrize("recompute", [2, False])
+def test_where_kernels_run_they_apply_the_norms(
+    single_pass: bool, recompute: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Make the formulas do what kernels would. The single pass has no op that makes its first h."""
+    stack, h = made(single_pass, recompute), hidden(2, 3)
+    wanted, names = gradients(stack, h), list(flat(stack.parameters()))
+    called: list[nn.Module] = []
+    run: Any = nn.RMSNorm.__call__
+
+    def recorded(norm: nn.Module, x: mx.array) -> mx.array:
+        called.append(norm)
+        return run(norm, x)
+
+    monkeypatch.setattr(nn.RMSNorm, "__call__", recorded)
+    block, x = stack.blocks[1], mx.random.normal((3, 4, DIMS))
+    expected = block(x), block.eval()(x)
+    close(*expected)
+    assert len(called) == 2
+    called.clear()
+    monkeypatch.setattr(inside, "runs_formulas", lambda _: False)
+    monkeypatch.setattr(inside, "_inside", {})
+    close(block(x), expected[1])
+    block.train()
+    same(gradients(stack, h), wanted, 1e-4)
+    assert len(called) == (single_pass and (2 if recompute else 1))
+    assert list(flat(stack.parameters())) == names
+    stack.blocks[2].norm.set_dtype(mx.bfloat16)  # narrower than the streams, which keep their dtype
+    stack.blocks[3].norm.__class__ = Doubled
+    called.clear()
+    assert stack.eval()(h).dtype == mx.float32
+    assert called[-1] is stack.blocks[3].norm
+    half = stack.blocks[0].eval()(x.astype(mx.bfloat16))  # whose h the norm widens
+    assert called[-1] is stack.blocks[0].norm
+    assert half.dtype == mx.bfloat16
+
+
+class Doubled(nn.RMSNorm):
+    """A norm that is not the library's."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(2 * x)
 
 
 @orders

@@ -15,6 +15,7 @@ import small
 from mlx.utils import tree_flatten
 
 import mhc_core as mhc
+from mhc_backends.mlx_nn import inside
 from mhc_backends.mlx_nn.models import mlx_vlm_qwen4_exp, mlx_vlm_xing4_0, sublayers
 from mhc_core.mlx import accelerate
 
@@ -121,13 +122,13 @@ def test_where_kernels_run_they_take_in_the_layers_norms(
     _, expected = small.gradients(fast.train(), ids)
     assert len(called) == len(norms)
     called.clear()
-    monkeypatch.setattr(sublayers, "_runs_formulas", lambda _: False)
-    monkeypatch.setattr(sublayers, "_inside", {})
-    _, inside = small.gradients(fast, ids)
+    monkeypatch.setattr(inside, "runs_formulas", lambda _: False)
+    monkeypatch.setattr(inside, "_inside", {})
+    _, got = small.gradients(fast, ids)
     first = (fast.layers[0][norm] for norm in NORMS[::2] if norm in fast.layers[0])
     assert called == ([id(next(first))] if "V4.1" in name else [])
     want = dict(tree_flatten(expected))
-    for path, gradient in tree_flatten(inside):
+    for path, gradient in tree_flatten(got):
         assert mx.abs(gradient - want[path]).max() <= 1e-4 * mx.abs(want[path]).max() + 1e-9, path
 
 
@@ -135,8 +136,8 @@ def test_other_norms_and_dtypes_stay_modules(monkeypatch: pytest.MonkeyPatch) ->
     """Check a norm that is a subclass, and one whose weight widens the dtype of its output."""
     fast = small.mlx_vlm_xing4_0()
     accelerate(fast)
-    monkeypatch.setattr(sublayers, "_runs_formulas", lambda _: False)
-    monkeypatch.setattr(sublayers, "_inside", {})
+    monkeypatch.setattr(inside, "runs_formulas", lambda _: False)
+    monkeypatch.setattr(inside, "_inside", {})
     projection = fast.layers[0].attn_hc.projection
     x = mx.random.normal((1, 2, STREAMS, 64))
 
@@ -164,5 +165,5 @@ def test_a_layer_asks_for_its_backend_once(monkeypatch: pytest.MonkeyPatch) -> N
     fast = small.mlx_vlm_hy_v4()
     accelerate(fast)
     small.logits(fast, small.tokens(1, 1))
-    monkeypatch.delattr(sublayers, "selected")
+    monkeypatch.delattr(inside, "selected")
     small.logits(fast, small.tokens(1, 2))

@@ -24,7 +24,8 @@ class HyperConnectedBlock(nn.Module):
     dims, n, variant
         As for :class:`HyperConnection`.
     norm
-        A module on ``[..., dims]`` that runs before the layer, such as ``nn.RMSNorm(dims)``.
+        A module on ``[..., dims]`` that runs before the layer, such as ``nn.RMSNorm(dims)``, which
+        kernels apply in the pass that makes h.
 
     Attributes
     ----------
@@ -73,7 +74,11 @@ class HyperConnectedBlock(nn.Module):
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         """Apply the block to the streams ``[..., n, dims]``; further arguments go to the layer."""
-        return self.connection(x, self.transform, *args, **kwargs)
+        connection = self.connection
+        if connection.training:  # its op adds the two gradients of x, which is more than a norm
+            return connection(x, self.transform, *args, **kwargs)
+        h, h_post, h_res = connection.pre(x, self.norm)
+        return connection.combine(x, self.layer(h, *args, **kwargs), h_post, h_res)
 
 
 def _check_module(name: str, value: Any) -> None:

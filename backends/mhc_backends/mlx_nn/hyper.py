@@ -9,7 +9,8 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx import nn
 
-import mhc_core as mhc
+import mhc_core
+from mhc_backends.mlx_nn.inside import norm_inside
 from mhc_backends.nn_common import (
     ALPHA,
     checked_connection,
@@ -23,6 +24,7 @@ from mhc_core.variants import PAPER, Variant
 
 __all__ = ["HyperConnection", "HyperHead"]
 
+mhc: Any = mhc_core  # the arrays here are those of any library
 Names = tuple[str, str, str]  # of phi, scale and bias
 Arrays = tuple[mx.array, mx.array, mx.array]
 
@@ -182,9 +184,17 @@ class HyperConnection(Projection):
         """Return H_pre, H_post and H_res of the streams x: :func:`mhc_core.mappings`."""
         return mhc.mappings(x, *self.projection, self.variant)
 
-    def pre(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Return h, the layer's input, H_post and H_res: :func:`mhc_core.pre`."""
-        return mhc.pre(x, *self.projection, self.variant)
+    def pre(
+        self, x: mx.array, norm: nn.Module | None = None
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Return h, the layer's input, H_post and H_res: :func:`mhc_core.pre`.
+
+        With ``norm``, h is normalised by this module. Kernels apply an ``nn.RMSNorm`` in the same
+        pass, unless its weight is wider than the streams.
+        """
+        words = norm_inside("pre", (x, *self.projection), norm, self.variant)
+        h, *mapped = mhc.pre(x, *self.projection, self.variant, **words)
+        return (_normed(h, norm, words), *mapped)
 
     def combine(self, x: mx.array, y: mx.array, h_post: mx.array, h_res: mx.array) -> mx.array:
         """Return the streams after a layer that returned y: :func:`mhc_core.combine`."""
@@ -197,6 +207,7 @@ class HyperConnection(Projection):
         h_post: mx.array,
         h_res: mx.array,
         h_pre: mx.array | None = None,
+        norm: nn.Module | None = None,
     ) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
         """End the previous sublayer and begin this one in one pass: :func:`mhc_core.combine_pre`.
 
@@ -206,10 +217,13 @@ class HyperConnection(Projection):
         Returns
         -------
         x, h, h_pre, h_post, h_res
-            The streams, this layer's input (computed with the h_pre argument, if given) and the
-            mappings.
+            The streams, this layer's input (computed with the h_pre argument, if given, and
+            normalised by ``norm`` as in :meth:`pre`) and the mappings.
         """
-        return mhc.combine_pre(x, y, h_post, h_res, *self.projection, self.variant, h_pre)
+        arrays = (x, y, h_post, h_res, *self.projection)
+        words = norm_inside("combine_pre", arrays, norm, self.variant)
+        x, h, *mapped = mhc.combine_pre(*arrays, self.variant, h_pre, **words)
+        return (x, _normed(h, norm, words), *mapped)
 
     def __call__(
         self, x: mx.array, layer: Callable[..., mx.array], *args: Any, **kwargs: Any
@@ -220,6 +234,11 @@ class HyperConnection(Projection):
         else:
             h, h_post, h_res = self.pre(x)
         return self.combine(x, layer(h, *args, **kwargs), h_post, h_res)
+
+
+def _normed(h: mx.array, norm: nn.Module | None, words: dict[str, Any]) -> mx.array:
+    """Return h after its norm, unless the op with these words has applied it."""
+    return h if norm is None or words else cast("mx.array", norm(h))
 
 
 class HyperHead(Projection):

@@ -32,7 +32,8 @@ __all__ = ["HyperConnectedStack"]
 class HyperConnectedStack(nn.Module):
     """Run connected layers from one hidden state to the next: expand, run the layers, collapse.
 
-    One :func:`mhc_core.combine_pre` between two layers reads the streams once.
+    One :func:`mhc_core.combine_pre` between two layers reads the streams once, and kernels apply
+    the next layer's ``nn.RMSNorm`` in it.
 
     Parameters
     ----------
@@ -174,8 +175,7 @@ class HyperConnectedStack(nn.Module):
             return run_sublayers(blocks, start, calls, state, self.single_pass, self.first)
 
     def _used(self, start: int, stop: int) -> list[nn.Module]:
-        """Return the modules that :meth:`_run` uses: its end maps for the next segment's start."""
+        """Return the modules that :meth:`_run` uses: its end makes the next segment's first h."""
         layers = [block.layer for block in self.blocks[start:stop]]
-        norms = [block.norm for block in self.blocks[start:stop]]
-        mapping = self.blocks[start + (start > 0) : stop + 1]
-        return [*layers, *norms, *(block.connection for block in mapping)]
+        entered = self.blocks[start + (start > 0) : stop + 1]
+        return [*layers, *(own for block in entered for own in (block.connection, block.norm))]

@@ -23,6 +23,8 @@ from kernel_checks import (
     seeded,
 )
 from mhc_backends.kernels.ops import pre_norm
+from mhc_core.mlx import HyperConnectedBlock
+from mlx import nn
 from test_projection_kernels import FEWEST, KERNELS, MANY, Size, small
 
 import mhc_metal_simulator as simulator
@@ -110,6 +112,24 @@ def test_no_launch_reads_h(T: int) -> None:
     assert through.traffic["x"].loaded == streams
     assert through.traffic["g"].loaded == layer
     assert not any("h" in one.traffic for one in back)
+
+
+def test_a_block_launches_nothing_for_its_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays, weight = _drawn(3, 264, mx.bfloat16)
+    block = HyperConnectedBlock(nn.Linear(264, 264), 264, N, V, nn.RMSNorm(264, EPS)).eval()
+    block.set_dtype(mx.bfloat16)
+    block.norm.weight, x = weight.astype(mx.bfloat16), arrays[0]
+    expected = block(x)
+    calls: list[mx.array] = []
+    monkeypatch.setattr(nn.RMSNorm, "__call__", lambda norm, h: calls.append(h))
+    with record() as launches, mhc.use_backend(SPEC.name):
+        got = block(x)
+        mx.eval(got)
+    assert not calls
+    kernels = [kernel_of(launch).partition("_k_blocks")[0] for launch in launches]
+    assert len(kernels) == 3
+    assert kernels[1:] == ["pre_norm", "combine"]  # after the projection
+    assert mx.abs(got - expected).max() < 2**-6 * mx.abs(expected).max()
 
 
 # ---- each kernel by itself -----------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-import mhc_core as mhc
+import mhc_core
 import mhc_torch.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from mhc_backends.nn_common import (
     ALPHA,
@@ -36,8 +36,11 @@ from mhc_backends.nn_common import (
 )
 from mhc_core import checks, sharding
 from mhc_core.variants import PAPER, Variant
+from mhc_torch._norms import is_changed, norm_inside
 from mhc_torch._variants import key_of, variant_of
 from mhc_torch.gated import GatedConnection, GatedHead
+
+mhc: Any = mhc_core  # the arrays here are those of any library
 
 __all__ = [
     "GatedConnection",
@@ -185,29 +188,49 @@ class HyperConnection(_Projection):
         """Return H_pre, H_post and H_res of the streams x: :func:`mhc_core.mappings`."""
         return mhc.mappings(x, *self.projection, self.variant)
 
-    def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return h, the layer's input, H_post and H_res: :func:`mhc_core.pre`."""
-        return mhc.pre(x, *self.projection, self.variant)
+    def pre(self, x: Tensor, norm: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return h, the layer's input, H_post and H_res: :func:`mhc_core.pre`.
+
+        With ``norm``, h is normalised by this module. Kernels apply an ``nn.RMSNorm`` in the same
+        pass, if its weight has the streams' dtype and it has no hooks.
+        """
+        words = norm_inside(norm, x)
+        h, *mapped = mhc.pre(x, *self.projection, self.variant, **words)
+        return (_normed(h, norm, words), *mapped)
 
     def combine(self, x: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
         """Return the streams after a layer that returned y: :func:`mhc_core.combine`."""
         return mhc.combine(x, y, h_post, h_res)
 
     def combine_pre(
-        self, x: Tensor, y: Tensor, h_post: Tensor, h_res: Tensor, h_pre: Tensor | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        h_post: Tensor,
+        h_res: Tensor,
+        h_pre: Tensor | None = None,
+        norm: nn.Module | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """End the previous sublayer and begin this one in one pass: :func:`mhc_core.combine_pre`.
 
         x, H_post and H_res come from the previous connection and y from its layer. Return the
-        streams, this layer's input (computed with the h_pre argument, if given) and this
-        connection's H_pre, H_post and H_res.
+        streams, this layer's input (computed with the h_pre argument, if given, and normalised by
+        ``norm`` as in :meth:`pre`) and this connection's H_pre, H_post and H_res.
         """
-        return mhc.combine_pre(x, y, h_post, h_res, *self.projection, self.variant, h_pre)
+        words = norm_inside(norm, x)
+        arrays = (x, y, h_post, h_res, *self.projection)
+        x, h, *mapped = mhc.combine_pre(*arrays, self.variant, h_pre, **words)
+        return (x, _normed(h, norm, words), *mapped)
 
     def forward(self, x: Tensor, layer: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Apply ``layer(h, *args, **kwargs)`` to the streams ``[..., n, dims]``."""
         h, h_post, h_res = self.pre(x)
         return self.combine(x, layer(h, *args, **kwargs), h_post, h_res)
+
+
+def _normed(h: Tensor, norm: nn.Module | None, words: dict[str, Any]) -> Tensor:
+    """Return h after its norm, unless the op with these words has applied it."""
+    return h if norm is None or words else norm(h)
 
 
 class HyperHead(_Projection):
@@ -262,7 +285,8 @@ class HyperConnectedBlock(nn.Module):
     dims, n, variant, device
         As for :class:`HyperConnection`.
     norm
-        A module on ``[..., dims]`` that runs before the layer, such as ``nn.RMSNorm(dims)``.
+        A module on ``[..., dims]`` that runs before the layer, such as ``nn.RMSNorm(dims)``, which
+        kernels apply in the pass that makes h.
 
     Attributes
     ----------
@@ -304,7 +328,11 @@ class HyperConnectedBlock(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the block to the streams ``[..., n, dims]``; further arguments go to the layer."""
-        return self.connection(x, self.transform, *args, **kwargs)
+        connection = self.connection
+        if is_changed(connection) or not norm_inside(self.norm, x):
+            return connection(x, self.transform, *args, **kwargs)
+        h, h_post, h_res = connection.pre(x, self.norm)
+        return connection.combine(x, self.layer(h, *args, **kwargs), h_post, h_res)
 
 
 def _check_module(name: str, value: Any) -> None:
@@ -317,7 +345,8 @@ def _check_module(name: str, value: Any) -> None:
 class HyperConnectedStack(nn.Module):
     """Run connected layers from one hidden state to the next: expand, run the layers, collapse.
 
-    One :func:`mhc_core.combine_pre` between two layers reads the streams once.
+    One :func:`mhc_core.combine_pre` between two layers reads the streams once, and kernels apply
+    the next layer's ``nn.RMSNorm`` in it.
 
     Parameters
     ----------

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import mhc_core as mhc
+from mhc_torch import _norms
 from mhc_torch.nn import HyperConnectedBlock, HyperConnectedStack, HyperConnection, HyperHead
 
 DIMS, COUNT = 6, 3
@@ -159,6 +160,89 @@ def test_wrong_arguments_are_named() -> None:
         HyperConnectedStack([block])(torch.ones(8), each=[{}, {}])
     with pytest.raises(ValueError, match="the single-pass order has no head"):
         HyperConnectedStack([block], single_pass=True, head=HyperHead(8))
+
+
+# ---- the norm inside ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Do with the formulas what kernels do; return the norms that are called by themselves."""
+    called: list[str] = []
+
+    def recorded(self: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+        called.append(type(self).__name__)
+        return forward(self, x)
+
+    forward = nn.RMSNorm.forward
+    monkeypatch.setattr(nn.RMSNorm, "forward", recorded)
+    monkeypatch.setattr(_norms, "kernels_run", lambda _: True)
+    return called
+
+
+@orders
+@pytest.mark.parametrize("recompute", [1, False])
+def test_the_norms_are_applied_inside(
+    single_pass: bool, recompute: Any, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack, h = made(single_pass, recompute=recompute), torch.randn(2, 3, DIMS)
+    names = list(stack.state_dict())
+    x, block = torch.randn(3, 4, DIMS), stack.blocks[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(_norms, "kernels_run", lambda _: False)
+        want, expected = gradients(stack, h), block(x)
+    first = {name for name in want if name.startswith("blocks.0.connection")}  # equal streams
+    kernels.clear()
+    got = gradients(stack, h)
+    assert len(kernels) == (single_pass and (2 if recompute else 1))
+    same({k: got[k] for k in set(got) - first}, {k: want[k] for k in set(want) - first}, 1e-5)
+    kernels.clear()
+    same({"": block(x)}, {"": expected}, 1e-5)
+    assert not kernels
+    assert list(stack.state_dict()) == names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_an_eps_that_is_not_given_is_the_norms_own(dtype: torch.dtype, kernels: list[str]) -> None:
+    """Compare on streams so small that the eps decides; float64 has another, and no kernels."""
+    block = HyperConnectedBlock(nn.Identity(), DIMS, norm=nn.RMSNorm(DIMS)).to(dtype)
+    x = 2**-11 * torch.randn(2, 4, DIMS, dtype=dtype)
+    h = block.connection.pre(x)[0]
+    want, near = block.norm(h), torch.finfo(dtype).eps
+    kernels.clear()
+    got = block.connection.pre(x, block.norm)[0]
+    assert kernels == (["RMSNorm"] if dtype == torch.float64 else [])
+    assert (got - want).abs().max() <= 2 * near * want.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # PyTorch's own
+def test_norms_that_must_be_called_are(kernels: list[str]) -> None:
+    """Check hooks, other classes, no weight, another dtype of the weight, and autocast."""
+
+    class Other(nn.RMSNorm):
+        pass
+
+    x = torch.randn(2, 4, DIMS)
+    hooked = nn.RMSNorm(DIMS)
+    hooked.register_forward_hook(lambda *_: None)
+    norms = Other(DIMS), nn.RMSNorm(DIMS, elementwise_affine=False), hooked
+    for norm in (*norms, nn.RMSNorm((1, DIMS)).to(x.dtype), nn.RMSNorm(DIMS).double()):
+        block = HyperConnectedBlock(nn.Identity(), DIMS, norm=norm)
+        given = x[:, None] if norm.normalized_shape == (1, DIMS) else x
+        want = norm(block.connection.pre(given)[0])
+        kernels.clear()
+        assert torch.equal(block.connection.pre(given, norm)[0], want)
+        assert len(kernels) == 1, norm
+    block = HyperConnectedBlock(nn.Identity(), DIMS, norm=nn.RMSNorm(DIMS)).bfloat16()
+    kernels.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        block.connection.pre(x.bfloat16(), block.norm)
+    assert len(kernels) == 1
+    plain = HyperConnectedBlock(nn.Identity(), DIMS, norm=nn.RMSNorm(DIMS))
+    seen: list[int] = []
+    plain.connection.register_forward_hook(lambda *_: seen.append(1))
+    plain(x)
+    assert seen == [1]  # a hook on the connection, as of FSDP, sees the block's call
 
 
 # ---- recomputation ------------------------------------------------------------------------------

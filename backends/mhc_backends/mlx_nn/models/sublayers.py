@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -11,11 +11,8 @@ import mlx.core as mx
 from mlx import nn
 
 import mhc_core as mhc
-from mhc_backends.mlx_compiled import SPEC as FORMULAS
-from mhc_core.dispatch import get_op
-from mhc_core.errors import UnsupportedError
-from mhc_core.selection import selected, situation
-from mhc_core.signature import signature
+from mhc_backends.mlx_nn.inside import Call, norm_inside, runs_formulas
+from mhc_core.selection import situation
 
 __all__ = [
     "FEW",
@@ -88,14 +85,6 @@ class Pending(NamedTuple):
         )
 
 
-class Call(NamedTuple):
-    """A call of an op: its name, its arrays, its static arguments."""
-
-    op: str
-    arrays: Sequence[mx.array | None]
-    static: Mapping[str, Any]
-
-
 class Projection(NamedTuple):
     """The parameters of the projection that reads the streams, and the variant."""
 
@@ -126,14 +115,8 @@ def left(module: Any, streams: Any, call: Callable[[mx.array], Call], times: flo
         return False
     key = (cast("type[Any]", type(module)), x.dtype, *situation())
     if key not in _on_formulas:
-        _on_formulas[key] = _runs_formulas(call(x))
+        _on_formulas[key] = runs_formulas(call(x))
     return _on_formulas[key]
-
-
-def _runs_formulas(call: Call) -> bool:
-    op, arrays, static = call
-    there = [array for array in arrays if array is not None]
-    return selected(signature(get_op, op, arrays, static), there).name == FORMULAS.name
 
 
 def constant(indices: mx.array | None) -> mx.array | None:
@@ -180,42 +163,16 @@ def enter(
 def enter_layer(
     streams: Any, projection: Projection, norm: nn.Module, h_pre: mx.array | None = None
 ) -> Entered:
-    """Begin a sublayer whose layer reads ``norm(h)``, which is the h that this returns.
-
-    Where kernels run, the pass that makes h normalises it too. The formulas would gain nothing, so
-    there, and for a norm of any other class or one that changes the dtype, the module itself runs.
-    """
-    if _is_inside(streams, projection, norm, h_pre):
-        weight = cast("mx.array", norm["weight"])
-        return enter(streams, projection, h_pre, h_norm_weight=weight, h_norm_eps=norm.eps)
+    """Begin a sublayer whose layer reads ``norm(h)``, which is the h that this returns."""
+    pending = isinstance(streams, Pending)
+    if pending or h_pre is None:
+        op, given = ("combine_pre", streams) if pending else ("pre", (streams,))
+        *arrays, variant = (*given, *projection)
+        words = norm_inside(op, arrays, norm, variant)
+        if words:
+            return enter(streams, projection, h_pre, **words)
     entered = enter(streams, projection, h_pre)
     return entered._replace(h=norm(entered.h))
-
-
-def _is_inside(
-    streams: Any, projection: Projection, norm: nn.Module, h_pre: mx.array | None
-) -> bool:
-    """Return whether kernels normalise h in the pass that makes it."""
-    pending = isinstance(streams, Pending)
-    if type(norm) is not nn.RMSNorm or not (pending or h_pre is None):
-        return False
-    x: mx.array = streams.x if pending else streams
-    weight = cast("mx.array", norm["weight"])
-    if x.dtype not in (weight.dtype, mx.float32):
-        return False  # the module's result may have the weight's dtype
-    key = (pending, projection.variant.mixer, x.dtype, x.shape[-2:], *situation())
-    if key not in _inside:
-        arrays = (*streams, *projection[:-1]) if pending else (x, *projection[:-1])
-        op = "combine_pre_norm" if pending else "pre_norm"
-        static = {"variant": projection.variant, "h_norm_eps": norm.eps, "h_raw": False}
-        try:
-            _inside[key] = not _runs_formulas(Call(op, (*arrays, weight), static))
-        except UnsupportedError:  # a chosen backend that does not have this op
-            _inside[key] = False
-    return _inside[key]
-
-
-_inside: dict[Any, bool] = {}
 
 
 @functools.cache

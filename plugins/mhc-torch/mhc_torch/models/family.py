@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_backends.acceleration import Swap
-from mhc_torch import cuda
+from mhc_torch._norms import is_changed, kernels_run
 
 __all__ = [
     "EVERYWHERE",
@@ -109,9 +109,6 @@ def hooked(module: nn.Module) -> bool:
     return bool(vars(module)["_forward_pre_hooks"]) or hasattr(module, "_hf_hook")
 
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Norm:
     """The library's RMS norm at a layer's begin, which the kernels of pre and combine_pre take in.
@@ -129,10 +126,9 @@ class Norm:
 
     def words(self, norm: nn.Module, x: Tensor) -> dict[str, Any]:
         """Return the arguments of pre for this norm; none if the module must be called."""
-        own, module = vars(norm), cast("Any", norm)
-        changed = "forward" in own or hasattr(norm, "_hf_hook") or any(own[name] for name in _HOOKS)
-        if type(norm) is not self.cls or changed:
+        if type(norm) is not self.cls or is_changed(norm):
             return {}
+        module = cast("Any", norm)
         weight: Tensor = module.weight
         if not (self.keeps_dtype or weight.dtype == x.dtype):
             return {}
@@ -224,19 +220,3 @@ def pays(module: nn.Module, x: Tensor, fused: bool = True) -> bool:
     if vars(module).get(EVERYWHERE):
         return True
     return fused and kernels_run(x)
-
-
-def kernels_run(x: Tensor) -> bool:
-    """Return whether kernels run the ops on these streams."""
-    return x.is_cuda and x.dtype != torch.float64 and _kernels(x.get_device())
-
-
-def _has_kernels(index: int) -> bool:
-    if index not in _KERNELS:
-        probe = torch.empty(0, device=f"cuda:{index}")
-        _KERNELS[index] = not cuda.missing() and not cuda.takes((probe,))
-    return _KERNELS[index]
-
-
-_KERNELS: dict[int, bool] = {}
-_kernels = cast("Callable[[int], bool]", torch.compiler.assume_constant_result(_has_kernels))
