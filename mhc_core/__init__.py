@@ -4,8 +4,8 @@ mHC (arXiv:2512.24880) widens a network's residual path to n streams, mixes them
 stochastic matrix and feeds each layer a weighted sum of them. Importing this package imports no
 array library; each op runs on the best backend for the arrays it is given.
 
-``mhc_core.mlx`` has modules for MLX, ``mhc_core.jax`` for JAX, and ``mhc_core.diagnostics`` has
-numbers to watch while training; all are imported on first use.
+``mhc_core.mlx`` has modules for MLX, ``mhc_core.jax`` for JAX, ``mhc_core.diagnostics`` has numbers
+to watch while training, and ``mhc_core.fp8`` a layer's input in FP8; all are imported on first use.
 """
 
 import typing as _typing
@@ -45,6 +45,6 @@ if not _typing.TYPE_CHECKING:  # to a type checker, all names without an undersc
     def __getattr__(name: str) -> object:
         from importlib import import_module
 
-        if name in ("diagnostics", "jax", "mlx"):
+        if name in ("diagnostics", "fp8", "jax", "mlx"):
             return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,6 +23,8 @@ __all__ = [
     "constant",
     "dot",
     "doubled",
+    "e4m3_bits",
+    "from_e4m3_bits",
     "fused",
     "gram",
     "inverse",
@@ -35,6 +37,7 @@ __all__ = [
     "outer",
     "over_channels",
     "project",
+    "reinterpreted",
     "scan",
     "scan_reverse",
     "scan_while",
@@ -170,6 +173,35 @@ def _by_platform(on_gpu: Callable[..., Any], elsewhere: Callable[..., Any], *giv
 
 
 # ------------------------------------------------------------------------------ shapes and sums
+
+
+def reinterpreted(xp: Any, array: Array, dtype: str) -> Array:
+    """Return the bits of an array as another dtype of the same width, "int32" or "float32"."""
+    if _is(xp, "jax"):
+        return _lax().bitcast_convert_type(array, dtype)
+    return array.view(getattr(xp, dtype))
+
+
+def e4m3_bits(xp: Any, array: Array) -> Array:
+    """Return float32 numbers of at most 448 as E4M3, rounded to nearest even, in uint8."""
+    if _is(xp, "mlx"):
+        return xp.to_fp8(array)
+    if _is(xp, "jax"):
+        return _lax().bitcast_convert_type(array.astype("float8_e4m3fn"), "uint8")
+    if _is(xp, "array_api_compat.torch"):
+        return array.to(xp.float8_e4m3fn).view(xp.uint8)
+    return array.astype(import_module("ml_dtypes").float8_e4m3fn).view(xp.uint8)
+
+
+def from_e4m3_bits(xp: Any, bits: Array) -> Array:
+    """Return the numbers whose E4M3 bits are given, in float32."""
+    if _is(xp, "mlx"):
+        return xp.from_fp8(bits, dtype=xp.float32)
+    if _is(xp, "jax"):
+        return _lax().bitcast_convert_type(bits, "float8_e4m3fn").astype("float32")
+    if _is(xp, "array_api_compat.torch"):
+        return bits.view(xp.float8_e4m3fn).to(xp.float32)
+    return bits.view(import_module("ml_dtypes").float8_e4m3fn).astype(xp.float32)
 
 
 def swap(xp: Any, array: Array) -> Array:

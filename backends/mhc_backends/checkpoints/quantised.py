@@ -51,8 +51,9 @@ MICROSCALED = {
     (32, 8): Packing("mxfp8", 32, 8),
     (16, 4): Packing("nvfp4", 16, 4),
 }
-_ELEMENTS = {4: ml_dtypes.float4_e2m1fn, 8: ml_dtypes.float8_e4m3fn}
-_SCALES = {"mxfp4": "e8m0", "mxfp8": "e8m0", "nvfp4": "e4m3"}
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # ml_dtypes has it from 0.5 on
+_E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+_ELEMENTS = {4: np.concatenate([_E2M1, -_E2M1]), 8: _E4M3}
 
 
 def unpacked(tensors: Mapping[Key, Tensor]) -> tuple[dict[Key, Tensor], dict[Key, Packing]]:
@@ -97,13 +98,9 @@ def dequantised(packing: Packing, weight: Arrays, scales: Arrays, *biases: Array
         (bias,) = biases
         wide = grouped * scales.astype(np.float32)[..., None]
         return (wide + bias.astype(np.float32)[..., None]).reshape(numbers.shape)
-    table = np.arange(2**packing.bits, dtype=np.uint8).view(_ELEMENTS[packing.bits])
-    elements = table.astype(np.float32)[grouped]
-    if _SCALES[packing.mode] == "e8m0":
-        factors = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
-    else:
-        factors = scales.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    return (elements * factors[..., None]).reshape(numbers.shape)
+    e8m0 = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
+    factors = _E4M3[scales] if packing.mode == "nvfp4" else e8m0
+    return (_ELEMENTS[packing.bits][grouped] * factors[..., None]).reshape(numbers.shape)
 
 
 def _numbers(weight: Arrays, bits: int) -> Arrays:
