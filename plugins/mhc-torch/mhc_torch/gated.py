@@ -25,6 +25,14 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.itemsize < 4 else x
 
 
+def is_matrix(layer: nn.Module) -> bool:
+    """Return whether a layer multiplies by a plain matrix: not quantised, not with an adapter.
+
+    Quantisers replace the module, or as torchao the weight by a tensor of a class of its own.
+    """
+    return type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor)
+
+
 class StreamNorm(nn.Module):
     """The norm of each stream by itself, with a weight of ``1 + weight``."""
 
@@ -73,8 +81,8 @@ class Gates(nn.Module):
 
     def weights(self) -> list[Tensor] | None:
         """Return the weights as the ops take them; None if a projection is not a plain matrix."""
-        if any(type(layer) is not nn.Linear for layer in self.projections):
-            return None  # quantised, or with an adapter
+        if not all(map(is_matrix, self.projections)):
+            return None
         return [self.hc_norm.weight, *(layer.get_parameter("weight") for layer in self.projections)]
 
     def mixed(self, x: Tensor, u: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantisers import check_quantised
 from test_models import close, norms_inside
 from torch import nn
 
@@ -286,6 +287,21 @@ def test_a_projection_with_an_adapter_runs_itself(tokens: torch.Tensor) -> None:
         patch.setattr(mhc, "gated_pre", lambda *a, own=mhc.gated_pre: (ops.append(1), own(*a))[1])
         close({"": output(other(tokens))}, {"": output(model(tokens))}, 1e-4)
     assert len(ops) == 3
+
+
+def test_quantised_before_and_after(name: str, model: Any, tokens: torch.Tensor) -> None:
+    if name == "hy_v4_vl":
+        pytest.skip("as hy_v4")
+    ops, own = list[int](), mhc.combine
+
+    def run(one: Any) -> torch.Tensor:
+        ops.clear()
+        return output(one(tokens))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mhc, "combine", lambda *a: (ops.append(1), own(*a))[1])
+        check_quantised(model, run)
+    assert bool(ops) is (name != "qwen4_exp")  # whose gates run themselves, and so its layers
 
 
 def test_the_installed_transformers_has_no_xing() -> None:

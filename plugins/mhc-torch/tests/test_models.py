@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantisers import check_quantised
 from torch import nn
 
 import mhc_core as mhc
@@ -114,6 +115,10 @@ def test_a_norm_that_must_be_called_is(model: Any, tokens: torch.Tensor) -> None
     with norms_inside(other) as called:
         close({"logits": other(tokens).logits}, {"logits": want}, 1e-5)
     assert called == [f"model.layers.{k}.post_attention_layernorm" for k in (0, 1)]
+
+
+def test_quantised_before_and_after(model: Any, tokens: torch.Tensor) -> None:
+    check_quantised(model, lambda one: one(tokens).logits)
 
 
 def test_outputs_and_gradients_are_the_models_own(model: Any, tokens: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import mhc_core
 import mhc_torch
 from mhc_backends.acceleration import Swap
+from mhc_torch.gated import is_matrix
 from mhc_torch.models.family import (
     NOWHERE,
     WHERE,
@@ -47,7 +48,7 @@ def _plain(connection: Any) -> bool:
     """Return whether the projections are matrices, without adapters, hooks or quantisation."""
     layers = [getattr(connection, name) for name in _PROJECTIONS]
     layers = [layer for layer in layers if layer is not None]
-    return all(type(layer) is nn.Linear and not hooked(layer) for layer in layers)
+    return all(is_matrix(layer) and not hooked(layer) for layer in layers)
 
 
 def _gated(connection: Any, x: Tensor) -> Any:
