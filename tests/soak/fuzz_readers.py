@@ -262,18 +262,42 @@ def _of_families(
         config = {"model_type": kind, count: n, **fields}
         weights = {"model.safetensors": stored(scratch, shapes)}
         good += [weights, weights | {"config.json": json.dumps(config).encode()}]
+    good.append({"model.safetensors": stored(scratch, _quantised_gates())})
     errors = (TypeError, ValueError, FileNotFoundError)
     return Reader(name, good, load, errors, "load_hyper_connections: ", unchanged=unchanged)
 
 
+def _quantised_gates() -> dict[str, Any]:
+    """Return a layer of Qwen4-Exp whose matrices MLX quantised, in two of its modes."""
+    import numpy as np
+
+    n, wide, rank = 2, 32, 32
+    rows = {"input_mix_weight_down": rank, "input_mix_weight_up": wide, "block_inject_weight": n}
+    found: dict[str, Any] = {}
+    for part in ("attn", "mlp"):
+        start = f"model.layers.0.{part}_hyper_connection"
+        found[f"{start}.hc_norm.weight"] = np.zeros(wide, np.float32)
+        for name, count in rows.items():
+            found[f"{start}.{name}.weight"] = np.zeros((count, 4), np.uint32)
+            dtype = np.float32 if part == "attn" else np.uint8
+            for beside in ("scales", "biases")[: 2 if part == "attn" else 1]:
+                found[f"{start}.{name}.{beside}"] = np.ones((count, 1), dtype)
+    return found
+
+
 def stored(scratch: Path, tensors: dict[str, Any]) -> bytes:
-    """Return a safetensors file of arrays of MLX, or of zeros in these shapes."""
+    """Return a safetensors file of arrays of MLX or NumPy, or of zeros in these shapes."""
+    import numpy
+
     file = scratch / "made.safetensors"
-    if all(isinstance(one, tuple) for one in tensors.values()):
-        import numpy
+    if all(isinstance(one, (tuple, numpy.ndarray)) for one in tensors.values()):
         from safetensors.numpy import save_file
 
-        save_file({name: numpy.zeros(shape, "f4") for name, shape in tensors.items()}, file)
+        made = {
+            name: numpy.zeros(one, "f4") if isinstance(one, tuple) else one
+            for name, one in tensors.items()
+        }
+        save_file(made, file)
     else:
         import mlx.core as mx
 
@@ -494,7 +518,7 @@ class Damage:
         "mtp.0.hc_head_fn", "layers.30000000.hc_attn_fn", "../b.safetensors", "/dev/zero",
         "b.safetensors", "num_hidden_layers", "text_config", "weight_map", "__metadata__",
         "model.layers.0.attn_hc.hc_fn", "model_type", "hy_v4", "xing4_0", "qwen4_exp", "glm5_next",
-        "kimi_k3", "combine", "threads", "F64", "F8_E4M3", "BF16", "U8", "content", "step",
+        "kimi_k3", "combine", "threads", "F64", "F8_E4M3", "BF16", "U8", "U32", "content", "step",
     )  # fmt: skip
 
     _values: Sequence[Any] = (

@@ -192,8 +192,9 @@ class HyperConnection(Projection):
         With ``norm``, h is normalised by this module. Kernels apply an ``nn.RMSNorm`` in the same
         pass, unless its weight is wider than the streams.
         """
-        words = norm_inside("pre", (x, *self.projection), norm, self.variant)
-        h, *mapped = mhc.pre(x, *self.projection, self.variant, **words)
+        arrays = (x, *self.projection)
+        words = norm_inside("pre", arrays, norm, self.variant)
+        h, *mapped = mhc.pre(*arrays, self.variant, **words)
         return (_normed(h, norm, words), *mapped)
 
     def combine(self, x: mx.array, y: mx.array, h_post: mx.array, h_res: mx.array) -> mx.array:

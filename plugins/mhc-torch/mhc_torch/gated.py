@@ -124,8 +124,8 @@ class GatedConnection(Gates):
         Modules with one ``weight`` each, norm, down, up and inject, named as in released
         checkpoints: ``[n * dims]``, ``[rank, n * dims]``, ``[n * dims, rank]`` and
         ``[n, n * dims]``. The last three are ``nn.Linear``, with the dtype of the rest of the
-        model. Where another class replaces one, quantised or with an adapter, the layers compute
-        the gates themselves, beside formulas instead of :func:`mhc_core.gated_pre`.
+        model. Where another class replaces one or its weight, quantised or with an adapter, the
+        layers compute the gates themselves, beside formulas instead of :func:`mhc_core.gated_pre`.
 
     Raises
     ------
