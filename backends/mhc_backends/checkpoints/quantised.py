@@ -14,7 +14,7 @@ The shapes tell the mode, since the number of inputs is known from the norm and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import ml_dtypes
 import numpy as np
@@ -52,8 +52,8 @@ MICROSCALED = {
     (16, 4): Packing("nvfp4", 16, 4),
 }
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # ml_dtypes has it from 0.5 on
-_E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-_ELEMENTS = {4: np.concatenate([_E2M1, -_E2M1]), 8: _E4M3}
+_E4M3: Arrays = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+_ELEMENTS: Mapping[int, Arrays] = {4: np.concatenate([_E2M1, -_E2M1]), 8: _E4M3}
 
 
 def unpacked(tensors: Mapping[Key, Tensor]) -> tuple[dict[Key, Tensor], dict[Key, Packing]]:
@@ -96,11 +96,14 @@ def dequantised(packing: Packing, weight: Arrays, scales: Arrays, *biases: Array
     grouped = numbers.reshape(len(numbers), -1, packing.group_size)
     if packing.mode == "affine":
         (bias,) = biases
-        wide = grouped * scales.astype(np.float32)[..., None]
-        return (wide + bias.astype(np.float32)[..., None]).reshape(numbers.shape)
+        wide: Arrays = grouped * scales.astype(np.float32)[..., None]
+        wide += bias.astype(np.float32)[..., None]
+        return cast("Arrays", wide.reshape(numbers.shape))
     e8m0 = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
-    factors = _E4M3[scales] if packing.mode == "nvfp4" else e8m0
-    return (_ELEMENTS[packing.bits][grouped] * factors[..., None]).reshape(numbers.shape)
+    factors: Arrays = _E4M3[scales] if packing.mode == "nvfp4" else e8m0
+    wide = _ELEMENTS[packing.bits][grouped]
+    wide *= factors[..., None]
+    return cast("Arrays", wide.reshape(numbers.shape))
 
 
 def _numbers(weight: Arrays, bits: int) -> Arrays:

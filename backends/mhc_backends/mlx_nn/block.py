@@ -78,7 +78,8 @@ class HyperConnectedBlock(nn.Module):
         if connection.training:  # its op adds the two gradients of x, which is more than a norm
             return connection(x, self.transform, *args, **kwargs)
         h, h_post, h_res = connection.pre(x, self.norm)
-        return connection.combine(x, self.layer(h, *args, **kwargs), h_post, h_res)
+        y = cast("mx.array", self.layer(h, *args, **kwargs))
+        return connection.combine(x, y, h_post, h_res)
 
 
 def _check_module(name: str, value: Any) -> None:

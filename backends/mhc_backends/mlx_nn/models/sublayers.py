@@ -167,8 +167,8 @@ def enter_layer(
     pending = isinstance(streams, Pending)
     if pending or h_pre is None:
         op, given = ("combine_pre", streams) if pending else ("pre", (streams,))
-        *arrays, variant = (*given, *projection)
-        words = norm_inside(op, arrays, norm, variant)
+        *arrays, variant = projection
+        words = norm_inside(op, (*given, *arrays), norm, variant)
         if words:
             return enter(streams, projection, h_pre, **words)
     entered = enter(streams, projection, h_pre)
