@@ -77,7 +77,6 @@ def check_quantised(model: nn.Module, output: Callable[[Any], torch.Tensor]) -> 
     before, after = _quantised(copy.deepcopy(model).eval(), False), copy.deepcopy(model).eval()
     with torch.no_grad():
         want = output(before)
-        assert not torch.equal(want, output(after))
         report = mhc_torch.accelerate(before, everywhere=True)
         assert not report.left
         mhc_torch.accelerate(after, everywhere=True)
