@@ -144,6 +144,32 @@ def test_kernels_on_a_cpu(case: Case, folder: Path, monkeypatch: pytest.MonkeyPa
         _close(_there(gradients), _there(want))
 
 
+def test_gates_on_a_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the kernels of gates, for few tokens and for many, which have the same bits."""
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
+
+    own = Ops(Kernels(launcher(folder), "cuda", 227 * 1024))
+    (T, n, C, rank), rng = (37, 3, 101, 37), np.random.default_rng(3)
+    K = n * C
+
+    def normal(size: float, *shape: int) -> Any:
+        return mx.array((size * rng.normal(size=shape)).astype(np.float32))
+
+    weights = normal(2 * K**-0.5, rank, K), normal(rank**-0.5, K, rank), normal(K**-0.5, n, K)
+    primals = [normal(1, T, n, C), normal(0.3, K), *weights]
+    want = mhc.gated_pre(*map(_float64, primals), 0.1, backend="numpy")
+    monkeypatch.setattr(launch, "gated_steps", lambda n, C: 2)
+    made: list[Any] = []
+    for many in (False, True):
+        monkeypatch.setattr(launch, "whole_streams", lambda T, n, many=many: many)
+        monkeypatch.setattr(launch, "channel_tiles", lambda T, C, many=many: 4 if many else 2)
+        with mhc.no_grad():
+            made += [own.gated_pre(*primals, eps=0.1)]
+        _close(made[-1], want)
+    assert all(mx.array_equal(a, b) for a, b in zip(made[0], made[-1], strict=True))
+
+
 def test_mappings_begin_anywhere(folder: Path) -> None:
     """Check views such as flat[1:5], passed as they are whatever the streams' addresses."""
     from mhc_backends.kernels.functions import Ops

@@ -52,6 +52,7 @@ __all__ = [
     "chosen",
     "dealt",
     "numpy_dtype",
+    "rank_of",
     "with_variant",
 ]
 
@@ -88,7 +89,7 @@ SIZES = (
     Sizes((1,), 64, 2, "two H_res of it take more than 32 KiB of threadgroup memory"),
 )
 HANDS = 16  # among which ``dealt`` deals the cases
-LOW_RANK = 3  # R of gates with a low-rank projection
+LOW_RANK, BLOCK_RANK = 3, 64  # R of gates; the second one with channels in whole blocks of 32
 SMALL = SIZES[0]
 TAIL = SIZES[6]
 # not in SIZES, because it tests no variant; n C is a multiple of 64, as in real models
@@ -258,9 +259,14 @@ def data(case: Case, dtype: str, seed: int) -> Data:
     return Data(primals, cotangents)
 
 
+def rank_of(C: int) -> int:
+    """Return the rank of gates with a low-rank projection."""
+    return LOW_RANK if C % 32 else BLOCK_RANK
+
+
 def _shape(op: Op, name: str, case: Case) -> tuple[int, ...]:
     leading, n, C, _ = case.sizes
-    known = {**op.sizes(n, C, case.options), "R": LOW_RANK}
+    known = {**op.sizes(n, C, case.options), "R": rank_of(C)}
     words = op.patterns[name][-1 if case.shared or name in case.for_all else 0]
     ahead = leading if words[0] == "..." else ()
     return (*ahead, *(known[w] if w in known else int(w) for w in words if w != "..."))
@@ -573,7 +579,7 @@ BETWEEN = Sizes((16,), 6, 160, "streams between two powers of two")
 FULL = Sizes((8,), 4, 8, "as many matrices as fit side by side")
 MOST = SIZES[7]
 LARGE: Sequence[tuple[Sizes, tuple[str, ...]]] = (
-    (BLOCKS, PROJECTED),
+    (BLOCKS, (*PROJECTED, "gated_pre", "gated_head")),
     (MORE_BLOCKS, ("combine_pre",)),
     (Sizes((18,), 9, 288, "whole blocks, many streams, more than 16 tokens"), ("combine_pre",)),
     (Sizes((515,), 2, 64, "whole blocks, hundreds of tokens"), PROJECTED),

@@ -21,15 +21,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 __all__ = [
+    "GATED_TILES",
     "TABLE",
     "VARIABLE",
     "Launch",
     "Shape",
     "buffer_bytes",
+    "channel_tiles",
     "column_tiles",
     "columns",
     "few",
     "fewest",
+    "gated_parts",
+    "gated_steps",
+    "gated_token_tiles",
+    "gated_width",
     "k_blocks",
     "launch",
     "occupancy",
@@ -40,6 +46,7 @@ __all__ = [
     "splits",
     "stage",
     "stream_steps",
+    "whole_streams",
 ]
 
 VARIABLE = "MHC_KERNEL_TUNING"
@@ -76,6 +83,14 @@ FEWEST_STREAMS = 4  # with more, the mappings do not fit into the lanes of a sim
 SPLITS_AT_ONCE = 32  # splits whose partials are in threadgroup memory
 K_BLOCK = 4  # the most streams in a K block of combine_project
 SPREAD = 128  # threadgroups, one for each of a large GPU's multiprocessors
+# tiles of columns whose sums a simdgroup of the gates' kernels keeps: CUDA's product of floats
+# (cuda/dialect/operands.h) has the same bits with any even number of them
+GATED_TILES = 2
+MANY_GATED_TILES = 4  # of `gated_collapse` where there are many tokens
+# tiles of tokens that a simdgroup of `gated_project` multiplies by the same columns, at most
+GATED_TOKEN_TILES = {"float32": 1, "float16": 2, "bfloat16": 2}
+GATED_COLUMNS = 31  # columns of a threadgroup of `gated_low`, LOW_COLUMNS in its body
+GATED_STREAMS = 8  # streams at a time in a threadgroup of `gated_collapse`, as in its body
 SCRATCH = {
     "metal": 8192,
     "cuda": 10240,
@@ -107,6 +122,10 @@ class Shape:
         - ``"sums"``: some tokens, with their partials alone
         - ``"n_tiles"``: N tiles of 32 channels of a stream, one in each simdgroup, for a share of
           the tokens
+        - ``"gated_splits"``: some tiles of 16 tokens, and a split of a stream or a whole stream;
+          its simdgroups share the columns
+        - ``"gated_columns"``: some columns of a token; its simdgroups share the streams
+        - ``"gated_channels"``: 16 tokens and some channels; its simdgroups share the streams
     threads
         The most threads of a threadgroup; fewer where there is less to do, and in Metal never more
         than MOST_THREADS.
@@ -146,6 +165,9 @@ class Shape:
         "one",
         "sums",
         "n_tiles",
+        "gated_splits",
+        "gated_columns",
+        "gated_channels",
     ]
     threads: int = 256
     elements: int = 8
@@ -168,8 +190,11 @@ TABLE: Mapping[str, Shape] = {
     "combine_project_k_blocks": Shape(groups="k_block", threads=128, resident=3),
     "combine_vjp": Shape(groups="token", elements=4),
     "combine_vjp_wide": Shape(groups="token", elements=1, streams=True),
+    "gated_collapse": Shape(groups="gated_channels"),
     "gated_combine": Shape(groups="tile"),
     "gated_combine_vjp": Shape(groups="token", elements=4),
+    "gated_low": Shape(groups="gated_columns"),
+    "gated_project": Shape(groups="gated_splits", threads=352),
     "head": Shape(groups="several"),
     "head_vjp": Shape(groups="matrices", threads=128),
     "mappings": Shape(groups="sums"),
@@ -255,6 +280,8 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
         return _several(T, n, 1, shape.threads, 1)
     if shape.groups == "n_tiles":
         return _n_tiles(shape, T, n, C)
+    if shape.groups.startswith("gated"):
+        return _gated(shape, T, n, C, dtype)
     elements = _elements(shape, n, C, dtype)
     accesses = -(-C // elements)
     threads = _threads(shape, accesses * n if shape.streams else accesses)
@@ -450,6 +477,56 @@ def _n_tile_groups(shape: Shape, n: int, C: int) -> int:
     """Count the threadgroups of a share; N tiles come in pairs, so that whole lines are read."""
     tiles = 2 * n * -(-C // (2 * STEP_CHANNELS))
     return -(-tiles // (shape.threads // SIMD))
+
+
+# ---- gates with a low-rank projection ------------------------------------------------------------
+
+
+def whole_streams(T: int, n: int) -> bool:
+    """Return whether threadgroups of ``gated_project`` take whole streams; this changes no bit."""
+    return -(-T // TILE_TOKENS) * n >= SPREAD
+
+
+def gated_steps(n: int, C: int) -> int:
+    """Return the K steps of a split of one stream, so that those of a token fill a GPU."""
+    most = max(n * C // (STEP_CHANNELS * SPREAD), 1)
+    return min(1 << (most.bit_length() - 1), SPLIT_STEPS)
+
+
+def gated_parts(T: int, n: int, C: int) -> int:
+    """Return the partials of one stream that ``gated_project`` makes."""
+    return 1 if whole_streams(T, n) else -(-C // (gated_steps(n, C) * STEP_CHANNELS))
+
+
+def gated_width(rank: int, injected: int) -> int:
+    """Return the columns of a partial: the products, then the squares."""
+    columns = GATED_TILES * TILE_COLUMNS
+    return (-(-rank // columns) * columns + injected if injected else rank) + 1
+
+
+def gated_token_tiles(T: int, n: int, dtype: str) -> int:
+    """Return the tiles of 16 tokens of a threadgroup of ``gated_project``; this changes no bit."""
+    tiles = 1
+    while 2 * tiles <= GATED_TOKEN_TILES[dtype] and whole_streams(T // (2 * tiles), n):
+        tiles *= 2
+    return tiles
+
+
+def channel_tiles(T: int, C: int) -> int:
+    """Return the tiles of channels of a threadgroup of ``gated_collapse``; this changes no bit."""
+    many = -(-T // TILE_TOKENS) * -(-C // (MANY_GATED_TILES * TILE_COLUMNS)) >= BUSY
+    return MANY_GATED_TILES if many else GATED_TILES
+
+
+def _gated(shape: Shape, T: int, n: int, C: int, dtype: str) -> Launch:
+    if shape.groups == "gated_columns":  # C counts these
+        return _launch(T, -(-C // GATED_COLUMNS), min(shape.threads, n * SIMD), 1)
+    if shape.groups == "gated_channels":
+        threads = min(shape.threads, min(n, GATED_STREAMS) * SIMD)
+        tiles = -(-C // (channel_tiles(T, C) * TILE_COLUMNS))
+        return _launch(-(-T // TILE_TOKENS) * tiles, 1, threads, 1)
+    tiles = -(-T // (gated_token_tiles(T, n, dtype) * TILE_TOKENS))
+    return _launch(tiles * n * gated_parts(T, n, C), 1, shape.threads, 1)
 
 
 def _several(T: int, n: int, accesses: int, threads: int, elements: int) -> Launch:

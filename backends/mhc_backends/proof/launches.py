@@ -260,7 +260,7 @@ def _blank(call: Call) -> tuple[list[mx.array], list[mx.array]]:
 
 def _shape(call: Call, patterns: list[list[str]]) -> list[int]:
     n, C = call.n, call.C
-    known = {**load(call.op).OP.sizes(n, C, call.options), "...": call.T}
+    known = {**load(call.op).OP.sizes(n, C, call.options), "...": call.T, "R": cases.rank_of(C)}
     words = patterns[-1 if call.shared else 0]
     return [known[word] if word in known else int(word) for word in words]
 
@@ -269,13 +269,13 @@ def run(
     kernels: Kernels, call: Call, arrays: Sequence[mx.array], cotangents: Sequence[mx.array]
 ) -> tuple[Any, Any, Any]:
     """Run an op in inference, then with gradients wanted, then its gradients."""
-    module, options = ops.load(call.op), call.options
+    module, options, pull = ops.load(call.op), call.options, ops.pullback(call.op, kernels)
     given = call.placed(arrays), call.placed_cotangents(cotangents)
     plain = module.forward(kernels, *given[0], **options)
     if not hasattr(module, "forward_with_saved"):
-        return plain, plain, module.vjp(kernels, *given, **options)
+        return plain, plain, pull(*given, **options)
     outputs, saved = module.forward_with_saved(kernels, *given[0], **options)
-    return plain, outputs, module.vjp(kernels, *given, saved, **options)
+    return plain, outputs, pull(*given, saved, **options)
 
 
 # ---- the calls -----------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from mhc_backends.kernels.functions import Ops
 from mhc_backends.kernels.mlx import Kernels
 from mhc_backends.kernels.ops import OPS
 from mhc_backends.mlx_common import filled
-from mhc_conformance.cases import PROJECTED_OR_MIXED, STATICS, Sizes
+from mhc_conformance.cases import PROJECTED_OR_MIXED, STATICS, Sizes, rank_of
 from mhc_conformance.subject import several
 from mhc_core import HY_V4, math
 from mhc_core.signature import Op, signature
@@ -164,7 +164,7 @@ def _zeros(
 ) -> list[mx.array | None]:
     """Return arrays without values: none is ever evaluated. Without mixing, H_res is None."""
     leading, n, C, _ = sizes
-    known = op.sizes(n, C, static)
+    known = {**op.sizes(n, C, static), "R": rank_of(C)}
     arrays: list[mx.array | None] = []
     for name, (words, *_) in op.patterns.items():
         if name == "h_pre" and name in op.optional:

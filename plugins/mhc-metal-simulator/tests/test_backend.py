@@ -16,6 +16,7 @@ import mhc_metal_simulator as simulator
 
 mhc = pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels these are")
 
+import test_gated_kernels  # noqa: E402
 import test_norm_inside  # noqa: E402
 import test_projection_kernels  # noqa: E402
 import test_sinkhorn_kernels  # noqa: E402
@@ -325,6 +326,7 @@ def test_seeded_faults_are_caught(fault: Fault) -> None:
 def test_faults_of_every_kind_are_seeded() -> None:
     """Check the kernels that have seeded faults; test_every_op.py runs all kernels."""
     others = (
+        test_gated_kernels,
         test_norm_inside,
         test_projection_kernels,
         test_sinkhorn_kernels,

@@ -778,11 +778,11 @@ FAULTS = (
     # what they share: the last stage
     *_many(
         "common",
-        ("the last partial", "for (; partial < count;", "for (; partial + 1 < count;", WRONG),
+        ("the last partial", "for (; k < count; k++)", "for (; k + 1 < count; k++)", WRONG),
         (
             "half sum of the partials",
-            "sums[item] = sum;",
-            "sums[item] = float(half(sum));",
+            "sum_one_by_one<PARTIALS_AT_ONCE>(from, count, NUMBERS)",
+            "float(half(sum_one_by_one<PARTIALS_AT_ONCE>(from, count, NUMBERS)))",
             WRONG,
         ),
         ("the last tokens", "T - first < TOKENS ? int(T - first) : TOKENS", "TOKENS", ANYWHERE),

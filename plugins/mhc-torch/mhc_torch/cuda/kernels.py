@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from mhc_backends.kernels.ops import has_vjp
 from mhc_backends.kernels.ops import outputs as count_outputs
 from mhc_backends.kernels.plan import Axis, Plan, record
 from mhc_core import gradients, math
@@ -161,7 +162,12 @@ class Kernels:
     def pull_back(
         self, op: str, primals: Tensors, cotangents: Tensors, saved: Tensors, static: Static
     ) -> Tensors:
-        """Pull cotangents back by an op's vjp kernels; the result can be differentiated again."""
+        """Pull cotangents back by an op's vjp kernels; the result can be differentiated again.
+
+        Where an op has none, the formulas pull back, as PyTorch's own operations.
+        """
+        if not has_vjp(op):
+            return _by_formulas(op, static, len(primals), (*primals, *cotangents))
         every = (*primals, *cotangents, *saved)
         if _transformed() or (_plain(every) and _differentiable(every)):
             apply = cast("Any", _PullBack).apply
@@ -299,20 +305,24 @@ class _PullBack(torch.autograd.Function):
         return None, None, None, None, *_second(op, static, count, ctx.saved_tensors, cotangents)
 
 
+def _by_formulas(op: str, static: Static, count: int, arrays: Tensors) -> Tensors:
+    """Return the neutral vjp of ``count`` primals, and of the cotangents after them."""
+    own, absent = _split(static)
+    primals: list[Tensor | None] = list(arrays[:count])
+    for place in absent:
+        primals.insert(place, None)
+    cotangents = _function.filled(arrays[count:], math.load(op).OP.kept(own))
+    pulled = _function.pull_back(op, tuple(primals), cotangents, None, own)
+    return tuple(one for one in pulled if one is not None)
+
+
 def _second(
     op: str, static: Static, count: int, given: Tensors, cotangents: Sequence[Tensor]
 ) -> Tensors:
     """Pull cotangents of a vjp back through the neutral vjp."""
-    own, absent = _split(static)
-    kept = math.load(op).OP.kept(own)
 
     def pulled(*arrays: Tensor) -> Tensors:
-        primals: list[Tensor | None] = list(arrays[:count])
-        for place in absent:
-            primals.insert(place, None)
-        cotangents = _function.filled(arrays[count:], kept)
-        pulled = _function.pull_back(op, tuple(primals), cotangents, None, own)
-        return tuple(one for one in pulled if one is not None)
+        return _by_formulas(op, static, count, arrays)
 
     outputs, pull = cast("Any", torch.func.vjp)(pulled, *given)
     typed = (one.to(output.dtype) for one, output in zip(cotangents, outputs, strict=True))
@@ -420,6 +430,9 @@ def _vjp(
     """Return the gradients of an op's arrays; without saved values it computes them again."""
     groups = (primals, cotangents, saved) if saved else (primals, cotangents)
     options, every = _read(static), [*primals, *cotangents, *saved]
+    if not has_vjp(op):
+        made = _by_formulas(op, options, len(primals), (*primals, *cotangents))
+        return _separate([one.contiguous() for one in made], every)
     key = _key("vjp", op, options, every, len(cotangents))
     replay = _BY_NAME[backend].replay(key, groups, options)
     return _separate(replay(every), every)

@@ -17,7 +17,6 @@ from mhc_torch._norms import is_changed, kernels_run
 
 __all__ = [
     "EVERYWHERE",
-    "NOWHERE",
     "WHERE",
     "Family",
     "Norm",
@@ -41,7 +40,6 @@ EVERYWHERE = "_mhc_everywhere"  # an attribute of modules: the argument of accel
 
 
 WHERE = "for CUDA tensors; elsewhere its own code runs, unless everywhere=True"
-NOWHERE = "with everywhere=True; its own code runs else, as there are no CUDA kernels for it yet"
 
 _SAME = 1e-3  # of float32's rounding, and far below any other formula
 
@@ -215,7 +213,7 @@ def _tuple(value: Any) -> tuple[Tensor, ...]:
 def pays(module: nn.Module, x: Tensor, fused: bool = True) -> bool:
     """Return whether the ops are not slower than the model's own code for these streams.
 
-    ``fused`` is whether kernels have the ops at all.
+    ``fused`` is whether kernels have the ops, and their vjps where gradients are wanted.
     """
     if vars(module).get(EVERYWHERE):
         return True

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import mhc_core
-import mhc_torch
 from mhc_backends.acceleration import Swap
 from mhc_torch.gated import is_matrix
 from mhc_torch.models.family import (
-    NOWHERE,
     WHERE,
     Family,
     agree,
@@ -40,8 +38,12 @@ mhc: Any = mhc_core  # the arrays here are those of any library
 HOME = "transformers.models.qwen4_exp.modeling_qwen4_exp"
 _Layer, _Connection = classes_of(HOME, ("Qwen4ExpTextDecoderLayer", "Qwen4ExpTextGatedResidual"))
 
-FUSED = "gated_pre" in mhc_torch.CUDA.ops
 _PROJECTIONS = ("input_mix_weight_down", "input_mix_weight_up", "block_inject_weight")
+
+
+def _pays(module: nn.Module, x: Tensor) -> bool:
+    """Return whether the ops are not slower; the gates' kernels have no vjp, only formulas."""
+    return pays(module, x, not torch.is_grad_enabled())
 
 
 def _plain(connection: Any) -> bool:
@@ -76,7 +78,7 @@ class Qwen4ExpTextGatedResidual(_Connection):
 
     def forward(self, hyper_input: Tensor) -> Any:
         """Return the layer's input, the streams and H_post; the head, its input alone."""
-        if pays(self, hyper_input, FUSED) and _plain(self):
+        if _pays(self, hyper_input) and _plain(self):
             return _returned(self, hyper_input)
         return cast("Any", super().forward(hyper_input))
 
@@ -102,7 +104,7 @@ class Qwen4ExpTextDecoderLayer(_Layer):
             "cache": cache,
             "ple_input_ids": ple_input_ids,
         }
-        runs = pays(self, hidden_states, FUSED) and "past_key_values" not in kwargs
+        runs = _pays(self, hidden_states) and "past_key_values" not in kwargs
         if runs and all(map(_is_direct, (self.attn_hyper_connection, self.mlp_hyper_connection))):
             return _run(self, hidden_states, own, kwargs)
         return cast("Tensor", super().forward(hidden_states, **own, **kwargs))
@@ -198,7 +200,7 @@ def _indexed(
     return torch.tanh(h) + positions + 2 * attention_mask + 3 * cache + shift, None
 
 
-_WHERE = WHERE if FUSED else NOWHERE
+_WHERE = f"without gradients {WHERE}"
 
 FAMILY = Family(
     swaps={

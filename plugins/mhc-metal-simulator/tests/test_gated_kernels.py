@@ -1,0 +1,153 @@
+"""The kernels of gates with a low-rank projection: right, for few tokens and for many, and guarded.
+
+In the kit the rank is smaller than a tile of columns; here it has several, and tails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mhc_metal_simulator as simulator
+
+mhc = pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels these are")
+
+from kernel_checks import (  # noqa: E402
+    BOUNDS,
+    RACE,
+    WRONG,
+    Fault,
+    agree,
+    as_float64,
+    rounded,
+    seeded,
+)
+from mhc_backends.kernels import launch  # noqa: E402
+from mhc_backends.kernels.ops import gated_head, gated_pre  # noqa: E402
+from test_projection_kernels import KERNELS, small  # noqa: E402
+
+EPS = 0.1
+FEW, MANY = False, True
+
+
+class Size(NamedTuple):
+    """T tokens of n streams of C channels of a dtype, and the rank of the gates."""
+
+    T: int
+    n: int
+    C: int
+    rank: int
+    dtype: str = "float32"
+
+
+@contextlib.contextmanager
+def launched(many: bool) -> Iterator[None]:
+    """Run the kernels as for few tokens or for many, in a few small threadgroups."""
+    with small(0), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "gated_steps", lambda n, C: 2)
+        patch.setattr(launch, "whole_streams", lambda T, n: many)
+        patch.setattr(launch, "channel_tiles", lambda T, C: 4 if many else 2)
+        yield
+
+
+def _draw(size: Size) -> list[mx.array]:
+    (T, n, C, rank, dtype), rng = size, np.random.default_rng(size.n)
+    K = n * C
+
+    def normal(scale: float, *shape: int) -> mx.array:
+        return mx.array((scale * rng.normal(size=shape)).astype(np.float32))
+
+    x = normal(1, T, n, C).astype(getattr(mx, dtype))
+    weights = normal(2 * K**-0.5, rank, K), normal(rank**-0.5, K, rank), normal(K**-0.5, n, K)
+    return [x, normal(0.3, K), *weights]
+
+
+def _held(size: Size, ways: Sequence[bool] = (FEW,), head: bool = False) -> None:
+    """Compare with NumPy in float64, in two orders of the threads."""
+    primals, made = _draw(size), list[list[mx.array]]()
+    wide = as_float64(primals)
+    for many in ways:
+        with launched(many), simulator.options(schedules=["forward", "reversed"]):
+            made.append([*gated_pre.forward(KERNELS, *primals, eps=EPS)])
+            if head:
+                made.append([gated_head.forward(KERNELS, *primals[:4], eps=EPS)])
+    for one in made:
+        agree(one, rounded(mhc.gated_pre(*wide, EPS, backend="numpy"), made[0])[: len(one)])
+    same = (mx.array_equal(a, b) for one in made for a, b in zip(one, made[-1], strict=False))
+    assert all(same), "the launches for few tokens, or the head's, give other bits"
+
+
+def test_a_rank_of_several_tiles_with_tails() -> None:
+    _held(Size(19, 3, 101, 37), (FEW, MANY), head=True)
+
+
+def test_more_streams_than_columns_in_a_tile() -> None:
+    _held(Size(3, 18, 6, 3))
+
+
+def test_a_token_does_not_depend_on_its_batch() -> None:
+    """Check as many tokens as take whole streams against one, which takes splits."""
+    T = 1030
+    x, *weights = _draw(Size(T, 4, 40, 5, "bfloat16"))
+    assert launch.gated_token_tiles(T, 4, "bfloat16") == 2
+    assert not launch.whole_streams(1, 4)
+    many = gated_pre.forward(KERNELS, x, *weights, eps=EPS)
+    one = gated_pre.forward(KERNELS, x[1027:1028], *weights, eps=EPS)
+    assert all(mx.array_equal(a[1027:1028], b) for a, b in zip(many, one, strict=True))
+
+
+# ---- seeded faults -------------------------------------------------------------------------------
+
+
+def _all(kernel: str, *faults: tuple[str, str, str, str]) -> list[Fault]:
+    return [Fault(kernel, *fault, "gated_pre") for fault in faults]
+
+
+SPLIT, SUM = "total = add_split(total, sums, lane);", "total.squares[0].at[0]"
+ANYWHERE = f"{BOUNDS}|{WRONG}|nothing was written before|never written"
+FAULTS = (
+    *_all(
+        "gated_project",
+        ("tail", "begin + SPLIT < C ? begin + SPLIT : C", "begin + SPLIT", ANYWHERE),
+        ("index", "stream + c, C - c, lane", "c, C - c, lane", WRONG),
+        ("half sum", SPLIT, f"{SPLIT} {SUM} = float(half({SUM}));", WRONG),
+    ),
+    *_all(
+        "gated_low",
+        ("barrier of the sums", "BARRIER;\nif", "if", RACE),
+        ("barrier of the next token", "BARRIER;  // the next", "// the next", RACE),
+        ("tail", "!squares && column < M", "!squares", ANYWHERE),
+        ("index", "i * parts) * WIDTH", "parts) * WIDTH", f"{WRONG}|{BOUNDS}"),
+        (
+            "half sum",
+            "sums[i * SIMD + lane], z);",
+            "float(half(sums[i * SIMD + lane])), z);",
+            WRONG,
+        ),
+    ),
+    *_all(
+        "gated_collapse",
+        ("barrier of the gated numbers", "BARRIER;\nfor", "for", RACE),
+        ("barrier of the next streams", "BARRIER;  // the next", "// the next", RACE),
+        ("tail", "done + simdgroups >= N && c < C", "done + simdgroups >= N", ANYWHERE),
+        ("index", "r[token * N + i]", "r[token * N]", WRONG),
+        (
+            "half sum",
+            "sum += gated[s * NUMBERS + at]",
+            "sum += half(gated[s * NUMBERS + at])",
+            WRONG,
+        ),
+    ),
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kernel}: {fault.what}")
+def test_seeded_faults_are_caught(fault: Fault) -> None:
+    errors = (AssertionError, simulator.SimulatorError)
+    with seeded(fault), pytest.raises(errors, match=fault.shows):
+        _held(Size(3, 3, 101, 37))
