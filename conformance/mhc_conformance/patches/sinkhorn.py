@@ -1,0 +1,220 @@
+"""Bugs of Sinkhorn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from mhc_conformance import oracle
+from mhc_conformance.autodiff import Value, exp, largest, maximum, node, total, value, where
+from mhc_conformance.cases import NARROW
+from mhc_conformance.patches.declaration import Array, Replaced, axes, patch, rounded, stopped
+
+
+@patch("extra-pass", "an extra normalising pass at the end", "sinkhorn")
+def _extra_pass(right: Callable[..., Value]) -> Callable[..., Value]:
+    def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
+        matrix = right(logits, iterations, eps, first)
+        return matrix / (total(matrix, axes(first)[0]) + eps)
+
+    return sinkhorn
+
+
+@patch("missing-pass", "the last normalising pass is missing", "sinkhorn")
+def _missing_pass(right: Callable[..., Value]) -> Callable[..., Value]:
+    def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
+        a, b = axes(first)
+        matrix = exp(logits - largest(logits, a))
+        matrix = matrix / total(matrix, a) + eps
+        for axis in (b, a) * (iterations - 1):
+            matrix = matrix / (total(matrix, axis) + eps)
+        return matrix
+
+    return sinkhorn
+
+
+@patch("exp-for-softmax", "exp where softmax + eps belongs", "sinkhorn")
+def _exp_start(right: Callable[..., Value]) -> Callable[..., Value]:
+    def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
+        a, b = axes(first)
+        matrix = exp(logits - largest(logits, a))
+        for axis in (a, b) * iterations:
+            matrix = matrix / (total(matrix, axis) + eps)
+        return matrix
+
+    return sinkhorn
+
+
+@patch("no-start-eps", "no eps is added to the softmax that starts Sinkhorn", "sinkhorn")
+def _plain_start(right: Callable[..., Value]) -> Callable[..., Value]:
+    def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
+        a, b = axes(first)
+        matrix = exp(logits - largest(logits, a))
+        matrix = matrix / total(matrix, a)
+        for axis in (b, *(a, b) * (iterations - 1)):
+            matrix = matrix / (total(matrix, axis) + eps)
+        return matrix
+
+    return sinkhorn
+
+
+@patch("no-divisor-eps", "eps is added to the softmax alone, not to the divisors", "sinkhorn")
+def _start_alone(right: Callable[..., Value]) -> Callable[..., Value]:
+    def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
+        a, b = axes(first)
+        matrix = exp(logits - largest(logits, a))
+        matrix = matrix / total(matrix, a) + eps
+        for axis in (b, *(a, b) * (iterations - 1)):
+            matrix = matrix / total(matrix, axis)
+        return matrix
+
+    return sinkhorn
+
+
+def _floored(floor: float) -> Replaced:
+    def replacement(right: Callable[..., Value]) -> Callable[..., Value]:
+        def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
+            matrix = exp(logits - largest(logits, axes(first)[0]))
+            for axis in axes(first) * iterations:
+                matrix = matrix / maximum(total(matrix, axis), floor)
+            return matrix
+
+        return sinkhorn
+
+    return replacement
+
+
+for _floor in (1e-12, 1e-10, 1e-8, 1e-6, 1e-5):
+    patch(
+        "sums-floored",
+        f"a line's sum is raised to {_floor:g}, where the log domain has no floor",
+        "sinkhorn",
+    )(_floored(_floor))
+
+
+def _masked(floor: float) -> Replaced:
+    def replacement(right: Callable[..., Value]) -> Callable[..., Value]:
+        def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
+            a, b = axes(first)
+            matrix = exp(logits - largest(logits, a))
+            for _ in range(iterations):
+                for axis, otherwise in ((a, 1.0), (b, 0.0)):
+                    sums = total(matrix, axis)
+                    there = sums.data > floor
+                    safe = where(there, sums, value(np.ones_like(sums.data)))
+                    matrix = matrix * where(there, 1.0 / safe, value(otherwise + 0 * sums.data))
+            return matrix
+
+        return sinkhorn
+
+    return replacement
+
+
+def _masked_unsafely(floor: float) -> Replaced:
+    """Return the masked Sinkhorn whose gradient is 0 * inf where a line is 0."""
+
+    def replacement(right: Callable[..., Value]) -> Callable[..., Value]:
+        masked = _masked(floor)(right)
+
+        def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
+            made = masked(logits, iterations, eps, first)
+            a, _ = axes(first)
+            shifted = np.float32(logits.data - logits.data.max(a, keepdims=True))
+            columns = np.exp(shifted).sum(-1 if a == -2 else -2, keepdims=True)
+            unsafe = (columns == 0).any(axis=(-1, -2), keepdims=True)
+            lost = np.where(unsafe, np.nan, 1.0)
+            return node("where", made.data, (made,), lambda g: (np.asarray(g) * lost,))
+
+        return sinkhorn
+
+    return replacement
+
+
+for _floor in (1e-5, 1e-6, 0.1):
+    patch(
+        "faint-lines-masked",
+        f"first lines that sum to {_floor:g} or less stay as they are, and second ones become 0",
+        "sinkhorn",
+    )(_masked(_floor))
+    patch(
+        "nan-where-masked",
+        f"where(sum > {_floor:g}, 1 / sum, ...) has a NaN gradient where a line is 0",
+        "sinkhorn",
+    )(_masked_unsafely(_floor))
+
+
+@patch("stops-early", "Sinkhorn stops once both errors are under 1e-6", "sinkhorn")
+def _stops(right: Callable[..., Value]) -> Callable[..., Value]:
+    def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
+        turned = logits if first == "rows" else logits.swapaxes(-1, -2)
+        matrix = oracle.sinkhorn_knopp(turned, iterations, 1e-6)
+        return matrix if first == "rows" else matrix.swapaxes(-1, -2)
+
+    return sinkhorn
+
+
+def _iterated_in(dtype: str) -> Replaced:
+    def replacement(right: Callable[..., Value]) -> Callable[..., Value]:
+        def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
+            a, b = axes(first)
+            matrix = exp(logits - largest(logits, a))
+            matrix = rounded(dtype, matrix / total(matrix, a) + eps)
+            for axis in (b, *(a, b) * (iterations - 1)):
+                matrix = rounded(dtype, matrix / rounded(dtype, total(matrix, axis) + eps))
+            return matrix
+
+        return sinkhorn
+
+    return replacement
+
+
+for _dtype in NARROW:
+    patch(f"sinkhorn-in-{_dtype}", f"Sinkhorn run in {_dtype}", "sinkhorn")(_iterated_in(_dtype))
+
+
+@patch("h-res-transposed", "H_res comes out transposed", "sinkhorn")
+def _turned(right: Callable[..., Value]) -> Callable[..., Value]:
+    def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
+        return right(logits, iterations, eps, first).swapaxes(-1, -2)
+
+    return sinkhorn
+
+
+@patch("softmax-for-sinkhorn", "one softmax in place of Sinkhorn", "sinkhorn")
+def _softmax(right: Callable[..., Value]) -> Callable[..., Value]:
+    def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
+        matrix = exp(logits - largest(logits, -1))
+        return matrix / total(matrix, -1)
+
+    return sinkhorn
+
+
+@patch(
+    "final-matrix-backward",
+    "a Sinkhorn backward that uses the final matrix for every iteration",
+    "sinkhorn",
+    "backward",
+)
+def _final_matrix(right: Callable[..., Value]) -> Callable[..., Value]:
+    def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
+        matrix = right(logits, iterations, eps, first).data
+        a, b = axes(first)
+
+        def pull(g: Array) -> tuple[Array]:
+            carried = matrix * g
+            for axis in (b, a) * iterations:
+                carried = carried - matrix * carried.sum(axis=axis, keepdims=True)
+            return (carried,)
+
+        return node("sinkhorn", matrix, (logits,), pull)
+
+    return sinkhorn
+
+
+@patch("no-gradient-of-h-res", "no gradient passes through H_res", "sinkhorn", "backward")
+def _constant_h_res(right: Callable[..., Value]) -> Callable[..., Value]:
+    def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
+        return stopped(right(logits, iterations, eps, first))
+
+    return sinkhorn
