@@ -5,10 +5,10 @@ those of gradients alone are declared ``"backward"``. A file per subject, as in
 :mod:`mhc_conformance.bugs`, whose bugs are code on NumPy arrays with vjps of their own.
 """
 
-from mhc_conformance.patches import mappings, norms, projection, sinkhorn, streams
+from mhc_conformance.patches import mappings, norms, projection, roundings, sinkhorn, streams
 from mhc_conformance.patches.declaration import PATCHES, Patch, reaches
 
 __all__ = ["PATCHES", "SUBJECTS", "Patch", "reaches"]
 
-SUBJECTS = (sinkhorn, projection, mappings, streams, norms)
+SUBJECTS = (sinkhorn, projection, mappings, streams, norms, roundings)
 """The modules that declare the patches; importing them fills ``PATCHES``."""

@@ -1,10 +1,10 @@
-"""A replacement of one of the oracle's functions, and what replacements are written with."""
+"""Replacements of the oracle's functions, and what they are written with."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from mhc_conformance import oracle
 from mhc_conformance.autodiff import Value, node, straight_through, value
 from mhc_conformance.cases import numpy_dtype
 
-__all__ = ["PATCHES", "Patch", "axes", "cast", "patch", "reaches", "rounded", "stopped"]
+__all__ = ["PATCHES", "Patch", "axes", "cast", "patch", "patches", "reaches", "rounded", "stopped"]
 
 Array = NDArray[Any]
 Replaced = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -24,41 +24,44 @@ Which = Literal["both", "backward"]
 
 @dataclass(frozen=True)
 class Patch:
-    """A bug by the function of the oracle that it replaces.
+    """A bug by the functions of the oracle that it replaces.
 
     Attributes
     ----------
     name, what
         The bug's name, and what it is in a few words.
-    function
-        The name of the oracle's function.
-    replacement
-        Takes the right function and returns the wrong one.
+    replacements
+        The names of the oracle's functions, each with what takes the right one and returns the
+        wrong one. All are replaced that an op calls.
     which
         ``"backward"`` for a bug whose outputs are right.
     """
 
     name: str
     what: str
-    function: str
-    replacement: Replaced
+    replacements: Mapping[str, Replaced]
     which: Which
 
     @contextlib.contextmanager
     def present(self) -> Generator[None]:
         """Put the bug into the oracle for the length of a block."""
-        right = getattr(oracle, self.function)
-        wrong: Any = self.replacement(right)
-        wrong.__signature__ = inspect.signature(right)  # which has the names of an op's arrays
-        setattr(oracle, self.function, wrong)
-        if self.function in oracle.OPS:
-            oracle.OPS[self.function] = wrong
+        right = {name: getattr(oracle, name) for name in self.replacements}
         try:
+            for name, replacement in self.replacements.items():
+                wrong: Any = replacement(right[name])
+                # the names of an op's arrays are read from its function
+                wrong.__signature__ = inspect.signature(right[name])
+                _put(name, wrong)
             yield
         finally:
-            setattr(oracle, self.function, right)
-            if self.function in oracle.OPS:
-                oracle.OPS[self.function] = right
+            for name, function in right.items():
+                _put(name, function)
+
+
+def _put(name: str, function: Callable[..., Any]) -> None:
+    setattr(oracle, name, function)
+    if name in oracle.OPS:
+        oracle.OPS[name] = function
 
 
 PATCHES: list[Patch] = []
@@ -66,15 +69,20 @@ PATCHES: list[Patch] = []
 
 
 def patch(
-    name: str, what: str, function: str, which: Which = "both"
+    name: str, what: str, *functions: str, which: Which = "both"
 ) -> Callable[[Replaced], Replaced]:
-    """Register a replacement of one of the oracle's functions; it gets the right one."""
+    """Register a replacement of one of the oracle's functions, or of several; it gets each."""
 
     def register(replacement: Replaced) -> Replaced:
-        PATCHES.append(Patch(name, what, function, replacement, which))
+        PATCHES.append(Patch(name, what, dict.fromkeys(functions, replacement), which))
         return replacement
 
     return register
+
+
+def patches(name: str, what: str, **replacements: Replaced) -> None:
+    """Register one bug that replaces several of the oracle's functions, each by its own."""
+    PATCHES.append(Patch(name, what, replacements, "both"))
 
 
 def reaches(op: str) -> set[str]:

@@ -47,7 +47,7 @@ for _which, _name in enumerate(("H_pre", "H_post", "H_res")):
         f"no-gradient-of-{_name.lower().replace('_', '-')}",
         f"no gradient passes through {_name}",
         "mappings",
-        "backward",
+        which="backward",
     )(_changed(_which, stopped))
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mhc_conformance.autodiff import Value, straight_through, total
-from mhc_conformance.cases import NARROW
-from mhc_conformance.patches.declaration import Replaced, patch, rounded, stopped
+from mhc_conformance.autodiff import Value, total
+from mhc_conformance.patches.declaration import patch, stopped
 
 
 def _normed(x: Value, phi: Value, variant: Any) -> tuple[Value, Value, Value]:
@@ -69,48 +68,10 @@ def _unnormed(right: Callable[..., Value]) -> Callable[..., Value]:
     return project
 
 
-@patch("no-gradient-of-norm", "no gradient passes through the norm", "project", "backward")
+@patch("no-gradient-of-norm", "no gradient passes through the norm", "project", which="backward")
 def _constant_norm(right: Callable[..., Value]) -> Callable[..., Value]:
     def project(x: Value, phi: Value, variant: Any) -> Value:
         _, made, root = _normed(x, phi, variant)
         return (made / stopped(root)).reshape(*x.shape[:-2], phi.shape[0])
 
     return project
-
-
-def _product_in(dtype: str, round_normed: bool) -> Replaced:
-    def replacement(right: Callable[..., Value]) -> Callable[..., Value]:
-        def project(x: Value, phi: Value, variant: Any) -> Value:
-            vec, _, root = _normed(x, phi, variant)
-            left = rounded(dtype, vec / root) if round_normed else rounded(dtype, vec) / root
-            made = left @ rounded(dtype, phi).swapaxes(0, 1)
-            made = rounded(dtype, made) if round_normed else made
-            return made.reshape(*x.shape[:-2], phi.shape[0])
-
-        return project
-
-    return replacement
-
-
-for _dtype in NARROW:
-    patch(
-        f"projection-in-{_dtype}",
-        f"normalised streams, phi and their product are rounded to {_dtype}",
-        "project",
-    )(_product_in(_dtype, round_normed=True))
-
-
-@patch("projection-in-tf32", "phi's product in TF32", "project")
-def _tf32(right: Callable[..., Value]) -> Callable[..., Value]:
-    def project(x: Value, phi: Value, variant: Any) -> Value:
-        vec, _, root = _normed(x, phi, variant)
-        made = _in_tf32(vec) @ _in_tf32(phi).swapaxes(0, 1)
-        return (made / root).reshape(*x.shape[:-2], phi.shape[0])
-
-    return project
-
-
-def _in_tf32(array: Value) -> Value:
-    bits = array.data.astype(np.float32).view(np.int32)
-    nearest = ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(np.float32)
-    return straight_through(array, nearest.astype(np.float64))

@@ -194,7 +194,7 @@ def _softmax(right: Callable[..., Value]) -> Callable[..., Value]:
     "final-matrix-backward",
     "a Sinkhorn backward that uses the final matrix for every iteration",
     "sinkhorn",
-    "backward",
+    which="backward",
 )
 def _final_matrix(right: Callable[..., Value]) -> Callable[..., Value]:
     def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
@@ -212,7 +212,7 @@ def _final_matrix(right: Callable[..., Value]) -> Callable[..., Value]:
     return sinkhorn
 
 
-@patch("no-gradient-of-h-res", "no gradient passes through H_res", "sinkhorn", "backward")
+@patch("no-gradient-of-h-res", "no gradient passes through H_res", "sinkhorn", which="backward")
 def _constant_h_res(right: Callable[..., Value]) -> Callable[..., Value]:
     def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
         return stopped(right(logits, iterations, eps, first))
