@@ -197,7 +197,11 @@ def _gated_in(dtype: str, each: bool) -> Replaced:
             normed = narrow(oracle.rms_norm(narrow(x), narrow(norm).reshape(n, C) + 1.0, eps))
             u = narrow(normed)  # whose gradient is rounded before that of the first use is added
             low = narrow(narrow(_times(narrow(normed), down)) / n)
-            low = narrow(low * (_sigmoid_in(dtype, low, each) if each else sigmoid(low)))
+            low = (
+                _product(dtype, low, _sigmoid_in(dtype, narrow(low), each))
+                if each
+                else narrow(low * sigmoid(low))
+            )
             z = narrow(_times(low[..., None, :], up)).reshape(*x.shape)
             summed = total(_product(dtype, _sigmoid_in(dtype, z, each), u), -2)
             mean = narrow(summed) * float(narrow(value(1.0 / n)).data) if each else summed / n
@@ -225,16 +229,22 @@ def _injected_in(dtype: str, each: bool) -> Replaced:
 
 
 def _sigmoid_in(dtype: str, z: Value, each: bool) -> Value:
-    """Return a sigmoid whose vjp reads its rounded output, and rounds s (1 - s) where ``each``."""
-    s = cast(dtype, sigmoid(value(z.data)))
+    """Return a sigmoid of a dtype, whose vjp reads the rounded output.
 
-    def slope() -> Value:
-        rest = cast(dtype, 1.0 - s) if each else 1.0 - s
-        return cast(dtype, s * rest) if each else s * rest
+    Where ``each``, exp is rounded, as in MLX's ``1 / (1 + exp(abs(x)))`` on a CPU (its
+    ``mlx/backend/cpu/unary_ops.h``), and so is each step of the vjp, s (1 - s).
+    """
 
-    return node(
-        "sigmoid", s.data, (z,), lambda g: (cast(dtype, value(np.asarray(g) * slope().data)).data,)
-    )
+    def narrow(data: Array) -> Array:
+        return cast(dtype, value(data)).data
+
+    if not each:
+        s = narrow(sigmoid(value(z.data)).data)
+        return node("sigmoid", s, (z,), lambda g: (np.asarray(g) * s * (1.0 - s),))
+    small = 1.0 / (1.0 + narrow(np.exp(np.abs(z.data))))
+    s = narrow(np.where(z.data < 0, small, 1.0 - small))
+    slope = narrow(s * narrow(1.0 - s))
+    return node("sigmoid", s, (z,), lambda g: (np.asarray(g) * slope,))
 
 
 def _times(u: Value, weight: Value) -> Value:
