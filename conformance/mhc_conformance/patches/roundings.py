@@ -14,6 +14,7 @@ from mhc_conformance import oracle
 from mhc_conformance.autodiff import Value, broadcast_to, node, sigmoid, total, value
 from mhc_conformance.cases import NARROW
 from mhc_conformance.patches.declaration import Array, Replaced, cast, patch, patches
+from mhc_conformance.patches.sinkhorn import FAINT, masked
 
 
 def _normed(x: Value, variant: Any) -> tuple[Value, Value]:
@@ -133,6 +134,11 @@ def _cast_first(dtype: str) -> Replaced:
     return lambda right: lambda first, *others: right(cast(dtype, first), *others)
 
 
+def _returned_in(dtype: str) -> Replaced:
+    """Return a function whose result is cast, and so the cotangent that it gets."""
+    return lambda right: lambda *given, **static: cast(dtype, right(*given, **static))
+
+
 def _rounded_mappings(dtype: str) -> Replaced:
     def replacement(right: Callable[..., Any]) -> Callable[..., Any]:
         def mappings(*given: Any, **static: Any) -> Any:
@@ -162,6 +168,9 @@ for _dtype in NARROW:
         f"normalised streams, phi and their product are rounded to {_dtype}",
         "project",
     )(_projected_in(_dtype))
+    patch("mappings-rounded", f"H_res and its cotangent are rounded to {_dtype}", "sinkhorn")(
+        _returned_in(_dtype)
+    )
     for _each in (False, True):
         _sum = "each step of their sum" if _each else "their sum"
         patch(
@@ -177,6 +186,17 @@ for _dtype in NARROW:
             mappings=_rounded_mappings(_dtype),
             aggregate=_aggregated_in(_dtype, _each),
         )
+
+
+for _floor in FAINT:
+    patches(
+        "nan-where-masked",
+        f"where(sum > {_floor:g}, 1 / sum, ...) has a NaN gradient where a line is 0, and the "
+        "gradient of the streams is the sum of two that are rounded to bfloat16",
+        sinkhorn=masked(_floor, careful=False),
+        aggregate=_cast_first("bfloat16"),
+        combine=_cast_first("bfloat16"),
+    )
 
 
 # --- gates ------------------------------------------------------------------------------------

@@ -93,55 +93,47 @@ for _floor in (1e-12, 1e-10, 1e-8, 1e-6, 1e-5):
     )(_floored(_floor))
 
 
-def _masked(floor: float) -> Replaced:
+def masked(floor: float, careful: bool) -> Replaced:
+    """Return Sinkhorn that leaves faint first lines as they are, and makes faint second ones 0.
+
+    ``where(sum > floor, 1 / sum, ...)`` that is not careful has 0 * inf in its gradient once the
+    square of a sum is 0 in float32, as it is of a line that an iteration before made 0.
+    """
+
     def replacement(right: Callable[..., Value]) -> Callable[..., Value]:
         def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
             a, b = axes(first)
             matrix = exp(logits - largest(logits, a))
+            lost = np.zeros((*matrix.shape[:-2], 1, 1), np.bool_)
             for _ in range(iterations):
                 for axis, otherwise in ((a, 1.0), (b, 0.0)):
                     sums = total(matrix, axis)
+                    lost |= (np.float32(sums.data) ** 2 == 0).any(axis=(-1, -2), keepdims=True)
                     there = sums.data > floor
                     safe = where(there, sums, value(np.ones_like(sums.data)))
                     matrix = matrix * where(there, 1.0 / safe, value(otherwise + 0 * sums.data))
-            return matrix
+            if careful:
+                return matrix
+            nan = np.where(lost, np.nan, 1.0)
+            return node("where", matrix.data, (matrix,), lambda g: (np.asarray(g) * nan,))
 
         return sinkhorn
 
     return replacement
 
 
-def _masked_unsafely(floor: float) -> Replaced:
-    """Return the masked Sinkhorn whose gradient is 0 * inf where a line is 0."""
-
-    def replacement(right: Callable[..., Value]) -> Callable[..., Value]:
-        masked = _masked(floor)(right)
-
-        def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
-            made = masked(logits, iterations, eps, first)
-            a, _ = axes(first)
-            shifted = np.float32(logits.data - logits.data.max(a, keepdims=True))
-            columns = np.exp(shifted).sum(-1 if a == -2 else -2, keepdims=True)
-            unsafe = (columns == 0).any(axis=(-1, -2), keepdims=True)
-            lost = np.where(unsafe, np.nan, 1.0)
-            return node("where", made.data, (made,), lambda g: (np.asarray(g) * lost,))
-
-        return sinkhorn
-
-    return replacement
-
-
-for _floor in (1e-5, 1e-6, 0.1):
+FAINT = (1e-5, 1e-6, 0.1)
+for _floor in FAINT:
     patch(
         "faint-lines-masked",
         f"first lines that sum to {_floor:g} or less stay as they are, and second ones become 0",
         "sinkhorn",
-    )(_masked(_floor))
+    )(masked(_floor, careful=True))
     patch(
         "nan-where-masked",
         f"where(sum > {_floor:g}, 1 / sum, ...) has a NaN gradient where a line is 0",
         "sinkhorn",
-    )(_masked_unsafely(_floor))
+    )(masked(_floor, careful=False))
 
 
 @patch("stops-early", "Sinkhorn stops once both errors are under 1e-6", "sinkhorn")
