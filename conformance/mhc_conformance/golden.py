@@ -94,15 +94,21 @@ class Golden:
         else:
             values, moved = of_case(self.case, self.dtype, self.seed, quantity)
         like = self.cotangents if quantity == "forward" else self.primals
+        limits = self.limits(quantity, values, moved)
+        made = zip(self.names(quantity), values, like, limits, strict=True)
+        return [Want(name, value, str(array.dtype), limit) for name, value, array, limit in made]
+
+    def limits(
+        self, quantity: Quantity, values: Sequence[Array], moved: Sequence[Array]
+    ) -> list[float]:
+        """Return the largest relative errors that are allowed, by answers to inputs moved a bit."""
+        like = self.cotangents if quantity == "forward" else self.primals
         often = rounds(self.case.iterations)
-        wants: list[Want] = []
-        for name, value, other, array in zip(
-            self.names(quantity), values, moved, like, strict=True
-        ):
-            dtype = str(array.dtype)
+        found: list[float] = []
+        for value, other, array in zip(values, moved, like, strict=True):
             known = often * condition(value, other, self.dtype)
-            wants.append(Want(name, value, dtype, tolerance(self.case.op, quantity, dtype, known)))
-        return wants
+            found.append(tolerance(self.case.op, quantity, str(array.dtype), known))
+        return found
 
     def reads(self, got: Mapping[str, Array]) -> bool:
         """Return whether what is wanted depends on outputs of an answer, as it rounded them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import typer
 
 from mhc_core.cli import _files, _screen
+from mhc_core.cli._command import Stopped, stoppable
 
 __all__ = ["against", "export", "peers", "plugin"]
 
@@ -32,6 +34,10 @@ def peers(
     """Hold other projects' implementations against the oracle, and name their bugs."""
     known = _plugin()
     folders = _folders(known, checkouts)
+    try:
+        known.check(chosen, ops, dtypes, kinds, folders)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     for file in report:
         if file.suffix.lower() not in known.SUFFIXES:
             needs = ", ".join(known.SUFFIXES)
@@ -43,25 +49,36 @@ def peers(
     for name, folder in folders.items():
         words += ["--checkout", f"{name}={folder.name}"]
     command = shlex.join([*words, "--seed", str(seed)])
-    with _files.only_json(json_file):
-        with _screen.progress(44) as bars:
+    started = time.perf_counter()
+    ran: list[Any] = []
+    try:
+        with _files.only_json(json_file), stoppable(), _screen.progress(44) as bars:
             bar = bars.add_task("reading the adapters", total=None)
 
             def began(what: str) -> None:
                 bars.update(bar, description=what)
 
-            try:
-                made = known.table(chosen, ops, dtypes, kinds, seed, folders, command, began)
-            except ValueError as error:
-                raise typer.BadParameter(str(error)) from None
+            for one in known.running(chosen, ops, dtypes, kinds, seed, folders, began):
+                ran.append(one)
+    except Stopped:  # what is done is shown and written
+        typer.echo(f"mhc conformance: stopped after {len(ran)} peers", err=True)
+        _told(known.Table(command, seed, time.perf_counter() - started, ran), report, json_file)
+        raise
+    made = known.Table(command, seed, time.perf_counter() - started, ran)
+    if not _told(made, report, json_file) or not made.compared:
+        raise typer.Exit(1)
+
+
+def _told(made: Any, report: Sequence[Path], json_file: Path | None) -> bool:
+    """Show a table and write its files; return whether all could be written."""
+    with _files.only_json(json_file):
         for line, mark in made.lines():
             _screen.say(line, STYLES[mark])
         _screen.say(made.summary)
-        texts = [(file, made.spelled(file.suffix)) for file in report]
-        texts += [(json_file, made.spelled(".json"))] if json_file else []
+    texts = [(file, made.spelled(file.suffix)) for file in report]
+    texts += [(json_file, made.spelled(".json"))] if json_file else []
     written = [_files.write(file, content) for file, content in texts]
-    if not made.compared or not all(written):
-        raise typer.Exit(1)
+    return all(written)
 
 
 def plugin() -> Any:

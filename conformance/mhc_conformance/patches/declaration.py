@@ -15,7 +15,17 @@ from mhc_conformance import oracle
 from mhc_conformance.autodiff import Value, node, straight_through, value
 from mhc_conformance.cases import numpy_dtype
 
-__all__ = ["PATCHES", "Patch", "axes", "cast", "patch", "patches", "reaches", "rounded", "stopped"]
+__all__ = [
+    "PATCHES",
+    "Patch",
+    "axes",
+    "cast",
+    "patch",
+    "patches",
+    "reaches",
+    "rounded",
+    "stopped",
+]
 
 Array = NDArray[Any]
 Replaced = Callable[[Callable[..., Any]], Callable[..., Any]]

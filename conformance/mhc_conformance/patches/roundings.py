@@ -282,3 +282,30 @@ for _dtype in NARROW:
             gated=_gated_in(_dtype, _each),
             gated_pre=_injected_in(_dtype, _each),
         )
+
+
+# --- sums -------------------------------------------------------------------------------------
+
+
+def _added_in(dtype: str) -> Replaced:
+    """Return expand whose gradient is added stream by stream, each sum rounded."""
+
+    def replacement(right: Callable[..., Value]) -> Callable[..., Value]:
+        def expand(h: Value, n: int) -> Value:
+            def pull(g: Array) -> tuple[Array]:
+                made = g[..., 0, :]
+                for stream in range(1, n):
+                    made = cast(dtype, value(made + g[..., stream, :])).data
+                return (made,)
+
+            return node("expand", right(h, n).data, (h,), pull)
+
+        return expand
+
+    return replacement
+
+
+for _dtype in NARROW:
+    patch(
+        f"summed-in-{_dtype}", f"the gradient of h is a sum in {_dtype}", "expand", which="backward"
+    )(_added_in(_dtype))

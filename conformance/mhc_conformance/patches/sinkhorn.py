@@ -146,6 +146,53 @@ def _stops(right: Callable[..., Value]) -> Callable[..., Value]:
     return sinkhorn
 
 
+@patch(
+    "potentials-in-float32",
+    "Sinkhorn by potentials, f = -log sum exp(L + g) in float32: where logits are large, f and g "
+    "cancel them and leave their roundings",
+    "sinkhorn",
+)
+def _potentials(right: Callable[..., Value]) -> Callable[..., Value]:
+    def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
+        (a, b), x = axes(first), _single(logits.data)
+        f = g = np.zeros_like(x)
+        past = [(f, g)]
+        for _ in range(iterations):
+            f = _potential(_single(x + g), a)
+            g = _potential(_single(x + f), b)
+            past.append((f, g))
+
+        def pull(cotangent: Array) -> tuple[Array]:
+            carried = made = cotangent * _exp_sum(*past[-1], x)
+            gathered = carried.sum(b, keepdims=True)
+            for at in range(iterations, 0, -1):
+                f, g = past[at]
+                through_g = -gathered * _exp_sum(f, g, x)
+                through_f = -(through_g + carried).sum(a, keepdims=True)
+                through_f = through_f * _exp_sum(f, past[at - 1][1], x)
+                gathered, carried = through_f.sum(b, keepdims=True), np.zeros_like(x)
+                made = made + through_f + through_g
+            return (made,)
+
+        return node("sinkhorn", _exp_sum(f, g, x), (logits,), pull)
+
+    return sinkhorn
+
+
+def _single(data: Array) -> Array:
+    return data.astype(np.float32).astype(np.float64)
+
+
+def _potential(shifted: Array, axis: int) -> Array:
+    top = shifted.max(axis, keepdims=True)
+    sums = _single(np.exp(_single(shifted - top)).sum(axis, keepdims=True))
+    return _single(-_single(np.log(sums)) - top)
+
+
+def _exp_sum(f: Array, g: Array, x: Array) -> Array:
+    return np.exp(_single(_single(f + x) + g))
+
+
 def _iterated_in(dtype: str) -> Replaced:
     def replacement(right: Callable[..., Value]) -> Callable[..., Value]:
         def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):

@@ -7,6 +7,7 @@ so that a peer that ends the process loses only what follows.
 
 from __future__ import annotations
 
+import functools
 import pickle
 import statistics
 import sys
@@ -16,12 +17,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 from mhc_peers.declaration import Peer
-from mhc_peers.libraries import LIBRARIES
+from mhc_peers.libraries import LIBRARIES, has_gpu
 from mhc_peers.registry import named
-from mhc_peers.wire import Asked, Found, from_wire, to_wire
+from mhc_peers.wire import Asked, Began, Found, from_wire, to_wire
 
 __all__ = ["answer", "device", "main", "versions"]
 
@@ -29,12 +30,8 @@ LONGEST = 2000  # of an exception's text
 
 
 def device(peer: Peer) -> str:
-    """Return the device of a peer's arrays in PyTorch: a GPU if the peer needs one and it is."""
-    if peer.library != "torch" or not peer.gpu:
-        return "cpu"
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Return the device of a peer's arrays in PyTorch: a GPU if it has kernels and there is one."""
+    return "cuda" if peer.triton and has_gpu() else "cpu"
 
 
 def _static(static: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +43,7 @@ def _static(static: Mapping[str, Any]) -> dict[str, Any]:
 
 def answer(peer: Peer, questions: Iterable[Asked]) -> Iterator[Found]:
     """Yield a peer's answers, in the process that calls."""
-    library = LIBRARIES[peer.library](device(peer))
+    library = _library(peer.library, device(peer))
     for asked in questions:
         try:
             yield _answered(peer, library, asked)
@@ -57,6 +54,11 @@ def answer(peer: Peer, questions: Iterable[Asked]) -> Iterator[Found]:
             yield Found(asked.number, problem=text[:LONGEST])
 
 
+@functools.cache
+def _library(name: str, device: str) -> Any:
+    return LIBRARIES[name](device)
+
+
 def _answered(peer: Peer, library: Any, asked: Asked) -> Found:
     function, static = peer.ops[asked.op].function, _static(asked.static)
     primals = [library.take(from_wire(wire)) for wire in asked.primals]
@@ -65,8 +67,7 @@ def _answered(peer: Peer, library: Any, asked: Asked) -> Found:
         return function(**dict(zip(asked.names, arrays, strict=True)), **static)
 
     cotangents = [library.take(from_wire(wire)) for wire in asked.cotangents]
-    timed, _, quantity = asked.quantity.rpartition("time ")
-    del timed
+    quantity = asked.quantity.removeprefix("time ")
 
     def run() -> Sequence[Any]:
         if quantity == "forward":
@@ -108,11 +109,18 @@ def main(jobs: str, results: str) -> None:
     with open(results, "wb") as file:
         for name, questions in pickle.loads(Path(jobs).read_bytes()):
             peer = named(name)
-            for found in answer(peer, questions):
-                pickle.dump((name, found), file)
-                file.flush()
-            about = {"versions": versions(peer), "device": device(peer)}
-            pickle.dump((name, about), file)
+            for asked in questions:
+                _write(file, name, Began(asked.number))
+                for found in answer(peer, (asked,)):
+                    _write(file, name, found)
+            where = device(peer)
+            where += ", Triton's interpreter" if peer.triton and where == "cpu" else ""
+            _write(file, name, {"versions": versions(peer), "device": where})
+
+
+def _write(file: IO[bytes], name: str, what: object) -> None:
+    pickle.dump((name, what), file)
+    file.flush()
 
 
 if __name__ == "__main__":

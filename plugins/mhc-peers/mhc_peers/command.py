@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mhc_core
+from mhc_core import math
 from mhc_peers.declaration import Op, Peer
+from mhc_peers.libraries import has_gpu
 from mhc_peers.registry import named, peers
-from mhc_peers.run import Plan, run, runs_here
-from mhc_peers.table import SUFFIXES, Table
+from mhc_peers.run import QUANTITIES, Plan, Ran, run
+from mhc_peers.table import DTYPES, SUFFIXES, Table
 from mhc_peers.targets import NotRunError, installed, lacking
 
-__all__ = ["SUFFIXES", "checkouts", "names", "table", "timed"]
+__all__ = ["SUFFIXES", "Table", "check", "checkouts", "names", "running", "timed"]
 
 
 def names() -> list[str]:
@@ -31,23 +32,47 @@ def checkouts() -> list[str]:
     return [one.checkout for one in peers().values() if one.checkout]
 
 
-def table(
+def check(
+    chosen: Sequence[str] = (),
+    ops: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    kinds: Sequence[str] = (),
+    folders: Mapping[str, Path] | None = None,
+) -> None:
+    """Raise ValueError, which names the argument, for words that are not known and wrong folders."""
+    for name in chosen:
+        if name not in names():
+            named(name)  # raises, with the nearest name
+    known: tuple[tuple[str, Sequence[str], Sequence[str]], ...] = (
+        ("op", ops, tuple(math.OPS)),
+        ("dtype", dtypes, DTYPES),
+        ("kind", kinds, QUANTITIES),
+    )
+    for option, words, every in known:
+        for word in words:
+            if word not in every:
+                raise ValueError(f"--{option} is {word!r}; needs one of {', '.join(every)}")
+    taken = {peer.checkout: peer for peer in Plan(chosen).peers()}
+    for name, folder in (folders or {}).items():
+        if name not in taken:
+            raise ValueError(f"--checkout {name} came without --peers {name}")
+        if not (folder / taken[name].reads).is_file():
+            raise ValueError(
+                f"--checkout {name} is {str(folder)!r}; needs a folder with {taken[name].reads}"
+            )
+
+
+def running(
     chosen: Sequence[str] = (),
     ops: Sequence[str] = (),
     dtypes: Sequence[str] = (),
     kinds: Sequence[str] = (),
     seed: int = 0,
     folders: Mapping[str, Path] | None = None,
-    command: str = "",
     began: Callable[[str], None] = lambda what: None,
-) -> Table:
-    """Run the chosen peers, all if none is chosen; raise ValueError for an unknown name."""
-    for name in chosen:
-        if name not in names():
-            named(name)  # raises, with the nearest name
-    started = time.perf_counter()
-    ran = list(run(Plan(chosen, ops, dtypes, kinds, seed, folders), began))
-    return Table(command, seed, time.perf_counter() - started, ran)
+) -> Iterator[Ran]:
+    """Yield each of the chosen peers once it ran, all if none is chosen."""
+    return run(Plan(chosen, ops, dtypes, kinds, seed, folders), began)
 
 
 # --- for mhc bench --vs -----------------------------------------------------------------------
@@ -68,7 +93,7 @@ def timed() -> dict[str, tuple[str, str, str, Callable[[], Mapping[str, Any]]]]:
 
 def _loader(peer: Peer) -> Callable[[], Mapping[str, Any]]:
     def load() -> dict[str, Any]:
-        reason = runs_here(peer) or lacking(peer)
+        reason = "its kernels need a GPU" if peer.triton and not has_gpu() else lacking(peer)
         if reason:
             raise NotRunError(reason)
         sys.path[:0] = [str(folder) for folder in installed(peer, sys.executable)]

@@ -75,10 +75,13 @@ class Peer:
         Import names that must be there, with the distribution to install.
     checkout
         The name under which a person gives the folder of a checkout, for a peer not on PyPI.
+    reads
+        The file of the checkout that is read, by which a folder is known for one.
     python
         The Python that it needs, such as ``"3.12"``, or "" for the one that runs.
-    gpu
-        Why it needs a GPU, or "".
+    triton
+        The Triton of its kernels, such as ``"triton==3.9.0"``, or "". On a GPU it is the one of the
+        environment; without a GPU that version's interpreter runs them on the CPU.
     environment
         Environment variables of its process.
     dtypes
@@ -97,8 +100,9 @@ class Peer:
     versions: tuple[str, ...] = ()
     needs: Mapping[str, str] = field(default_factory=dict[str, str])
     checkout: str = ""
+    reads: str = ""
     python: str = ""
-    gpu: str = ""
+    triton: str = ""
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     sizes: Sizes = lambda n, C: None

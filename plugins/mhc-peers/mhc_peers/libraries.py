@@ -7,9 +7,18 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["LIBRARIES"]
+__all__ = ["LIBRARIES", "has_gpu"]
 
 Function = Callable[..., Any]
+
+
+def has_gpu() -> bool:
+    """Return whether PyTorch has a GPU here."""
+    try:
+        import torch
+    except ImportError:
+        return False
+    return bool(torch.cuda.is_available())
 
 
 def _several(outputs: Any) -> list[Any]:

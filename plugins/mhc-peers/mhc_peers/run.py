@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,16 +12,17 @@ from mhc_conformance.golden import Field, Golden, Want, golden, golden_cases
 from mhc_conformance.naming import Observed, name_bug
 from mhc_conformance.tolerances import Quantity
 from mhc_core import Variant, math
+from mhc_core.text import one_line, safe
 from mhc_peers.child import answer, device, versions
 from mhc_peers.declaration import Op, Peer
+from mhc_peers.process import ask
 from mhc_peers.registry import named, peers
-from mhc_peers.targets import NotRunError, environment, interpreter
+from mhc_peers.targets import NotRunError
 from mhc_peers.wire import Asked, Found, from_wire, to_wire
 
-__all__ = ["Plan", "Ran", "Verdict", "here", "judge", "questions", "run", "runs_here"]
+__all__ = ["Plan", "Ran", "Verdict", "here", "judge", "questions", "run"]
 
 QUANTITIES: tuple[Quantity, ...] = ("forward", "gradient")
-LONGEST = 900  # seconds for one peer
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,7 @@ def run(plan: Plan, began: Callable[[str], None] = lambda what: None) -> Iterato
         asked = {peer.name: questions(peer, plan) for peer in family}
         alone = {name: [one for _, _, one in group] for name, group in asked.items()}
         try:
-            answers = in_a_process(family, alone, plan.checkouts or {})
+            answers = ask(family, alone, plan.checkouts or {})
         except NotRunError as reason:
             for peer in family:
                 yield Ran(peer, _not_run(peer, plan, str(reason)), {}, "", str(reason))
@@ -167,73 +164,6 @@ def _families(chosen: Sequence[Peer]) -> Iterator[list[Peer]]:
     for peer in chosen:
         groups.setdefault((peer.project, peer.pins, peer.python, peer.checkout), []).append(peer)
     yield from groups.values()
-
-
-Answers = tuple[dict[int, Found], dict[str, Any]]
-
-
-def in_a_process(
-    family: Sequence[Peer], asked: Mapping[str, Sequence[Asked]], checkouts: Mapping[str, Path]
-) -> dict[str, Answers]:
-    """Return each peer's answers by their numbers, from a process that they share."""
-    first = family[0]
-    reason = runs_here(first)
-    if reason:
-        raise NotRunError(reason)
-    python = interpreter(first)
-    around = environment(first, python, checkouts)
-    with tempfile.TemporaryDirectory() as folder:
-        jobs, results = Path(folder, "jobs"), Path(folder, "results")
-        jobs.write_bytes(pickle.dumps([(peer.name, list(asked[peer.name])) for peer in family]))
-        command = [python, "-m", "mhc_peers.child", str(jobs), str(results)]
-        try:
-            done = subprocess.run(
-                command, env=around, capture_output=True, text=True, timeout=LONGEST, cwd=folder
-            )
-            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        except subprocess.TimeoutExpired:
-            said = [f"it was not done in {LONGEST} s"]
-        answers = _read(results, asked)
-    if not any(found for found, _ in answers.values()):
-        raise NotRunError(f"its process ended: {said[-1]}")
-    for name, (found, _) in answers.items():
-        for one in asked[name]:
-            found.setdefault(one.number, Found(one.number, problem=f"not asked: {said[-1]}"))
-    return answers
-
-
-def _read(results: Path, names: Iterable[str]) -> dict[str, Answers]:
-    answers: dict[str, Answers] = {
-        name: ({}, {"versions": {}, "device": "unknown"}) for name in names
-    }
-    if results.exists():
-        with results.open("rb") as file:
-            while True:
-                try:
-                    name, one = pickle.load(file)
-                except (EOFError, pickle.UnpicklingError):
-                    break
-                found, about = answers[name]
-                if isinstance(one, Found):
-                    found[one.number] = one
-                else:
-                    about.update(one)
-    return answers
-
-
-def runs_here(peer: Peer) -> str:
-    """Return why this machine cannot run a peer, or ""."""
-    if peer.gpu and not _gpu() and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"needs a GPU: {peer.gpu}"
-    return ""
-
-
-def _gpu() -> bool:
-    try:
-        import torch
-    except ImportError:
-        return False
-    return bool(torch.cuda.is_available())
 
 
 def here(peer: Peer, plan: Plan) -> Ran:
@@ -270,12 +200,15 @@ def _judged(
     peer: Peer, group: Sequence[Question], found: Mapping[int, Found], forward_held: bool
 ) -> Verdict:
     first, quantity, _ = group[0]
-    worst, error, where, problem = 0.0, 0.0, "", ""
+    worst, error, where, problem, unasked = 0.0, 0.0, "", "", ""
     observed: list[Observed] = []
     for one, _, asked in group:
         answered = found[asked.number]
+        if answered.unasked:
+            unasked = answered.unasked
+            continue
         if answered.problem:
-            problem = problem or f"{answered.problem}, on {one.case.name}"
+            problem = problem or f"{one_line(safe(answered.problem))}, on {one.case.name}"
             where = where or one.case.name
             continue
         got = [from_wire(wire) for wire in answered.arrays]
@@ -300,7 +233,10 @@ def _judged(
         len(group),
     )
     if problem and not observed:
-        return _with(verdict, outcome="cannot", error=None, times=None, why=problem)
+        return _with(verdict, outcome="not run", error=None, times=None, why=problem)
+    if unasked and worst <= 1 and not problem:
+        why = f"{len(observed)} of {len(group)} cases, then {unasked}"
+        return _with(verdict, outcome="not run", error=None, times=None, why=why)
     if worst <= 1 and not problem:
         return verdict
     why = name_bug(observed, forward_held) if worst > 1 else ""

@@ -133,6 +133,8 @@ def _cell(one: Verdict) -> str:
 
 
 def _why(one: Verdict) -> str:
+    if one.outcome == "not run":
+        return one.why
     if one.outcome != "off":
         return ""
     times = f"{one.times:.3g} times what is allowed, " if one.times else ""
@@ -164,7 +166,12 @@ def as_html(table: Table) -> str:
         "- is an op, a dtype or a gradient that an implementation does not have.</p>"
     )
     parts.append(_table(heads, rows))
-    off = [one for one in table.verdicts if one.outcome == "off"]
+    broken = {ran.peer.name for ran in table.ran if ran.reason}
+    off = [
+        one
+        for one in table.verdicts
+        if one.outcome == "off" or (one.outcome == "not run" and one.peer not in broken)
+    ]
     if off:
         heads = ("implementation", "what", "times allowed", "smallest case that fails", "why")
         parts.append("<h2>Disagreements</h2>" + _table(heads, map(_disagreement, off)))

@@ -7,6 +7,7 @@ environment changes. What the environment already has in that very version is ta
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -14,11 +15,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
 from mhc_peers.declaration import Peer
+from mhc_peers.libraries import has_gpu
 
 __all__ = ["NotRunError", "cache", "environment", "installed", "interpreter", "lacking"]
 
@@ -87,11 +90,11 @@ def environment(peer: Peer, python: str, checkouts: Mapping[str, Path]) -> dict[
         folder = checkouts.get(peer.checkout)
         if folder is None:
             raise NotRunError(f"is read from a checkout: give --checkout {peer.checkout}=FOLDER")
-        if not folder.is_dir():
-            raise NotRunError(f"--checkout {peer.checkout} is {folder}, which is no folder")
         path.append(str(folder.absolute()))
         given["MHC_PEERS_CHECKOUT"] = str(folder.absolute())
     path += map(str, installed(peer, python))
+    if peer.triton and not has_gpu():
+        given["TRITON_INTERPRET"] = "1"
     path += filter(None, [os.environ.get("PYTHONPATH")] if python == sys.executable else [])
     given["PYTHONPATH"] = os.pathsep.join(path)
     given.setdefault("MLX_ENABLE_TF32", "0")
@@ -102,7 +105,8 @@ def environment(peer: Peer, python: str, checkouts: Mapping[str, Path]) -> dict[
 
 def lacking(peer: Peer) -> str:
     """Return what the environment lacks for a peer, or ""."""
-    for module, distribution in peer.needs.items():
+    needs = {**peer.needs, **({"triton": "triton"} if peer.triton and has_gpu() else {})}
+    for module, distribution in needs.items():
         if importlib.util.find_spec(module.partition(".")[0]) is None:
             return f"needs {module}: pip install '{distribution}'"
     return ""
@@ -110,19 +114,19 @@ def lacking(peer: Peer) -> str:
 
 def _links() -> Path:
     """Return a folder from which another Python imports this package and nothing else of ours."""
-    folder = cache() / "links"
+    target = Path(__file__).parent.resolve()
+    folder = cache() / "links" / hashlib.sha256(str(target).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    link, target = folder / "mhc_peers", Path(__file__).parent
-    if not link.is_symlink() or link.resolve() != target.resolve():
-        link.unlink(missing_ok=True)
-        link.symlink_to(target, target_is_directory=True)
+    with contextlib.suppress(FileExistsError):
+        (folder / "mhc_peers").symlink_to(target, target_is_directory=True)
     return folder
 
 
 def installed(peer: Peer, python: str) -> list[Path]:
     """Return the folders of what a peer pins, for a Python; install what is not there."""
     own = python == sys.executable
-    pins = [pin for pin in peer.pins if not (own and _has(pin))]
+    interpreted = (peer.triton,) if peer.triton and not has_gpu() else ()
+    pins = [pin for pin in (*peer.pins, *interpreted) if not (own and _has(pin))]
     if not pins:
         return []
     return [_target(tuple(pins), python, whole=not own)]
@@ -146,14 +150,19 @@ def _target(pins: tuple[str, ...], python: str, whole: bool) -> Path:
     folder = cache() / hashlib.sha256(words.encode()).hexdigest()[:16]
     if (folder / "installed").exists():
         return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    command += ["--target", str(folder), *pins]
-    command += [] if whole else ["--no-deps", "--ignore-requires-python"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"]
-        said = next((line for line in reversed(lines) if "ERROR" in line), lines[-1])
-        raise NotRunError(f"could not be installed: {said}")
-    (folder / "installed").write_text("\n".join(pins) + "\n")
+    cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache(), prefix="part-") as part:
+        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        command += ["--target", part, *pins]
+        command += [] if whole else ["--no-deps", "--ignore-requires-python"]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"]
+            said = next((line for line in reversed(lines) if "ERROR" in line), lines[-1])
+            raise NotRunError(f"could not be installed: {said}")
+        Path(part, "installed").write_text("\n".join(pins) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process was first
+            Path(part).rename(folder)
+            Path(part).mkdir()  # which the end of the block removes
     return folder

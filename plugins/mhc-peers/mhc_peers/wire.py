@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Asked", "Found", "Wire", "from_wire", "to_wire"]
+__all__ = ["Asked", "Began", "Found", "Wire", "from_wire", "to_wire"]
 
 
 class Wire(NamedTuple):
@@ -52,10 +52,21 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Began:
+    """What a process says before a question, by which is known at which one it ended."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Found:
-    """The answer of a peer: its arrays, the seconds of a call, or why there are none."""
+    """The answer of a peer: its arrays, the seconds of a call, or why there are none.
+
+    ``problem`` is what went wrong at this question, ``unasked`` why it was not asked.
+    """
 
     number: int
     arrays: tuple[Wire, ...] = ()
     seconds: float = 0.0
     problem: str = ""
+    unasked: str = ""

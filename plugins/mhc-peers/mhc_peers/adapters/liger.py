@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mhc_peers.declaration import Peer
+from mhc_peers.triton import mended
 
 __all__ = ["PEERS"]
 
@@ -15,8 +16,8 @@ peer = Peer(
     library="torch",
     pins=("liger-kernel==0.8.5",),
     versions=("liger-kernel", "triton", "torch"),
-    needs={"torch": "torch", "triton": "triton"},
-    gpu="its Triton kernels run on a GPU; TRITON_INTERPRET=1 runs them on a CPU",
+    needs={"torch": "torch"},
+    triton="triton==3.9.0",
     # tl.arange(0, HC) of its kernels
     sizes=lambda n, C: None if n >= 2 and not n & (n - 1) else "takes 2, 4, 8, ... streams",
 )
@@ -31,6 +32,7 @@ FREE = (
 
 
 def _functional() -> Any:
+    mended()
     from liger_kernel.transformers import functional
 
     return functional

@@ -17,6 +17,7 @@ peer = Peer(
     versions=("jax", "flax"),
     needs={"jax": "jax", "flax": "flax"},
     checkout="maxtext",
+    reads="src/maxtext/layers/mhc.py",
 )
 
 

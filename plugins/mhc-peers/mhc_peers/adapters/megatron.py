@@ -22,6 +22,7 @@ peer = Peer(
     versions=("torch",),
     needs={"torch": "torch"},
     checkout="megatron-lm",
+    reads="megatron/core/transformer/hyper_connection.py",
     environment={"TORCHDYNAMO_DISABLE": "1"},
 )
 

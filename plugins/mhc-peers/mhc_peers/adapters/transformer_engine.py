@@ -7,6 +7,7 @@ from typing import Any
 
 from mhc_peers.declaration import Peer
 from mhc_peers.files import checkout
+from mhc_peers.triton import mended
 
 __all__ = ["PEERS"]
 
@@ -16,9 +17,10 @@ peer = Peer(
     where="transformer_engine/common/triton/mhc.py, transformer_engine/pytorch/triton/mhc.py",
     library="torch",
     versions=("triton", "torch"),
-    needs={"torch": "torch", "triton": "triton"},
+    needs={"torch": "torch"},
     checkout="transformer-engine",
-    gpu="its Triton kernels run on a GPU; TRITON_INTERPRET=1 runs them on a CPU",
+    reads="transformer_engine/pytorch/triton/mhc.py",
+    triton="triton==3.9.0",
     sizes=lambda n, C: None if n == 4 else "takes 4 streams",
 )
 
@@ -39,13 +41,41 @@ def _module() -> Any:
         module.__path__ = [str(root.joinpath(*package.split(".")[1:]))]
         sys.modules[module.__name__] = module
     gemm = ModuleType("transformer_engine.pytorch.cpp_extensions.gemm")
-    gemm.general_gemm = None  # type: ignore[attr-defined]  # for a norm weight alone
+    gemm.general_gemm = _gemm  # type: ignore[attr-defined]
     sys.modules["transformer_engine.pytorch.cpp_extensions"] = ModuleType("cpp_extensions")
     sys.modules[gemm.__name__] = gemm
+    mended()
     module = importlib.import_module(name)
     if not torch.cuda.is_available():
         module._support_tma = lambda x: False
     return module
+
+
+def _gemm(a: Any, b: Any, out_dtype: Any, layout: str) -> tuple[Any]:
+    """Return what cuBLAS would, in the one layout that is asked for."""
+    assert layout == "NT"
+    return ((b.transpose(0, 1) @ a).to(out_dtype),)
+
+
+def _in_order(phi: Any, n: int) -> Any:
+    """Return phi for vectors in which a channel's streams are side by side."""
+    return phi.unflatten(-1, (n, -1)).transpose(-1, -2).flatten(-2)
+
+
+@peer.op(
+    "mappings",
+    released="PAPER",
+    fixed={"norm_eps": 2.0**-23, "res_transposed": True},
+    free=("sinkhorn_iterations",),
+)
+def _mappings(x: Any, phi: Any, scale: Any, bias: Any, variant: Any) -> Any:
+    module, (n, C), leading = _module(), x.shape[-2:], x.shape[:-2]
+    streams = x.transpose(-1, -2).reshape(-1, n * C).contiguous()
+    H, ms = module.mhc_fused_projection(streams, _in_order(phi, n), use_tf32=False)
+    H_pre, H_post, logits = module.mhc_fused_scale(H, scale, bias[None], ms, n)
+    logits = logits.reshape(*leading, n, n).contiguous()
+    comb = module.mhc_fused_sinkhorn(logits, n, True, variant.sinkhorn_iterations)
+    return H_pre.reshape(*leading, n), H_post.reshape(*leading, n), comb.transpose(-1, -2)
 
 
 @peer.op("sinkhorn", free=("iterations",), fixed={"eps": 0.0, "first": "rows"}, dtypes=("float32",))
