@@ -30,6 +30,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert compiler, "needs a C++ compiler, as MLX on a CPU does"
     made = tmp_path_factory.mktemp("program") / "golden_combine"
     source = HERE / "golden_combine.cpp"
+    assert len(source.read_text().splitlines()) <= 60  # it shows how little it takes
     subprocess.run([compiler, "-std=c++17", "-O1", str(source), "-o", str(made)], check=True)
     return made
 

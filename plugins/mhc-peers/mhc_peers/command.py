@@ -39,7 +39,7 @@ def check(
     kinds: Sequence[str] = (),
     folders: Mapping[str, Path] | None = None,
 ) -> None:
-    """Raise ValueError, which names the argument, for words that are not known and wrong folders."""
+    """Raise ValueError, which names the argument, for unknown words and wrong folders."""
     for name in chosen:
         if name not in names():
             named(name)  # raises, with the nearest name

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from importlib import import_module
+from typing import Any, cast
 
 import numpy as np
 
@@ -22,7 +23,9 @@ def has_gpu() -> bool:
 
 
 def _several(outputs: Any) -> list[Any]:
-    return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+    if isinstance(outputs, (tuple, list)):
+        return list(cast("Sequence[Any]", outputs))
+    return [outputs]
 
 
 class Torch:
@@ -78,9 +81,7 @@ class Mlx:
     """MLX, on its default device."""
 
     def __init__(self, device: str) -> None:
-        import mlx.core as mx
-
-        self.mx = mx
+        self.mx: Any = import_module("mlx.core")
 
     def take(self, array: Any) -> Any:
         if str(array.dtype) == "bfloat16":

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from mhc_core.text import safe
+from mhc_core.text import one_line, safe
 from mhc_peers.declaration import Peer
 from mhc_peers.targets import NotRunError, environment, interpreter
 from mhc_peers.wire import Asked, Began, Found
@@ -93,10 +93,11 @@ def _run(python: str, around: Mapping[str, str], folder: Path) -> str:
             _kill(process)
     if code is None:
         return f"there was no answer in {PATIENCE:.0f} s"
-    lines = (folder / "said").read_text(errors="replace").strip().splitlines()
     if code < 0:
         return f"its process ended by {signal.Signals(-code).name}"
-    return f"its process ended with code {code}: {safe(lines[-1]) if lines else 'it said nothing'}"
+    lines = (folder / "said").read_text(errors="replace").strip().splitlines() or ["no message"]
+    last = next((line for line in reversed(lines) if "Error" in line), lines[-1])
+    return f"its process ended with code {code}: {one_line(safe(last))}"
 
 
 def _waited(process: subprocess.Popen[bytes], results: Path) -> int | None:

@@ -80,9 +80,7 @@ class Plan:
         for name in self.names:
             family = [one for one in peers().values() if one.name.split(":")[0] == name]
             found += family or [named(name)]
-        return list(
-            dict.fromkeys(one.name for one in found) and {p.name: p for p in found}.values()
-        )
+        return list({peer.name: peer for peer in found}.values())
 
     def wants(self, op: str, dtype: str, quantity: str) -> bool:
         """Return whether a verdict is asked for."""

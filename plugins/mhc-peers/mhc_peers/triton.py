@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,16 @@ def mended() -> None:
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
-    import triton.language as tl
-    from triton.runtime.autotuner import Autotuner
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
+    tl: Any = import_module("triton.language")
+    Autotuner: Any = import_module("triton.runtime.autotuner").Autotuner
+    interpreter: Any = import_module("triton.runtime.interpreter")
+    InterpreterBuilder = interpreter.InterpreterBuilder
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def rounding_cast(self: Any, src: Any, dst_type: Any) -> Any:
         if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
             return cast(self, src, dst_type)
-        return TensorHandle(_rounded(src.data), tl.bfloat16)
+        return interpreter.TensorHandle(_rounded(src.data), tl.bfloat16)
 
     def wide_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
         wide = [cast(self, one, tl.float32) if _narrow(one) else one for one in (a, b)]
@@ -41,12 +42,20 @@ def mended() -> None:
 
     InterpreterBuilder.cast_impl = rounding_cast
     InterpreterBuilder.create_dot = wide_dot
-    Autotuner._bench = lambda self, *_, **__: 0.0  # so that the first of the shapes is taken
-    Autotuner.check_disk_cache = lambda self, key, configs, bench: bench()
+    Autotuner._bench = _no_time  # so that the first of the shapes is taken
+    Autotuner.check_disk_cache = _benched
+
+
+def _no_time(*_: Any, **__: Any) -> float:
+    return 0.0
+
+
+def _benched(tuner: Any, key: Any, configs: Any, bench: Any) -> None:
+    bench()
 
 
 def _rounded(wide: Any) -> Any:
     """Return the bits of bfloat16 numbers nearest to float32 ones, even ones of two as near."""
-    bits = np.ascontiguousarray(wide, np.float32).view(np.uint32)
+    bits: Any = np.ascontiguousarray(wide, np.float32).view(np.uint32)
     near = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(wide), 0x7FC0, near).astype(np.uint16)

@@ -27,7 +27,8 @@ def to_wire(array: Any) -> Wire:
 
 def from_wire(wire: Wire) -> Any:
     """Return the NumPy array of some bytes."""
-    return np.frombuffer(wire.data, _numpy_dtype(wire.dtype)).reshape(wire.shape).copy()
+    flat: Any = np.frombuffer(wire.data, _numpy_dtype(wire.dtype))
+    return flat.reshape(wire.shape).copy()
 
 
 def _numpy_dtype(name: str) -> Any:

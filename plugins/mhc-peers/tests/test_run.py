@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ import mhc_core
 from mhc_conformance.flashinfer import definitions
 from mhc_conformance.golden import Golden, golden_cases
 from mhc_core.cli import app
+from mhc_core.cli._command import Stopped
+from mhc_peers import command
 from mhc_peers.command import names, timed
 from mhc_peers.registry import named, peers
-from mhc_peers.run import Plan, field_of, run
+from mhc_peers.run import Plan, Ran, Verdict, field_of, run
 from mhc_peers.targets import NotRunError, interpreter
 
+DONE = ("forward", "holds", 0.0, 0.0, 1)
 SMALL = ("tile-kernels", "hyper-connections")
 
 
@@ -61,26 +65,47 @@ def test_the_table_says_what_ran(made: dict[str, Any]) -> None:
 
 
 def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    reasons = {
-        ran.peer.name: ran.reason for ran in run(Plan(("liger", "megatron-lm"), ("combine",)))
-    }
-    assert "needs a GPU" in reasons["liger"]
-    assert "--checkout megatron-lm=FOLDER" in reasons["megatron-lm"]
+    (ran,) = run(Plan(("megatron-lm",), ("combine",)))
+    assert "--checkout megatron-lm=FOLDER" in ran.reason
+    assert {one.outcome for one in ran.verdicts} == {"not run"}
     monkeypatch.setenv("MHC_PEERS_PYTHON_3_12", str(tmp_path / "python"))
     monkeypatch.setattr("sys.version_info", (3, 11, 7))
     with pytest.raises(NotRunError, match=r"needs Python 3\.12"):
         interpreter(named("tokamax"))
 
 
-def test_wrong_words_name_the_right_ones() -> None:
-    told = CliRunner().invoke(app, ["conformance", "--peers", "transformer"])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["transformer"], "did you mean 'transformers"),
+        (["--checkout", "somewhere"], "--checkout is 'somewhere'; needs NAME=FOLDER"),
+        (["liger", "--checkout", "maxtext=."], "--checkout maxtext came without --peers maxtext"),
+        (["maxtext", "--checkout", "maxtext=."], "needs a folder with src/maxtext/layers/mhc.py"),
+        (["liger", "--op", "combined"], "--op is 'combined'; needs one of"),
+        (["liger", "--dtype", "float64"], "--dtype is 'float64'; needs one of float32, bfloat16"),
+        (["liger", "--kind", "second"], "--kind is 'second'; needs one of forward, gradient"),
+    ],
+)
+def test_wrong_words_name_the_right_ones(words: list[str], says: str) -> None:
+    told = CliRunner().invoke(app, ["conformance", "--peers", *words])
     assert told.exit_code == 2
-    assert "did you mean" in told.output
-    told = CliRunner().invoke(app, ["conformance", "--peers", "--checkout", "somewhere"])
-    assert told.exit_code == 2
-    assert "NAME=FOLDER" in told.output
+    assert says in " ".join(told.output.split())
+
+
+def test_what_is_done_is_kept_when_it_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stopped(*given: Any) -> Iterator[Ran]:
+        peer = named("tile-kernels")
+        yield Ran(peer, [Verdict(peer.name, peer.project, "expand", "float32", *DONE)], {}, "cpu")
+        raise Stopped(130)
+
+    monkeypatch.setattr(command, "running", stopped)
+    file = tmp_path / "field.json"
+    with pytest.raises(Stopped):
+        app(["conformance", "--peers", "--json", str(file)], standalone_mode=False)
+    (kept,) = json.loads(file.read_text())["verdicts"]
+    assert (kept["op"], kept["outcome"]) == ("expand", "holds")
 
 
 @pytest.mark.parametrize("name", list(peers()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from mhc_peers.declaration import Peer
@@ -24,9 +25,7 @@ peer = Peer(
 
 
 def _module() -> Any:
-    from hyper_connections import mHCv2
-
-    return mHCv2
+    return import_module("hyper_connections.mHCv2")
 
 
 @peer.op("sinkhorn", free=("iterations",), fixed={"eps": 0.0, "first": "columns"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from mhc_peers.declaration import Peer
@@ -33,9 +34,7 @@ FREE = (
 
 def _functional() -> Any:
     mended()
-    from liger_kernel.transformers import functional
-
-    return functional
+    return import_module("liger_kernel.transformers.functional")
 
 
 @peer.op("mappings", released="LIGER", free=FREE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.machinery
 import importlib.util
 import sys
@@ -45,22 +46,27 @@ class _Absent(ModuleType):
         return declares
 
 
+def _nothing(*_: Any) -> Any:
+    """Return a range that does nothing."""
+    return contextlib.nullcontext()
+
+
 @functools.cache
 def _class() -> Any:
     import torch
     from torch.utils._triton import has_triton_package
 
     if not torch.cuda.is_available():  # its ranges for a profiler need CUDA
-        torch.cuda.nvtx.range = lambda *_: contextlib.nullcontext()
-        torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: None
+        nvtx: Any = torch.cuda.nvtx
+        nvtx.range = _nothing
+        nvtx.range_push = nvtx.range_pop = _nothing
     if importlib.util.find_spec("triton") is None:
         has_triton_package()  # which torch remembers: it has none
         triton, language = _Absent("triton"), _Absent("triton.language")
         triton.language = language  # type: ignore[attr-defined]
         sys.modules |= {"triton": triton, "triton.language": language}
-    from megatron.core.transformer.hyper_connection import HyperConnectionModule
-
-    return HyperConnectionModule
+    module = importlib.import_module("megatron.core.transformer.hyper_connection")
+    return module.HyperConnectionModule
 
 
 def _module(x: Any, variant: Any) -> Any:

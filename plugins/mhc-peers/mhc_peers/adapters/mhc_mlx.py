@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from mhc_peers.declaration import Peer
@@ -21,7 +22,7 @@ peer = Peer(
 
 @peer.op("static_mappings", free=("iterations",), fixed={"alone": True}, dtypes=("float32",))
 def _mappings(h_pre_raw: Any, h_post_raw: Any, h_res_raw: Any, iterations: int) -> Any:
-    from mhc_mlx import reference
+    reference: Any = import_module("mhc_mlx.reference")
 
     h_pre, h_post = reference.activate_pre_post(h_pre_raw, h_post_raw)
     return h_pre, h_post, reference.mixing_matrix_from_logits(h_res_raw, iterations)
@@ -37,7 +38,7 @@ def _layer(
     eps: float,
     iterations: int,
 ) -> Any:
-    from mhc_mlx import MHCLayer
+    MHCLayer: Any = import_module("mhc_mlx").MHCLayer
 
     n, C = x.shape[-2:]
     layer = MHCLayer(n=n, C=C, sinkhorn_iters=iterations, eps=eps)
@@ -48,7 +49,7 @@ def _layer(
 
 @peer.op("aggregate", fixed={"shared": True}, dtypes=("float32",))
 def _aggregate(x: Any, h_pre: Any) -> Any:
-    from mhc_mlx import reference
+    reference: Any = import_module("mhc_mlx.reference")
 
     n, C = x.shape[-2:]
     return reference.stream_aggregate(x.reshape(-1, n, C), h_pre).reshape(*x.shape[:-2], C)
@@ -56,7 +57,7 @@ def _aggregate(x: Any, h_pre: Any) -> Any:
 
 @peer.op("combine", fixed={"shared": True}, dtypes=("float32",))
 def _combine(x: Any, y: Any, h_post: Any, h_res: Any) -> Any:
-    from mhc_mlx import reference
+    reference: Any = import_module("mhc_mlx.reference")
 
     n, C = x.shape[-2:]
     mixed = reference.stream_mix_ref(x.reshape(-1, n, C), h_res)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from mhc_peers.declaration import Peer
@@ -26,15 +27,11 @@ peer = Peer(
     dtypes=("float32",),
 )
 def _knopp(matrix: Any, max_iterations: int, epsilon: float, log_space: bool) -> Any:
-    from mlx_mhc import sinkhorn_knopp
-
-    return sinkhorn_knopp(matrix, max_iterations, epsilon, log_space)
+    return import_module("mlx_mhc").sinkhorn_knopp(matrix, max_iterations, epsilon, log_space)
 
 
 def _connection(n: int, size: int, iterations: int = 20) -> Any:
-    from mlx_mhc import ManifoldHyperConnection
-
-    return ManifoldHyperConnection(size, n, iterations)
+    return import_module("mlx_mhc").ManifoldHyperConnection(size, n, iterations)
 
 
 @peer.op("static_mappings", free=("iterations",), fixed={"alone": True}, dtypes=("float32",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from mhc_peers.declaration import Peer
@@ -37,9 +38,7 @@ def _constants(variant: Any) -> tuple[Any, ...]:
 
 
 def _api() -> Any:
-    from tokamax._src.ops.mhc import api
-
-    return api
+    return import_module("tokamax._src.ops.mhc.api")
 
 
 def _flat(x: Any) -> Any:

@@ -45,10 +45,14 @@ def _module() -> Any:
     sys.modules["transformer_engine.pytorch.cpp_extensions"] = ModuleType("cpp_extensions")
     sys.modules[gemm.__name__] = gemm
     mended()
-    module = importlib.import_module(name)
+    module: Any = importlib.import_module(name)
     if not torch.cuda.is_available():
-        module._support_tma = lambda x: False
+        module._support_tma = _false
     return module
+
+
+def _false(_: Any) -> bool:
+    return False
 
 
 def _gemm(a: Any, b: Any, out_dtype: Any, layout: str) -> tuple[Any]:
