@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 __all__ = ["BASELINES", "Baseline"]
@@ -44,6 +45,9 @@ class Baseline:
         Returns its functions by name.
     uncompilable
         Why it cannot run inside mx.compile, or None.
+    start
+        Starts it in a process of its own, which times it, given the checkouts that a person named;
+        None for one that runs in this process, by ``load``.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Baseline:
     what: str
     load: Callable[[], Mapping[str, Forward]]
     uncompilable: str | None = None
+    start: Callable[[Mapping[str, Path]], Any] | None = None
 
     def missing(self) -> str | None:
         """Return why it cannot run here, or None."""

@@ -13,7 +13,7 @@ import typer
 from mhc_core.cli import _files, _screen
 from mhc_core.cli._command import Stopped, stoppable
 
-__all__ = ["against", "export", "peers", "plugin"]
+__all__ = ["against", "export", "folders_of", "needed", "peers", "plugin"]
 
 GROUP = "mhc_core.peers"
 """The entry-point group of the plugin that runs other projects' implementations."""
@@ -32,8 +32,8 @@ def peers(
     json_file: Path | None,
 ) -> None:
     """Hold other projects' implementations against the oracle, and name their bugs."""
-    known = _plugin()
-    folders = _folders(known, checkouts)
+    known = needed()
+    folders = folders_of(known, checkouts)
     try:
         known.check(chosen, ops, dtypes, kinds, folders)
     except ValueError as error:
@@ -89,16 +89,18 @@ def plugin() -> Any:
     return next(iter(found)).load() if found else None
 
 
-def _plugin() -> Any:
+def needed() -> Any:
+    """Return the plugin, or refuse ``--peers`` and ``--checkout`` without it."""
     found = plugin()
     if found is None:
         raise typer.BadParameter(
-            "--peers needs the plugin mhc-peers: in a checkout, pip install -e plugins/mhc-peers"
+            "this needs the plugin mhc-peers: in a checkout, pip install -e plugins/mhc-peers"
         )
     return found
 
 
-def _folders(known: Any, checkouts: Sequence[str]) -> dict[str, Path]:
+def folders_of(known: Any, checkouts: Sequence[str]) -> dict[str, Path]:
+    """Return the folders that were given as NAME=FOLDER, by name."""
     names = known.checkouts()
     folders: dict[str, Path] = {}
     for word in checkouts:

@@ -119,6 +119,10 @@ def bench(
             help=f"Compare only with this: {', '.join(BASELINES)}, or {NOBODY}; may be repeated."
         ),
     ] = None,
+    checkout: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER: the checkout of a project of --vs that is not on PyPI."),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, max=MOST, help="Turns of each side.")] = 9,
     calls: Annotated[
         int | None,
@@ -167,7 +171,7 @@ def bench(
                 made, points = _run.dispatched(names, repeats), None
         else:
             ours = [_sides.our_side(name) for name in names]
-            theirs, notes = _theirs(vs, {side.library.name for side in ours})
+            theirs, notes = _theirs(vs, {side.library.name for side in ours}, checkout or ())
             rows = _chosen_rows(mode, row, depth)
             _check_memory(rows, given, [*ours, *theirs])
             run = _run.Run(
@@ -181,8 +185,13 @@ def bench(
                 check=check or report is not None,
                 notes=notes,
             )
-            with _files.only_json(json_file):
-                made, good, points = _run.measured(run)
+            try:
+                with _files.only_json(json_file):
+                    made, good, points = _run.measured(run)
+            finally:
+                for side in theirs:
+                    if side.remote is not None:
+                        side.remote.close()
     except BackendError as error:
         typer.echo(f"mhc bench: {one_line(error)}", err=True)
         raise typer.Exit(1) from error
@@ -273,11 +282,18 @@ def _peers(chosen: Sequence[str] | None) -> dict[str, Baseline]:
     if set(chosen or ()) <= {*BASELINES, NOBODY}:
         return {}
     plugin = _field.plugin()
-    timed: dict[str, tuple[Any, ...]] = plugin.timed() if plugin else {}
-    return {name: Baseline(name, *about) for name, about in timed.items()}
+    if plugin is None:
+        return {}
+    timed: dict[str, tuple[Any, ...]] = plugin.timed()
+    found = {name: Baseline(name, *about) for name, about in timed.items()}
+    for name, (library, what, start) in plugin.remotes().items():
+        found[name] = Baseline(name, library, "mhc-peers", what, dict, start=start)
+    return found
 
 
-def _theirs(chosen: Sequence[str] | None, libraries: set[str]) -> tuple[list[Side], list[str]]:
+def _theirs(
+    chosen: Sequence[str] | None, libraries: set[str], checkouts: Sequence[str]
+) -> tuple[list[Side], list[str]]:
     """Return the baselines that are installed, and a note on each of the others.
 
     By default only those of the libraries that are measured.
@@ -286,6 +302,7 @@ def _theirs(chosen: Sequence[str] | None, libraries: set[str]) -> tuple[list[Sid
     from mhc_core.text import safe
 
     every = {**_peers(chosen), **BASELINES}
+    folders = _field.folders_of(_field.needed(), checkouts) if checkouts else {}
     known = (*every, NOBODY)
     for name in chosen or ():
         if name not in known:
@@ -299,7 +316,7 @@ def _theirs(chosen: Sequence[str] | None, libraries: set[str]) -> tuple[list[Sid
             notes.append(f"{baseline.name}: not compared, {reason}")
             continue
         try:
-            sides.append(baseline_side(baseline))
+            sides.append(baseline_side(baseline, folders))
         except Exception as error:  # two packages on PyPI bring a module named mlx_mhc
             reason = safe(f"{type(error).__name__}: {error}")
             notes.append(f"{baseline.name}: not compared, {reason}")

@@ -121,6 +121,9 @@ class _Inputs:
     ) -> None:
         self._sets: list[dict[str, list[Any]]] = []
         by_library = {entry.side.library.name: entry.side for entry in every}
+        for side in by_library.values():
+            if side.remote is not None:
+                side.remote.forget()  # the row before this
         for _ in range(DRAWS):
             drawn = row.make(sizes, rng)
             own = {
@@ -222,7 +225,6 @@ def _take_turns(
 ) -> dict[str, list[float]]:
     """Return the seconds of every turn of every entry; the starting entry changes each turn."""
     times: dict[str, list[float]] = {entry.label: [] for entry, _ in good}
-    timer = TIMERS[plan.timer]
     for turn in range(plan.repeats):
         first = turn % max(len(good), 1)
         for entry, line in [*good[first:], *good[:first]]:
@@ -230,13 +232,21 @@ def _take_turns(
                 continue
             try:
                 with entry.side.chosen():
-                    given = inputs.of(entry, turn), entry.side.library
-                    seconds = timer(entry.function, *given, plan.calls, plan.warmup)
+                    seconds = _turn(entry, inputs.of(entry, turn), plan)
             except Exception as error:  # such as no memory left
                 line.failed = _sentence(error)
                 continue
             times[entry.label].append(seconds)
     return times
+
+
+def _turn(entry: Entry, given: Sequence[Any], plan: Plan) -> float:
+    """Return the seconds of one turn; a side in a process of its own is timed there."""
+    if entry.side.remote is not None:
+        waits = plan.timer == "latency"
+        return entry.function.seconds(given, waits, plan.calls, plan.warmup)  # pyright: ignore
+    timer = TIMERS[plan.timer]
+    return timer(entry.function, given, entry.side.library, plan.calls, plan.warmup)
 
 
 def _fill_in(line: Measured, row: Row, entry: Entry, times: Sequence[float], plan: Plan) -> None:

@@ -43,7 +43,8 @@ class Run:
 @without_proofs()  # a wrong backend may be measured too
 def measured(run: Run) -> tuple[dict[str, Any], bool, Points]:
     """Measure; return the record, whether all of ours ran and were right, and what to draw."""
-    libraries = list(dict.fromkeys(side.library.name for side in run.sides))
+    here = [side for side in run.sides if side.remote is None]
+    libraries = list(dict.fromkeys(side.library.name for side in here))
     made = _record.record(run.mode, libraries)
     _table.print_lines(_record.header(made))
     checks = _checks(run) if run.check else []
@@ -93,7 +94,7 @@ def _copies(run: Run) -> dict[str, float]:
     speeds: dict[str, float] = {}
     for side in run.sides:
         library = side.library
-        if library.name not in speeds:
+        if library.name not in speeds and side.remote is None:
             shape = (library.copied_bytes // 4,)
             numbers = draw("x", shape, "float32", numpy.random.default_rng())
             speeds[library.name] = copy_speed(library, side.from_host, numbers, COPIES)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,8 @@ class Side:
         Convert from and to NumPy arrays.
     uncompilable
         Why it cannot be compiled as a whole, or None.
+    remote
+        The process of its own that runs and times it, or None.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Side:
     from_host: Function
     to_host: Function
     uncompilable: str | None = None
+    remote: Any = None
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -145,8 +149,10 @@ def _our_vjp(op: str, static: Mapping[str, Any]) -> Function:
 # ---- theirs -------------------------------------------------------------------------------------
 
 
-def baseline_side(baseline: Baseline) -> Side:
+def baseline_side(baseline: Baseline, checkouts: Mapping[str, Path]) -> Side:
     """Return a baseline as a side; its package must be installed."""
+    if baseline.start is not None:
+        return _remote_side(baseline, baseline.start(checkouts))
     functions = SimpleNamespace(**baseline.load())
     host: Any = _host_functions(baseline.library)
 
@@ -166,6 +172,23 @@ def baseline_side(baseline: Baseline) -> Side:
     )
 
 
+def _remote_side(baseline: Baseline, remote: Any) -> Side:
+    """Return a side whose arrays are numbers of arrays in its process, and its results NumPy's."""
+
+    def refuses(row: Row, sizes: Sizes) -> str | None:
+        if row.needs or row.layers > 1 or row.passes == "step" or len(row.parts) > 1:
+            return "runs single ops in its process"
+        return remote.refuses(row.ops[0], row.passes, sizes.dtype, sizes.n, sizes.C)
+
+    def same(given: Any) -> Any:
+        return given
+
+    here = library("numpy")
+    name = f"{baseline.name}'s process"
+    own = replace(here, name=name, accelerator=remote.on_gpu, forward={remote.way: same})
+    return Side(baseline.name, False, own, None, refuses, remote.put, same, remote=remote)
+
+
 def _host_functions(name: str) -> Any:
     """Return the host functions of one of our backends for the library."""
     from mhc_core.discovery import backend_module, backends
@@ -183,6 +206,10 @@ def _host_functions(name: str) -> Any:
 
 def entries(row: Row, side: Side) -> Iterator[Entry]:
     """Yield the entries of a row for one side, one for every way to run it."""
+    if side.remote is not None:
+        names = [word.partition(".")[2] for word in row.inputs]
+        yield Entry(side, side.remote.way, side.remote.call(row.ops[0], names))
+        return
     forward = partial(row.formula, side.functions, side.library.xp)
     count = len(row.inputs)
     if row.layers > 1:

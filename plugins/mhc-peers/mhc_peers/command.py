@@ -6,7 +6,9 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mhc_core
@@ -17,8 +19,9 @@ from mhc_peers.registry import named, peers
 from mhc_peers.run import QUANTITIES, Plan, Ran, run
 from mhc_peers.table import DTYPES, SUFFIXES, Table
 from mhc_peers.targets import NotRunError, installed, lacking
+from mhc_peers.timing import Remote, starter
 
-__all__ = ["SUFFIXES", "Table", "check", "checkouts", "names", "running", "timed"]
+__all__ = ["SUFFIXES", "Table", "check", "checkouts", "names", "remotes", "running", "timed"]
 
 
 def names() -> list[str]:
@@ -81,13 +84,34 @@ def running(
 def timed() -> dict[str, tuple[str, str, str, Callable[[], Mapping[str, Any]]]]:
     """Return what ``mhc bench --vs`` takes: library, distribution, description and functions.
 
-    They run in its process, beside mhc-core's backends, on the same arrays. So a peer that needs
-    another Python or a checkout is not among them.
+    They run in its process, beside mhc-core's backends, on the same arrays. Those that need
+    another Python or a checkout are in :func:`remotes`.
     """
     return {
         name: (peer.library, "mhc-peers", f"{peer.where}, by the adapter", _loader(peer))
         for name, peer in peers().items()
         if not (peer.python or peer.checkout)
+    }
+
+
+def remotes() -> dict[str, tuple[str, str, Callable[[Mapping[str, Path]], Remote]]]:
+    """Return the peers that are timed in a process of their own: library, description, starter."""
+    return {
+        name: (
+            peer.library,
+            f"{peer.where}, by the adapter, in a process of its own",
+            starter(peer, functools.partial(_plain_defaults, peer)),
+        )
+        for name, peer in peers().items()
+        if peer.python or peer.checkout
+    }
+
+
+def _plain_defaults(peer: Peer, op: str) -> dict[str, Any]:
+    """Return the static arguments of an op, for a process without mhc-core."""
+    return {
+        name: SimpleNamespace(**asdict(value)) if name == "variant" else value
+        for name, value in _defaults(op, peer.ops[op]).items()
     }
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, cast
 
 import numpy as np
 
-__all__ = ["LIBRARIES", "has_gpu"]
+__all__ = ["LIBRARIES", "Compiled", "has_gpu"]
 
 Function = Callable[..., Any]
 
@@ -28,12 +28,52 @@ def _several(outputs: Any) -> list[Any]:
     return [outputs]
 
 
-class Torch:
+class Compiled:
+    """The calls of a peer that are timed, each compiled once."""
+
+    way = "call"
+
+    def __init__(self) -> None:
+        self._calls: dict[Any, Function] = {}
+
+    def forward(self, function: Function, primals: Sequence[Any]) -> list[Any]:
+        raise NotImplementedError
+
+    def gradients(
+        self, function: Function, primals: Sequence[Any], cotangents: Sequence[Any]
+    ) -> list[Any]:
+        raise NotImplementedError
+
+    def compiled(
+        self, key: Any, function: Function, names: Sequence[str], static: Mapping[str, Any]
+    ) -> Function:
+        """Return a function of primals to outputs; of cotangents after them, to gradients."""
+        if key not in self._calls:
+            count = len(names)
+
+            def call(*arrays: Any) -> Any:
+                return function(**dict(zip(names, arrays, strict=True)), **static)
+
+            def run(*arrays: Any) -> Any:
+                if len(arrays) == count:
+                    return self.forward(call, arrays)
+                return self.gradients(call, arrays[:count], arrays[count:])
+
+            self._calls[key] = self.whole(run)
+        return self._calls[key]
+
+    def whole(self, function: Function) -> Function:
+        """Compile a function as users of the library do."""
+        return function
+
+
+class Torch(Compiled):
     """PyTorch, on a GPU where there is one and the peer needs it."""
 
     def __init__(self, device: str) -> None:
         import torch
 
+        super().__init__()
         torch.set_num_threads(1)
         torch.backends.cuda.matmul.allow_tf32 = False
         self.torch, self.device = torch, device
@@ -77,10 +117,11 @@ class Torch:
             self.torch.cuda.synchronize()
 
 
-class Mlx:
+class Mlx(Compiled):
     """MLX, on its default device."""
 
     def __init__(self, device: str) -> None:
+        super().__init__()
         self.mx: Any = import_module("mlx.core")
 
     def take(self, array: Any) -> Any:
@@ -112,14 +153,21 @@ class Mlx:
         self.mx.eval(list(outputs))
 
 
-class Jax:
+class Jax(Compiled):
     """JAX, on its default device."""
 
     def __init__(self, device: str) -> None:
         import jax
         import jax.numpy as jnp
 
+        super().__init__()
         self.jax, self.jnp = jax, jnp
+
+    way = "jax.jit"
+
+    def whole(self, function: Function) -> Function:
+        """Compile a function."""
+        return self.jax.jit(function)
 
     def take(self, array: Any) -> Any:
         return self.jnp.asarray(array)

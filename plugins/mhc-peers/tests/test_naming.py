@@ -5,19 +5,25 @@ The peer is DeepSeek's own torch reference, whose functions are replaced while i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mhc_conformance import oracle
+from mhc_conformance.patches import PATCHES
+from mhc_conformance.tolerances import Quantity
 from mhc_peers.files import load_file
 from mhc_peers.registry import named
-from mhc_peers.run import Plan, Verdict, here
+from mhc_peers.run import Plan, Verdict, here, questions
 
 pytestmark = pytest.mark.usefixtures("tile_kernels")
 
 Function = Callable[..., Any]
+RECORDS = Path(__file__).parents[3] / "docs/records"
 
 
 def verdict(op: str, dtype: str = "float32", kind: str = "forward") -> Verdict:
@@ -127,6 +133,18 @@ def _on_the_root(right: Function) -> Function:
     return wrong
 
 
+@seed("projection-in-tf32", "mhc_pre_norm_fn_ref")
+def _in_tf32(right: Function) -> Function:
+    def wrong(x: Any, fn: Any, weight: Any, eps: float) -> Any:
+        def read(a: Any) -> Any:  # what a tensor core reads of a float32
+            return (a.float().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+        flat = x.flatten(2).float()
+        return (read(flat) @ read(fn).T) * (flat.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+    return wrong
+
+
 @seed("no-gradient-of-norm", "mhc_pre_norm_fn_ref", kind="gradient")
 def _constant_norm(right: Function) -> Function:
     def wrong(x: Any, fn: Any, weight: Any, eps: float) -> Any:
@@ -178,3 +196,34 @@ def test_no_bug_is_named_for_a_right_peer(op: str) -> None:
     for kind in ("forward", "gradient"):
         found = verdict(op, dtype, kind)
         assert (found.outcome, found.why) == ("holds", "")
+
+
+def test_a_gradient_in_parts_is_named() -> None:
+    """Both uses of the streams cast them, so autodiff adds two gradients that it rounded."""
+    found = verdict("pre", "bfloat16", "gradient")
+    assert found.outcome == "off"
+    assert found.why.startswith("gradient-in-parts: ")
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "forward"), ("float32", "gradient")])
+def test_tf32_is_what_liger_has_on_a_gpu(dtype: str, kind: Quantity) -> None:
+    """The product in TF32, its operands truncated, gives the errors that an H200 recorded."""
+    record = json.loads((RECORDS / "field-2026-11-30-h200.json").read_text())
+    told = {(v["peer"], v["op"], v["dtype"], v["quantity"]): v for v in record["verdicts"]}
+    suspect = next(one for one in PATCHES if one.name == "projection-in-tf32")
+    assert "truncated" in suspect.what
+    worst, times = 0.0, 0.0
+    asked = questions(named("liger"), Plan(("liger",), ("mappings",), (dtype,), (kind,)))
+    for one, _, _ in asked:
+        given = one.case.asked
+        with suspect.present():
+            if kind == "forward":
+                made = oracle.forward("mappings", one.primals, **given)
+            else:
+                made = oracle.gradients("mappings", one.primals, one.cotangents, **given)
+        for want, array in zip(one.want(kind), made, strict=True):
+            if want.error(array) / want.limit > times:
+                worst, times = want.error(array), want.error(array) / want.limit
+    there = told["liger", "mappings", dtype, kind]
+    assert times == pytest.approx(there["times"], rel=1e-3)
+    assert worst == pytest.approx(there["error"], rel=1e-3)

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from mhc_peers import process, run
+from mhc_core.cli import app
+from mhc_peers import command, process, run
 from mhc_peers.declaration import Op, Peer
 from mhc_peers.run import Plan, Verdict
+from mhc_peers.timing import starter
 
 # What Python imports as it starts, in the process of the peer.
 PROJECT = """
 import os, signal, sys, time
+from types import SimpleNamespace
 import numpy as np
-from mhc_peers import child, registry
+from mhc_peers import libraries, registry
 from mhc_peers.declaration import Peer
 
-class Host:
-    def __init__(self, device): pass
+class Host(libraries.Compiled):
+    torch = SimpleNamespace(set_num_threads=lambda count: None)
+    def __init__(self, device): super().__init__()
+    def wait(self, arrays): pass
     def take(self, array): return array
     give = take
     def forward(self, function, primals): return [np.float32(function(*primals))]
 
-child.LIBRARIES["torch"] = Host
+libraries.LIBRARIES["torch"] = Host
 peer = Peer(name="rude", project="Rude", where="here", library="torch")
 
 @peer.op("expand")
@@ -109,3 +116,28 @@ def test_all_of_a_process_ends_with_it(rude: Peer, monkeypatch: pytest.MonkeyPat
     with pytest.raises(KeyboardInterrupt):
         list(run.run(Plan()))
     assert started[0].returncode is not None
+
+
+def test_the_bench_times_it_in_its_process(
+    rude: Peer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What prints is timed, and what raises or ends is told; ours are beside it."""
+    start = starter(rude, lambda op: rude.ops[op].fixed)
+    monkeypatch.setattr(command, "remotes", lambda: {"rude": ("torch", "what it is", start)})
+    file, words = (
+        tmp_path / "bench.json",
+        ["--backend", "numpy", "--T", "4", "--C", "8", "--repeats", "2", "--json"],
+    )
+    rows = ["--row", "aggregate", "--row", "contract", "--row", "rms_norm"]
+    done = CliRunner().invoke(app, ["bench", "--vs", "rude", *rows, *words, str(file)])
+    assert done.exit_code == 0, done.output
+    whole = json.loads(file.read_text())
+    theirs = {row["row"]: row for row in whole["rows"] if not row["ours"]}
+    assert theirs["contract"]["ms"] > 0
+    assert theirs["contract"]["apart"] < 1e-6
+    assert theirs["aggregate"]["failed"] == "RuntimeError: ValueError: one line and another"
+    assert "its process ended with code -11" in theirs["rms_norm"]["failed"]
+    assert "rude: what it is" in whole["notes"]
+    wrong = CliRunner().invoke(app, ["bench", "--vs", "rude", "--checkout", "theirs=."])
+    assert wrong.exit_code == 2
+    assert "--checkout is 'theirs=.'; needs NAME=FOLDER" in " ".join(wrong.output.split())
