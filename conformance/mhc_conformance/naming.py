@@ -28,7 +28,7 @@ from mhc_conformance.patches import PATCHES, Patch, reaches
 from mhc_conformance.subject import several
 from mhc_conformance.tolerances import Quantity, eps
 
-__all__ = ["Observed", "Suspect", "name_bug", "suspects"]
+__all__ = ["UNEXPLAINED", "Observed", "Suspect", "name_bug", "suspects"]
 
 Array = NDArray[Any]
 Static = dict[str, Any]

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import mhc_core
 from mhc_conformance.flashinfer import definitions
 from mhc_conformance.golden import Golden, golden_cases
+from mhc_conformance.naming import UNEXPLAINED
 from mhc_core.cli import app
 from mhc_core.cli._command import Stopped
 from mhc_peers import command
@@ -153,3 +154,20 @@ def test_the_references_of_flashinfer_compute_the_ops() -> None:
             found = (made[2], made[0].squeeze(-1), made[1].mT)
         for want, got in zip(drawn.want("forward"), found, strict=True):
             assert want.error(got.numpy()) <= want.limit
+
+
+def test_the_page_shows_the_record() -> None:
+    """Each project is compared, with gradients, and whatever is off has a name."""
+    docs = Path(__file__).parents[3] / "docs"
+    record = json.loads((docs / "records/field-2026-11-30.json").read_text())
+    page = (docs / "findings/index.md").read_text()
+    assert len(record["projects"]) >= 10
+    assert record["with_gradients"] == record["projects"]
+    assert [peer["name"] for peer in record["peers"]] == list(peers())
+    for project in record["projects"]:
+        mine = [one for one in record["verdicts"] if one["project"] == project]
+        off = [one["why"].partition(":")[0] for one in mine if one["outcome"] == "off"]
+        holds = sum(one["outcome"] == "holds" for one in mine)
+        names = ", ".join(dict.fromkeys(off)) or "-"
+        assert f"| {project} | {holds} | {len(off)} | {names} |" in page
+        assert not any(UNEXPLAINED in name for name in off)
