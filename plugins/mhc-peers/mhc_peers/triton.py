@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["mended"]
+__all__ = ["fix_interpreter"]
 
 
 @functools.cache
-def mended() -> None:
-    """Mend the interpreter, where it is what runs kernels.
+def fix_interpreter() -> None:
+    """Fix the interpreter, where it is what runs kernels.
 
     It cuts bits off where float32 becomes bfloat16, as a GPU rounds (PTX's ``cvt.rn``); its dot
     takes the bits of bfloat16 for integers; and it times launch shapes on a driver that is not

@@ -54,7 +54,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Began:
-    """What a process says before a question, by which is known at which one it ended."""
+    """The message before a question, by which it is known at which one a process ended."""
 
     number: int
 

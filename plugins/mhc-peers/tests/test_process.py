@@ -121,7 +121,7 @@ def test_all_of_a_process_ends_with_it(rude: Peer, monkeypatch: pytest.MonkeyPat
 def test_the_bench_times_it_in_its_process(
     rude: Peer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What prints is timed, and what raises or ends is told; ours are beside it."""
+    """An op that prints is timed, and one that raises or ends the process is told."""
     start = starter(rude, lambda op: rude.ops[op].fixed)
     monkeypatch.setattr(command, "remotes", lambda: {"rude": ("torch", "what it is", start)})
     file, words = (

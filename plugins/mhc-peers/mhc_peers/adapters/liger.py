@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from mhc_peers.declaration import Peer
-from mhc_peers.triton import mended
+from mhc_peers.triton import fix_interpreter
 
 __all__ = ["PEERS"]
 
@@ -33,7 +33,7 @@ FREE = (
 
 
 def _functional() -> Any:
-    mended()
+    fix_interpreter()
     return import_module("liger_kernel.transformers.functional")
 
 

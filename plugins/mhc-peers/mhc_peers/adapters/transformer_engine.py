@@ -7,7 +7,7 @@ from typing import Any
 
 from mhc_peers.declaration import Peer
 from mhc_peers.files import checkout
-from mhc_peers.triton import mended
+from mhc_peers.triton import fix_interpreter
 
 __all__ = ["PEERS"]
 
@@ -44,7 +44,7 @@ def _module() -> Any:
     gemm.general_gemm = _gemm  # type: ignore[attr-defined]
     sys.modules["transformer_engine.pytorch.cpp_extensions"] = ModuleType("cpp_extensions")
     sys.modules[gemm.__name__] = gemm
-    mended()
+    fix_interpreter()
     module: Any = importlib.import_module(name)
     if not torch.cuda.is_available():
         module._support_tma = _false
