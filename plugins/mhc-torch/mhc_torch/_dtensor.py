@@ -56,9 +56,9 @@ def apply(op: str, run: Callable[..., Any], arrays: Sequence[Any], static: Mappi
             results = run(*local, **static)
         else:
             results = _function.apply(op, local, dict(static))
-    several = results if isinstance(results, tuple) else (results,)
-    outputs = tuple(map(layout.output, layout.declared.outputs, cast("tuple[Any, ...]", several)))
-    return outputs if len(outputs) > 1 else outputs[0]
+    several = cast("tuple[Any, ...]", results if isinstance(results, tuple) else (results,))
+    outputs = list(map(layout.output, layout.declared.outputs, several))
+    return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def vjp(
@@ -168,8 +168,8 @@ class _Layout(NamedTuple):
         if words[-1] == "nC" and self.group is not None:
             n, C = self.sizes["n"], self.sizes["C"]
             placements = self.placements([*words[:-1], "n", "C"], shared="sum")
-            part = part.unflatten(-1, (n, part.shape[-1] // n))
-            return self._wrapped(part, placements, (*shape[:-1], n, C)).flatten(-2)
+            by_stream = part.reshape(*part.shape[:-1], n, part.shape[-1] // n)
+            return self._wrapped(by_stream, placements, (*shape[:-1], n, C)).flatten(-2)
         return self._wrapped(part, self.placements(words, shared="sum"), shape)
 
     def _wrapped(self, part: Tensor, placements: tuple[Any, ...], shape: tuple[int, ...]) -> Any:

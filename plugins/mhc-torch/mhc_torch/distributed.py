@@ -13,8 +13,8 @@ from collections.abc import Generator
 from typing import Any, cast
 
 from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
-    DeviceMesh,
     DTensor,
     Placement,
     Replicate,
@@ -158,7 +158,7 @@ class ChannelParallel(_Style):
         if not (projects and parameter is module.projection[0]):
             return super()._parameter(module, key, parameter, mesh)
         by_stream = parameter.data.unflatten(-1, (module.n, module.dims))
-        return distribute_tensor(by_stream, mesh, [Shard(2)]).flatten(-2)
+        return cast("DTensor", distribute_tensor(by_stream, mesh, [Shard(2)]).flatten(-2))
 
 
 class TokenParallel(_Style):
