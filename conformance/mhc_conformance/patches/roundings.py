@@ -131,12 +131,26 @@ def _aggregated_in(dtype: str, each: bool) -> Replaced:
 
 def _cast_first(dtype: str) -> Replaced:
     """Return a function whose first array is cast: its gradient is rounded by itself."""
-    return lambda right: lambda first, *others: right(cast(dtype, first), *others)
+
+    def replacement(right: Callable[..., Any]) -> Callable[..., Any]:
+        def function(first: Value, *others: Any) -> Any:
+            return right(cast(dtype, first), *others)
+
+        return function
+
+    return replacement
 
 
 def _returned_in(dtype: str) -> Replaced:
     """Return a function whose result is cast, and so the cotangent that it gets."""
-    return lambda right: lambda *given, **static: cast(dtype, right(*given, **static))
+
+    def replacement(right: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*given: Any, **static: Any) -> Any:
+            return cast(dtype, right(*given, **static))
+
+        return function
+
+    return replacement
 
 
 def _rounded_mappings(dtype: str) -> Replaced:
