@@ -50,9 +50,9 @@ def _product_in_tf32(read: Callable[[Array], Array]) -> Replaced:
             vec, root = _normed(x, variant)
             left, weight = read(vec.data), read(phi.data)
 
-            def pull(g: Array) -> tuple[Array, Array]:
-                g = read(g)
-                return g @ weight, g.T @ left
+            def pull(g: Any) -> tuple[Array, Array]:
+                cotangent: Any = read(g)
+                return cotangent @ weight, cotangent.T @ left
 
             made = node("tf32", left @ weight.T, (vec, phi), pull)
             return (made / root).reshape(*x.shape[:-2], phi.shape[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -104,11 +105,12 @@ def masked(floor: float, careful: bool) -> Replaced:
         def sinkhorn(logits: Value, iterations: int = 20, eps: float = 0.0, first: str = "columns"):
             a, b = axes(first)
             matrix = exp(logits - largest(logits, a))
-            lost = np.zeros((*matrix.shape[:-2], 1, 1), np.bool_)
+            lost: Any = np.zeros((*matrix.shape[:-2], 1, 1), np.bool_)
             for _ in range(iterations):
                 for axis, otherwise in ((a, 1.0), (b, 0.0)):
                     sums = total(matrix, axis)
-                    lost |= (np.float32(sums.data) ** 2 == 0).any(axis=(-1, -2), keepdims=True)
+                    squares: Any = np.asarray(sums.data, np.float32) ** 2
+                    lost |= (squares == 0).any(axis=(-1, -2), keepdims=True)
                     there = sums.data > floor
                     safe = where(there, sums, value(np.ones_like(sums.data)))
                     matrix = matrix * where(there, 1.0 / safe, value(otherwise + 0 * sums.data))
