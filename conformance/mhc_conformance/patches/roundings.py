@@ -48,7 +48,8 @@ def _product_in_tf32(read: Callable[[Array], Array]) -> Replaced:
     def replacement(right: Callable[..., Value]) -> Callable[..., Value]:
         def project(x: Value, phi: Value, variant: Any) -> Value:
             vec, root = _normed(x, variant)
-            left, weight = read(vec.data), read(phi.data)
+            left: Any = read(vec.data)
+            weight: Any = read(phi.data)
 
             def pull(g: Any) -> tuple[Array, Array]:
                 cotangent: Any = read(g)
