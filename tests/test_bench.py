@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -508,6 +509,80 @@ def test_torch_waits_for_a_gpu_that_is_not_the_default_device(
     assert library.peak is not None
     assert library.peak(lambda: SimpleNamespace(is_cuda=True)) == 7
     assert library.peak(lambda: SimpleNamespace(is_cuda=False)) is None
+
+
+class FakeCuda:
+    """The part of torch.cuda that records graphs: a graph keeps what is called while it records."""
+
+    def __init__(self) -> None:
+        self.recording: list[Any] | None = None
+        self.streams: list[str] = []
+
+    def Stream(self) -> Any:  # as it is there
+        return SimpleNamespace(wait_stream=lambda other: self.streams.append(f"new, {other.name}"))
+
+    def current_stream(self) -> Any:
+        return SimpleNamespace(name="present", wait_stream=lambda _: self.streams.append("present"))
+
+    @contextlib.contextmanager
+    def stream(self, _: Any) -> Iterator[None]:
+        self.streams.append("in")
+        yield
+        self.streams.append("out")
+
+    def CUDAGraph(self) -> Any:
+        kept: list[Any] = []
+        return SimpleNamespace(kept=kept, replay=lambda: [launch() for launch in kept])
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any) -> Iterator[None]:
+        self.recording = graph.kept
+        yield
+        self.recording = None
+
+    def launch(self, work: Any) -> None:
+        """Do what a kernel does: run, or be recorded."""
+        if self.recording is None:
+            work()
+        else:
+            self.recording.append(work)
+
+
+def test_a_graph_replays_its_launches_on_the_arrays_that_it_recorded() -> None:
+    cuda = FakeCuda()
+    calls: list[int] = []
+
+    def doubled(array: Any) -> Any:
+        calls.append(1)
+        out = np.zeros_like(array)
+        cuda.launch(lambda: np.multiply(array, 2, out=out))
+        return out
+
+    replayed = _library._replayed(SimpleNamespace(cuda=cuda), doubled)
+    one, two = np.array([1.0]), np.array([5.0])
+    assert replayed(one).tolist() == [2.0]
+    assert cuda.streams == ["new, present", "in", "out", "present"]
+    assert len(calls) == 4  # three on the other stream, and the one that is recorded
+    one[:] = 3.0
+    assert replayed(one).tolist() == [6.0]
+    assert len(calls) == 4
+    assert replayed(two).tolist() == [10.0]
+    assert replayed(one).tolist() == [6.0]
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_every_way_of_torch_is_also_a_graph_where_its_arrays_are_on_a_gpu(on_gpu: bool) -> None:
+    graph = lambda function: lambda *arrays: ("replayed", function(*arrays))  # noqa: E731
+    side = replace(
+        _sides.our_side("numpy"),
+        library=replace(_library.library("numpy"), graph=graph),
+        from_host=lambda _: SimpleNamespace(is_cuda=on_gpu),
+    )
+    found = list(_sides.entries(_rows.rows()["combine"], side))
+    assert [(one.way, one.replayed) for one in found] == [
+        ("call", False),
+        *[("call, CUDA graph", True)] * on_gpu,
+    ]
 
 
 def test_a_copy_is_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:

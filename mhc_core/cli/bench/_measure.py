@@ -104,7 +104,7 @@ def measure(row: Row, sides: Sequence[Side], sizes: Sizes, plan: Plan) -> list[M
     for entry, line in good:
         if not line.failed:
             _fill_in(line, row, entry, times[entry.label], plan)
-            if plan.memory:
+            if plan.memory and not entry.replayed:
                 line.extra_bytes = _extra_bytes(entry, inputs)
     _ratios(good, times)
     return lines

@@ -55,6 +55,13 @@ class Side:
     def __hash__(self) -> int:
         return hash(self.name)
 
+    @property
+    def on_gpu(self) -> bool:
+        """Return whether its arrays, PyTorch's, are on a GPU: a library may have arrays on both."""
+        import numpy
+
+        return bool(getattr(self.from_host(numpy.zeros(1, numpy.float32)), "is_cuda", False))
+
     def chosen(self) -> contextlib.AbstractContextManager[None]:
         """Select this side for the public ops."""
         from mhc_core import use_backend
@@ -64,11 +71,15 @@ class Side:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row by one side in one way: a function of the row's inputs and cotangents."""
+    """A row by one side in one way: a function of the row's inputs and cotangents.
+
+    ``replayed`` says that it replays a graph, whose memory is not that of a call.
+    """
 
     side: Side
     way: str
     function: Function
+    replayed: bool = False
 
     @property
     def label(self) -> str:
@@ -206,6 +217,14 @@ def _host_functions(name: str) -> Any:
 
 def entries(row: Row, side: Side) -> Iterator[Entry]:
     """Yield the entries of a row for one side, one for every way to run it."""
+    graph = side.library.graph if side.library.graph and side.on_gpu else None
+    for entry in _calls(row, side):
+        yield entry
+        if graph is not None:
+            yield Entry(side, f"{entry.way}, CUDA graph", graph(entry.function), replayed=True)
+
+
+def _calls(row: Row, side: Side) -> Iterator[Entry]:
     if side.remote is not None:
         names = [word.partition(".")[2] for word in row.inputs]
         yield Entry(side, side.remote.way, side.remote.call(row.ops[0], names))
