@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mhc_core.dispatch import get_op
-from mhc_core.sharding import CHANNEL_OPS, Group, channels_over, check_op
+from mhc_core.sharding import Group, channels_over, check_op
 from mhc_torch import _function
 
 __all__ = ["apply", "group_of", "is_distributed", "vjp"]
@@ -236,8 +236,7 @@ def _part(op: str, mesh_dim: int, named: Mapping[str, Any], layout: _Layout) -> 
         if words[0] == "..." and dim < len(layout.leading):
             return placement
         if dim == one.ndim - 1 and words[-1] == "C":
-            if op not in CHANNEL_OPS:
-                check_op(op)
+            check_op(op)
             return CHANNELS
         if words[-1] == "nC" and _is_by_channels(placement, layout.sizes["n"]):
             return CHANNELS
