@@ -414,3 +414,17 @@ def test_any_finite_logits_have_a_matrix_and_a_gradient(op: str, static: dict[st
         pulled = module.vjp((logits,), (library(g.astype(np.float32)),), **static)
         for one, other in zip((module.forward(logits, **static), *pulled), want, strict=True):
             assert np.abs(np.array(one) - other).max() < 1e-5
+
+
+def test_a_line_has_a_largest_entry_though_it_is_computed_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Check shares where a compiler rounded the entries of a maximum in another way."""
+    logits = np.array([[1.0, 3.0, 3.0], [2.0, -1.0, 0.5]]).T
+    expected = [[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]]
+    assert _xp.share_of_largest(np, logits, 0).T.tolist() == expected
+    assert _xp.largest(np, logits, 0).tolist() == [[3.0, 2.0]]
+    exact = _xp.shift
+    monkeypatch.setattr(_xp, "shift", lambda *given: np.nextafter(exact(*given), np.inf))
+    assert _xp.share_of_largest(np, logits, 0).T.tolist() == [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    np.testing.assert_allclose(_xp.largest(np, logits, 0), [[3.0, 2.0]], rtol=1e-15)

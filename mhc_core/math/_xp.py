@@ -251,10 +251,14 @@ def shift(xp: Any, logits: Array, axis: int) -> Array:
     The shift cancels out of the result, but with a library's gradient of max it might not cancel
     exactly.
     """
-    largest = xp.max(logits, axis=axis, keepdims=True)
+    return _stopped(xp, xp.max(logits, axis=axis, keepdims=True))
+
+
+def _stopped(xp: Any, array: Array) -> Array:
+    """Return an array as a constant to autodiff."""
     if _is(xp, "jax"):
-        return _lax().stop_gradient(largest)
-    return xp.stop_gradient(largest) if _is(xp, "mlx") else largest
+        return _lax().stop_gradient(array)
+    return xp.stop_gradient(array) if _is(xp, "mlx") else array
 
 
 def largest(xp: Any, logits: Array, axis: int) -> Array:
@@ -276,7 +280,18 @@ def share_of_largest(xp: Any, logits: Array, axis: int) -> Array:
 
 
 def _ties(xp: Any, logits: Array, axis: int) -> Array:
-    return xp.logical_not(logits < shift(xp, logits, axis))  # NaN counts, so that none is 0 / 0
+    """Return which entries are the largest: at least one of a line, and NaN.
+
+    A compiler may compute the entries twice, in two kernels that round differently (XLA does: a
+    product and a sum may be rounded as one), and then none equals the largest. So one is found by
+    its place too.
+    """
+    equal = xp.logical_not(logits < shift(xp, logits, axis))
+    shape = [1] * logits.ndim
+    shape[axis] = size = logits.shape[axis]
+    places = xp.reshape(constant(xp, [float(k) for k in range(size)], logits), tuple(shape))
+    place = xp.argmax(_stopped(xp, logits), axis=axis, keepdims=True)
+    return xp.logical_or(equal, places == xp.astype(place, logits.dtype))
 
 
 def clamped(xp: Any, array: Array, bounds: tuple[float, float] | None) -> Array:
