@@ -17,7 +17,9 @@ and, for each transform in :data:`TRANSFORMS` that is not listed in ``BackendSpe
     def checkpoint(function): ...
 
 A module may also have ``composed(function)``, which returns a function of many calls so that they
-run as one program; the conformance kit uses it where each program takes seconds to compile.
+run as one program; the conformance kit uses it where each program takes seconds to compile. And it
+may have ``hurried()``, a context manager in which this process and those that it starts compile
+faster; the kit runs its grid inside it.
 
 ``"second"`` in ``without`` says that gradients cannot be differentiated again. Such a backend must
 then raise an error that names the op and the remedy; the conformance kit checks this.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -99,6 +100,13 @@ def run(
     A process that ends in a check does not end the run: the check has failed, and those after it
     in its unit have not been tried.
     """
+    with contextlib.ExitStack() as around:
+        for name in plan.backends:
+            around.enter_context(Subject(name).hurried())
+        yield from _run(plan, jobs, began)
+
+
+def _run(plan: Plan, jobs: int | None, began: Callable[[str], None]) -> Iterator[Record]:
     units = plan.units()
     records_of = functools.partial(_records_of, seed=plan.seed, full=plan.full)
     jobs = min(jobs or os.cpu_count() or 1, len(units))

@@ -58,6 +58,11 @@ class Subject:
         enter = getattr(self.module, "dtype_context", None)
         return enter(dtype) if enter else contextlib.nullcontext()
 
+    def hurried(self) -> contextlib.AbstractContextManager[None]:
+        """Enter the context in which the backend compiles faster, if its module has one."""
+        enter = getattr(self.module, "hurried", None)
+        return enter() if enter else contextlib.nullcontext()
+
     def take(self, arrays: Sequence[Array]) -> tuple[Any, ...]:
         """Convert NumPy arrays to the backend's own."""
         return tuple(self.module.from_host(np.ascontiguousarray(array)) for array in arrays)

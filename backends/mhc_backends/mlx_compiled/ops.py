@@ -30,11 +30,12 @@ from mhc_backends.mlx_common import (
     to_host,
     vmap,
 )
+from mhc_backends.mlx_compiled._precompiled import hurried
 from mhc_backends.mlx_compiled._vmap import differentiable
 from mhc_core import math
 from mhc_core.sharding import Axis, channel_axis, channels_over
 
-__all__ = ["checkpoint", "compile", "from_host", "grad", "to_host", "vjp", "vmap"]
+__all__ = ["checkpoint", "compile", "from_host", "grad", "hurried", "to_host", "vjp", "vmap"]
 
 Static = tuple[tuple[str, Any], ...]
 
