@@ -8,6 +8,8 @@ from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
+from mhc_core.cli.bench.graphs import replayed
+
 __all__ = ["Library", "leaves", "library"]
 
 Array = Any
@@ -231,36 +233,5 @@ def _torch() -> Library:
         accelerator=on_gpu,
         at_once=max(memory // 4, AT_ONCE),
         peak=peak if on_gpu else None,
-        graph=partial(_replayed, torch) if on_gpu else None,
+        graph=partial(replayed, torch) if on_gpu else None,
     )
-
-
-def _replayed(torch: Any, function: Function) -> Function:
-    """Return a function that replays a CUDA graph of its launches, one for each set of arrays.
-
-    Recorded as PyTorch's notes on CUDA semantics say: after calls on another stream, in which
-    libraries prepare what may not be prepared in a graph. The results are written over each time.
-    """
-    recorded: dict[tuple[int, ...], tuple[Any, Any, Sequence[Array]]] = {}
-
-    def record(arrays: Sequence[Array]) -> tuple[Any, Any, Sequence[Array]]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                function(*arrays)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = function(*arrays)
-        return graph, results, arrays  # so that no other arrays get their numbers
-
-    def call(*arrays: Array) -> Any:
-        key = tuple(id(array) for array in arrays)
-        if key not in recorded:
-            recorded[key] = record(arrays)
-        graph, results, _ = recorded[key]
-        graph.replay()
-        return results
-
-    return call

@@ -196,7 +196,9 @@ def _remote_side(baseline: Baseline, remote: Any) -> Side:
 
     here = library("numpy")
     name = f"{baseline.name}'s process"
-    own = replace(here, name=name, accelerator=remote.on_gpu, forward={remote.way: same})
+    own = replace(
+        here, name=name, accelerator=remote.on_gpu, forward=dict.fromkeys(remote.ways, same)
+    )
     return Side(baseline.name, False, own, None, refuses, remote.put, same, remote=remote)
 
 
@@ -227,7 +229,8 @@ def entries(row: Row, side: Side) -> Iterator[Entry]:
 def _calls(row: Row, side: Side) -> Iterator[Entry]:
     if side.remote is not None:
         names = [word.partition(".")[2] for word in row.inputs]
-        yield Entry(side, side.remote.way, side.remote.call(row.ops[0], names))
+        for way in side.remote.ways:
+            yield Entry(side, way, side.remote.call(row.ops[0], names, way))
         return
     forward = partial(row.formula, side.functions, side.library.xp)
     count = len(row.inputs)

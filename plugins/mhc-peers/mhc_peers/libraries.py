@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any, cast
 
@@ -28,10 +29,12 @@ def _several(outputs: Any) -> list[Any]:
     return [outputs]
 
 
-class Compiled:
-    """The calls of a peer that are timed, each compiled once."""
+def _unchanged(function: Function) -> Function:
+    return function
 
-    way = "call"
+
+class Compiled:
+    """The calls of a peer that are timed, each compiled once in each way."""
 
     def __init__(self) -> None:
         self._calls: dict[Any, Function] = {}
@@ -45,7 +48,12 @@ class Compiled:
         raise NotImplementedError
 
     def compiled(
-        self, key: Any, function: Function, names: Sequence[str], static: Mapping[str, Any]
+        self,
+        key: Any,
+        function: Function,
+        names: Sequence[str],
+        static: Mapping[str, Any],
+        way: str,
     ) -> Function:
         """Return a function of primals to outputs; of cotangents after them, to gradients."""
         if key not in self._calls:
@@ -59,12 +67,12 @@ class Compiled:
                     return self.forward(call, arrays)
                 return self.gradients(call, arrays[:count], arrays[count:])
 
-            self._calls[key] = self.whole(run)
+            self._calls[key] = self.ways()[way](run)
         return self._calls[key]
 
-    def whole(self, function: Function) -> Function:
-        """Compile a function as users of the library do."""
-        return function
+    def ways(self) -> Mapping[str, Callable[[Function], Function]]:
+        """Return the ways in which users of the library run a function, by name."""
+        return {"call": _unchanged}
 
 
 class Torch(Compiled):
@@ -90,6 +98,14 @@ class Torch(Compiled):
         import ml_dtypes
 
         return tensor.float().numpy().astype(ml_dtypes.bfloat16)
+
+    def ways(self) -> Mapping[str, Callable[[Function], Function]]:
+        """Return the call, and on a GPU its launches replayed from a CUDA graph."""
+        if self.device == "cpu":
+            return super().ways()
+        from mhc_core.cli.bench.graphs import replayed
+
+        return {**super().ways(), "call, CUDA graph": partial(replayed, self.torch)}
 
     def forward(self, function: Function, primals: Sequence[Any]) -> list[Any]:
         with self.torch.no_grad():
@@ -163,11 +179,9 @@ class Jax(Compiled):
         super().__init__()
         self.jax, self.jnp = jax, jnp
 
-    way = "jax.jit"
-
-    def whole(self, function: Function) -> Function:
-        """Compile a function."""
-        return self.jax.jit(function)
+    def ways(self) -> Mapping[str, Callable[[Function], Function]]:
+        """Return jit."""
+        return {"jax.jit": self.jax.jit}
 
     def take(self, array: Any) -> Any:
         return self.jnp.asarray(array)
