@@ -38,7 +38,7 @@ SMALL = (
     r"int\(T - first\)|int\(item % (P|GROUPS|count)\)|int\(item / GROUPS % count\)"
     r"|int\(tile - stage\)|int\(here\.group_x % n_tiles\)"
     r"|int\(here\.group_x % out\.splits\)|int\(here\.group_y \* here\.threads \+ here\.id\)"
-    r"|int\(here\.groups_y \* here\.threads\)"
+    r"|int\(here\.groups_y \* here\.threads\)|int\(item / tiles\)"
 )
 
 

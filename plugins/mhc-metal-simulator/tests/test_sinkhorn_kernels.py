@@ -430,7 +430,7 @@ FAULTS = (
         "return half(u + v);",
         WRONG,
         KNOPP,
-        "5 streams",
+        "9 x 5",
     ),
     Fault(
         "common",
@@ -467,7 +467,7 @@ FAULTS = (
         "active)",
         WRONG,
         "static_mappings",
-        "3 streams",
+        "5 x 3",
     ),
     Fault(
         "common",
@@ -543,18 +543,17 @@ FAULTS = (
 
 
 def _checks(op: str) -> dict[str, Callable[[], None]]:
-    """Return all that is tried of an op, by name."""
+    """Return all that is tried of an op, by name: sizes by tokens and streams."""
     if op == "mappings_vjp":
         return {
-            f"{n} streams, {k}": functools.partial(_mappings_vjp, T, n, variant)
+            f"{T} x {n}, {k}": functools.partial(_mappings_vjp, T, n, variant)
             for T, n in SIZES[:4]
             for k, variant in enumerate(VARIANTS[:2])
         }
     if op == "head_vjp":
-        return {f"{n} streams": functools.partial(_head_vjp, T, n) for T, n in SIZES}
+        return {f"{T} x {n}": functools.partial(_head_vjp, T, n) for T, n in SIZES}
     checks: dict[str, Callable[[], None]] = {
-        f"{n} streams": functools.partial(_run, op, _draw(op, T, n), OPS[op][n % 2])
-        for T, n in SIZES
+        f"{T} x {n}": functools.partial(_run, op, _draw(op, T, n), OPS[op][n % 2]) for T, n in SIZES
     }
     for k, options in enumerate(OPS[op]):
         checks[f"options {k}"] = functools.partial(_run, op, _draw(op, 5, 3), options)
