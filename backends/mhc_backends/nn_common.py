@@ -227,7 +227,7 @@ def run_sublayers(
     last one, the streams and its H_pre. H_pre is for the single-pass order alone.
     """
     if start == 0:
-        enter = _first_state if first else _state_of_stage
+        enter: Callable[..., tuple[Any, ...]] = _first_state if first else _state_of_stage
         state = enter(blocks[0], *state, single_pass)
     for k, (args, kwargs) in enumerate(arguments):
         x, h, h_pre, h_post, h_res = state
