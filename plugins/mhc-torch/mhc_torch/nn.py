@@ -6,6 +6,7 @@ options, and with the same weights the same outputs and gradients.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -449,13 +450,14 @@ class HyperConnectedStack(nn.Module):
         wanted = self.training and torch.is_grad_enabled()
         recompute = wanted and size < len(blocks)
         recompute = recompute and is_repeatable(arguments, (Tensor, torch.dtype, torch.device))
-        axis = sharding.channel_axis()  # a recomputation runs after the caller's block
+        # a recomputation runs after the caller's block, which a tracing compiler cannot look at
+        axis = None if torch.compiler.is_compiling() else sharding.channel_axis()
         for start in range(0, len(blocks), size):
             stop = min(start + size, len(blocks))
 
             def run(*state: Tensor, start: int = start, stop: int = stop) -> tuple[Tensor, ...]:
                 part, given = blocks[start : stop + 1], arguments[start:stop]
-                with sharding.channels_over(axis):
+                with contextlib.nullcontext() if axis is None else sharding.channels_over(axis):
                     return run_sublayers(part, start, given, state, self.single_pass, self.first)
 
             state = _checkpoint(run, *state, use_reentrant=False) if recompute else run(*state)
