@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from checkpoint_files import Weights, folder, parameters, without
 from mlx import nn
@@ -115,8 +116,25 @@ def test_a_model_of_plain_gates_gets_the_matrices(mode: str) -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_elements_of_any_width_are_unpacked(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    elements = rng.integers(0, 2**bits, (3, 128), np.uint8)
+    stream = (elements[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+    weight = np.packbits(stream.reshape(3, -1), axis=-1, bitorder="little").view("<u4")
+    scales, biases = rng.normal(size=(2, 3, 2)).astype(np.float32)
+    got = dequantised(Packing("affine", 64, bits), weight, scales, biases)
+    want = np.repeat(scales, 64, axis=1) * elements + np.repeat(biases, 64, axis=1)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
+def test_elements_are_those_of_mlx(bits: int) -> None:
     matrix = mx.random.normal((3, 128), key=mx.random.key(bits))
-    stored = mx.quantize(matrix, group_size=64, bits=bits)
+    try:
+        stored = mx.quantize(matrix, group_size=64, bits=bits)
+    except ValueError as error:  # older releases have no width of 1
+        if "bits 1 is not supported" not in str(error):
+            raise
+        pytest.skip(f"this MLX: {error}")
     got = dequantised(Packing("affine", 64, bits), *map(to_host, stored))
     want = mx.dequantize(*stored, group_size=64, bits=bits)
     assert mx.abs(mx.array(got) - want).max() <= 1e-6 * mx.abs(want).max()
