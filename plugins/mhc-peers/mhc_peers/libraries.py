@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from importlib import import_module
 from typing import Any, cast
 
@@ -98,14 +97,6 @@ class Torch(Compiled):
         import ml_dtypes
 
         return tensor.float().numpy().astype(ml_dtypes.bfloat16)
-
-    def ways(self) -> Mapping[str, Callable[[Function], Function]]:
-        """Return the call, and on a GPU its launches replayed from a CUDA graph."""
-        if self.device == "cpu":
-            return super().ways()
-        from mhc_core.cli.bench.graphs import replayed
-
-        return {**super().ways(), "call, CUDA graph": partial(replayed, self.torch)}
 
     def forward(self, function: Function, primals: Sequence[Any]) -> list[Any]:
         with self.torch.no_grad():

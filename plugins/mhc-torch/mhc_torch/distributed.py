@@ -43,8 +43,8 @@ def channels_over(group: distributed.ProcessGroup | None = None) -> Generator[No
     H_pre, H_post and H_res as many numbers as these have. Streams are never gathered. The ops run
     on the backend ``torch`` and are those in ``mhc_core.sharding.CHANNEL_OPS``.
 
-    DTensors need no block: their placements say it. The block is for eager code: what torch.compile
-    traced outside of it knows nothing of it.
+    DTensors need no block: their placements say it. The block is for eager code: torch.compile
+    cannot look at it.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""CUDA graphs of what PyTorch launches, for backends here and for the processes of mhc-peers."""
+"""CUDA graphs of what PyTorch launches."""
 
 from __future__ import annotations
 
