@@ -780,7 +780,7 @@ def test_numbers_that_are_none_are_null_in_json() -> None:
 )
 def test_errors(arguments: tuple[str, ...], code: int, words: str) -> None:
     result = run(*arguments)
-    assert result.exit_code == code
+    assert result.exit_code == code, result.output
     assert words in result.output
     assert len(result.output.splitlines()) == 1
 
