@@ -18,27 +18,6 @@ from mhc_core.hookspecs import hookimpl
 
 VARIABLES = ("MHC_BACKEND", "MHC_DISABLE_PLUGINS", "MHC_MLX_DISABLE_METAL")
 LIBRARY = "fake_library"
-LONG = (
-    "test_kit.py",
-    "test_cuda_bodies.py",
-    "test_transforms.py",
-    "test_kernels.py",
-    "test_demo_documents.py",
-    "test_migrating.py",
-    "test_jax_cuda.py",
-    "test_recompute.py",
-    "test_jax_settings.py",
-    "test_second.py",
-    "test_headers.py",
-    "test_sharded.py",
-    "test_proof.py",
-)
-"""The modules that take longest by themselves, however few tests they have."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let long modules begin first: else one worker runs the last of them, and others wait."""
-    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(autouse=True)
