@@ -251,14 +251,7 @@ def shift(xp: Any, logits: Array, axis: int) -> Array:
     The shift cancels out of the result, but with a library's gradient of max it might not cancel
     exactly.
     """
-    return _stopped(xp, xp.max(logits, axis=axis, keepdims=True))
-
-
-def _stopped(xp: Any, array: Array) -> Array:
-    """Return an array as a constant to autodiff."""
-    if _is(xp, "jax"):
-        return _lax().stop_gradient(array)
-    return xp.stop_gradient(array) if _is(xp, "mlx") else array
+    return stopped(xp, xp.max(logits, axis=axis, keepdims=True))
 
 
 def largest(xp: Any, logits: Array, axis: int) -> Array:
@@ -290,7 +283,7 @@ def _ties(xp: Any, logits: Array, axis: int) -> Array:
     shape = [1] * logits.ndim
     shape[axis] = size = logits.shape[axis]
     places = xp.reshape(constant(xp, [float(k) for k in range(size)], logits), tuple(shape))
-    place = xp.argmax(_stopped(xp, logits), axis=axis, keepdims=True)
+    place = xp.argmax(stopped(xp, logits), axis=axis, keepdims=True)
     return xp.logical_or(equal, places == xp.astype(place, logits.dtype))
 
 

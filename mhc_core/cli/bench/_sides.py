@@ -197,7 +197,7 @@ def _remote_side(baseline: Baseline, remote: Any) -> Side:
     here = library("numpy")
     name = f"{baseline.name}'s process"
     own = replace(
-        here, name=name, accelerator=remote.on_gpu, forward=dict.fromkeys(remote.ways, same)
+        here, name=name, accelerator=remote.on_gpu, forward={remote.way: same}
     )
     return Side(baseline.name, False, own, None, refuses, remote.put, same, remote=remote)
 
@@ -229,8 +229,7 @@ def entries(row: Row, side: Side) -> Iterator[Entry]:
 def _calls(row: Row, side: Side) -> Iterator[Entry]:
     if side.remote is not None:
         names = [word.partition(".")[2] for word in row.inputs]
-        for way in side.remote.ways:
-            yield Entry(side, way, side.remote.call(row.ops[0], names, way))
+        yield Entry(side, side.remote.way, side.remote.call(row.ops[0], names))
         return
     forward = partial(row.formula, side.functions, side.library.xp)
     count = len(row.inputs)

@@ -28,12 +28,10 @@ def _several(outputs: Any) -> list[Any]:
     return [outputs]
 
 
-def _unchanged(function: Function) -> Function:
-    return function
-
-
 class Compiled:
-    """The calls of a peer that are timed, each compiled once in each way."""
+    """The calls of a peer that are timed, each compiled once."""
+
+    way = "call"
 
     def __init__(self) -> None:
         self._calls: dict[Any, Function] = {}
@@ -47,12 +45,7 @@ class Compiled:
         raise NotImplementedError
 
     def compiled(
-        self,
-        key: Any,
-        function: Function,
-        names: Sequence[str],
-        static: Mapping[str, Any],
-        way: str,
+        self, key: Any, function: Function, names: Sequence[str], static: Mapping[str, Any]
     ) -> Function:
         """Return a function of primals to outputs; of cotangents after them, to gradients."""
         if key not in self._calls:
@@ -66,12 +59,12 @@ class Compiled:
                     return self.forward(call, arrays)
                 return self.gradients(call, arrays[:count], arrays[count:])
 
-            self._calls[key] = self.ways()[way](run)
+            self._calls[key] = self.whole(run)
         return self._calls[key]
 
-    def ways(self) -> Mapping[str, Callable[[Function], Function]]:
-        """Return the ways in which users of the library run a function, by name."""
-        return {"call": _unchanged}
+    def whole(self, function: Function) -> Function:
+        """Compile a function as users of the library do."""
+        return function
 
 
 class Torch(Compiled):
@@ -170,9 +163,11 @@ class Jax(Compiled):
         super().__init__()
         self.jax, self.jnp = jax, jnp
 
-    def ways(self) -> Mapping[str, Callable[[Function], Function]]:
-        """Return jit."""
-        return {"jax.jit": self.jax.jit}
+    way = "jax.jit"
+
+    def whole(self, function: Function) -> Function:
+        """Compile a function."""
+        return self.jax.jit(function)
 
     def take(self, array: Any) -> Any:
         return self.jnp.asarray(array)

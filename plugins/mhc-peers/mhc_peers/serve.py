@@ -37,9 +37,9 @@ class Server:
             self.library.torch.set_num_threads(os.cpu_count() or 1)  # as beside the others
         self.arrays: list[Any] = []
 
-    def about(self) -> tuple[str, list[str]]:
-        """Return the device, and the ways in which calls run."""
-        return self.device, list(self.library.ways())
+    def about(self) -> tuple[str, str]:
+        """Return the device, and the way in which calls run."""
+        return self.device, self.library.way
 
     def put(self, wire: Wire) -> int:
         """Keep an array; return its number."""
@@ -81,13 +81,11 @@ class Server:
         op: str,
         names: Sequence[str],
         static: Mapping[str, Any],
-        way: str,
         numbers: Sequence[int],
     ) -> tuple[Callable[..., Sequence[Any]], list[Any]]:
         arrays = [self.arrays[number] for number in numbers]
-        key = (op, tuple(names), len(numbers), way)
-        made = self.library.compiled(key, self.peer.ops[op].function, names, static, way)
-        return made, arrays
+        key = (op, tuple(names), len(numbers))
+        return self.library.compiled(key, self.peer.ops[op].function, names, static), arrays
 
 
 def main(name: str) -> None:

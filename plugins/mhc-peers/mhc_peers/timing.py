@@ -27,8 +27,8 @@ class Remote:
 
     Attributes
     ----------
-    name, on_gpu, ways
-        The peer's name, whether it runs on a GPU, and the ways in which its calls run.
+    name, on_gpu, way
+        The peer's name, whether it runs on a GPU, and the way in which its calls run.
     """
 
     def __init__(self, peer: Peer, static: Static, checkouts: Mapping[str, Path]) -> None:
@@ -44,7 +44,7 @@ class Remote:
             stdout=subprocess.PIPE,
             stderr=self._said,
         )
-        device, self.ways = cast("tuple[str, list[str]]", self._ask("about"))
+        device, self.way = self._ask("about")
         self.on_gpu = device != "cpu"
 
     def close(self) -> None:
@@ -72,9 +72,9 @@ class Remote:
         """Drop the arrays that were kept."""
         self._ask("forget")
 
-    def call(self, op: str, names: Sequence[str], way: str) -> Call:
+    def call(self, op: str, names: Sequence[str]) -> Call:
         """Return an op as a function of arrays that were put; with cotangents, its vjp."""
-        return Call(self, (op, tuple(names), dict(self._static(op)), way))
+        return Call(self, (op, tuple(names), dict(self._static(op))))
 
     def ask(self, what: str, *given: Any) -> Any:
         """Return an answer; raise RuntimeError with what went wrong there."""
