@@ -196,9 +196,7 @@ def _remote_side(baseline: Baseline, remote: Any) -> Side:
 
     here = library("numpy")
     name = f"{baseline.name}'s process"
-    own = replace(
-        here, name=name, accelerator=remote.on_gpu, forward={remote.way: same}
-    )
+    own = replace(here, name=name, accelerator=remote.on_gpu, forward={remote.way: same})
     return Side(baseline.name, False, own, None, refuses, remote.put, same, remote=remote)
 
 
