@@ -141,6 +141,7 @@ class Shape:
         - ``"slabs"``: some channels of all streams, 32 of one in each simdgroup, for a share of the
           tokens
         - ``"tiles"``: 16 tokens
+        - ``"mixes"``: some numbers of the gradients of H_res and h_post
     threads
         The most threads of a threadgroup; fewer where there is less to do, and in Metal never more
         than MOST_THREADS.
@@ -185,6 +186,7 @@ class Shape:
         "gated_channels",
         "slabs",
         "tiles",
+        "mixes",
     ]
     threads: int = 256
     elements: int = 8
@@ -247,6 +249,7 @@ TABLE: Mapping[str, Shape] = {
     "static_mappings": Shape(groups="matrices", threads=128),
     "static_mappings_vjp": Shape(groups="matrices", threads=64),
     "sum_rows": Shape(groups="rows", elements=1),
+    "sum_slabs": Shape(groups="mixes"),
     "vjp_tiles": Shape(groups="tiles"),
     "weights_norm_vjp": Shape(groups="share", keeps=2, layers=True),
     "weights_vjp": Shape(groups="token"),
@@ -301,6 +304,8 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
         return _n_tiles(shape, T, n, C)
     if shape.groups == "slabs":
         return _slabs(T, n, C)
+    if shape.groups == "mixes":
+        return _launch(-(-T * (n * n + n) // shape.threads), 1, shape.threads, 1)
     if shape.groups == "tiles":
         return _launch(-(-T // TILE_TOKENS), 1, shape.threads, 1)
     if shape.groups.startswith("gated"):

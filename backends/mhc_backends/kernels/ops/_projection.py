@@ -533,7 +533,7 @@ def _project_vjp(
         "old": None if streams is None else tokens(streams.x, 2),
         "y": None if streams is None else tokens(streams.y, 1),
     }
-    mixed = Out((launch.slabs(n, sizes.C), sizes.T * (n * n + n)), FLOAT32)
+    mixed = Out((launch.slabs(n, sizes.C), sizes.T, n * n + n), FLOAT32)
     outputs = {
         "dx": out,
         "dphi": Out((shares, *phi.shape), FLOAT32),
@@ -547,8 +547,11 @@ def _project_vjp(
     if streams is None:
         return made
     dy, dmix = rest
-    both = kernels.sum_rows(dmix).reshape(sizes.T, n * n + n)
-    return [*made, dy, both[:, : n * n].reshape(sizes.T, n, n), both[:, n * n :]]
+    outputs = {
+        "dh_res": Out((sizes.T, n, n), FLOAT32),
+        "dh_post": Out((sizes.T, n), FLOAT32),
+    }
+    return [*made, dy, *kernels("sum_slabs", {"dmix": dmix}, outputs, sizes)]
 
 
 class Cotangents(NamedTuple):

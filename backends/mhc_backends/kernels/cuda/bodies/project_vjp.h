@@ -6,7 +6,8 @@
 // x[T, n, C] in bfloat16, phi[m, n C], tiles of du, pull and w (vjp_tiles), dh[T, C], g[T, n, C] ->
 // dx[T, n, C] and, for each share of the tokens, dphi[S, m, n C]. With COMBINES, the tiles have
 // H_res and h_post, and there are old[T, n, C], y[T, C] -> dx, dphi, dy[T, C] and, for each slab of
-// channels, dmix[B, T, n n + n]: dH_res, then dh_post. sum_rows adds up shares and slabs.
+// channels, dmix[B, T, n n + n]: dH_res, then dh_post. sum_rows adds up the shares, sum_slabs the
+// slabs.
 //
 // A threadgroup takes a slab and a share (../vjp/layout.h). While it works on a tile, STAGES - 1
 // more are copied. It needs n from 2 to 4, m <= 32, and C a multiple of the slab's channels.
