@@ -627,7 +627,8 @@ def _shape(kernel: str, dialect: str) -> Shape:
     if shape.like:
         other = _shape(shape.like, dialect)
         shape = replace(shape, threads=other.threads, elements=other.elements)
-    return replace(shape, threads=min(shape.threads, MOST_THREADS[dialect]))
+    most = MOST_THREADS[dialect]
+    return shape if shape.threads <= most else replace(shape, threads=most)
 
 
 @functools.cache
