@@ -119,6 +119,16 @@ To same_bits(From from) {
 inline float __uint_as_float(unsigned v) { return same_bits<float>(v); }
 inline unsigned __float_as_uint(float v) { return same_bits<unsigned>(v); }
 
+// bytes of b : a, chosen by the nibbles of `which`
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned which) {
+    unsigned out = 0;
+    for (int k = 0; k < 4; k++) {
+        const unsigned at = which >> 4 * k & 7;
+        out |= ((at < 4 ? a : b) >> at % 4 * 8 & 255) << 8 * k;
+    }
+    return out;
+}
+
 static void __syncthreads() { wait_at(whole_block); }
 static void __syncwarp() { wait_at(warp().barrier); }
 static float __shfl_sync(unsigned, float v, int from) {
@@ -161,6 +171,10 @@ struct __nv_bfloat162 {
 };
 inline __half2 __floats2half2_rn(float a, float b) { return {a, b}; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {a, b}; }
+inline __nv_bfloat162 __float2bfloat162_rn(float v) { return {v, v}; }
+inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
+    return {float(a.low) * float(b.low), float(a.high) * float(b.high)};
+}
 inline float __half2float(__half v) { return v; }
 inline __half __ushort_as_half(unsigned short v) { return same_bits<__half>(v); }
 inline unsigned short __half_as_ushort(__half v) { return v.bits; }

@@ -53,6 +53,15 @@ CASES = [
     Case("pre", "float32", 4, FEWEST, T=3),
     Case("pre", "float16", 4, MANY, T=70, C=64),
     Case("pre", "bfloat16", 4, MANY, T=70, C=64),  # whole blocks: the streams are on their way
+    # whole slabs of channels: dx and dphi in one pass
+    Case("pre", "bfloat16", 4, MANY, back=True, T=37, C=128),
+    Case("pre", "bfloat16", 3, FEW, back=True, T=16, C=64, mixes=False),
+    Case("combine_pre", "bfloat16", 4, MANY, back=True, T=53, C=128),
+    Case("combine_pre", "bfloat16", 3, FEW, back=True, T=5, C=64),
+    Case("combine_pre", "bfloat16", 4, MANY, back=True, T=18, C=64, mixes=False),
+    Case("combine_pre", "bfloat16", 2, FEW, back=True, T=18, C=128),
+    Case("head", "bfloat16", 4, MANY, back=True, T=17, C=64),
+    Case("mappings", "bfloat16", 2, MANY, back=True, T=17, C=256),
     Case("pre_norm", "float32", 4, FEW, back=True, T=3),
     Case("pre_norm", "float32", 3, FEW, T=3, mixes=False),
     Case("combine_pre_norm", "float32", 4, FEWEST, T=3),
@@ -132,16 +141,50 @@ def test_kernels_on_a_cpu(case: Case, folder: Path, monkeypatch: pytest.MonkeyPa
         pairs = zip(_there(outputs), _there(many), strict=True)
         assert all(mx.array_equal(a, b) for a, b in pairs)
     if case.back:
-        rng = np.random.default_rng(5)
-
-        def like(out: Any) -> Any:
-            return mx.array(rng.normal(size=out.shape).astype(np.float32)).astype(out.dtype)
-
-        given = [None if out is None else like(out) for out in outputs]
+        given = _cotangents(outputs)
         gradients = own.vjp(case.op, primals, given, **static)
         wide_given = tuple(None if one is None else _float64(one) for one in given)
         want = mhc.vjp(case.op, tuple(wide), wide_given, **static, backend="numpy")
         _close(_there(gradients), _there(want))
+
+
+def _cotangents(outputs: Sequence[Any]) -> list[Any]:
+    rng = np.random.default_rng(5)
+
+    def like(out: Any) -> Any:
+        return mx.array(rng.normal(size=out.shape).astype(np.float32)).astype(out.dtype)
+
+    return [None if out is None else like(out) for out in outputs]
+
+
+def test_one_pass_for_dx_and_dphi(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare with the kernels of several passes, where float64 does not round h before the norm.
+
+    The cotangent of h is float32 there, and arrays begin anywhere.
+    """
+    from mhc_backends.kernels.functions import Ops
+    from mhc_backends.kernels.mlx import Kernels
+
+    made: list[str] = []
+
+    def recording(*, name: str, **texts: Any) -> Any:
+        made.append(name)
+        return launcher(folder)(name=name, **texts)
+
+    own = Ops(Kernels(recording, "cuda", 227 * 1024))
+    case = Case("combine_pre_norm", "bfloat16", 4, MANY, T=19, C=64)
+    static = dict(with_variant(case.op, mhc.DEEPSEEK_V4, h_raw=False))
+    primals = [mx.concatenate([one.reshape(-1)[:1], one.reshape(-1)]) for one in _draw(case)]
+    primals = [one[1:].reshape(like.shape) for one, like in zip(primals, _draw(case), strict=True)]
+    outputs = getattr(own, case.op)(*primals, **static)
+    given = _cotangents(several(outputs))
+    one_pass = own.vjp(case.op, primals, given, **static)
+    assert any(name.startswith("mhc_project_vjp") for name in made)
+    del made[:]
+    monkeypatch.setattr(launch, "SLAB_STREAMS", ())
+    passes = own.vjp(case.op, primals, given, **static)
+    assert any(name.startswith("mhc_project_dphi") for name in made)
+    _close(_there(one_pass), [_float64(one) for one in _there(passes)])
 
 
 def test_gates_on_a_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

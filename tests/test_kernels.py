@@ -17,9 +17,9 @@ from cuda_on_cpu import TYPES
 
 import mhc_core
 from mhc_backends import kernels
-from mhc_backends.kernels.launch import BUSY, TABLE, VARIABLE, Launch, launch, shares
+from mhc_backends.kernels.launch import BUSY, TABLE, VARIABLE, Launch, launch, shares, slabs
 from mhc_backends.kernels.ops import OPS
-from mhc_backends.kernels.text import entry, flat, header, headers, signature
+from mhc_backends.kernels.text import body_path, entry, flat, header, headers, signature
 from mhc_backends.mlx_metal import SPEC
 from mhc_core.variants import DEEPSEEK_V4 as V4
 
@@ -57,15 +57,15 @@ def test_it_imports_nothing_heavy() -> None:
 
 
 def test_every_kernel_has_a_launch_and_every_op_a_vjp() -> None:
-    assert set(TABLE) == set(kernels.KERNELS)
+    assert set(TABLE) == EVERY
     for op in OPS:
         text = Path(kernels.__file__).parent.joinpath("ops", f"{op}.py").read_text()
         assert "\ndef forward(" in text
-        assert ("\ndef vjp(" in text) == (op not in FORWARD_ONLY)
+        assert "\ndef vjp(" in text
 
 
-FORWARD_ONLY = ("gated_head", "gated_pre")  # their vjps are the formulas'
 FOLDER = Path(kernels.__file__).parent
+EVERY = {*kernels.KERNELS, *itertools.chain(*kernels.OWN.values())}
 NEUTRAL = sorted([*FOLDER.glob("bodies/*.h"), *FOLDER.glob("common/**/*.h")])
 DIALECT = {name: sorted(FOLDER.glob(f"{name}/dialect/*.h")) for name in kernels.DIALECTS}
 
@@ -112,8 +112,10 @@ def test_dialects_hold_only_differences() -> None:
 
 def test_every_header_is_included() -> None:
     for dialect in kernels.DIALECTS:
-        used = {path for name in kernels.KERNELS for path in headers(f"bodies/{name}.h", dialect)}
-        every = {str(path.relative_to(FOLDER)) for path in (*NEUTRAL, *DIALECT[dialect])}
+        names = (*kernels.KERNELS, *kernels.OWN[dialect])
+        used = {path for name in names for path in headers(body_path(name), dialect)}
+        own = FOLDER.glob(f"{dialect}/**/*.h")
+        every = {str(path.relative_to(FOLDER)) for path in (*NEUTRAL, *own)}
         assert used == every
 
 
@@ -121,7 +123,8 @@ def test_every_header_is_included() -> None:
 def test_no_name_is_a_word_of_metal(dialect: str) -> None:
     """Check without Clang: it compiles for the simulator, and knows these as type names at most."""
     words = "half|bfloat|uint|ushort|uchar|ulong|kernel|vertex|fragment|constant|thread"
-    text = "".join(_text(name, dialect) for name in kernels.KERNELS)
+    names = (*kernels.KERNELS, *kernels.OWN[dialect])
+    text = "".join(_text(name, dialect) for name in names)
     assert not re.search(rf"(\.|->)\s*({words})\b|\b({words})\s*(\[|=[^=])", text)
 
 
@@ -130,7 +133,7 @@ FAST = "exp|exp2|exp10|log|log2|log10|sqrt|rsqrt|sin|cos|tan|tanh|pow|max|min|fm
 
 def test_functions_with_a_fast_variant_are_called_precise() -> None:
     """Check the texts: the simulator's fast functions err as far as Apple's may, see math.h."""
-    for path in (*NEUTRAL, *DIALECT["metal"], *DIALECT["cuda"]):
+    for path in FOLDER.glob("**/*.h"):
         if path.name != "precise.h":
             assert not re.search(rf"(?<!precise::)\b({FAST})\(", _code(path.read_text()))
 
@@ -145,7 +148,7 @@ LARGEST = {
     **dict.fromkeys(("head_vjp",), 2.5),
     **dict.fromkeys(("gated_low",), 3),
     **dict.fromkeys(("combine_vjp_wide", "mappings_unmixed_vjp"), 3),
-    **dict.fromkeys(("static_layer_vjp_wide",), 3.5),
+    **dict.fromkeys(("gated_low_vjp", "static_layer_vjp_wide"), 4),
     **dict.fromkeys(("mappings_unmixed",), 4),
     **dict.fromkeys(("weights_vjp",), 6),
     **dict.fromkeys(("aggregate", "write_streams"), 7.5),
@@ -161,17 +164,19 @@ LARGEST = {
     **dict.fromkeys(("pre_unmixed",), 12),
     **dict.fromkeys(("pre_unmixed_k_blocks",), 12.5),
     **dict.fromkeys(("static_layer_vjp",), 14),
+    **dict.fromkeys(("gated_dlow",), 14.5),
     **dict.fromkeys(("gated_collapse",), 15.5),
     **dict.fromkeys(("sinkhorn_knopp",), 16.5),
-    **dict.fromkeys(("project_dphi", "project_dx", "project_k_blocks"), 17),
+    **dict.fromkeys(("project_dx", "project_k_blocks"), 17),
     **dict.fromkeys(("project_unmixed_k_blocks",), 17),
-    **dict.fromkeys(("gated_project", "sinkhorn"), 18),
-    **dict.fromkeys(("project_few", "static_mappings"), 18.5),
+    **dict.fromkeys(("gated_collapse_vjp", "project_dphi"), 17.5),
+    **dict.fromkeys(("gated_dfactors", "sinkhorn"), 18),
+    **dict.fromkeys(("gated_project", "project_few", "static_mappings"), 18.5),
     **dict.fromkeys(("sinkhorn_knopp_vjp", "sinkhorn_vjp"), 19),
-    **dict.fromkeys(("static_mappings_vjp",), 19.5),
+    **dict.fromkeys(("gated_dx", "static_mappings_vjp"), 19.5),
     **dict.fromkeys(("mappings",), 21.5),
     **dict.fromkeys(("mappings_vjp",), 22),
-    **dict.fromkeys(("project", "write_project_k_blocks"), 22.5),
+    **dict.fromkeys(("project", "write_project_k_blocks"), 23),
     **dict.fromkeys(("combine_project_k_blocks",), 23.5),
     **dict.fromkeys(("combine_project_few", "write_project_few"), 24),
     **dict.fromkeys(("pre_k_blocks",), 25),
@@ -191,7 +196,7 @@ def test_the_size_of_each_text() -> None:
 @pytest.mark.parametrize("dialect", kernels.DIALECTS)
 def test_no_definition_stands_twice(dialect: str) -> None:
     """Check that no five meaningful lines appear twice in a text."""
-    for name in kernels.KERNELS:
+    for name in (*kernels.KERNELS, *kernels.OWN[dialect]):
         lines = [line for line in header(name, dialect).splitlines() if len(line) > 12]
         runs = Counter(zip(*(lines[k:] for k in range(5)), strict=False))
         twice = [run for run, count in runs.items() if count > 1]
@@ -200,16 +205,18 @@ def test_no_definition_stands_twice(dialect: str) -> None:
 
 def test_bodies_that_load_vectors_ask_where_they_may() -> None:
     """Check every body: one that never asks its arrays for vectors would be right, and slow."""
-    loading = {name for name in kernels.KERNELS if "ACCESS::at(" in header(name, "metal")}
+    written = dict.fromkeys(kernels.OWN["cuda"], "cuda")
+    written |= dict.fromkeys(kernels.KERNELS, "metal")
+    loading = {name for name, dialect in written.items() if "ACCESS::at(" in header(name, dialect)}
     assert len(loading) > 20
-    assert {name for name in kernels.KERNELS if signature(name).aligned} == loading
+    assert {name for name in EVERY if signature(name).aligned} == loading
     for name in loading:
         _, asked = signature(name).aligned or ((), ())
-        body = header(name, "metal").partition(f"FUNCTION void {name}(")[2]
+        body = header(name, written[name]).partition(f"FUNCTION void {name}(")[2]
         given = set(re.findall(r"ACCESS::at\((\w+)\)", body))
         assert given == {one for one in asked if "_shape_" not in one}
-        assert f"{name}<Aligned" in entry(name, "metal")
-        assert f"{name}<Anywhere" in entry(name, "metal")
+        assert f"{name}<Aligned" in entry(name, written[name])
+        assert f"{name}<Anywhere" in entry(name, written[name])
 
 
 def test_what_an_entry_says_of_a_launch() -> None:
@@ -288,7 +295,7 @@ class Launched(NamedTuple):
 
 def _kernel(name: str) -> str:
     """Return the name of the kernel that MLX's name belongs to."""
-    return max((k for k in kernels.KERNELS if name.startswith(f"mhc_{k}_")), key=len)
+    return max((k for k in EVERY if name.startswith(f"mhc_{k}_")), key=len)
 
 
 class Recorder:
@@ -357,10 +364,10 @@ def _launched(monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
 )
 def test_every_body_compiles_as_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = list({one.types: one for one in _launched(monkeypatch)}.values())
-    assert {one.kernel for one in launched} == set(kernels.KERNELS)
+    assert {one.kernel for one in launched} == EVERY
     text = (
         _CUDA_BEFORE
-        + flat("cuda", *(f"bodies/{name}.h" for name in kernels.KERNELS))
+        + flat("cuda", *map(body_path, sorted(EVERY)))
         + "namespace mlx::core::cu {\nnamespace cg = cooperative_groups;\n"
         + "".join(one.cuda(f"kernel_{number}") for number, one in enumerate(launched))
         + "}\n"
@@ -437,7 +444,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("kernel", TABLE)
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_launches_are_whole_and_within_bounds(kernel: str, dtype: str) -> None:
     for T, n, C in SIZES:
@@ -461,6 +468,22 @@ def test_launches_by_example() -> None:
     assert launch("sinkhorn", 9, 3, 1, "float32") == Launch((64, 1, 1), (64, 1, 1), 1)
     assert launch("sinkhorn", 4096, 4, 1, "float32") == Launch((2**14, 1, 1), (128, 1, 1), 1)
     assert launch("sum_rows", 4096, 1, 20, "float32") == Launch((16 * 256, 1, 1), (256, 1, 1), 1)
+
+
+def test_slabs_by_example() -> None:
+    """Check the threadgroups of `project_vjp`: full rounds, few shares, the slab's threads."""
+
+    def shape(T: int, n: int, C: int) -> tuple[int, int, int]:
+        made = launch("project_vjp", T, n, C, "bfloat16", "cuda")
+        return slabs(n, C), shares("project_vjp", T, n, C, "cuda"), made.threadgroup[0]
+
+    assert shape(4096, 4, 4096) == (64, 4, 256)  # 256 of 264
+    assert shape(16384, 4, 7168) == (112, 7, 256)  # three rounds of 264; two shares leave 40 idle
+    assert shape(4096, 4, 6144) == (96, 8, 256)
+    assert shape(4096, 2, 4096) == (32, 8, 256)
+    assert shape(4096, 3, 4096) == (64, 4, 192)
+    assert shape(1, 4, 64) == (1, 1, 256)
+    assert slabs(4, 4096 + 32) == slabs(1, 4096) == slabs(5, 4096) == 0
 
 
 def test_what_a_thread_keeps_in_registers() -> None:
@@ -507,8 +530,8 @@ def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_no_tuning_file_has_more_threads_than_metal_takes(tuned: Any) -> None:
-    tuned({kernel: {"threads": 1024} for kernel in TABLE})
-    for kernel in TABLE:
+    tuned({kernel: {"threads": 1024} for kernel in kernels.KERNELS})
+    for kernel in kernels.KERNELS:
         for T, n, C in SIZES:
             made = launch(kernel, T, n, C, "bfloat16")
             assert made.threadgroup[0] <= 256
@@ -548,6 +571,7 @@ def nested(depth: int) -> Any:
         ({"combine": {"iterations": 0}}, "iterations is 0; needs an integer of at least 1"),
         ({"combine": {"iterations": True}}, "iterations is True; needs"),
         ({"combine": {"groups": "token"}}, "'groups'; known are"),
+        ({"project_vjp": {"threads": 64}}, "'threads'; known are elements, iterations, resident"),
     ],
 )
 def test_a_wrong_tuning_file_says_what_it_needs(tuned: Any, content: Any, says: str) -> None:

@@ -110,7 +110,8 @@ def _without_folder(value: str) -> str:
 
 
 def _launches(T: int, n: int, C: int, dtype: str) -> dict[str, Any]:
-    """Return every kernel's launch, from the table that the kernels use."""
+    """Return every kernel's launch in Metal, from the table that the kernels use."""
+    from mhc_backends.kernels import KERNELS
     from mhc_backends.kernels.launch import TABLE, VARIABLE, launch
     from mhc_backends.mlx_metal import SPEC
 
@@ -119,9 +120,9 @@ def _launches(T: int, n: int, C: int, dtype: str) -> dict[str, Any]:
         return {"refused": f"the kernels' backend {refused}", "kernels": {}}
     kernels: dict[str, dict[str, Any]] = {}
     tuning = os.environ.get(VARIABLE) or VARIABLE
-    for name, shape in TABLE.items():
+    for name in KERNELS:
         try:
-            kernels[name] = {"takes": shape.groups, **asdict(launch(name, T, n, C, dtype))}
+            kernels[name] = {"takes": TABLE[name].groups, **asdict(launch(name, T, n, C, dtype))}
         except Exception as error:  # such as a tuning file that cannot be read
             problem = str(error).replace(tuning, _without_folder(tuning))
             kernels[name] = {"problem": safe(problem)}

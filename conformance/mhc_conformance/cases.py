@@ -606,6 +606,10 @@ TOKENS: Sequence[tuple[Sizes, str, tuple[str, ...]]] = (  # so many that product
     ),
     (Sizes((16385,), 3, 5, "tens of thousands of tokens"), "head", ("float32",)),
 )
+SLABS: Sequence[tuple[Sizes, tuple[str, ...]]] = (  # for which narrow streams may run other code
+    (Sizes((20,), 4, 128, "whole slabs of 64 channels, two tiles of tokens"), PROJECTED),
+    (Sizes((35,), 2, 128, "two streams, a whole slab of 128 channels"), ("pre", "combine_pre")),
+)
 LIBRARY_SIZES = (*SIZES, *(sizes for sizes, *_ in TOKENS))  # where a library may run other code
 ONCE = (("variant", replace(DEEPSEEK_V4, sinkhorn_iterations=1)),)
 MIXED = {
@@ -636,6 +640,7 @@ ALONE: Sequence[tuple[Sizes, tuple[str, ...]]] = (
 )
 P20, P1 = ((("variant", variant),) for variant in (PAPER, replace(PAPER, sinkhorn_iterations=1)))
 NARROW = ("float16", "bfloat16")
+BFLOAT16 = ("bfloat16",)
 EITHER = ("float32", "bfloat16")  # numbers as wide as the computation's, and narrow ones
 
 SPECIAL: Sequence[Case] = (
@@ -653,6 +658,11 @@ SPECIAL: Sequence[Case] = (
     *(
         Case(op, sizes.why, sizes, ONCE, dtypes=dtypes, usual=dtypes)
         for sizes, op, dtypes in TOKENS
+    ),
+    *(
+        Case(op, sizes.why, sizes, _first_static(op, sizes), dtypes=BFLOAT16, usual=BFLOAT16)
+        for sizes, ops in SLABS
+        for op in ops
     ),
     # some matrices beyond exp's range, next to others: a backend may treat the two differently
     *(

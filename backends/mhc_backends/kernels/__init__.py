@@ -8,6 +8,6 @@
 - ``ops``: each op as launches of kernels; ``functions.py`` makes a backend's functions of them
 """
 
-from mhc_backends.kernels.text import DIALECTS, KERNELS
+from mhc_backends.kernels.text import DIALECTS, KERNELS, OWN
 
-__all__ = ["DIALECTS", "KERNELS"]
+__all__ = ["DIALECTS", "KERNELS", "OWN"]

@@ -46,9 +46,12 @@ __all__ = [
     "per_split",
     "run_steps",
     "shares",
+    "slab_bytes",
+    "slabs",
     "splits",
     "stage",
     "stream_steps",
+    "tile_record",
     "whole_steps",
     "whole_streams",
 ]
@@ -99,6 +102,15 @@ GATED_COLUMNS = 31  # columns of a threadgroup of `gated_low`, LOW_COLUMNS in it
 # streams at a time in a threadgroup of `gated_collapse` and its vjp, as in
 # common/project/gate_logits.h
 GATED_STREAMS = 8
+# a tile's copies in threadgroup memory, of which one is computed on: with more streams to copy,
+# two are as many as two threadgroups of a multiprocessor have room for
+STAGES, FEW_STAGES = 3, 2
+SLAB_SIMDGROUPS = (
+    8  # simdgroups of a threadgroup of `project_vjp`, each with 32 channels of a stream
+)
+SLAB_STREAMS = range(2, 5)  # the streams that they can have
+SLAB_GROUPS = 264  # threadgroups for which an H200 has room, two for each multiprocessor
+SLAB_SHARES = 8  # the most shares of the tokens, each of which writes a dphi
 SCRATCH = {
     "metal": 8192,
     "cuda": 10240,
@@ -137,6 +149,10 @@ class Shape:
         - ``"gated_pullback"``: the same, with as many channels whatever the tokens
         - ``"gated_factors"``: 32 channels of a stream in each simdgroup, for a share of the tokens
           and one of the columns
+        - ``"slabs"``: some channels of all streams, 32 of one in each simdgroup, for a share of the
+          tokens
+        - ``"tiles"``: 16 tokens
+        - ``"mixes"``: some numbers of the gradients of H_res and h_post
     threads
         The most threads of a threadgroup; fewer where there is less to do, and in Metal never more
         than MOST_THREADS.
@@ -181,6 +197,9 @@ class Shape:
         "gated_channels",
         "gated_pullback",
         "gated_factors",
+        "slabs",
+        "tiles",
+        "mixes",
     ]
     threads: int = 256
     elements: int = 8
@@ -232,6 +251,7 @@ TABLE: Mapping[str, Shape] = {
     "project_dx": Shape(groups="n_tiles", iterations=4, resident=2),
     "project_few": Shape(groups="k_blocks", threads=512),
     "project_k_blocks": Shape(groups="k_block", threads=128, resident=4),
+    "project_vjp": Shape(groups="slabs", resident=2),
     "project_unmixed_k_blocks": Shape(groups="k_block", threads=128, resident=4, mixes=False),
     "residual_add_aggregate": Shape(groups="tile"),
     "residual_add_aggregate_vjp": Shape(groups="token"),
@@ -247,6 +267,8 @@ TABLE: Mapping[str, Shape] = {
     "static_mappings": Shape(groups="matrices", threads=128),
     "static_mappings_vjp": Shape(groups="matrices", threads=64),
     "sum_rows": Shape(groups="rows", elements=1),
+    "sum_slabs": Shape(groups="mixes"),
+    "vjp_tiles": Shape(groups="tiles"),
     "weights_norm_vjp": Shape(groups="share", keeps=2, layers=True),
     "weights_vjp": Shape(groups="token"),
     "write_project": Shape(groups="split_k"),
@@ -300,6 +322,12 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
         return _n_tiles(shape, T, n, C)
     if shape.groups == "gated_factors":
         return _gated_factors(shape, T, n, C)
+    if shape.groups == "slabs":
+        return _slabs(T, n, C)
+    if shape.groups == "mixes":
+        return _launch(-(-T * (n * n + n) // shape.threads), 1, shape.threads, 1)
+    if shape.groups == "tiles":
+        return _launch(-(-T // TILE_TOKENS), 1, shape.threads, 1)
     if shape.groups.startswith("gated"):
         return _gated(shape, T, n, C, dtype)
     elements = _elements(shape, n, C, dtype)
@@ -412,6 +440,8 @@ def shares(kernel: str, T: int, n: int, C: int, dialect: str = "metal") -> int:
     shape = _shape(kernel, dialect)
     if shape.groups == "gated_factors":
         return groups // (n * _factor_groups(shape, C))
+    if shape.groups == "slabs":
+        return groups // slabs(n, C)
     return groups // _n_tile_groups(shape, n, C) if shape.groups == "n_tiles" else groups
 
 
@@ -499,6 +529,49 @@ def _n_tile_groups(shape: Shape, n: int, C: int) -> int:
     """Count the threadgroups of a share; N tiles come in pairs, so that whole lines are read."""
     tiles = 2 * n * -(-C // (2 * STEP_CHANNELS))
     return -(-tiles // (shape.threads // SIMD))
+
+
+# ---- dx and dphi in one pass --------------------------------------------------------------------
+
+
+def slabs(n: int, C: int) -> int:
+    """Return the slabs of channels of ``project_vjp``, or 0 if the channels are not whole slabs."""
+    channels = SLAB_SIMDGROUPS // n * STEP_CHANNELS
+    return C // channels if n in SLAB_STREAMS and C % channels == 0 else 0
+
+
+def tile_record(n: int, columns: int, combines: bool) -> int:
+    """Return the floats of the record of a tile, TileRecord in cuda/vjp/layout.h."""
+    tiles = -(-columns // TILE_COLUMNS)
+    operands = (tiles + -(-6 * tiles // 4)) * SIMD * 4
+    return operands + 2 * n * TILE_TOKENS + combines * TILE_TOKENS * (n * n + n)
+
+
+def slab_bytes(
+    n: int, columns: int, dh_bytes: int, with_g: bool, combines: bool
+) -> tuple[int, int]:
+    """Return the stages of ``project_vjp`` and the bytes of threadgroup memory of them all.
+
+    ``dh_bytes`` is the size of a number of dh, 0 without one: TileStage in cuda/vjp/layout.h.
+    """
+    channels = SLAB_SIMDGROUPS // n * STEP_CHANNELS
+
+    def plane(size: int) -> int:  # a layer's rows, each with 16 bytes that are not used
+        return TILE_TOKENS * (channels * size + ACCESS_BYTES)
+
+    streams, layers = (1 + with_g + combines) * n, int(combines)
+    record = ITEMSIZE["float32"] * tile_record(n, columns, combines)
+    each = (streams + layers) * plane(2) + (plane(dh_bytes) if dh_bytes else 0) + record
+    stages = FEW_STAGES if combines else STAGES
+    return stages, stages * each + (n * plane(ITEMSIZE["float32"]) if combines else 0)
+
+
+def _slabs(T: int, n: int, C: int) -> Launch:
+    """Choose the shares of the tokens so that the threadgroups come in full rounds."""
+    count, threads = slabs(n, C), SLAB_SIMDGROUPS // n * n * SIMD
+    most = max(min(-(-T // SHARE_TOKENS), SLAB_SHARES), 1)
+    shares = min(range(1, most + 1), key=lambda s: (-(-s * count // SLAB_GROUPS) / s, s))
+    return _launch(count * shares, 1, threads, 1)
 
 
 # ---- gates with a low-rank projection ------------------------------------------------------------
@@ -642,9 +715,12 @@ def _override(path: str, kernel: str, entry: Any) -> Shape:
             f"{where} is {reprlib.repr(entry)}; needs an object with {', '.join(_NEEDS)}"
         )
     changes: dict[str, Any] = entry  # pyright: ignore[reportUnknownVariableType]
+    own = {**_NEEDS}
+    if TABLE[kernel].groups == "slabs":
+        del own["threads"]  # a slab's simdgroups determine them
     for name, value in changes.items():
-        if name not in _NEEDS:
-            raise ValueError(f"{where} has {reprlib.repr(name)}; known are {', '.join(_NEEDS)}")
+        if name not in own:
+            raise ValueError(f"{where} has {reprlib.repr(name)}; known are {', '.join(own)}")
         good, need = _NEEDS[name]
         if type(value) is not int or not good(value):
             raise ValueError(f"{where}: {name} is {reprlib.repr(value)}; needs {need}")

@@ -2,7 +2,8 @@
 
 ``bodies/<kernel>.h`` has the function template of a kernel. ``common`` has the functions that
 several bodies use. ``metal/dialect`` and ``cuda/dialect`` define the same words in the two
-languages, found as ``#include "dialect/..."``. MLX writes the function around a text: its
+languages, found as ``#include "dialect/..."``. A kernel of one language alone has its body in
+``<dialect>/bodies``. MLX writes the function around a text: its
 parameters are the inputs and outputs, and ``x_shape`` and the like where the text mentions them.
 """
 
@@ -18,7 +19,9 @@ from typing import NamedTuple
 __all__ = [
     "DIALECTS",
     "KERNELS",
+    "OWN",
     "Signature",
+    "body_path",
     "entry",
     "flat",
     "header",
@@ -29,14 +32,17 @@ __all__ = [
 DIALECTS = ("metal", "cuda")
 _FOLDER = files("mhc_backends.kernels")
 
-KERNELS = tuple(
-    sorted(
-        name.removesuffix(".h")
-        for name in (file.name for file in (_FOLDER / "bodies").iterdir())
-        if name.endswith(".h")
-    )
-)
-"""The names of all kernels: one body each."""
+
+def _bodies(*path: str) -> tuple[str, ...]:
+    folder = _FOLDER.joinpath(*path, "bodies")
+    found = (file.name for file in folder.iterdir()) if folder.is_dir() else ()
+    return tuple(sorted(name.removesuffix(".h") for name in found if name.endswith(".h")))
+
+
+KERNELS = _bodies()
+"""The names of the kernels that all dialects have: one body each."""
+OWN = {dialect: _bodies(dialect) for dialect in DIALECTS}
+"""The names of the kernels that one dialect alone has."""
 
 # ---- headers -------------------------------------------------------------------------------------
 
@@ -47,7 +53,13 @@ _INCLUDE = re.compile(r'#include "(.*)"')
 def header(kernel: str, dialect: str) -> str:
     """Return a kernel's body and the definitions that it uses, without comments."""
     _known(kernel, dialect)
-    return _used(flat(dialect, f"bodies/{kernel}.h"), entry(kernel, dialect))
+    return _used(flat(dialect, body_path(kernel)), entry(kernel, dialect))
+
+
+def body_path(kernel: str) -> str:
+    """Return the path of a kernel's body in the folder of the kernels."""
+    own = [dialect for dialect, names in OWN.items() if kernel in names]
+    return "/".join([*own, "bodies", f"{kernel}.h"])
 
 
 def flat(dialect: str, *paths: str) -> str:
@@ -95,10 +107,10 @@ def _read(path: str) -> str:
 
 
 def _known(kernel: str, dialect: str) -> None:
-    if kernel not in KERNELS:
-        raise ValueError(f"no kernel is named {kernel!r}; known are {', '.join(KERNELS)}")
     if dialect not in DIALECTS:
         raise ValueError(f"no dialect is named {dialect!r}; known are {', '.join(DIALECTS)}")
+    if kernel not in (known := [*KERNELS, *OWN[dialect]]):
+        raise ValueError(f"no kernel is named {kernel!r}; known are {', '.join(known)}")
 
 
 # ---- definitions that are used -------------------------------------------------------------------
@@ -197,7 +209,7 @@ class Signature(NamedTuple):
 @functools.cache
 def signature(kernel: str) -> Signature:
     """Read the signature of a kernel's body."""
-    text = _compact(f"bodies/{kernel}.h")
+    text = _compact(body_path(kernel))
     template, declared, statements = _function(text, "void", kernel)
     shared = {name: kind.split()[1].rstrip("*") for name, kind in declared if "threadgroup" in kind}
     lengths = {name: kind for name, kind in declared if re.search(r"_shape_\d$", name)}

@@ -43,6 +43,12 @@ GIVEN = Call(
     "combine_pre", ((T, N, C), (T, C), (T, N), RES, *PROJECTION, (N,)), {"variant": VARIANT}
 )
 UNMIXED = {"variant": replace(VARIANT, mixer="identity", post_eps=0.25)}
+# whole slabs of channels: narrow streams get dx and dphi in one pass
+SLAB = Call(
+    "combine_pre",
+    ((T, 4, 64), (T, 64), (T, 4), (T, 4, 4), (24, 256), (3,), (24,)),
+    {"variant": VARIANT},
+)
 ALONE = ((2 * N, N * C), (2,), (2 * N,))
 UNMIXING = [  # neither take an H_res nor make one
     Call("mappings", ((T, N, C), *ALONE), UNMIXED),
@@ -63,7 +69,7 @@ every_op = pytest.mark.parametrize(
 def _backend() -> Iterator[None]:
     """Register the backend, with the functions of all calls in one program."""
     single = [(call, call.arrays(torch.float32)) for call in EVERY]
-    narrow = [(BY_OP["pre"], _narrow(BY_OP["pre"]))]
+    narrow = [(call, _narrow(call)) for call in (BY_OP["pre"], SLAB)]
     prepare([*single, *narrow])
     with registered(SPEC):
         yield
@@ -125,11 +131,12 @@ def test_second_derivatives(op: str) -> None:
     assert_close(second(_kernels(call)), second(_torch(call)), rtol=1e-4, atol=1e-4)
 
 
-def test_narrow_parameters_get_narrow_gradients() -> None:
-    arrays = _narrow(BY_OP["pre"])
-    got = gradients(_kernels(BY_OP["pre"]), arrays)
+@pytest.mark.parametrize("call", [BY_OP["pre"], SLAB], ids=["pre", "slabs"])
+def test_narrow_parameters_get_narrow_gradients(call: Call) -> None:
+    arrays = _narrow(call)
+    got = gradients(_kernels(call), arrays)
     assert {one.dtype for one in got} == {torch.bfloat16}
-    assert_close(got, gradients(_torch(BY_OP["pre"]), arrays), rtol=2e-2, atol=2e-2)
+    assert_close(got, gradients(_torch(call), arrays), rtol=2e-2, atol=2e-2)
 
 
 @every_op
@@ -157,6 +164,14 @@ def test_results_share_no_memory() -> None:
     assert torch.equal(dx, dres)
     dx.zero_()
     assert dres.any()
+
+
+def test_no_tokens_of_whole_slabs() -> None:
+    arrays = [a[:0] if len(a) == T else a for a in _narrow(SLAB)]
+    arrays = [a.detach().requires_grad_() for a in arrays]
+    got = gradients(_kernels(SLAB), arrays)
+    assert [one.shape for one in got] == [a.shape for a in arrays]
+    assert not any(one.any() for one in got)
 
 
 def test_no_tokens() -> None:

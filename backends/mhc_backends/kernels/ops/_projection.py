@@ -16,9 +16,11 @@ __all__ = [
     "Cotangents",
     "Norm",
     "Projected",
+    "Streams",
     "Sums",
     "column_tiles",
     "combine_project",
+    "combined_pullback",
     "constants",
     "local_vjp",
     "mapped",
@@ -424,6 +426,15 @@ def summed(kernels: Kernels, local: Local, scale: Array, bias: Array) -> tuple[A
     return cast(total[bias.size :], scale.dtype), cast(total[: bias.size], bias.dtype)
 
 
+class Streams(NamedTuple):
+    """The inputs of the combine that made the streams of a projection."""
+
+    x: Array
+    y: Array
+    h_post: Array
+    h_res: Array | None
+
+
 def projection_pullback(
     kernels: Kernels,
     x: Array,
@@ -434,7 +445,10 @@ def projection_pullback(
     dh: Array | None = None,
     g: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Launch ``project_dx`` and ``project_dphi``; dx includes w_i dh and g if they are given."""
+    """Return dx and dphi; dx includes w_i dh and g if they are given."""
+    if _one_pass(kernels, x, phi, dh, g):
+        dx, dphi, *_ = _project_vjp(kernels, x, phi, local, out, w, dh, g)
+        return dx, dphi
     sizes, nothing = Sizes.of(x), local.pull
     flat = tokens(x, 2)
     inputs = {
@@ -459,6 +473,92 @@ def projection_pullback(
     return dx, kernels.sum_to(dphi, phi, 2)
 
 
+def _one_pass(
+    kernels: Kernels,
+    x: Array,
+    phi: Array,
+    dh: Array | None,
+    g: Array | None,
+    combines: bool = False,
+) -> bool:
+    """Return whether ``project_vjp`` can make dx and dphi: CUDA's dialect alone has it."""
+    sizes = Sizes.of(x)
+    if kernels.dialect != "cuda" or dtype_name(x.dtype) != "bfloat16":
+        return False
+    if not launch.slabs(sizes.n, sizes.C) or phi.shape[0] > MOST_COLUMNS:
+        return False
+    return _slab_bytes(sizes, phi, dh, g, combines)[1] <= kernels.memory
+
+
+def _slab_bytes(
+    sizes: Sizes, phi: Array, dh: Array | None, g: Array | None, combines: bool
+) -> tuple[int, int]:
+    size = 0 if dh is None else launch.ITEMSIZE[dtype_name(dh.dtype)]
+    return launch.slab_bytes(sizes.n, phi.shape[0], size, g is not None, combines)
+
+
+def _project_vjp(
+    kernels: Kernels,
+    x: Array,
+    phi: Array,
+    local: Local,
+    out: Out,
+    w: Array | None,
+    dh: Array | None,
+    g: Array | None,
+    streams: Streams | None = None,
+) -> list[Array]:
+    """Launch ``vjp_tiles`` and ``project_vjp``: dx and dphi, or those of x' = combine(streams).
+
+    The latter are followed by dy and the cotangents of H_res and h_post, one row per token.
+    """
+    sizes, columns, nothing = Sizes.of(x), phi.shape[0], local.pull
+    n, combines = sizes.n, streams is not None
+    record = launch.tile_record(n, columns, combines)
+    inputs = {
+        "du": local.du,
+        "pull": local.pull,
+        "w": nothing if w is None else tokens(w, 1),
+        "h_post": nothing if streams is None else tokens(streams.h_post, 1),
+        "h_res": nothing if streams is None else tokens(streams.h_res, 2),
+    }
+    count = -(-sizes.T // launch.TILE_TOKENS)
+    outputs: dict[str, Out | None] = {"tiles": Out((count, record), FLOAT32)}
+    chosen = {"COLUMNS": columns, "WITH_H": w is not None, "COMBINES": combines}
+    (tiles,) = kernels("vjp_tiles", inputs, outputs, sizes, **chosen)
+
+    shares = launch.shares("project_vjp", *sizes, kernels.dialect)
+    stages, size = _slab_bytes(sizes, phi, dh, g, combines)
+    given: dict[str, Array | None] = {
+        "x": tokens(x, 2),
+        "phi": phi,
+        "tiles": tiles,
+        "dh": nothing if dh is None else tokens(dh, 1),
+        "g": nothing if g is None else tokens(g, 2),
+        "old": None if streams is None else tokens(streams.x, 2),
+        "y": None if streams is None else tokens(streams.y, 1),
+    }
+    mixed = Out((launch.slabs(n, sizes.C), sizes.T, n * n + n), FLOAT32)
+    outputs = {
+        "dx": out,
+        "dphi": Out((shares, *phi.shape), FLOAT32),
+        "dy": None if streams is None else Out.like(streams.y),
+        "dmix": None if streams is None else mixed,
+    }
+    chosen |= {"WITH_G": g is not None, "STAGES": stages}
+    stage = Stage(0, 0, size)
+    dx, dphi, *rest = kernels("project_vjp", given, outputs, sizes, None, stage, **chosen)
+    made = [dx, kernels.sum_to(dphi, phi, 2)]
+    if streams is None:
+        return made
+    dy, dmix = rest
+    outputs = {
+        "dh_res": Out((sizes.T, n, n), FLOAT32),
+        "dh_post": Out((sizes.T, n), FLOAT32),
+    }
+    return [*made, dy, *kernels("sum_slabs", {"dmix": dmix}, outputs, sizes)]
+
+
 class Cotangents(NamedTuple):
     """The cotangents of the mappings; of h, with its weights; and of x, to add to the result."""
 
@@ -468,6 +568,15 @@ class Cotangents(NamedTuple):
     w: Array | None = None
     h: Array | None = None
     x: Array | None = None
+
+
+class Pulled(NamedTuple):
+    """The gradients of streams and of the parameters of their mappings."""
+
+    dx: Array
+    dphi: Array
+    dscale: Array
+    dbias: Array
 
 
 def pullback(
@@ -480,8 +589,53 @@ def pullback(
     given: Cotangents,
     variant: Variant,
     out: Out,
-) -> tuple[Array, Array, Array, Array]:
-    """Return dx, dphi, dscale and dbias of the mappings of x, and of h if it has a cotangent."""
+) -> Pulled:
+    """Pull back through the mappings of x, and through h if it has a cotangent."""
+    local = _mappings_vjp(kernels, x, scale, bias, projected, given, variant)
+    dx, dphi = projection_pullback(kernels, x, phi, local, out, given.w, given.h, given.x)
+    return Pulled(dx, dphi, *summed(kernels, local, scale, bias))
+
+
+def combined_pullback(
+    kernels: Kernels,
+    streams: Streams,
+    x_new: Array,
+    phi: Array,
+    scale: Array,
+    bias: Array,
+    projected: Projected,
+    given: Cotangents,
+    variant: Variant,
+) -> tuple[Array | None, ...]:
+    """Pull back through the mappings of x' = combine(streams), and through the combine.
+
+    The gradients are of x, y, h_post, H_res, phi, scale and bias. The cotangent of x' stays in
+    float32 in between, as nothing rounds it there.
+    """
+    x, y, h_post, h_res = streams
+    w, dh, g = given.w, given.h, given.x
+    local = _mappings_vjp(kernels, x_new, scale, bias, projected, given, variant)
+    ends = summed(kernels, local, scale, bias)
+    if h_res is not None and _one_pass(kernels, x_new, phi, dh, g, combines=True):
+        dx, dphi, dy, dh_res, dh_post = _project_vjp(
+            kernels, x_new, phi, local, Out.like(x), w, dh, g, streams
+        )
+        mixing = kernels.sum_to(dh_post, h_post, 1), kernels.sum_to(dh_res, h_res, 2)
+        return dx, dy, *mixing, dphi, *ends
+    between = Out(x.shape, FLOAT32)
+    dx_new, dphi = projection_pullback(kernels, x_new, phi, local, between, w, dh, g)
+    return *combine.vjp(kernels, (x, y, h_post, h_res), (dx_new,)), dphi, *ends
+
+
+def _mappings_vjp(
+    kernels: Kernels,
+    x: Array,
+    scale: Array,
+    bias: Array,
+    projected: Projected,
+    given: Cotangents,
+    variant: Variant,
+) -> Local:
     inputs = {
         "u": tokens(projected.u, 1),
         "r": tokens(projected.r, 1),
@@ -494,6 +648,4 @@ def pullback(
     kernel = "mappings_unmixed_vjp"
     if given.h_res is not None:
         kernel, inputs["g_res"] = "mappings_vjp", tokens(given.h_res, 2)
-    local = local_vjp(kernels, kernel, inputs, Sizes.of(x), scale.size, own, **chosen)
-    dx, dphi = projection_pullback(kernels, x, phi, local, out, given.w, given.h, given.x)
-    return dx, dphi, *summed(kernels, local, scale, bias)
+    return local_vjp(kernels, kernel, inputs, Sizes.of(x), scale.size, own, **chosen)

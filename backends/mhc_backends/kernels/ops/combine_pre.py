@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mhc_backends.kernels.host import FLOAT32, Array, Kernels, Out
-from mhc_backends.kernels.ops import _projection, combine
+from mhc_backends.kernels.host import Array, Kernels
+from mhc_backends.kernels.ops import _projection
 from mhc_core.variants import Variant
 
 
@@ -51,11 +51,16 @@ def vjp(
     dh_pre = _projection.weights_vjp(kernels, x_new, g_h)
     through = g_pre if given else g_pre + dh_pre.reshape(g_pre.shape)
     used = _projection.Cotangents(through, g_post, g_res, given[0] if given else h_pre, g_h, g_x)
-    # the cotangent of x' stays in float32 between the two vjps, as nothing rounds it there
-    between = Out(x.shape, FLOAT32)
-    dx_new, dphi, dscale, dbias = _projection.pullback(
-        kernels, x_new, phi, scale, bias, _projection.Projected(u, r), used, variant, between
+    pulled = _projection.combined_pullback(
+        kernels,
+        _projection.Streams(x, y, h_post, h_res),
+        x_new,
+        phi,
+        scale,
+        bias,
+        _projection.Projected(u, r),
+        used,
+        variant,
     )
-    streams = combine.vjp(kernels, (x, y, h_post, h_res), (dx_new,))
     shared = [kernels.sum_to(dh_pre, given[0], 1)] if given else []
-    return (*streams, dphi, dscale, dbias, *shared)
+    return (*pulled, *shared)

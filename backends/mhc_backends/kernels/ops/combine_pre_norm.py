@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mhc_backends.kernels.host import FLOAT32, Array, Kernels, Out
-from mhc_backends.kernels.ops import _projection, combine
+from mhc_backends.kernels.host import Array, Kernels
+from mhc_backends.kernels.ops import _projection
 from mhc_core.variants import Variant
 
 
@@ -64,11 +64,16 @@ def vjp(
     dh, dw, dweight = _projection.weights_norm_vjp(kernels, x_new, weights, norm, g_h, g_raw)
     through = g_pre if given else g_pre + dw.reshape(g_pre.shape)
     used = _projection.Cotangents(through, g_post, g_res, weights, dh, g_x)
-    # the cotangent of x' stays in float32 between the two vjps, as nothing rounds it there
-    between = Out(x.shape, FLOAT32)
-    dx_new, *projection = _projection.pullback(
-        kernels, x_new, phi, scale, bias, _projection.Projected(u, r), used, variant, between
+    pulled = _projection.combined_pullback(
+        kernels,
+        _projection.Streams(x, y, h_post, h_res),
+        x_new,
+        phi,
+        scale,
+        bias,
+        _projection.Projected(u, r),
+        used,
+        variant,
     )
-    streams = combine.vjp(kernels, (x, y, h_post, h_res), (dx_new,))
     shared = [kernels.sum_to(dw, given[0], 1)] if given else []
-    return (*streams, *projection, dweight, *shared)
+    return (*pulled, dweight, *shared)
