@@ -37,12 +37,13 @@ FUNCTION void gated_low(Partials partials, int64_t partials_shape_0, int partial
     const int at = squares ? WIDTH - 1 : column < RANK ? column : column - M + WIDTH - 1;
 
     for (int64_t token = here.group_x; token < T; token += here.groups_x) {
+        const auto mapped = h_post + (INJECTS ? token * N : 0);
+        const auto kept = products + (SAVES ? token * N * M : 0);
         for (int i = simdgroup; i < N; i += here.threads / SIMD) {
             if (squares || column < M)
                 sums[i * SIMD + lane] = sum_one_by_one<LOW_AT_ONCE>(
                     partials + (token * P + i * parts) * WIDTH + at, parts, WIDTH);
-            if (SAVES && !squares && column < M)
-                products[(token * N + i) * M + column] = sums[i * SIMD + lane];
+            if (SAVES && !squares && column < M) kept[i * M + column] = sums[i * SIMD + lane];
         }
         BARRIER;
         if (simdgroup == 0 && !squares && column < M) {
@@ -52,10 +53,10 @@ FUNCTION void gated_low(Partials partials, int64_t partials_shape_0, int partial
                                     float(settings[0])),
                         sums[i * SIMD + lane], z);
             z /= float(N);
-            if (!INJECTS || column < RANK)
+            if (column < RANK)
                 low[token * RANK + column] = z * sigmoid(z);
             else
-                h_post[token * N + column - RANK] = 2.0f * sigmoid(z);
+                mapped[column - RANK] = 2.0f * sigmoid(z);
         }
         for (int i = here.id; i < N && here.group_y == 0; i += here.threads)
             r[token * N + i] =
