@@ -93,7 +93,8 @@ SPREAD = 128  # threadgroups, one for each of a large GPU's multiprocessors
 # tiles of columns whose sums a simdgroup of the gates' kernels keeps: CUDA's product of floats
 # (cuda/dialect/operands.h) has the same bits with any even number of them
 GATED_TILES = 2
-# of `gated_collapse` where there are many tokens, and always in the vjp, whose sums need one tree
+# of `gated_collapse` where there are many tokens, and always in its vjp, whose sums need one tree,
+# and in `gated_dx`, which has a lane for each of these channels
 MANY_GATED_TILES = 4
 GATED_COLUMN_SHARES = 4  # shares of the columns of `gated_dfactors`
 # tiles of tokens that a simdgroup of `gated_project` multiplies by the same columns, at most

@@ -50,6 +50,7 @@ def launched(many: bool) -> Iterator[None]:
     """Run the kernels as for few tokens or for many, in a few small threadgroups."""
     with small(0), pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "gated_steps", lambda n, C: 2)
+        patch.setattr(launch, "GATED_COLUMN_SHARES", 1)
         patch.setattr(launch, "whole_streams", lambda T, n: many)
         patch.setattr(launch, "channel_tiles", lambda T, C: 4 if many else 2)
         yield
@@ -111,6 +112,10 @@ def test_more_streams_than_columns_in_a_tile() -> None:
     _held(Size(3, 18, 6, 3))
 
 
+def test_more_tokens_than_a_stage_of_the_factors() -> None:
+    _held(Size(150, 2, 33, 5), (MANY,))
+
+
 def test_a_token_does_not_depend_on_its_batch() -> None:
     """Check as many tokens as take whole streams against one, which takes splits."""
     T = 1030
@@ -121,14 +126,12 @@ def test_a_token_does_not_depend_on_its_batch() -> None:
     one = gated_pre.forward(KERNELS, x[1027:1028], *weights, eps=EPS)
     assert all(mx.array_equal(a[1027:1028], b) for a, b in zip(many, one, strict=True))
     g = _cotangents(Size(T, 4, 40, 5, "bfloat16"))
-    dx, *pulled = gated_pre.vjp(KERNELS, [x, *weights], g, eps=EPS)
+    dx, *_ = gated_pre.vjp(KERNELS, [x, *weights], g, eps=EPS)
     alone = [one[1027:1028] for one in (x, *g)]
     assert mx.array_equal(
         dx[1027:1028],
         gated_pre.vjp(KERNELS, [alone[0], *weights], alone[1:], eps=EPS)[0],
     )
-    again = gated_pre.vjp(KERNELS, [x, *weights], g, eps=EPS)
-    assert all(mx.array_equal(a, b) for a, b in zip([dx, *pulled], again, strict=True))
 
 
 # ---- seeded faults -------------------------------------------------------------------------------
@@ -196,9 +199,9 @@ FAULTS = (
     ),
     *_all(
         "gated_dx",
-        ("barrier of the terms", "SIMD_BARRIER;\nfor", "for", RACE),
+        ("barrier of the terms", "SIMD_BARRIER;\nif", "if", RACE),
         ("barrier of the next stream", "SIMD_BARRIER;  // the next", "// the next", RACE),
-        ("tail", "column < COLUMNS && begin + column < C", "column < COLUMNS", ANYWHERE),
+        ("tail", "if (begin + lane < C)", "", ANYWHERE),
         ("index", "pulled[token * N + i]", "pulled[token * N]", WRONG),
     ),
     *_all(

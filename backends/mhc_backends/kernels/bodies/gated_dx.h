@@ -4,8 +4,8 @@
 //
 // x[T, n, C], norm[n C], up[n C, R], low[T, R], r[T, n], g[T, C], down[R, n C], inject[n, n C],
 // dz[T, D] as gated_low_vjp has it, pulled[T, n] -> dx[T, n, C], dnorm[P, n C], the sums of
-// du x r of each 16 tokens. A threadgroup takes 16 tokens and COLUMN_TILES tiles of channels; each of
-// its simdgroups takes a stream at a time.
+// du x r of each 16 tokens. A threadgroup takes 16 tokens and 4 tiles of channels, one for each lane;
+// each of its simdgroups takes a stream at a time.
 
 #pragma once
 
@@ -124,11 +124,11 @@ FUNCTION void gated_dx(X x, int64_t x_shape_0, int x_shape_2, Norm norm, Up up, 
                     own[sum_row(lane, j) * COLUMNS + from + tile] = terms.at[tile];
             }
             SIMD_BARRIER;
-            for (int column = lane; column < COLUMNS && begin + column < C; column += SIMD) {
+            if (begin + lane < C) {  // a lane for each of the COLUMNS
                 float sum = 0.0f;
                 UNROLL for (int row = 0; row < 8; row++)
-                    sum += own[row * COLUMNS + column];
-                dnorm[tile_of_tokens * K + stream + begin + column] = sum;
+                    sum += own[row * COLUMNS + lane];
+                dnorm[tile_of_tokens * K + stream + begin + lane] = sum;
             }
             SIMD_BARRIER;  // the next stream uses the memory again
         }
