@@ -22,7 +22,6 @@ from mhc_backends.jax.ops import checkpoint, compile, from_host, grad, to_host, 
 from mhc_backends.jax_cuda.functions import Ops
 from mhc_backends.jax_cuda.library import Wanted, built
 from mhc_backends.kernels.cuda_function import function
-from mhc_backends.kernels.ops import has_vjp
 from mhc_backends.kernels.plan import Launch, record
 
 __all__ = [
@@ -89,8 +88,7 @@ class Cpu:
             )
             plans = [forward, record("forward", op, [primals], *asked)]
             for more in ([outputs], [outputs, saved]) if saved else ([outputs],):
-                if has_vjp(op):
-                    plans.append(record("vjp", op, [primals, *more], *asked))
+                plans.append(record("vjp", op, [primals, *more], *asked))
             for plan in plans:
                 for step in plan.steps:
                     if isinstance(step, Launch):

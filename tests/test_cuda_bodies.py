@@ -202,15 +202,23 @@ def test_gates_on_a_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     weights = normal(2 * K**-0.5, rank, K), normal(rank**-0.5, K, rank), normal(K**-0.5, n, K)
     primals = [normal(1, T, n, C), normal(0.3, K), *weights]
-    want = mhc.gated_pre(*map(_float64, primals), 0.1, backend="numpy")
+    given = [normal(1, T, C), normal(1, T, n)]
+    wide, wide_given = (tuple(map(_float64, arrays)) for arrays in (primals, given))
+    want = mhc.gated_pre(*wide, 0.1, backend="numpy")
+    back = mhc.vjp("gated_pre", wide, wide_given, eps=0.1, backend="numpy")
     monkeypatch.setattr(launch, "gated_steps", lambda n, C: 2)
     made: list[Any] = []
     for many in (False, True):
         monkeypatch.setattr(launch, "whole_streams", lambda T, n, many=many: many)
         monkeypatch.setattr(launch, "channel_tiles", lambda T, C, many=many: 4 if many else 2)
         with mhc.no_grad():
-            made += [own.gated_pre(*primals, eps=0.1)]
-        _close(made[-1], want)
+            made += [[*own.gated_pre(*primals, eps=0.1)]]
+        made[-1] += own.vjp("gated_pre", primals, given, eps=0.1)
+        _close(made[-1], [*want, *back])
+    narrow = [array.astype(mx.bfloat16) for array in primals], [given[0].astype(mx.bfloat16)]
+    wide, wide_given = (tuple(map(_float64, arrays)) for arrays in (narrow[0][:4], narrow[1]))
+    back = mhc.vjp("gated_head", wide, wide_given, eps=0.1, backend="numpy")
+    _close(own.vjp("gated_head", narrow[0][:4], narrow[1], eps=0.1), back)
     assert all(mx.array_equal(a, b) for a, b in zip(made[0], made[-1], strict=True))
 
 

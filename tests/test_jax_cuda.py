@@ -55,7 +55,7 @@ OPS = (
     *("combine", "combine_pre", "contract", "head", "pre", "residual_add_aggregate", "sinkhorn"),
     "static_layer",  # whose launches read parts of buffers
     "pre_residual",  # of which an input is a result
-    "gated_head",  # whose vjp is the formulas'
+    "gated_head",  # whose vjp reads three saved arrays
 )
 BY_OP = {case.op: _small(case) for case in SECOND if case.op in OPS}
 CASES = {

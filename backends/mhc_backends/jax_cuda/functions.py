@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from mhc_backends.jax.ops import by_our_rules, spread_like, varying_alike
 from mhc_backends.jax_cuda.library import Device
 from mhc_backends.jax_cuda.replay import Replay
-from mhc_backends.kernels.ops import OPS, has_vjp
+from mhc_backends.kernels.ops import OPS
 from mhc_backends.kernels.plan import record
 from mhc_core import gradients, math
 
@@ -138,8 +138,6 @@ class Ops:
 
     def _make_pulled(self, op: str, static: Static, there: There) -> Function:
         """Return the vjp of primals, cotangents and what the forward saved, if anything."""
-        if not has_vjp(op):
-            return _by_formulas(op, static, there)
         key = op, static, there
 
         def pulled(primals: Arrays, cotangents: Arrays, saved: Arrays) -> Arrays:
@@ -171,17 +169,6 @@ class Ops:
             return pulled(primals, cotangents, ())
 
         return jax.jit(unsaved)
-
-
-def _by_formulas(op: str, static: Static, there: There) -> Function:
-    """Return the neutral vjp, which JAX differentiates by itself."""
-    module, options = math.load(op), dict(static)
-    kept = module.OP.kept(options)
-
-    def pulled(primals: Arrays, cotangents: Arrays, _: Arrays) -> Arrays:
-        return _present(module.vjp(_filled(primals, there), _filled(cotangents, kept), **options))
-
-    return by_our_rules(pulled)
 
 
 def _second(

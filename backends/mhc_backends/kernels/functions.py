@@ -74,7 +74,7 @@ class Ops:
 
         It takes the arrays that are ``there``, and returns the outputs that are not None.
         """
-        module, options, pull = ops.load(op), dict(static), ops.pullback(op, self._kernels)
+        module, options = ops.load(op), dict(static)
         outputs_there = kept(op, static)
         count = sum(outputs_there)
         places: tuple[int, ...] = ()  # the indices of the saved arrays in the tuple
@@ -97,7 +97,7 @@ class Ops:
         def launches(primals: Any, cotangents: Any, saved: Any) -> Any:
             given = [tuple(map(mx.stop_gradient, a)) for a in (primals, cotangents, saved)]
             arrays = filled(given[0], there), filled(given[1], outputs_there)
-            return present(pull(*arrays, given[2] or None, **options))
+            return present(module.vjp(self._kernels, *arrays, given[2] or None, **options))
 
         pulled = mx.custom_function(launches)
         pulled.vjp(functools.partial(_second, op, options, there))
@@ -113,7 +113,7 @@ class Ops:
         return self._compiled(lambda *arrays: present(as_tuple(function(*filled(arrays, there)))))
 
     def _make_vjp(self, op: str, static: Static, there: There) -> Callable[..., Any]:
-        function = functools.partial(ops.pullback(op, self._kernels), **dict(static))
+        function = functools.partial(ops.load(op).vjp, self._kernels, **dict(static))
         cotangents_there = kept(op, static)
 
         def pull(primals: Any, cotangents: Any) -> tuple[mx.array, ...]:

@@ -22,7 +22,10 @@ from typing import Any, Literal
 
 __all__ = [
     "GATED_TILES",
+    "MANY_GATED_TILES",
     "TABLE",
+    "TILE_COLUMNS",
+    "TILE_TOKENS",
     "VARIABLE",
     "Launch",
     "Shape",
@@ -49,6 +52,7 @@ __all__ = [
     "stage",
     "stream_steps",
     "tile_record",
+    "whole_steps",
     "whole_streams",
 ]
 
@@ -89,11 +93,16 @@ SPREAD = 128  # threadgroups, one for each of a large GPU's multiprocessors
 # tiles of columns whose sums a simdgroup of the gates' kernels keeps: CUDA's product of floats
 # (cuda/dialect/operands.h) has the same bits with any even number of them
 GATED_TILES = 2
-MANY_GATED_TILES = 4  # of `gated_collapse` where there are many tokens
+# of `gated_collapse` where there are many tokens, and always in its vjp, whose sums need one tree,
+# and in `gated_dx`, which has a lane for each of these channels
+MANY_GATED_TILES = 4
+GATED_COLUMN_SHARES = 4  # shares of the columns of `gated_dfactors`
 # tiles of tokens that a simdgroup of `gated_project` multiplies by the same columns, at most
 GATED_TOKEN_TILES = {"float32": 1, "float16": 2, "bfloat16": 2}
 GATED_COLUMNS = 31  # columns of a threadgroup of `gated_low`, LOW_COLUMNS in its body
-GATED_STREAMS = 8  # streams at a time in a threadgroup of `gated_collapse`, as in its body
+# streams at a time in a threadgroup of `gated_collapse` and its vjp, as in
+# common/project/gate_logits.h
+GATED_STREAMS = 8
 # a tile's copies in threadgroup memory, of which one is computed on: with more streams to copy,
 # two are as many as two threadgroups of a multiprocessor have room for
 STAGES, FEW_STAGES = 3, 2
@@ -138,6 +147,9 @@ class Shape:
           its simdgroups share the columns
         - ``"gated_columns"``: some columns of a token; its simdgroups share the streams
         - ``"gated_channels"``: 16 tokens and some channels; its simdgroups share the streams
+        - ``"gated_pullback"``: the same, with as many channels whatever the tokens
+        - ``"gated_factors"``: 32 channels of a stream in each simdgroup, for a share of the tokens
+          and one of the columns
         - ``"slabs"``: some channels of all streams, 32 of one in each simdgroup, for a share of the
           tokens
         - ``"tiles"``: 16 tokens
@@ -186,6 +198,8 @@ class Shape:
         "gated_splits",
         "gated_columns",
         "gated_channels",
+        "gated_pullback",
+        "gated_factors",
         "slabs",
         "tiles",
         "mixes",
@@ -213,9 +227,14 @@ TABLE: Mapping[str, Shape] = {
     "combine_vjp": Shape(groups="token", elements=4, numbers=16),
     "combine_vjp_wide": Shape(groups="token", elements=1, streams=True),
     "gated_collapse": Shape(groups="gated_channels"),
+    "gated_collapse_vjp": Shape(groups="gated_pullback"),
     "gated_combine": Shape(groups="tile"),
     "gated_combine_vjp": Shape(groups="token", elements=4),
+    "gated_dfactors": Shape(groups="gated_factors", resident=2, resident_float32=1),
+    "gated_dlow": Shape(groups="gated_splits", threads=352),
+    "gated_dx": Shape(groups="gated_pullback"),
     "gated_low": Shape(groups="gated_columns"),
+    "gated_low_vjp": Shape(groups="token", elements=1),
     "gated_project": Shape(groups="gated_splits", threads=352),
     "head": Shape(groups="several"),
     "head_vjp": Shape(groups="matrices", threads=128),
@@ -305,6 +324,8 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
         return _several(T, n, 1, shape.threads, 1)
     if shape.groups == "n_tiles":
         return _n_tiles(shape, T, n, C)
+    if shape.groups == "gated_factors":
+        return _gated_factors(shape, T, n, C)
     if shape.groups == "slabs":
         return _slabs(T, n, C)
     if shape.groups == "mixes":
@@ -421,6 +442,8 @@ def shares(kernel: str, T: int, n: int, C: int, dialect: str = "metal") -> int:
     made = launch(kernel, T, n, C, "float32", dialect)
     groups = made.grid[0] // made.threadgroup[0]
     shape = _shape(kernel, dialect)
+    if shape.groups == "gated_factors":
+        return groups // (n * _factor_groups(shape, C))
     if shape.groups == "slabs":
         return groups // slabs(n, C)
     return groups // _n_tile_groups(shape, n, C) if shape.groups == "n_tiles" else groups
@@ -588,6 +611,11 @@ def gated_token_tiles(T: int, n: int, dtype: str) -> int:
     return tiles
 
 
+def whole_steps(columns: int) -> int:
+    """Return the columns with those that fill the last K step."""
+    return -(-columns // STEP_CHANNELS) * STEP_CHANNELS
+
+
 def channel_tiles(T: int, C: int) -> int:
     """Return the tiles of channels of a threadgroup of ``gated_collapse``; this changes no bit."""
     many = -(-T // TILE_TOKENS) * -(-C // (MANY_GATED_TILES * TILE_COLUMNS)) >= BUSY
@@ -597,12 +625,30 @@ def channel_tiles(T: int, C: int) -> int:
 def _gated(shape: Shape, T: int, n: int, C: int, dtype: str) -> Launch:
     if shape.groups == "gated_columns":  # C counts these
         return _launch(T, -(-C // GATED_COLUMNS), min(shape.threads, n * SIMD), 1)
-    if shape.groups == "gated_channels":
+    if shape.groups in ("gated_channels", "gated_pullback"):
         threads = min(shape.threads, min(n, GATED_STREAMS) * SIMD)
-        tiles = -(-C // (channel_tiles(T, C) * TILE_COLUMNS))
-        return _launch(-(-T // TILE_TOKENS) * tiles, 1, threads, 1)
+        pulls = shape.groups == "gated_pullback"
+        each = MANY_GATED_TILES if pulls else channel_tiles(T, C)
+        return _launch(-(-T // TILE_TOKENS) * -(-C // (each * TILE_COLUMNS)), 1, threads, 1)
     tiles = -(-T // (gated_token_tiles(T, n, dtype) * TILE_TOKENS))
     return _launch(tiles * n * gated_parts(T, n, C), 1, shape.threads, 1)
+
+
+def _gated_factors(shape: Shape, T: int, n: int, C: int) -> Launch:
+    """Choose the shares of the tokens; they depend only on the sizes."""
+    groups = n * _factor_groups(shape, C)
+    most = shape.iterations * FILLED // (groups * GATED_COLUMN_SHARES)
+    shares = max(min(-(-T // SHARE_TOKENS), most), 1)
+    return _launch(groups * shares, GATED_COLUMN_SHARES, _factor_threads(shape, C), 1)
+
+
+def _factor_threads(shape: Shape, C: int) -> int:
+    return _threads(shape, -(-C // STEP_CHANNELS) * SIMD)
+
+
+def _factor_groups(shape: Shape, C: int) -> int:
+    """Count the threadgroups of ``gated_dfactors`` that share a stream's channels."""
+    return -(-C // _factor_threads(shape, C))  # a thread for each channel
 
 
 def _several(T: int, n: int, accesses: int, threads: int, elements: int) -> Launch:

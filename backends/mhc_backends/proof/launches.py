@@ -269,13 +269,13 @@ def run(
     kernels: Kernels, call: Call, arrays: Sequence[mx.array], cotangents: Sequence[mx.array]
 ) -> tuple[Any, Any, Any]:
     """Run an op in inference, then with gradients wanted, then its gradients."""
-    module, options, pull = ops.load(call.op), call.options, ops.pullback(call.op, kernels)
+    module, options = ops.load(call.op), call.options
     given = call.placed(arrays), call.placed_cotangents(cotangents)
     plain = module.forward(kernels, *given[0], **options)
     if not hasattr(module, "forward_with_saved"):
-        return plain, plain, pull(*given, **options)
+        return plain, plain, module.vjp(kernels, *given, **options)
     outputs, saved = module.forward_with_saved(kernels, *given[0], **options)
-    return plain, outputs, pull(*given, saved, **options)
+    return plain, outputs, module.vjp(kernels, *given, saved, **options)
 
 
 # ---- the calls -----------------------------------------------------------------------------------

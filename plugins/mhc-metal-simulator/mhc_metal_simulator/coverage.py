@@ -312,12 +312,14 @@ UNREACHED: Sequence[Unreached] = (
         "the kernel is for up to 4 streams, whose mappings and streams are kept",
     ),
     Unreached(
-        r"gated_project in gated_project: for \((c|group|split) < .*\) again",
-        "splits of several K steps and whole streams of several splits are those of real models; "
-        "the simulator's own tests have some, and ranks with a second group for a simdgroup",
+        r"gated_(project|dlow) in gated_\w+: for \((c|group|column|split) < .*\) again"
+        r"|gated_dfactors in \w+: for \((column < M|stage < T)\) again",
+        "splits of several K steps, whole streams of several splits, and more than 128 columns or "
+        "tokens are those of real models; the simulator's own tests have some, and ranks with a "
+        "second group for a simdgroup",
     ),
     Unreached(
-        r"((combine|write|gated)_project\w*|project_dx|gated_collapse) in .*: "
+        r"((combine|write|gated)_project\w*|project_dx|gated_(collapse|dlow|dx)\w*) in .*: "
         r"if \(!Address<P>::ALIGNED\) false"
         r"|((combine|write)_project\w*|project_dx) in store_within: if \(rest >= W .*true",
         "with aligned arrays they load and store whole K steps; else they store single numbers "

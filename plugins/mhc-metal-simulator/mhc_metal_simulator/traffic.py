@@ -17,7 +17,6 @@ import mhc_core
 import mlx.core as mx
 import numpy as np
 from mhc_backends.kernels import KERNELS
-from mhc_backends.kernels.ops import has_vjp
 from mhc_conformance import generated
 from mhc_conformance.cases import PROJECTED_OR_MIXED, Case, Sizes, cases, data
 from mhc_conformance.subject import Subject, several
@@ -228,11 +227,9 @@ def _rows(op: str, case: Case, size: Size) -> Iterator[Row]:
 
     with record() as forward:
         function(*primals)
-    back: list[LaunchRecord] = []
-    if has_vjp(op):
-        with record() as both:
-            mx.vjp(function, list(primals), list(cotangents))
-        back = both[len(forward) :]
+    with record() as both:
+        mx.vjp(function, list(primals), list(cotangents))
+    back = both[len(forward) :]
     for vjp, launches in ((False, forward), (True, back)):
         declared: Op = math.load(op).OP
         made = tuple((kernel_of(one), Launched.of(one, declared, size)) for one in launches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 import re
@@ -42,18 +43,22 @@ def cramped() -> Iterator[None]:
         patch.setattr(launches, "FILLED", 1)
         patch.setattr(launches, "ROWS", 8)
         patch.setattr(launches, "SHARES", 2)
-        patch.setattr(launches, "_n_tiles", _all_n_tiles)
+        for name, choose in _ALL_CHANNELS.items():
+            patch.setattr(launches, name, functools.partial(_enough, choose))
         yield
 
 
-_n_tiles = launches._n_tiles  # pyright: ignore[reportPrivateUsage]
+_ALL_CHANNELS: dict[str, Callable[..., launches.Launch]] = {
+    "_n_tiles": launches._n_tiles,  # pyright: ignore[reportPrivateUsage]
+    "_gated_factors": launches._gated_factors,  # pyright: ignore[reportPrivateUsage]
+}
 
 
-def _all_n_tiles(*arguments: Any) -> launches.Launch:
-    """Launch at least one threadgroup for each N tile, as their kernels need."""
+def _enough(choose: Callable[..., launches.Launch], *arguments: Any) -> launches.Launch:
+    """Launch at least one threadgroup for all of the channels, as these kernels need."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launches, "MOST_GRID", 2**31 - 1)
-        return _n_tiles(*arguments)
+        return choose(*arguments)
 
 
 def moved(array: mx.array, start: int) -> mx.array:

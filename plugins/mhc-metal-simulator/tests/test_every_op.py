@@ -15,7 +15,7 @@ import mhc_metal_simulator as simulator
 mhc = pytest.importorskip("mhc_core", reason="mhc-core is not installed, whose kernels these are")
 
 from kernel_checks import BACKEND, cotangents, cramped, draw, moved, outputs  # noqa: E402
-from mhc_backends.kernels.ops import OPS, has_vjp  # noqa: E402
+from mhc_backends.kernels.ops import OPS  # noqa: E402
 from mhc_conformance import Subject  # noqa: E402
 from mhc_conformance.cases import (  # noqa: E402
     PROJECTED,
@@ -84,8 +84,11 @@ def test_few_small_threadgroups_without_h_res(op: str, at: int) -> None:
     assert "whole vectors" not in TRIED[at][0].why or (aligned <= {"true"} and "false" in anywhere)
 
 
-# those with a projection have their own, and those whose gradients are formulas
-@pytest.mark.parametrize("op", [op for op in OPS if op not in PROJECTED and has_vjp(op)])
+# those with a projection have their own, and so have the gates (test_gated_kernels.py)
+GATES = ("gated_pre", "gated_head")
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op not in (*PROJECTED, *GATES)])
 def test_a_token_does_not_depend_on_its_batch(op: str) -> None:
     T = 600
     static = dict(STATICS[op][0][1]) | ({"n": 4} if "n" in declaration(op).static else {})

@@ -50,6 +50,7 @@ def launched(many: bool) -> Iterator[None]:
     """Run the kernels as for few tokens or for many, in a few small threadgroups."""
     with small(0), pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "gated_steps", lambda n, C: 2)
+        patch.setattr(launch, "GATED_COLUMN_SHARES", 1)
         patch.setattr(launch, "whole_streams", lambda T, n: many)
         patch.setattr(launch, "channel_tiles", lambda T, C: 4 if many else 2)
         yield
@@ -67,19 +68,40 @@ def _draw(size: Size) -> list[mx.array]:
     return [x, normal(0.3, K), *weights]
 
 
-def _held(size: Size, ways: Sequence[bool] = (FEW,), head: bool = False) -> None:
-    """Compare with NumPy in float64, in two orders of the threads."""
-    primals, made = _draw(size), list[list[mx.array]]()
-    wide = as_float64(primals)
+def _cotangents(size: Size) -> list[mx.array]:
+    (T, n, C, _, dtype), rng = size, np.random.default_rng(size.C)
+    g_h, g_post = (mx.array(rng.normal(size=(T, k)).astype(np.float32)) for k in (C, n))
+    return [g_h.astype(getattr(mx, dtype)), g_post]
+
+
+def _held(size: Size, ways: Sequence[bool] = (FEW,), head: bool = False, back: bool = True) -> None:
+    """Compare with NumPy in float64, ``back`` too, in two orders of the threads."""
+    primals, made, heads = _draw(size), list[list[mx.array]](), list[list[mx.array]]()
+    wide, pulled = as_float64(primals), _cotangents(size)
     for many in ways:
         with launched(many), simulator.options(schedules=["forward", "reversed"]):
             made.append([*gated_pre.forward(KERNELS, *primals, eps=EPS)])
+            if back:
+                made[-1] += gated_pre.vjp(KERNELS, primals, pulled, eps=EPS)
             if head:
-                made.append([gated_head.forward(KERNELS, *primals[:4], eps=EPS)])
+                heads.append([gated_head.forward(KERNELS, *primals[:4], eps=EPS)])
+                heads[-1] += gated_head.vjp(KERNELS, primals[:4], pulled[:1], eps=EPS)
+    want = [*mhc.gated_pre(*wide, EPS, backend="numpy")]
+    if back:
+        want += mhc.vjp("gated_pre", wide, as_float64(pulled), eps=EPS, backend="numpy")
     for one in made:
-        agree(one, rounded(mhc.gated_pre(*wide, EPS, backend="numpy"), made[0])[: len(one)])
-    same = (mx.array_equal(a, b) for one in made for a, b in zip(one, made[-1], strict=False))
-    assert all(same), "the launches for few tokens, or the head's, give other bits"
+        agree(one, rounded(tuple(want), one))
+    for one in heads:
+        given = wide[:4], as_float64(pulled[:1])
+        want = [mhc.gated_head(*given[0], EPS, backend="numpy")]
+        want += mhc.vjp("gated_head", *given, eps=EPS, backend="numpy")
+        agree(one, rounded(tuple(want), one))
+        assert mx.array_equal(one[0], made[0][0]), "the head's launches give other bits"
+    for all_ways in (made, heads):
+        same = (
+            mx.array_equal(a, b) for one in all_ways for a, b in zip(one, all_ways[0], strict=True)
+        )
+        assert all(same), "the launches for few tokens give other bits"
 
 
 def test_a_rank_of_several_tiles_with_tails() -> None:
@@ -88,6 +110,10 @@ def test_a_rank_of_several_tiles_with_tails() -> None:
 
 def test_more_streams_than_columns_in_a_tile() -> None:
     _held(Size(3, 18, 6, 3))
+
+
+def test_more_tokens_than_a_stage_of_the_factors() -> None:
+    _held(Size(150, 2, 33, 5), (MANY,))
 
 
 def test_a_token_does_not_depend_on_its_batch() -> None:
@@ -99,6 +125,13 @@ def test_a_token_does_not_depend_on_its_batch() -> None:
     many = gated_pre.forward(KERNELS, x, *weights, eps=EPS)
     one = gated_pre.forward(KERNELS, x[1027:1028], *weights, eps=EPS)
     assert all(mx.array_equal(a[1027:1028], b) for a, b in zip(many, one, strict=True))
+    g = _cotangents(Size(T, 4, 40, 5, "bfloat16"))
+    dx, *_ = gated_pre.vjp(KERNELS, [x, *weights], g, eps=EPS)
+    alone = [one[1027:1028] for one in (x, *g)]
+    assert mx.array_equal(
+        dx[1027:1028],
+        gated_pre.vjp(KERNELS, [alone[0], *weights], alone[1:], eps=EPS)[0],
+    )
 
 
 # ---- seeded faults -------------------------------------------------------------------------------
@@ -109,6 +142,7 @@ def _all(kernel: str, *faults: tuple[str, str, str, str]) -> list[Fault]:
 
 
 SPLIT, SUM = "total = add_split(total, sums, lane);", "total.squares[0].at[0]"
+PRODUCTS, SUMMED = "total = plus(total,", "total.at[0].tile[0].in_half[0].at[0]"
 ANYWHERE = f"{BOUNDS}|{WRONG}|nothing was written before|never written"
 FAULTS = (
     *_all(
@@ -143,11 +177,44 @@ FAULTS = (
             WRONG,
         ),
     ),
+    *_all(
+        "gated_collapse_vjp",
+        ("barrier of the sums", "SIMD_BARRIER;\nif", "if", RACE),
+        ("barrier of the next stream", "SIMD_BARRIER;  // the next", "// the next", RACE),
+        ("tail", "if (lane < tokens)", "", ANYWHERE),
+        ("half sum", "sum += e;", "sum += half(e);", WRONG),
+    ),
+    *_all(
+        "gated_dlow",
+        ("tail", "begin + SPLIT < C ? begin + SPLIT : C", "begin + SPLIT", WRONG),
+        ("index", "(stream + c)", "c", WRONG),
+        ("half sum", f"{PRODUCTS} sums);", f"{PRODUCTS} sums); {SUMMED} = half({SUMMED});", WRONG),
+    ),
+    *_all(
+        "gated_low_vjp",
+        ("barrier of the next token", "BARRIER;  // the next", "// the next", RACE),
+        ("tail", "inject ? column < M : column < RANK", "true", ANYWHERE),
+        ("index", "i * splits) * RANK", "splits) * RANK", f"{WRONG}|{BOUNDS}"),
+        ("half sum", "pulls[i] = fma", "pulls[i] = half(pulls[i]), pulls[i] = fma", WRONG),
+    ),
+    *_all(
+        "gated_dx",
+        ("barrier of the terms", "SIMD_BARRIER;\nif", "if", RACE),
+        ("barrier of the next stream", "SIMD_BARRIER;  // the next", "// the next", RACE),
+        ("tail", "if (begin + lane < C)", "", ANYWHERE),
+        ("index", "pulled[token * N + i]", "pulled[token * N]", WRONG),
+    ),
+    *_all(
+        "gated_dfactors",
+        ("tail", "to < M ? C - channel : 0", "C - channel", ANYWHERE),
+        ("index", "i * T * M", "0", WRONG),
+    ),
 )
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kernel}: {fault.what}")
 def test_seeded_faults_are_caught(fault: Fault) -> None:
     errors = (AssertionError, simulator.SimulatorError)
+    back = fault.kernel not in ("gated_project", "gated_low", "gated_collapse")
     with seeded(fault), pytest.raises(errors, match=fault.shows):
-        _held(Size(3, 3, 101, 37))
+        _held(Size(3, 3, 101, 37), back=back)

@@ -19,7 +19,6 @@ from calls import Call
 
 import mhc_torch
 from mhc_backends.kernels.cuda_function import function
-from mhc_backends.kernels.ops import has_vjp
 from mhc_backends.kernels.plan import Launch, record
 from mhc_torch.cuda.driver import Wanted
 from mhc_torch.cuda.functions import functions
@@ -65,8 +64,7 @@ def prepare(calls: Iterable[tuple[Call, list[torch.Tensor]]]) -> None:
         plans = [forward, record("forward", call.op, [primals], *asked)]
         for more in (groups[:1], groups):
             given = [primals, *[group for group in more if group]]
-            if has_vjp(call.op):
-                plans.append(record("vjp", call.op, given, *asked))
+            plans.append(record("vjp", call.op, given, *asked))
         for plan in plans:
             for step in plan.steps:
                 if isinstance(step, Launch):

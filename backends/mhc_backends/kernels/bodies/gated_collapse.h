@@ -8,31 +8,20 @@
 #pragma once
 
 #include "../common/floats.h"
-#include "../common/load.h"
-#include "../common/operands.h"
 #include "../common/position.h"
-#include "../common/project/accumulate.h"
-#include "../common/project/adjacent_rows.h"
-#include "../common/project/k_blocks.h"
+#include "../common/project/gate_logits.h"
 #include "../common/project/layout.h"
 #include "../common/project/load_within.h"
-#include "../common/project/phi_registers.h"
-#include "../common/project/staged.h"
-#include "../common/project/starts.h"
 #include "../common/sigmoid.h"
 #include "../common/store_one.h"
 #include "dialect/lanes.h"
-#include "dialect/operands.h"
-#include "dialect/sync.h"
 #include "dialect/vectors.h"
 #include "dialect/words.h"
-
-enum { COLLAPSE_STREAMS = 8 };  // streams at a time, at most
 
 // The sizes of the kernel's threadgroup arrays.
 template <int COLUMN_TILES>
 struct gated_collapse_memory {
-    enum { gated = (COLLAPSE_STREAMS + 1) * TILE_TOKENS * COLUMN_TILES * TILE_COLUMNS };
+    enum { gated = (GATED_STREAMS + 1) * TILE_TOKENS * COLUMN_TILES * TILE_COLUMNS };
 };
 
 // Whether all arrays begin where whole vectors may be loaded and stored.
@@ -53,12 +42,9 @@ FUNCTION void gated_collapse(X x, int64_t x_shape_0, int x_shape_2, Norm norm, U
     const int C = x_shape_2, RANK = up_shape_1;
     enum { COLUMNS = COLUMN_TILES * TILE_COLUMNS, NUMBERS = TILE_TOKENS * COLUMNS };
 
-    typedef decltype(load_raw<8>(ACCESS::at(low))) Row;
-    typedef decltype(b_operand_for(Row(), BTiles<COLUMN_TILES>())) Operand;
-    const int lane = here.id % SIMD, simdgroup = here.id / SIMD, number = 4 * tile_pair(lane);
-    const int simdgroups = here.threads / SIMD;
+    const int lane = here.id % SIMD, simdgroup = here.id / SIMD, simdgroups = here.threads / SIMD;
     const int64_t tiles = (T + TILE_TOKENS - 1) / TILE_TOKENS;
-    const auto totals = &gated[COLLAPSE_STREAMS * NUMBERS];
+    const auto totals = &gated[GATED_STREAMS * NUMBERS];
 
     // the threadgroups of the same channels are neighbours, so that they find up in the cache
     for (int64_t item = here.group_x; item < tiles * ((C + COLUMNS - 1) / COLUMNS);
@@ -71,17 +57,9 @@ FUNCTION void gated_collapse(X x, int64_t x_shape_0, int x_shape_2, Norm norm, U
             const int i = done + simdgroup;
             if (i < N) {
                 const int64_t stream = int64_t(i) * C;
-                const auto starts = starts_of<1>(ACCESS::at(low) + number, first, T, RANK, lane);
-                auto z = zero_accumulators<COLUMN_TILES, 1>();
-                for (int at = 0; at < RANK; at += STEP_CHANNELS) {
-                    const auto rows = load_steps<1>(starts, at, RANK - at - number);
-                    BOperands<Operand, 1> operands;
-                    operands.at[0] = b_operand_for(Row(), load_adjacent_rows<COLUMN_TILES>(
-                                                              ACCESS::at(up) + stream * RANK, RANK,
-                                                              C, begin, at, RANK - at, lane));
-                    TOGETHER;
-                    z = plus(z, multiply<COLUMN_TILES>(rows, operands));
-                }
+                const auto z =
+                    gate_logits<COLUMN_TILES>(ACCESS::at(low), ACCESS::at(up) + stream * RANK,
+                                              first, T, RANK, C, begin, lane);
                 UNROLL for (int k = 0; k < 4; k++) {
                     const int row = 8 * (k / 2) + sum_row(lane, k % 2);
                     const int own = COLUMN_TILES * sum_column(lane, k % 2), c = begin + own;

@@ -2,7 +2,8 @@
 // i's partials, added one by one) / n; low = silu(z) of down's columns, h_post = 2 sigmoid(z) of
 // inject's.
 //
-// partials[T, P, WIDTH], settings[3] = eps, C, R -> low[T, R], r[T, n] and, if it INJECTS, h_post[T, n]. A
+// partials[T, P, WIDTH], settings[3] = eps, C, R -> low[T, R], r[T, n]; if it INJECTS, h_post[T, n];
+// if it SAVES, products[T, n, M], each stream's sums of down's columns and then of inject's. A
 // threadgroup takes a token and LOW_COLUMNS columns; its simdgroups share the streams, and their
 // last lanes add the squares.
 
@@ -22,11 +23,11 @@ struct gated_low_memory {
     enum { sums = N * SIMD };
 };
 
-template <int N, bool INJECTS, typename Partials, typename Settings, typename Low, typename R,
-          typename HPost>
+template <int N, bool INJECTS, bool SAVES, typename Partials, typename Settings, typename Low,
+          typename R, typename HPost, typename Products>
 FUNCTION void gated_low(Partials partials, int64_t partials_shape_0, int partials_shape_1,
                         int partials_shape_2, Settings settings, Low low, R r, HPost h_post,
-                        threadgroup float* sums, Position here) {
+                        Products products, threadgroup float* sums, Position here) {
     const int64_t T = partials_shape_0;
     const int P = partials_shape_1, WIDTH = partials_shape_2, RANK = int(settings[2]);
     const int parts = P / N, M = INJECTS ? RANK + N : RANK;
@@ -36,10 +37,13 @@ FUNCTION void gated_low(Partials partials, int64_t partials_shape_0, int partial
     const int at = squares ? WIDTH - 1 : column < RANK ? column : column - M + WIDTH - 1;
 
     for (int64_t token = here.group_x; token < T; token += here.groups_x) {
+        const auto mapped = h_post + (INJECTS ? token * N : 0);
+        const auto kept = products + (SAVES ? token * N * M : 0);
         for (int i = simdgroup; i < N; i += here.threads / SIMD) {
             if (squares || column < M)
                 sums[i * SIMD + lane] = sum_one_by_one<LOW_AT_ONCE>(
                     partials + (token * P + i * parts) * WIDTH + at, parts, WIDTH);
+            if (SAVES && !squares && column < M) kept[i * M + column] = sums[i * SIMD + lane];
         }
         BARRIER;
         if (simdgroup == 0 && !squares && column < M) {
@@ -52,7 +56,7 @@ FUNCTION void gated_low(Partials partials, int64_t partials_shape_0, int partial
             if (column < RANK)
                 low[token * RANK + column] = z * sigmoid(z);
             else
-                h_post[token * N + column - RANK] = 2.0f * sigmoid(z);
+                mapped[column - RANK] = 2.0f * sigmoid(z);
         }
         for (int i = here.id; i < N && here.group_y == 0; i += here.threads)
             r[token * N + i] =

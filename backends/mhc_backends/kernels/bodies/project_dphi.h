@@ -7,19 +7,13 @@
 
 #pragma once
 
-#include "../common/floats.h"
-#include "../common/load.h"
-#include "../common/operands.h"
 #include "../common/position.h"
-#include "../common/project/accumulate.h"
-#include "../common/project/dphi.h"
+#include "../common/project/dphi_sums.h"
 #include "../common/project/layout.h"
 #include "../common/project/n_tiles.h"
-#include "../common/project/staged.h"
 #include "../common/project/store_within.h"
 #include "dialect/lanes.h"
 #include "dialect/operands.h"
-#include "dialect/sync.h"
 #include "dialect/vectors.h"
 #include "dialect/words.h"
 
@@ -43,8 +37,6 @@ FUNCTION void project_dphi(X x, int64_t x_shape_0, int x_shape_2, Du du, int du_
     const int C = x_shape_2, M = du_shape_1;
     const int64_t K = int64_t(N) * C;
 
-    typedef decltype(load_raw<8>(ACCESS::at(x))) Row;
-    const int OPERAND = decltype(b_operand_for(Row(), BTiles<COLUMN_TILES>()))::FRAGMENTS * SIMD;
     const int lane = here.id % SIMD, simdgroup = here.id / SIMD, simdgroups = here.threads / SIMD;
     const int channel = 4 * tile_row(lane);
     const int n_tiles = n_tile_count<N>(C, simdgroups);
@@ -58,56 +50,15 @@ FUNCTION void project_dphi(X x, int64_t x_shape_0, int x_shape_2, Du du, int du_
         here.groups_x / n_tiles * STAGE_STEPS * SIMD;  // all shares, side by side
 
     for (int column = 0; column < M; column += COLUMN_TILES * TILE_COLUMNS) {
-        Accumulators<COLUMN_TILES, 1> sums[2];  // of channels 0 and 1 of four, and of 2 and 3
-        UNROLL for (int s = 0; s < 2; s++)
-            sums[s] = zero_accumulators<COLUMN_TILES, 1>();
-
-        decltype(load_tokens(ACCESS::at(x), K, 0, 0, 0, 0)) tokens[AHEAD + 1];
-        if (AHEAD) tokens[0] = load_tokens(ACCESS::at(x) + at, K, begin, T, rest, lane);
-        for (int64_t stage = begin; stage < T; stage += iteration) {
-            BARRIER;  // those before have been read
-            for (int k = simdgroup; k < STAGE_STEPS; k += simdgroups) {
-                const auto numbers =
-                    load_du<COLUMN_TILES>(du, M, column, stage + k * SIMD, T, lane);
-                put(&operands[k * OPERAND], b_operand_for(Row(), numbers), lane);
-            }
-            BARRIER;
-            for (int k = 0; k < STAGE_STEPS; k += 2) {
-                UNROLL for (int side = 0; side < 2; side++) {
-                    const int k_step = k + side;
-                    const int64_t first = stage + k_step * SIMD;
-                    const int64_t next = !AHEAD                     ? first
-                                         : k_step + 1 < STAGE_STEPS ? first + SIMD
-                                                                    : stage + iteration;
-                    if (next < T)
-                        tokens[AHEAD ? 1 - side : 0] =
-                            load_tokens(ACCESS::at(x) + at, K, next, T, rest, lane);
-                    if (first < T) {
-                        const auto shared =
-                            staged_operand<COLUMN_TILES>(Row(), &operands[k_step * OPERAND], lane);
-                        TOGETHER;
-                        UNROLL for (int s = 0; s < 2; s++) {
-                            AOperand<Row, 1, 1> rows;
-                            UNROLL for (int k = 0; k < 2; k++)
-                                rows.at[0][0].in_half[k] =
-                                    transposed(tokens[AHEAD ? side : 0], 2 * s + k);
-                            sums[s] = plus(sums[s], multiply<COLUMN_TILES>(rows, shared));
-                        }
-                    }
-                }
-            }
-        }
-
+        const auto sums = dphi_sums<COLUMN_TILES, AHEAD, STAGE_STEPS>(
+            ACCESS::at(x) + at, K, rest, du, M, column, begin, T, iteration, operands, here);
         UNROLL for (int tile = 0; tile < COLUMN_TILES; tile++) {
             UNROLL for (int j = 0; j < 2; j++) {
                 const int to = column + tile * TILE_COLUMNS + sum_column(lane, j);
                 const int channel = c + 4 * sum_row(lane, j);
-                Floats<4> out;
-                UNROLL for (int k = 0; k < 4; k++)
-                    out.at[k] = sums[k / 2].at[0].tile[tile].in_half[k % 2].at[j];
                 if (to < M)
                     store_within(ACCESS::at(dphi) + (own * M + to) * K + int64_t(i) * C + channel,
-                                 out, C - channel);
+                                 channels_of(sums, tile, j), C - channel);
             }
         }
     }

@@ -11,11 +11,14 @@ from mhc_backends.kernels.ops import combine
 from mhc_core.variants import Variant
 
 __all__ = [
+    "DPHI_COLUMNS",
+    "DPHI_STEPS",
     "Cotangents",
     "Norm",
     "Projected",
     "Streams",
     "Sums",
+    "column_tiles",
     "combine_project",
     "combined_pullback",
     "constants",
@@ -28,6 +31,7 @@ __all__ = [
     "projection_pullback",
     "pullback",
     "settings",
+    "staging",
     "summed",
     "weights_norm_vjp",
     "weights_vjp",
@@ -80,7 +84,7 @@ def project(kernels: Kernels, x: Array, phi: Array) -> Array:
     sizes = Sizes.of(x)
     inputs, out = {"x": tokens(x, 2), "phi": phi}, _partials(sizes, phi)
     run = 1 if phi.shape[0] > MOST_COLUMNS else launch.run_steps(dtype_name(x.dtype))
-    tiles = _tiles(phi, launch.COLUMNS_AT_ONCE)
+    tiles = column_tiles(phi.shape[0], launch.COLUMNS_AT_ONCE)
     chosen = {"RUN": run, "COLUMN_TILES": tiles}
     if launch.few(sizes.T, sizes.C):
         chosen["SCRATCH"] = launch.SCRATCH[kernels.dialect]
@@ -88,7 +92,7 @@ def project(kernels: Kernels, x: Array, phi: Array) -> Array:
     token_tiles = launch.TOKEN_TILES[dtype_name(x.dtype)]
     rows, most = 2 * token_tiles * run, launch.AHEAD[kernels.dialect]
     steps = sizes.n * launch.SPLIT_STEPS
-    stage, ahead = _stage(kernels, "project", x, tiles, steps, run, rows, most)
+    stage, ahead = staging(kernels, "project", x, tiles, steps, run, rows, most)
     chosen |= {"TOKEN_TILES": token_tiles, "AHEAD": ahead}
     return kernels("project", inputs, {"partials": out}, sizes, None, stage, **chosen)[0]
 
@@ -144,7 +148,7 @@ def combine_project(
         x_new, blocks = kernels(kernel, inputs, outputs, sizes, **chosen)
         return x_new, Sums(blocks, launch.per_split(kernel, sizes.n, dtype))
     outputs = {"out": Out.like(x), "partials": _partials(sizes, phi)}
-    tiles = _tiles(phi, launch.COLUMNS_AT_ONCE)
+    tiles = column_tiles(phi.shape[0], launch.COLUMNS_AT_ONCE)
     narrow = dtype != FLOAT32
     chosen = {"COLUMN_TILES": tiles, "STEPS": steps}
     if MOST_FEW[kernels.dialect] >= sizes.T and launch.few(sizes.T, sizes.C):
@@ -155,7 +159,7 @@ def combine_project(
         most = min(launch.AHEAD[kernels.dialect], 1) if narrow and kept else 0
         unit, rows = sizes.n if kept else chosen["STEPS"], 2 * (sizes.n + 1)
         steps = sizes.n * launch.SPLIT_STEPS
-        stage, chosen["AHEAD"] = _stage(
+        stage, chosen["AHEAD"] = staging(
             kernels, "combine_project", x, tiles, steps, unit, rows, most
         )
         x_new, partials = kernels("combine_project", inputs, outputs, sizes, None, stage, **chosen)
@@ -168,7 +172,7 @@ def _write_project(
     """Return x' without H_res, and its sums over all channels in the order of ``project``."""
     sizes, dtype, phi = Sizes.of(x), dtype_name(x.dtype), inputs["phi"]
     run = 1 if phi.shape[0] > MOST_COLUMNS else launch.run_steps(dtype)
-    tiles = _tiles(phi, launch.COLUMNS_AT_ONCE)
+    tiles = column_tiles(phi.shape[0], launch.COLUMNS_AT_ONCE)
     chosen = {"RUN": run, "COLUMN_TILES": tiles}
     out = {"out": Out.like(x)}
     if not mixes and launch.fewest(*sizes, kernels.dialect):
@@ -182,7 +186,7 @@ def _write_project(
         x_new, partials = kernels("write_project_few", inputs, outputs, sizes, **chosen)
     else:
         steps, most = sizes.n * launch.SPLIT_STEPS, launch.AHEAD[kernels.dialect]
-        stage, chosen["AHEAD"] = _stage(
+        stage, chosen["AHEAD"] = staging(
             kernels, "write_project", x, tiles, steps, run, 2 * run, most
         )
         x_new, partials = kernels("write_project", inputs, outputs, sizes, None, stage, **chosen)
@@ -201,11 +205,12 @@ def _partials(sizes: Sizes, phi: Array) -> Out:
     return Out((sizes.T, launch.splits(sizes.C), phi.shape[0] + 1), FLOAT32)
 
 
-def _tiles(phi: Array, most: int) -> int:
-    return -(-min(phi.shape[0], most) // launch.TILE_COLUMNS)
+def column_tiles(columns: int, most: int) -> int:
+    """Return the tiles of columns that a simdgroup multiplies by at a time."""
+    return -(-min(columns, most) // launch.TILE_COLUMNS)
 
 
-def _stage(
+def staging(
     kernels: Kernels,
     kernel: str,
     x: Array,
@@ -463,8 +468,8 @@ def projection_pullback(
 
     shares = launch.shares("project_dphi", *sizes, kernels.dialect)
     partial = Out((shares, *phi.shape), FLOAT32)
-    tiles = _tiles(phi, DPHI_COLUMNS)
-    stage, _ = _stage(kernels, "project_dphi", x, tiles, DPHI_STEPS, 2)
+    tiles = column_tiles(phi.shape[0], DPHI_COLUMNS)
+    stage, _ = staging(kernels, "project_dphi", x, tiles, DPHI_STEPS, 2)
     inputs = {"x": flat, "du": local.du}
     chosen = {"COLUMN_TILES": tiles, "AHEAD": dtype_name(x.dtype) != FLOAT32}
     (dphi,) = kernels("project_dphi", inputs, {"dphi": partial}, sizes, None, stage, **chosen)

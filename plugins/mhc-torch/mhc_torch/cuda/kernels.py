@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from mhc_backends.kernels.ops import has_vjp
 from mhc_backends.kernels.ops import outputs as count_outputs
 from mhc_backends.kernels.plan import Axis, Plan, record
 from mhc_core import gradients, math
@@ -162,12 +161,7 @@ class Kernels:
     def pull_back(
         self, op: str, primals: Tensors, cotangents: Tensors, saved: Tensors, static: Static
     ) -> Tensors:
-        """Pull cotangents back by an op's vjp kernels; the result can be differentiated again.
-
-        Where an op has none, the formulas pull back, as PyTorch's own operations.
-        """
-        if not has_vjp(op):
-            return _by_formulas(op, static, len(primals), (*primals, *cotangents))
+        """Pull cotangents back by an op's vjp kernels; the result can be differentiated again."""
         every = (*primals, *cotangents, *saved)
         if _transformed() or (_plain(every) and _differentiable(every)):
             apply = cast("Any", _PullBack).apply
@@ -430,9 +424,6 @@ def _vjp(
     """Return the gradients of an op's arrays; without saved values it computes them again."""
     groups = (primals, cotangents, saved) if saved else (primals, cotangents)
     options, every = _read(static), [*primals, *cotangents, *saved]
-    if not has_vjp(op):
-        made = _by_formulas(op, options, len(primals), (*primals, *cotangents))
-        return _separate([one.contiguous() for one in made], every)
     key = _key("vjp", op, options, every, len(cotangents))
     replay = _BY_NAME[backend].replay(key, groups, options)
     return _separate(replay(every), every)

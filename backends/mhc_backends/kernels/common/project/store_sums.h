@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "store_products.h"
 #include "sums.h"
 #include "dialect/lanes.h"
 #include "dialect/simd.h"
@@ -12,16 +13,8 @@
 template <int COLUMN_TILES, int TOKEN_TILES, typename P>
 FUNCTION void store_sums(P partials, int64_t first, int64_t T, int count, int split,
                          Sums<COLUMN_TILES, TOKEN_TILES> sums, int column, int M, int lane) {
+    store_products(partials, first, T, count, split, sums.products, column, M, M + 1, lane);
     UNROLL for (int k = 0; k < 2 * TOKEN_TILES; k++) {
-        UNROLL for (int j = 0; j < 2; j++) {
-            const int64_t token = first + 8 * k + sum_row(lane, j);
-            const int64_t own = (token * count + split) * (M + 1);
-            UNROLL for (int tile = 0; tile < COLUMN_TILES; tile++) {
-                const int at = column + tile * TILE_COLUMNS + sum_column(lane, j);
-                if (at < M && token < T)
-                    partials[own + at] = sums.products.at[k / 2].tile[tile].in_half[k % 2].at[j];
-            }
-        }
         const int64_t token = first + 8 * k + tile_row(lane);
         const float squares = row_sum(sums.squares[k / 2].at[k % 2]);
         if (column == 0 && tile_pair(lane) == 0 && token < T)
