@@ -230,7 +230,7 @@ TABLE: Mapping[str, Shape] = {
     "gated_collapse_vjp": Shape(groups="gated_pullback"),
     "gated_combine": Shape(groups="tile"),
     "gated_combine_vjp": Shape(groups="token", elements=4),
-    "gated_dfactors": Shape(groups="gated_factors", resident=2, resident_float32=1),
+    "gated_dfactors": Shape(groups="gated_factors"),
     "gated_dlow": Shape(groups="gated_splits", threads=352),
     "gated_dx": Shape(groups="gated_pullback"),
     "gated_low": Shape(groups="gated_columns"),
