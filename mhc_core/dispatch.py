@@ -19,7 +19,7 @@ from mhc_core._messages import nearest
 from mhc_core.backend import TRACE_TIME_MARKS
 from mhc_core.discovery import backend_module, by_priority, discover, missing_reason
 from mhc_core.errors import BackendUnavailableError
-from mhc_core.selection import select
+from mhc_core.selection import recall, remember, select
 from mhc_core.signature import Op, Signature, signature
 
 __all__ = [
@@ -79,6 +79,9 @@ def checked_call(
     op: str, arrays: Sequence[Any], static: Mapping[str, Any], backend: str | None
 ) -> Any:
     """Check and dispatch one call, in a function that a tracing compiler can keep as one step."""
+    function = recall(op, arrays, static, backend)
+    if function is not None:
+        return function(*arrays)
     try:
         checked = signature(get_op, op, arrays, static)
         function = select(op, checked, backend, _there(checked, arrays))
@@ -86,7 +89,9 @@ def checked_call(
         if (unwrapped := _unwrapped(arrays)) is None:
             raise
         return checked_call(op, unwrapped, static, backend)
-    return function(*arrays, **checked.static)
+    result = function(*arrays, **checked.static)
+    remember(op, arrays, static, backend, checked, function)
+    return result
 
 
 def _there(checked: Signature, arrays: Sequence[Any]) -> Sequence[Any]:
