@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from mhc_core import graphs, selection
 from mhc_core import math as ops
-from mhc_core import selection
 from mhc_core.cli import app, bench
 from mhc_core.cli._baselines import BASELINES, Baseline
-from mhc_core.cli.bench import _arrays, _graphs, _library, _measure, _plot, _rows, _sides, _timing
+from mhc_core.cli.bench import _arrays, _library, _measure, _plot, _rows, _sides, _timing
 
 SMALL = ("--T", "6", "--n", "2", "--C", "8", "--repeats", "2", "--calls", "1")
 MLX = ("--backend", "mlx-compiled")
@@ -558,7 +558,7 @@ def test_a_graph_replays_its_launches_on_the_arrays_that_it_recorded() -> None:
         cuda.launch(lambda: np.multiply(array, 2, out=out))
         return out
 
-    replayed = _graphs.replayed(SimpleNamespace(cuda=cuda), doubled)
+    replayed = graphs.replayed(SimpleNamespace(cuda=cuda), doubled)
     one, two = np.array([1.0]), np.array([5.0])
     assert replayed(one).tolist() == [2.0]
     assert cuda.streams == ["new, present", "in", "out", "present"]

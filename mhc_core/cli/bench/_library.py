@@ -8,7 +8,7 @@ from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
-from mhc_core.cli.bench._graphs import replayed
+from mhc_core.graphs import replayed
 
 __all__ = ["Library", "leaves", "library"]
 
