@@ -24,10 +24,12 @@ from mhc_core.signature import Op, Signature, signature
 
 __all__ = [
     "FUNCTIONS",
+    "NUMBERS",
     "OPAQUE",
     "call",
     "call_vjp",
     "checked_call",
+    "checked_number",
     "checked_vjp",
     "get_op",
     "prepare",
@@ -35,6 +37,9 @@ __all__ = [
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
 """The API's functions by name, which it enters itself: the defaults of an op's vjp are there."""
+
+NUMBERS: dict[str, Callable[..., Any]] = {}
+"""The functions of :mod:`mhc_core.diagnostics` by name, which it enters itself."""
 
 _OPS: dict[str, Op] = {}
 _PREPARED: set[type] = set()
@@ -155,7 +160,12 @@ def checked_vjp(
     return function(name, primals, cotangents, **checked.static)
 
 
-OPAQUE = (checked_call, checked_vjp)
+def checked_number(name: str, *given: Any, **named: Any) -> Any:
+    """Run a function of :data:`NUMBERS`, so that a tracing compiler can keep it as one step."""
+    return NUMBERS[name](*given, **named)
+
+
+OPAQUE = (checked_call, checked_vjp, checked_number)
 """The functions that a tracing compiler must not look into: it keeps a call of each as one step."""
 
 
