@@ -61,8 +61,9 @@ def _one_step(function: Function) -> Function:
     @functools.wraps(function)
     def call(*given: Any, **named: Any) -> Any:
         first: Any = next(iter((*given, *named.values())), None)
-        several = isinstance(first, (tuple, list)) and first
-        prepare(type(first[0] if several else first))  # pyright: ignore[reportUnknownArgumentType]
+        while isinstance(first, (tuple, list)) and first:  # a list of layers
+            first = cast("Any", first[0])
+        prepare(type(first))  # pyright: ignore[reportUnknownArgumentType]
         return checked_number(name, *given, **named)
 
     return cast("Function", call)
