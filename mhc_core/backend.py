@@ -16,6 +16,12 @@ and, for each transform in :data:`TRANSFORMS` that is not listed in ``BackendSpe
     def vmap(function, in_axes): ...
     def checkpoint(function): ...
 
+An op's function may have an attribute ``specialise(arrays, static)``, for libraries whose calls
+take less time than a few dictionary lookups. It returns None, or two functions of arrays: whether
+others are of the same kind as these, and the op for that kind. "The same kind" must mean the same
+type, shape, dtype and device of every array, and whatever else ``BackendSpec.takes`` looks at:
+dispatch then neither checks nor selects anything again. It is asked after the call was run.
+
 A module may also have ``composed(function)``, which returns a function of many calls so that they
 run as one program; the conformance kit uses it where each program takes seconds to compile. And it
 may have ``hurried()``, a context manager in which this process and those that it starts compile

@@ -25,10 +25,12 @@ Examples
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, cast
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, cast
 
 from mhc_core import checks
+from mhc_core.dispatch import NUMBERS, checked_number, prepare
 from mhc_core.signature import Op, Out, signature
 
 __all__ = [
@@ -46,9 +48,28 @@ Direction = Literal["forward", "backward"]
 
 _direction = checks.one_of("forward", "backward")
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 TINY = 1e-18  # streams of zeros stay 0, with finite gradients: its square is not 0 in float32
 
 
+def _one_step(function: Function) -> Function:
+    """Return a function that a tracing compiler keeps as one step: it cannot follow the checks."""
+    name = function.__name__.strip("_")
+    NUMBERS[name] = function
+
+    @functools.wraps(function)
+    def call(*given: Any, **named: Any) -> Any:
+        first: Any = next(iter((*given, *named.values())), None)
+        while isinstance(first, (tuple, list)) and first:  # a list of layers
+            first = cast("Any", first[0])
+        prepare(type(first))  # pyright: ignore[reportUnknownArgumentType]
+        return checked_number(name, *given, **named)
+
+    return cast("Function", call)
+
+
+@_one_step
 def gain(h_res: Array) -> tuple[Array, Array]:
     """Return how much a mapping can amplify: its largest absolute row sum and column sum.
 
@@ -84,6 +105,7 @@ def gain(h_res: Array) -> tuple[Array, Array]:
     return forward, backward
 
 
+@_one_step
 def composite(h_res: Array | Sequence[Array], direction: Direction = "forward") -> Array:
     """Multiply the H_res of the layers: the effect of the residual path alone on the streams.
 
@@ -127,6 +149,7 @@ def composite(h_res: Array | Sequence[Array], direction: Direction = "forward") 
     return xp.stack(products[::-1] if backward else products, axis=0)
 
 
+@_one_step
 def composite_gain(h_res: Array | Sequence[Array]) -> tuple[Array, Array]:
     """Return how much the residual path can amplify over the depth.
 
@@ -162,6 +185,7 @@ def composite_gain(h_res: Array | Sequence[Array]) -> tuple[Array, Array]:
     return forward, backward
 
 
+@_one_step
 def sum_errors(h_res: Array) -> tuple[Array, Array]:
     """Return how far the rows and the columns are from summing to 1.
 
@@ -195,6 +219,7 @@ def sum_errors(h_res: Array) -> tuple[Array, Array]:
     return rows, columns
 
 
+@_one_step
 def entropy(h_res: Array) -> Array:
     """Return how much the streams are mixed: the mean entropy of the rows, in nats.
 
@@ -226,6 +251,7 @@ def entropy(h_res: Array) -> Array:
     return -xp.mean(xp.sum(shares * logs, axis=-1), axis=-1)
 
 
+@_one_step
 def stream_similarity(x: Array) -> Array:
     """Return how alike the streams of a token are: the mean cosine of all pairs.
 
@@ -286,6 +312,23 @@ def summary(h_res: Array | Sequence[Array], x: Array | None = None) -> dict[str,
     >>> {name: float(number) for name, number in told.items()}["gain_forward"]
     2.25
     """
+    return dict(zip(_SUMMARY, _summary(h_res, x), strict=False))  # the last only with x
+
+
+_SUMMARY = (
+    "gain_forward",
+    "gain_backward",
+    "layer_gain_forward",
+    "layer_gain_backward",
+    "row_error",
+    "column_error",
+    "entropy",
+    "stream_similarity",
+)
+
+
+@_one_step
+def _summary(h_res: Array | Sequence[Array], x: Array | None) -> list[Array]:
     xp, layers = _layers("summary", h_res)
     stacked = xp.stack(layers, axis=0)
     forward, backward = composite_gain(stacked)
@@ -293,18 +336,16 @@ def summary(h_res: Array | Sequence[Array], x: Array | None = None) -> dict[str,
         xp.max(xp.mean(xp.reshape(each, (len(layers), -1)), axis=1)) for each in gain(stacked)
     )
     row_error, column_error = sum_errors(stacked)
-    told = {
-        "gain_forward": xp.mean(forward[-1]),
-        "gain_backward": xp.mean(backward[0]),
-        "layer_gain_forward": one_forward,
-        "layer_gain_backward": one_backward,
-        "row_error": xp.max(row_error),
-        "column_error": xp.max(column_error),
-        "entropy": xp.mean(entropy(stacked)),
-    }
-    if x is not None:
-        told["stream_similarity"] = xp.mean(stream_similarity(x))
-    return told
+    told = [
+        xp.mean(forward[-1]),
+        xp.mean(backward[0]),
+        one_forward,
+        one_backward,
+        xp.max(row_error),
+        xp.max(column_error),
+        xp.mean(entropy(stacked)),
+    ]
+    return told if x is None else [*told, xp.mean(stream_similarity(x))]
 
 
 # ---- checks -------------------------------------------------------------------------------------

@@ -19,15 +19,17 @@ from mhc_core._messages import nearest
 from mhc_core.backend import TRACE_TIME_MARKS
 from mhc_core.discovery import backend_module, by_priority, discover, missing_reason
 from mhc_core.errors import BackendUnavailableError
-from mhc_core.selection import select
+from mhc_core.selection import recall, remember, select
 from mhc_core.signature import Op, Signature, signature
 
 __all__ = [
     "FUNCTIONS",
+    "NUMBERS",
     "OPAQUE",
     "call",
     "call_vjp",
     "checked_call",
+    "checked_number",
     "checked_vjp",
     "get_op",
     "prepare",
@@ -35,6 +37,9 @@ __all__ = [
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
 """The API's functions by name, which it enters itself: the defaults of an op's vjp are there."""
+
+NUMBERS: dict[str, Callable[..., Any]] = {}
+"""The functions of :mod:`mhc_core.diagnostics` by name, which it enters itself."""
 
 _OPS: dict[str, Op] = {}
 _PREPARED: set[type] = set()
@@ -79,6 +84,9 @@ def checked_call(
     op: str, arrays: Sequence[Any], static: Mapping[str, Any], backend: str | None
 ) -> Any:
     """Check and dispatch one call, in a function that a tracing compiler can keep as one step."""
+    function = recall(op, arrays, static, backend)
+    if function is not None:
+        return function(*arrays)
     try:
         checked = signature(get_op, op, arrays, static)
         function = select(op, checked, backend, _there(checked, arrays))
@@ -86,7 +94,9 @@ def checked_call(
         if (unwrapped := _unwrapped(arrays)) is None:
             raise
         return checked_call(op, unwrapped, static, backend)
-    return function(*arrays, **checked.static)
+    result = function(*arrays, **checked.static)
+    remember(op, arrays, static, backend, checked, function)
+    return result
 
 
 def _there(checked: Signature, arrays: Sequence[Any]) -> Sequence[Any]:
@@ -150,7 +160,12 @@ def checked_vjp(
     return function(name, primals, cotangents, **checked.static)
 
 
-OPAQUE = (checked_call, checked_vjp)
+def checked_number(name: str, *given: Any, **named: Any) -> Any:
+    """Run a function of :data:`NUMBERS`, so that a tracing compiler can keep it as one step."""
+    return NUMBERS[name](*given, **named)
+
+
+OPAQUE = (checked_call, checked_vjp, checked_number)
 """The functions that a tracing compiler must not look into: it keeps a call of each as one step."""
 
 

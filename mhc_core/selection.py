@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
+from operator import is_
 from typing import Any, NamedTuple
 
 from mhc_core import sharding
@@ -29,10 +30,35 @@ from mhc_core.discovery import (
 from mhc_core.errors import BackendUnavailableError, UnknownBackendError, UnsupportedError
 from mhc_core.signature import Signature
 
-__all__ = ["registered", "select", "selected", "situation", "use_backend", "without_proofs"]
+__all__ = [
+    "recall",
+    "registered",
+    "remember",
+    "select",
+    "selected",
+    "situation",
+    "use_backend",
+    "without_proofs",
+]
 
 _chosen: ContextVar[str | None] = ContextVar("mhc_backend", default=None)
 _SELECTED: dict[Any, Callable[..., Any]] = {}
+
+
+class _Recalled(NamedTuple):
+    """A kind of call whose backend recognises it by itself: nothing else is looked up."""
+
+    backend: str | None
+    values: tuple[Any, ...]  # of the static arguments
+    situation: tuple[Any, ...]
+    same: Callable[..., bool]
+    function: Callable[..., Any]
+
+
+_RECALLED: dict[type, dict[Any, tuple[_Recalled, ...]]] = {}
+"""By the first array's type; then by the op, the number of arrays and the first array's shape."""
+
+MOST_SHAPES, MOST_KINDS = 4096, 4  # kept: of one type, and of one shape
 
 # os.environ.get costs 0.7 us for an absent name, more than the rest of a selection; the dict
 # behind it costs 0.04 us. Without such a dict, os.environ itself is used.
@@ -52,25 +78,31 @@ def registered(spec: BackendSpec) -> Generator[None]:
     if spec.name in specs:
         raise ValueError(f"backend {spec.name!r} is already there, from {specs[spec.name].module}")
     specs[spec.name] = spec
-    _SELECTED.clear()  # it may be the best for some of that
+    _forget()  # it may be the best for some of that
     try:
         yield
     finally:
         del specs[spec.name]
         discover().missing.pop(spec.name, None)
-        _SELECTED.clear()  # some of it may be of that backend
+        _forget()  # some of it may be of that backend
 
 
 @contextlib.contextmanager
 def without_proofs() -> Generator[None]:
     """Let every backend run without a proof: for code that measures backends, right or wrong."""
     token = not_asked.set(True)
-    _SELECTED.clear()  # it may hold the substitute of an unproven backend
+    _forget()  # it may hold the substitute of an unproven backend
     try:
         yield
     finally:
         not_asked.reset(token)
-        _SELECTED.clear()
+        _forget()
+
+
+def _forget() -> None:
+    """Forget every selection."""
+    _SELECTED.clear()
+    _RECALLED.clear()
 
 
 @contextlib.contextmanager
@@ -154,6 +186,54 @@ def select(
     return function
 
 
+def recall(
+    op: str, arrays: Sequence[Any], static: Mapping[str, Any], backend: str | None
+) -> Callable[..., Any] | None:
+    """Return a function of the arrays for a call like one that was remembered, or None."""
+    kinds = _RECALLED.get(type(arrays[0]))  # pyright: ignore[reportUnknownArgumentType]
+    if kinds is None:
+        return None
+    try:
+        recalled = kinds[op, len(arrays), arrays[0].shape]
+    except (KeyError, TypeError):  # TypeError: a compiler's symbolic sizes
+        return None
+    now = _chosen.get(), _getenv(_MHC_BACKEND), _switches(), sharding.library()
+    for named, values, then, same, function in recalled:
+        if named != backend or then != now or not same(*arrays):
+            continue
+        # values by identity: 1, 1.0 and True are equal, and not all of them pass a check
+        if not values or all(map(is_, values, static.values())):
+            return function
+    return None
+
+
+def remember(
+    op: str,
+    arrays: Sequence[Any],
+    static: Mapping[str, Any],
+    backend: str | None,
+    call: Signature,
+    function: Callable[..., Any],
+) -> None:
+    """Keep what a call has found, where its backend recognises calls of the same kind.
+
+    Static arguments that are made anew for every call are not worth it: those remembered are those
+    of the first call of its signature.
+    """
+    specialise = getattr(function, "specialise", None)
+    if specialise is None or any(call.static[name] is not static[name] for name in static):
+        return
+    special = specialise(arrays, call.static)
+    if special is None:
+        return
+    kinds = _RECALLED.setdefault(type(arrays[0]), {})  # pyright: ignore[reportUnknownArgumentType]
+    if len(kinds) >= MOST_SHAPES:
+        kinds.clear()
+    new = _Recalled(backend, tuple(static.values()), situation(), *special)
+    key = op, len(arrays), arrays[0].shape
+    kinds[key] = (new, *kinds.get(key, ())[: MOST_KINDS - 1])
+
+
 def situation() -> tuple[Any, ...]:
     """Return what a selection depends on besides the call: the names and switches in force."""
     return _chosen.get(), _getenv(_MHC_BACKEND), _switches(), sharding.library()
@@ -226,7 +306,7 @@ def _found(
             others.append(_found(what, call, arrays, {**refused, choice.spec.name: reason}))
         return others[0](*given, **static)
 
-    return routed
+    return _specialising(routed, function, takes)
 
 
 def _guarded(
@@ -241,7 +321,20 @@ def _guarded(
             raise UnsupportedError(f"{call.op.name}: backend {choice.spec.name!r}{source} {reason}")
         return function(*given, **static)
 
-    return guarded
+    return _specialising(guarded, function, takes)
+
+
+def _specialising(
+    asking: Any, function: Callable[..., Any], takes: Callable[..., str | None]
+) -> Callable[..., Any]:
+    """Return a function that asks first, with its backend's ``specialise`` for what is taken."""
+    if (specialise := getattr(function, "specialise", None)) is not None:
+
+        def of_taken(arrays: Sequence[Any], static: Mapping[str, Any]) -> Any:
+            return specialise(arrays, static) if takes(arrays) is None else None
+
+        asking.specialise = of_taken
+    return asking
 
 
 def _function(what: str, call: Signature, choice: _Choice) -> Callable[..., Any]:

@@ -50,6 +50,7 @@ class Plugins:
         """Clear all caches: the next call discovers and chooses anew, as a new process would."""
         self._monkeypatch.setattr(discovery, "_discovered", None)
         self._monkeypatch.setattr(selection, "_SELECTED", {})
+        self._monkeypatch.setattr(selection, "_RECALLED", {})
 
     def only(self, *names: str) -> None:
         """Keep only these of the installed plugins."""

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -19,11 +20,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from mhc_core import graphs, selection
 from mhc_core import math as ops
-from mhc_core import selection
 from mhc_core.cli import app, bench
 from mhc_core.cli._baselines import BASELINES, Baseline
-from mhc_core.cli.bench import _arrays, _graphs, _library, _measure, _plot, _rows, _sides, _timing
+from mhc_core.cli.bench import _arrays, _library, _measure, _plot, _rows, _sides, _timing
 
 SMALL = ("--T", "6", "--n", "2", "--C", "8", "--repeats", "2", "--calls", "1")
 MLX = ("--backend", "mlx-compiled")
@@ -486,6 +487,22 @@ def test_what_may_be_under_way_follows_the_gpu() -> None:
     assert _library._quarter({"total_memory": 64 * gib}) == 16 * gib  # as MLX calls it in CUDA
     assert _library._quarter({"memory_size": 32 * gib}) == 8 * gib  # and in Metal
     assert _library._quarter({"memory_size": 8 * gib}) == _library._quarter({}) == 4 * gib
+    assert _library._quarter({"bytes_in_use": 9, "bytes_limit": 96 * gib}) == 24 * gib  # in JAX
+
+
+def test_jax_takes_memory_as_it_needs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 10**11})
+    fake = SimpleNamespace(
+        numpy=np, jit=lambda one: one, block_until_ready=abs,
+        default_backend=lambda: "gpu", local_devices=lambda: [device],
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "jax", fake)
+    library = _library._jax()
+    assert (library.accelerator, library.at_once) == (True, 10**11 // 4)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    nowhere = str(tmp_path / "nowhere" / "file.json")
+    assert CliRunner().invoke(app, ["bench", "--json", nowhere]).exit_code == 2
+    assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"  # before JAX is there
 
 
 def test_torch_waits_for_a_gpu_that_is_not_the_default_device(
@@ -558,7 +575,7 @@ def test_a_graph_replays_its_launches_on_the_arrays_that_it_recorded() -> None:
         cuda.launch(lambda: np.multiply(array, 2, out=out))
         return out
 
-    replayed = _graphs.replayed(SimpleNamespace(cuda=cuda), doubled)
+    replayed = graphs.replayed(SimpleNamespace(cuda=cuda), doubled)
     one, two = np.array([1.0]), np.array([5.0])
     assert replayed(one).tolist() == [2.0]
     assert cuda.streams == ["new, present", "in", "out", "present"]

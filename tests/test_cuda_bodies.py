@@ -43,6 +43,7 @@ CASES = [
     Case("pre", "float16", 4, FEWEST, T=3, mixes=False),
     Case("mappings", "float32", 2, MANY, mixes=False),
     Case("combine", "bfloat16", 4, MANY, back=True, mixes=False),
+    Case("combine", "bfloat16", 8, MANY, back=True, T=3, C=72),
     Case("combine_pre", "bfloat16", 4, MANY, back=True),
     Case("combine_pre", "float32", 4, FEW, back=True, T=9),
     Case("combine_pre", "float16", 3, MANY),

@@ -200,6 +200,47 @@ def test_a_backend_may_look_at_the_arrays_of_every_call(plugins: Plugins, fake: 
             mhc.vjp("sinkhorn", (other,), taken)
 
 
+def test_a_backend_may_recognise_calls_of_a_kind(
+    plugins: Plugins, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that dispatch then asks nothing else, and what a backend need not look at itself."""
+    here, elsewhere = fake(2, 2), fake(2, 2)
+
+    def sinkhorn(*_: Any, **__: Any) -> str:
+        return "general"
+
+    def specialise(arrays: Any, static: Any) -> Any:
+        return (lambda a: a is here), lambda _: f"special, {static['iterations']}"
+
+    def takes(arrays: Any) -> str | None:
+        return "takes no such arrays" if arrays[0] is elsewhere else None
+
+    sinkhorn.specialise = specialise
+    plugins.backend("other", priority=1)
+    plugins.backend("special", {"sinkhorn": sinkhorn}, priority=2, takes=takes)
+    for name in (None, "special"):
+        assert mhc.sinkhorn(here, 3, backend=name) == "general"
+        with monkeypatch.context() as patch:
+            patch.setattr("mhc_core.dispatch.signature", None)
+            assert mhc.sinkhorn(here, 3, backend=name) == "special, 3"
+    assert mhc.sinkhorn(here, 4) == "general"
+    for wrong in (3.0, True):
+        with pytest.raises(TypeError, match=f"iterations is {wrong}; needs an integer"):
+            mhc.sinkhorn(here, wrong)
+    assert mhc.sinkhorn(elsewhere, 3) == mhc.sinkhorn(here, 3, backend="other") == "other"
+    assert mhc.sinkhorn(fake(2, 2), 3) == "general"
+    with mhc.use_backend("other"):
+        assert mhc.sinkhorn(here, 3) == "other"
+    monkeypatch.setenv("MHC_BACKEND", "other")
+    assert mhc.sinkhorn(here, 3) == "other"
+    monkeypatch.delenv("MHC_BACKEND")
+    assert mhc.sinkhorn(here, 3) == "special, 3"
+    iterations = int("1000")  # equal, but another object every time: checked every time
+    assert mhc.sinkhorn(here, iterations) == mhc.sinkhorn(here, int("1000")) == "general"
+    with selection.registered(plugins.spec("best", priority=3)):
+        assert mhc.sinkhorn(here, 3) == "best"
+
+
 def test_where_no_backend_takes_the_arrays_each_says_why(plugins: Plugins, fake: Fake) -> None:
     for name, priority in (("first", 2), ("second", 1)):
         plugins.backend(name, priority=priority, takes=lambda _, name=name: f"not on {name}")

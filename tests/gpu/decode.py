@@ -1,11 +1,12 @@
-"""Print the time of a decoded token in accelerated models of transformers over the plain ones.
+"""Print the time of accelerated models of transformers over that of the plain ones.
 
-python tests/gpu/decode.py [--hidden 4096] [--layers 4] [--steps 50] [--device cuda]
+python tests/gpu/decode.py [--hidden 4096] [--layers 4] [--steps 50] [--device cuda] [--train T]
 
-Models with random weights in bfloat16, each with a cache that holds 64 tokens, called in turn.
-Three ratios: of the medians of the steps' time; as the noise, of that of two plain models; and of
-the time of a step's kernels together, by PyTorch's profiler. A family that the installed
-transformers lacks, or that fails, is one line.
+Models with random weights in bfloat16, called in turn: one more token each, with a cache that holds
+64, or with --train the forward and the backward of T tokens. Three ratios: of the medians of the
+steps' time; as the noise, of that of two plain models; and of the time of a step's kernels
+together, by PyTorch's profiler. In training also the ratio of the peaks of memory, each without
+what was there before. A family that the installed transformers lacks, or that fails, is one line.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import argparse
 import inspect
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mhc_torch
 import torch
 import transformers
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 COMMON: dict[str, Any] = {
@@ -114,7 +116,7 @@ def made(family: str, hidden: int, layers: int, device: str) -> Any:
     return model
 
 
-def decoding(model: Any, device: str) -> Callable[[], None]:
+def decoding(model: Any, device: str) -> Callable[[], Any]:
     """Return a function that decodes one more token after a prompt of 64."""
     ids = torch.arange(64, device=device)[None] % 1000 + 3
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
@@ -126,7 +128,31 @@ def decoding(model: Any, device: str) -> Callable[[], None]:
     return step
 
 
-def seconds(step: Callable[[], None], device: str) -> float:
+def training(model: Any, tokens: int, device: str) -> dict[str, Callable[[], Any]]:
+    """Return functions that run a model forward, and forward and back, on so many tokens."""
+    ids = torch.arange(tokens, device=device)[None] % 1000 + 3
+
+    def forward() -> Tensor:
+        return model(ids, use_cache=False)[0]  # the logits, or the last hidden state
+
+    def step() -> None:
+        forward().float().square().mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    return {"forward": forward, "forward and backward": step}
+
+
+def peak(step: Callable[[], Any]) -> int:
+    """Return the most bytes that a step adds to what is allocated."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def seconds(step: Callable[[], Any], device: str) -> float:
     """Return the time of a step, kernels included."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -137,7 +163,7 @@ def seconds(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - begin
 
 
-def kernels(step: Callable[[], None], steps: int = 5) -> float:
+def kernels(step: Callable[[], Any], steps: int = 5) -> float:
     """Return the time of a step's kernels in seconds."""
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(steps):
@@ -148,9 +174,22 @@ def kernels(step: Callable[[], None], steps: int = 5) -> float:
 
 def row(family: str, args: argparse.Namespace, everywhere: bool) -> str:
     """Return the ratios of a family."""
-    plain, again, fast = (made(family, args.hidden, args.layers, args.device) for _ in range(3))
-    report = mhc_torch.accelerate(fast, everywhere=everywhere)
-    steps = [decoding(model, args.device) for model in (plain, again, fast)]
+    models = [made(family, args.hidden, args.layers, args.device) for _ in range(3)]
+    report = mhc_torch.accelerate(models[2], everywhere=everywhere)
+    if args.train:
+        every = [training(model.train(), args.train, args.device) for model in models]
+        parts = [f"{name} {ratios([one[name] for one in every], args)}" for name in every[0]]
+        if args.device == "cuda":
+            most = [peak(one["forward and backward"]) for one in (every[0], every[2])]
+            parts.append(f"memory {most[1] / most[0]:.2f} ({most[0] / 2**30:.2f} GiB)")
+    else:
+        with torch.no_grad():
+            parts = [ratios([decoding(model, args.device) for model in models], args)]
+    return "; ".join([*parts, f"replaced {len(report.replaced)}, left {len(report.left)}"])
+
+
+def ratios(steps: Sequence[Callable[[], Any]], args: argparse.Namespace) -> str:
+    """Return the ratios of the third step, and of the second, to the first."""
     times: list[list[float]] = [[] for _ in steps]
     for _ in range(5):
         for step in steps:
@@ -163,8 +202,8 @@ def row(family: str, args: argparse.Namespace, everywhere: bool) -> str:
     text = f"{ours / own:.2f} ({1e3 * own:.2f} ms), plain {noise / own:.2f}"
     if args.device == "cuda":
         launched = [kernels(steps[0]), kernels(steps[2])]
-        text += f"; kernels {launched[1] / launched[0]:.2f} ({1e6 * launched[0]:.0f} us)"
-    return f"{text}; replaced {len(report.replaced)}, left {len(report.left)}"
+        text += f", kernels {launched[1] / launched[0]:.2f} ({1e6 * launched[0]:.0f} us)"
+    return text
 
 
 def main() -> None:
@@ -175,14 +214,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--train", type=int, default=0, metavar="T", help="tokens of a step")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
     for family in args.families.split(","):
         for everywhere in (False, True) if family == "qwen4_exp" else (False,):
             name = family + ", everywhere" * everywhere
             try:
-                with torch.no_grad():
-                    print(f"{name}: {row(family, args, everywhere)}", flush=True)
+                print(f"{name}: {row(family, args, everywhere)}", flush=True)
             except Exception as error:
                 print(f"{name}: {type(error).__name__}: {str(error)[:500]}", flush=True)
             if args.device == "cuda":

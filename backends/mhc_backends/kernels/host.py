@@ -7,6 +7,7 @@ recorded for later (``plan.py``).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -78,6 +79,7 @@ def tokens(array: Array, last: int) -> Array:
     return array.reshape(math.prod(array.shape[:split]), *array.shape[split:])
 
 
+@functools.cache
 def dtype_name(dtype: Any) -> str:
     """Return a dtype's name without its module."""
     return str(dtype).rpartition(".")[2]

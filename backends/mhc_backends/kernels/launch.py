@@ -162,6 +162,8 @@ class Shape:
         many streams require it.
     iterations
         How many such accesses a thread of a ``"tile"`` makes, if the GPU is busy anyway.
+    numbers
+        The most numbers of the streams that a thread holds at a time.
     keeps
         The number of stream arrays whose first accesses a thread keeps in registers between two
         uses.
@@ -205,6 +207,7 @@ class Shape:
     threads: int = 256
     elements: int = 8
     iterations: int = 2
+    numbers: int = REGISTERS
     keeps: int = 0
     layers: bool = False
     streams: bool = False
@@ -221,7 +224,7 @@ TABLE: Mapping[str, Shape] = {
     "combine_project": Shape(groups="split_k"),
     "combine_project_few": Shape(groups="k_blocks"),
     "combine_project_k_blocks": Shape(groups="k_block", threads=128, resident=3),
-    "combine_vjp": Shape(groups="token", elements=4),
+    "combine_vjp": Shape(groups="token", elements=4, numbers=16),
     "combine_vjp_wide": Shape(groups="token", elements=1, streams=True),
     "gated_collapse": Shape(groups="gated_channels"),
     "gated_collapse_vjp": Shape(groups="gated_pullback"),
@@ -371,7 +374,7 @@ def _token_shares(shape: Shape, T: int, numbers: int) -> int:
 
 def _elements(shape: Shape, n: int, C: int, dtype: str) -> int:
     """Return the largest power of two within all limits that divides C, hence every row."""
-    held = REGISTERS // (n * max(shape.keeps, 1))
+    held = shape.numbers // (n * max(shape.keeps, 1))
     most = min(shape.elements, ACCESS_BYTES // ITEMSIZE[dtype], max(held, 1))
     return math.gcd(C, 1 << (most.bit_length() - 1))
 
@@ -673,7 +676,8 @@ def _shape(kernel: str, dialect: str) -> Shape:
     if shape.like:
         other = _shape(shape.like, dialect)
         shape = replace(shape, threads=other.threads, elements=other.elements)
-    return replace(shape, threads=min(shape.threads, MOST_THREADS[dialect]))
+    most = MOST_THREADS[dialect]
+    return shape if shape.threads <= most else replace(shape, threads=most)
 
 
 @functools.cache
@@ -703,7 +707,7 @@ _NEEDS: Mapping[str, tuple[Callable[[int], bool], str]] = {
     "iterations": (lambda value: value >= 1, "an integer of at least 1"),
     "resident": (lambda value: 1 <= value <= 16, "an integer from 1 to 16"),
 }
-_FIXED = {"groups", "keeps", "layers", "streams", "like", "mixes", "resident_float32"}
+_FIXED = {"groups", "numbers", "keeps", "layers", "streams", "like", "mixes", "resident_float32"}
 assert set(_NEEDS) | _FIXED == {field.name for field in fields(Shape)}
 
 

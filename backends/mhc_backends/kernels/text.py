@@ -33,15 +33,15 @@ DIALECTS = ("metal", "cuda")
 _FOLDER = files("mhc_backends.kernels")
 
 
-def _bodies(*path: str) -> tuple[str, ...]:
-    folder = _FOLDER.joinpath(*path, "bodies")
-    found = (file.name for file in folder.iterdir()) if folder.is_dir() else ()
+def _bodies(path: str) -> tuple[str, ...]:
+    folder = _FOLDER / path
+    found = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     return tuple(sorted(name.removesuffix(".h") for name in found if name.endswith(".h")))
 
 
-KERNELS = _bodies()
+KERNELS = _bodies("bodies")
 """The names of the kernels that all dialects have: one body each."""
-OWN = {dialect: _bodies(dialect) for dialect in DIALECTS}
+OWN = {dialect: _bodies(f"{dialect}/bodies") for dialect in DIALECTS}
 """The names of the kernels that one dialect alone has."""
 
 # ---- headers -------------------------------------------------------------------------------------

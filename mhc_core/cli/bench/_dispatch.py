@@ -83,16 +83,25 @@ def _arrays(backend: str, op: str, optional: bool) -> tuple[Any, ...]:
 @contextmanager
 def _without_array_work(selection: Any) -> Generator[None]:
     """Replace every selected function by one that does nothing."""
-    selected = selection._SELECTED  # its lookup table, which has no public name
+    selected, recalled = (
+        selection._SELECTED,
+        selection._RECALLED,
+    )  # its tables, without public names
 
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
     selection._SELECTED = dict.fromkeys(selected, nothing)
+    selection._RECALLED = {
+        kind: {
+            key: tuple(one._replace(function=nothing) for one in known) for key, known in by.items()
+        }
+        for kind, by in recalled.items()
+    }
     try:
         yield
     finally:
-        selection._SELECTED = selected
+        selection._SELECTED, selection._RECALLED = selected, recalled
 
 
 def _nanoseconds(function: Callable[[], Any], repeats: int, calls: int = 2000) -> float:

@@ -8,7 +8,7 @@ from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
-from mhc_core.cli.bench._graphs import replayed
+from mhc_core.graphs import replayed
 
 __all__ = ["Library", "leaves", "library"]
 
@@ -153,6 +153,7 @@ def _jax() -> Library:
         copy=jax.jit(jax.numpy.negative),
         accelerator=jax.default_backend() != "cpu",
         holds=True,
+        at_once=_quarter(jax.local_devices()[0].memory_stats() or {}),  # none of a CPU
     )
 
 
@@ -194,8 +195,9 @@ def _mlx() -> Library:
 
 
 def _quarter(device: Mapping[str, Any]) -> int:
-    """Return a quarter of a GPU's memory, which MLX reports under two names."""
-    return max(int(device.get("total_memory") or device.get("memory_size") or 0) // 4, AT_ONCE)
+    """Return a quarter of a GPU's memory, for which MLX has two names, and JAX one."""
+    names = ("total_memory", "memory_size", "bytes_limit")
+    return max(int(next(filter(None, map(device.get, names)), 0)) // 4, AT_ONCE)
 
 
 def _torch() -> Library:

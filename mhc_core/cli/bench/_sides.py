@@ -217,18 +217,30 @@ def _host_functions(name: str) -> Any:
 
 def entries(row: Row, side: Side) -> Iterator[Entry]:
     """Yield the entries of a row for one side, one for every way to run it."""
+    if side.remote is not None:
+        yield from _remote_entries(row, side)
+        return
     graph = side.library.graph if side.library.graph and side.on_gpu else None
     for entry in _calls(row, side):
         yield entry
         if graph is not None:
-            yield Entry(side, f"{entry.way}, CUDA graph", graph(entry.function), replayed=True)
+            yield _graph_entry(entry, graph(entry.function))
+
+
+def _graph_entry(entry: Entry, replays: Function) -> Entry:
+    return replace(entry, way=f"{entry.way}, CUDA graph", function=replays, replayed=True)
+
+
+def _remote_entries(row: Row, side: Side) -> Iterator[Entry]:
+    """Yield the entries of a side that records its graphs itself."""
+    op, names = row.ops[0], [word.partition(".")[2] for word in row.inputs]
+    entry = Entry(side, side.remote.way, side.remote.call(op, names))
+    yield entry
+    if side.remote.graphs:
+        yield _graph_entry(entry, side.remote.call(op, names, graph=True))
 
 
 def _calls(row: Row, side: Side) -> Iterator[Entry]:
-    if side.remote is not None:
-        names = [word.partition(".")[2] for word in row.inputs]
-        yield Entry(side, side.remote.way, side.remote.call(row.ops[0], names))
-        return
     forward = partial(row.formula, side.functions, side.library.xp)
     count = len(row.inputs)
     if row.layers > 1:

@@ -304,7 +304,7 @@ def _back(size: Size, busy: int) -> None:
     local = _projection.Local(du, pull, du)
     out = Out(x.shape, mx.float32)
     with small(busy):
-        dx, dphi = _projection.projection_pullback(KERNELS, x, phi, local, out, w, dh, g)
+        dx, dphi, _ = _projection.projection_pullback(KERNELS, x, phi, local, out, w, dh, g)
     flat, wide = _float64(x).reshape(T, n * C), _float64(du)
     through = (wide @ _float64(phi) - _float64(pull) * 2.0**-24 * flat).reshape(x.shape)
     _close(

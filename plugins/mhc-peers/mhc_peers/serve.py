@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mhc_core.graphs import replayed
 from mhc_peers.child import device
 from mhc_peers.libraries import LIBRARIES
 from mhc_peers.registry import named
@@ -36,10 +37,12 @@ class Server:
         if self.peer.library == "torch":
             self.library.torch.set_num_threads(os.cpu_count() or 1)  # as beside the others
         self.arrays: list[Any] = []
+        self._graphs: dict[Any, Callable[..., Sequence[Any]]] = {}
 
-    def about(self) -> tuple[str, str]:
-        """Return the device, and the way in which calls run."""
-        return self.device, self.library.way
+    def about(self) -> tuple[str, str, bool]:
+        """Return the device, the way in which calls run, and whether graphs of them are made."""
+        graphs = self.peer.library == "torch" and self.device == "cuda"
+        return self.device, self.library.way, graphs
 
     def put(self, wire: Wire) -> int:
         """Keep an array; return its number."""
@@ -47,8 +50,9 @@ class Server:
         return len(self.arrays) - 1
 
     def forget(self) -> None:
-        """Drop all arrays."""
+        """Drop all arrays, and the graphs that were recorded on them."""
         self.arrays.clear()
+        self._graphs.clear()
 
     def results(self, *call: Any) -> list[Wire]:
         """Return the outputs of a call, or its gradients."""
@@ -56,7 +60,11 @@ class Server:
         return [to_wire(self.library.give(array)) for array in run(*arrays)]
 
     def seconds(self, waits: bool, calls: int | None, warmup: int, *call: Any) -> float:
-        """Return the median of calls that are waited for, or the mean of a stream of calls."""
+        """Return the median of calls that are waited for, or the mean of a stream of calls.
+
+        A call is an op, the names of its arrays, its static arguments, whether a graph is replayed,
+        and the numbers of the arrays.
+        """
         run, arrays = self._run(*call)
         wait, first = self.library.wait, 0.0
         for _ in range(warmup):
@@ -81,11 +89,17 @@ class Server:
         op: str,
         names: Sequence[str],
         static: Mapping[str, Any],
+        graph: bool,
         numbers: Sequence[int],
     ) -> tuple[Callable[..., Sequence[Any]], list[Any]]:
         arrays = [self.arrays[number] for number in numbers]
         key = (op, tuple(names), len(numbers))
-        return self.library.compiled(key, self.peer.ops[op].function, names, static), arrays
+        run = self.library.compiled(key, self.peer.ops[op].function, names, static)
+        if graph:
+            if key not in self._graphs:
+                self._graphs[key] = replayed(self.library.torch, run)
+            run = self._graphs[key]
+        return run, arrays
 
 
 def main(name: str) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
+from mhc_core import graphs
 from mhc_peers.declaration import Peer
 from mhc_peers.libraries import has_gpu
 
@@ -113,12 +114,19 @@ def lacking(peer: Peer) -> str:
 
 
 def _links() -> Path:
-    """Return a folder from which another Python imports this package and nothing else of ours."""
-    target = Path(__file__).parent.resolve()
-    folder = cache() / "links" / hashlib.sha256(str(target).encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+    """Return a folder from which another Python imports this package, and one file of mhc-core.
+
+    A Python that has mhc-core itself imports that: without an ``__init__.py``, the folder of the
+    one file yields to a package further down the path.
+    """
+    target, file = Path(__file__).parent.resolve(), Path(graphs.__file__).resolve()
+    digest = hashlib.sha256(f"{target} {file}".encode()).hexdigest()[:16]
+    folder = cache() / "links" / digest
+    (folder / "mhc_core").mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         (folder / "mhc_peers").symlink_to(target, target_is_directory=True)
+    with contextlib.suppress(FileExistsError):
+        (folder / "mhc_core" / file.name).symlink_to(file)
     return folder
 
 

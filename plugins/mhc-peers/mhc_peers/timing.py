@@ -27,8 +27,9 @@ class Remote:
 
     Attributes
     ----------
-    name, on_gpu, way
-        The peer's name, whether it runs on a GPU, and the way in which its calls run.
+    name, on_gpu, way, graphs
+        The peer's name, whether it runs on a GPU, the way in which its calls run, and whether CUDA
+        graphs of them can be replayed.
     """
 
     def __init__(self, peer: Peer, static: Static, checkouts: Mapping[str, Path]) -> None:
@@ -44,7 +45,7 @@ class Remote:
             stdout=subprocess.PIPE,
             stderr=self._said,
         )
-        device, self.way = self._ask("about")
+        device, self.way, self.graphs = self._ask("about")
         self.on_gpu = device != "cpu"
 
     def close(self) -> None:
@@ -72,9 +73,12 @@ class Remote:
         """Drop the arrays that were kept."""
         self._ask("forget")
 
-    def call(self, op: str, names: Sequence[str]) -> Call:
-        """Return an op as a function of arrays that were put; with cotangents, its vjp."""
-        return Call(self, (op, tuple(names), dict(self._static(op))))
+    def call(self, op: str, names: Sequence[str], graph: bool = False) -> Call:
+        """Return an op as a function of arrays that were put; with cotangents, its vjp.
+
+        ``graph`` says that a CUDA graph of it is replayed.
+        """
+        return Call(self, (op, tuple(names), dict(self._static(op)), graph))
 
     def ask(self, what: str, *given: Any) -> Any:
         """Return an answer; raise RuntimeError with what went wrong there."""

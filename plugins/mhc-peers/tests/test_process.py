@@ -16,10 +16,10 @@ from mhc_peers.timing import starter
 
 # What Python imports as it starts, in the process of the peer.
 PROJECT = """
-import os, signal, sys, time
+import contextlib, os, signal, sys, time
 from types import SimpleNamespace
 import numpy as np
-from mhc_peers import libraries, registry
+from mhc_peers import child, libraries, registry
 from mhc_peers.declaration import Peer
 
 class Host(libraries.Compiled):
@@ -55,6 +55,30 @@ def contract(x, how):
     if x.shape[-2] == 7:
         time.sleep(100)
     return x.sum(-2)
+
+if "RUDE_GRAPHS" in os.environ:  # a GPU, whose graph does nothing but keep what it will do
+
+    class Cuda:
+        recorded = None
+        CUDAGraph = type("Graph", (), {"replay": lambda self: [run() for run in self.recorded]})
+        Stream = current_stream = lambda self: SimpleNamespace(wait_stream=lambda other: None)
+        stream = lambda self, stream: contextlib.nullcontext()
+
+        @contextlib.contextmanager
+        def graph(self, graph):
+            self.recorded = graph.recorded = []
+            yield
+            self.recorded = None
+
+    def forward(self, function, primals):
+        out, recorded = np.float32(function(*primals)), self.torch.cuda.recorded
+        if recorded is not None:
+            recorded.append(lambda: np.copyto(out, function(*primals)))
+            out[...] = 0
+        return [out]
+
+    child.device = lambda peer: "cuda"
+    Host.torch.cuda, Host.forward = Cuda(), forward
 
 registry.peers = lambda: {"rude": peer}
 registry.named.__globals__["peers"] = registry.peers
@@ -141,3 +165,18 @@ def test_the_bench_times_it_in_its_process(
     wrong = CliRunner().invoke(app, ["bench", "--vs", "rude", "--checkout", "theirs=."])
     assert wrong.exit_code == 2
     assert "--checkout is 'theirs=.'; needs NAME=FOLDER" in " ".join(wrong.output.split())
+
+
+def test_the_bench_replays_its_graphs_in_its_process(
+    rude: Peer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    start = starter(rude, lambda op: rude.ops[op].fixed)
+    monkeypatch.setattr(command, "remotes", lambda: {"rude": ("torch", "what it is", start)})
+    monkeypatch.setenv("RUDE_GRAPHS", "1")
+    file, words = tmp_path / "bench.json", ["--backend", "numpy", "--C", "8", "--repeats", "2"]
+    words += ["--T", "4,5", "--row", "contract", "--row", "aggregate", "--n", "3", "--json"]
+    done = CliRunner().invoke(app, ["bench", "--vs", "rude", *words, str(file)])
+    assert done.exit_code == 0, done.output
+    theirs = [row for row in json.loads(file.read_text())["rows"] if not row["ours"]]
+    assert [row["way"] for row in theirs] == ["call", "call, CUDA graph"] * 4
+    assert all(row["ms"] > 0 and row["apart"] < 1e-6 for row in theirs)

@@ -27,6 +27,7 @@ from calls import (
 from on_cpu import DEVICE, NAME, SPEC, needs_gcc, prepare
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import mhc_core as mhc
@@ -145,6 +146,39 @@ def test_an_op_is_one_node(call: Call) -> None:
     for output in several(_kernels(call)(*arrays)):
         below = [node for node, _ in output.grad_fn.next_functions if node is not None]
         assert [node.variable.data_ptr() for node in below] == [a.data_ptr() for a in arrays]
+
+
+@pytest.mark.parametrize("call", [BY_OP["combine"], UNMIXING[2]], ids=["mixed", "unmixed"])
+def test_a_call_seen_before_is_recognised(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, arrays = _kernels(call), call.arrays(torch.float32)
+    wider = [a.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_() for a in arrays]
+    given = [[a.detach() for a in arrays], arrays, wider]
+    want = [several(function(*one)) for one in given]
+    slopes = gradients(function, arrays)
+    with monkeypatch.context() as patch:
+        patch.setattr("mhc_core.dispatch.signature", None)  # nothing is looked up
+        again = [
+            [a.detach().clone().requires_grad_(a.requires_grad) for a in given[k]] for k in (0, 1)
+        ]
+        for one, outputs in zip([*again, wider], want, strict=True):
+            assert_close(function(*one), outputs, rtol=0, atol=0)
+        for _ in range(2):  # the second time, the cotangents are recognised too
+            assert_close(gradients(function, again[1]), slopes, rtol=0, atol=0)
+        with torch.no_grad():  # a leaf's gradient does not matter here, so this is the first kind
+            assert not any(one.requires_grad for one in several(function(*arrays)))
+        with mhc.no_grad():
+            assert not any(one.requires_grad for one in several(function(*arrays)))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert all(isinstance(one, FakeTensor) for one in several(function(*given[0])))
+    torch.func.vjp(function, *given[0])  # transforms take their own way
+    x, y, *rest = given[0]
+    with pytest.raises(ValueError, match="combine: y has shape"):
+        function(x, y[:1], *rest)
+    with pytest.raises(TypeError, match="combine: y has dtype int64"):
+        function(x, y.long(), *rest)
+    same = torch.randn(T, N, C)
+    op = functools.partial(mhc.residual_add_aggregate, same, same, torch.randn(N), backend=NAME)
+    assert_close(op(), op(), rtol=0, atol=0)  # one tensor for two arguments
 
 
 def test_strided_tensors_are_copied_once() -> None:

@@ -31,6 +31,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import mhc_core as mhc
+from mhc_core import diagnostics
 
 every_op = pytest.mark.parametrize("call", CALLS, ids=lambda call: call.op)
 
@@ -91,6 +92,19 @@ def test_vjp_inside_compiled_code(call: Call) -> None:
 
     compiled, counter = traced(pulled)
     assert_close(compiled(arrays, cotangents), pulled(arrays, cotangents))
+    assert counter.frame_count == 1
+
+
+def test_diagnostics_are_one_graph_and_a_penalty() -> None:
+    def watched(h_res: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        forward, backward = diagnostics.gain(h_res=h_res)
+        summary = diagnostics.summary([h_res[0], h_res[1]], x)
+        return forward.mean(), backward.mean(), *summary.values()
+
+    arrays = [torch.rand(2, T, N, N, requires_grad=True), torch.randn(T, N, C, requires_grad=True)]
+    compiled, counter = traced(watched)
+    assert_close(compiled(*arrays), watched(*arrays))
+    assert_close(gradients(compiled, arrays), gradients(watched, arrays))
     assert counter.frame_count == 1
 
 

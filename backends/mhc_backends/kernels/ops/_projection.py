@@ -419,9 +419,9 @@ def local_vjp(
     return Local(*kernels(name, inputs, outputs, sizes, numbers, **constants))
 
 
-def summed(kernels: Kernels, local: Local, scale: Array, bias: Array) -> tuple[Array, Array]:
-    """Return dscale and dbias."""
-    total = kernels.sum_rows(local.terms)[0]
+def summed(kernels: Kernels, terms: Array, scale: Array, bias: Array) -> tuple[Array, Array]:
+    """Return dscale and dbias, the sums of the rows of ``terms``."""
+    total = kernels.sum_rows(terms)[0]
     cast = kernels.host.cast
     return cast(total[bias.size :], scale.dtype), cast(total[: bias.size], bias.dtype)
 
@@ -444,11 +444,14 @@ def projection_pullback(
     w: Array | None = None,
     dh: Array | None = None,
     g: Array | None = None,
-) -> tuple[Array, Array]:
-    """Return dx and dphi; dx includes w_i dh and g if they are given."""
+) -> tuple[Array, Array, Array]:
+    """Return dx, dphi and the terms of dscale and dbias; dx includes w_i dh and g if given.
+
+    The terms are those of ``local``, or sums of as many of these as a tile of tokens has.
+    """
     if _one_pass(kernels, x, phi, dh, g):
-        dx, dphi, *_ = _project_vjp(kernels, x, phi, local, out, w, dh, g)
-        return dx, dphi
+        dx, dphi, terms, *_ = _project_vjp(kernels, x, phi, local, out, w, dh, g)
+        return dx, dphi, terms
     sizes, nothing = Sizes.of(x), local.pull
     flat = tokens(x, 2)
     inputs = {
@@ -470,7 +473,7 @@ def projection_pullback(
     inputs = {"x": flat, "du": local.du}
     chosen = {"COLUMN_TILES": tiles, "AHEAD": dtype_name(x.dtype) != FLOAT32}
     (dphi,) = kernels("project_dphi", inputs, {"dphi": partial}, sizes, None, stage, **chosen)
-    return dx, kernels.sum_to(dphi, phi, 2)
+    return dx, kernels.sum_to(dphi, phi, 2), local.terms
 
 
 def _one_pass(
@@ -508,9 +511,10 @@ def _project_vjp(
     g: Array | None,
     streams: Streams | None = None,
 ) -> list[Array]:
-    """Launch ``vjp_tiles`` and ``project_vjp``: dx and dphi, or those of x' = combine(streams).
+    """Launch ``vjp_tiles`` and ``project_vjp``: dx, dphi and the terms of dscale and dbias.
 
-    The latter are followed by dy and the cotangents of H_res and h_post, one row per token.
+    With ``streams``, dx is that of the x in x' = combine(streams), and dy and the cotangents of
+    H_res and h_post, one row per token, are last.
     """
     sizes, columns, nothing = Sizes.of(x), phi.shape[0], local.pull
     n, combines = sizes.n, streams is not None
@@ -521,11 +525,15 @@ def _project_vjp(
         "w": nothing if w is None else tokens(w, 1),
         "h_post": nothing if streams is None else tokens(streams.h_post, 1),
         "h_res": nothing if streams is None else tokens(streams.h_res, 2),
+        "terms": local.terms,
     }
     count = -(-sizes.T // launch.TILE_TOKENS)
-    outputs: dict[str, Out | None] = {"tiles": Out((count, record), FLOAT32)}
+    outputs: dict[str, Out | None] = {
+        "tiles": Out((count, record), FLOAT32),
+        "sums": Out((count, local.terms.shape[1]), FLOAT32),
+    }
     chosen = {"COLUMNS": columns, "WITH_H": w is not None, "COMBINES": combines}
-    (tiles,) = kernels("vjp_tiles", inputs, outputs, sizes, **chosen)
+    tiles, terms = kernels("vjp_tiles", inputs, outputs, sizes, **chosen)
 
     shares = launch.shares("project_vjp", *sizes, kernels.dialect)
     stages, size = _slab_bytes(sizes, phi, dh, g, combines)
@@ -548,7 +556,7 @@ def _project_vjp(
     chosen |= {"WITH_G": g is not None, "STAGES": stages}
     stage = Stage(0, 0, size)
     dx, dphi, *rest = kernels("project_vjp", given, outputs, sizes, None, stage, **chosen)
-    made = [dx, kernels.sum_to(dphi, phi, 2)]
+    made = [dx, kernels.sum_to(dphi, phi, 2), terms]
     if streams is None:
         return made
     dy, dmix = rest
@@ -592,8 +600,8 @@ def pullback(
 ) -> Pulled:
     """Pull back through the mappings of x, and through h if it has a cotangent."""
     local = _mappings_vjp(kernels, x, scale, bias, projected, given, variant)
-    dx, dphi = projection_pullback(kernels, x, phi, local, out, given.w, given.h, given.x)
-    return Pulled(dx, dphi, *summed(kernels, local, scale, bias))
+    dx, dphi, terms = projection_pullback(kernels, x, phi, local, out, given.w, given.h, given.x)
+    return Pulled(dx, dphi, *summed(kernels, terms, scale, bias))
 
 
 def combined_pullback(
@@ -615,16 +623,16 @@ def combined_pullback(
     x, y, h_post, h_res = streams
     w, dh, g = given.w, given.h, given.x
     local = _mappings_vjp(kernels, x_new, scale, bias, projected, given, variant)
-    ends = summed(kernels, local, scale, bias)
     if h_res is not None and _one_pass(kernels, x_new, phi, dh, g, combines=True):
-        dx, dphi, dy, dh_res, dh_post = _project_vjp(
+        dx, dphi, terms, dy, dh_res, dh_post = _project_vjp(
             kernels, x_new, phi, local, Out.like(x), w, dh, g, streams
         )
         mixing = kernels.sum_to(dh_post, h_post, 1), kernels.sum_to(dh_res, h_res, 2)
-        return dx, dy, *mixing, dphi, *ends
+        return dx, dy, *mixing, dphi, *summed(kernels, terms, scale, bias)
     between = Out(x.shape, FLOAT32)
-    dx_new, dphi = projection_pullback(kernels, x_new, phi, local, between, w, dh, g)
-    return *combine.vjp(kernels, (x, y, h_post, h_res), (dx_new,)), dphi, *ends
+    dx_new, dphi, terms = projection_pullback(kernels, x_new, phi, local, between, w, dh, g)
+    streams_pulled = combine.vjp(kernels, (x, y, h_post, h_res), (dx_new,))
+    return *streams_pulled, dphi, *summed(kernels, terms, scale, bias)
 
 
 def _mappings_vjp(

@@ -9,7 +9,8 @@ from typing import Any
 
 from mhc_backends.kernels.host import FLOAT32, Array, Kernels, Out, Sizes, dtype_name, tokens
 
-MOST_IN_REGISTERS = 4  # streams whose n + n * n sums a thread can keep
+# streams whose n + n * n sums a thread can keep; Apple's compiler was not seen with more
+MOST_IN_REGISTERS = {"metal": 4, "cuda": 8}
 
 
 def forward(
@@ -35,7 +36,7 @@ def vjp(
         "dh_post": Out((sizes.T, sizes.n), FLOAT32),
         "dh_res": Out((sizes.T, sizes.n, sizes.n), FLOAT32),
     }
-    name = "combine_vjp" if sizes.n <= MOST_IN_REGISTERS else "combine_vjp_wide"
+    name = "combine_vjp" if sizes.n <= MOST_IN_REGISTERS[kernels.dialect] else "combine_vjp_wide"
     given = {**inputs(x, y, h_post, h_res), "g": tokens(g, 2)}
     dx, dy, dh_post, dh_res = kernels(name, given, outputs, sizes)
     return dx, dy, kernels.sum_to(dh_post, h_post, 1), kernels.sum_to(dh_res, h_res, 2)

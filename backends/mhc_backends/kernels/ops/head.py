@@ -52,5 +52,6 @@ def vjp(
         "g_w": _projection.weights_vjp(kernels, x, g),
     }
     local = _projection.local_vjp(kernels, "head_vjp", inputs, sizes, 1)
-    dx, dphi = _projection.projection_pullback(kernels, x, phi, local, Out.like(x), w, g)
-    return dx, dphi, *_projection.summed(kernels, local, scale, bias)
+    out = Out.like(x)
+    dx, dphi, terms = _projection.projection_pullback(kernels, x, phi, local, out, w, g)
+    return dx, dphi, *_projection.summed(kernels, terms, scale, bias)

@@ -9,7 +9,7 @@ from mhc_peers.declaration import Peer
 from mhc_peers.files import checkout
 from mhc_peers.triton import fix_interpreter
 
-__all__ = ["PEERS"]
+__all__ = ["PEERS", "functions"]
 
 peer = Peer(
     name="transformer-engine",
@@ -25,7 +25,7 @@ peer = Peer(
 )
 
 
-def _module() -> Any:
+def functions() -> Any:
     """Return the file of the torch functions, with the packages around it left out."""
     import importlib
     import sys
@@ -73,7 +73,7 @@ def _in_order(phi: Any, n: int) -> Any:
     free=("sinkhorn_iterations",),
 )
 def _mappings(x: Any, phi: Any, scale: Any, bias: Any, variant: Any) -> Any:
-    module, (n, C), leading = _module(), x.shape[-2:], x.shape[:-2]
+    module, (n, C), leading = functions(), x.shape[-2:], x.shape[:-2]
     streams = x.transpose(-1, -2).reshape(-1, n * C).contiguous()
     H, ms = module.mhc_fused_projection(streams, _in_order(phi, n), use_tf32=False)
     H_pre, H_post, logits = module.mhc_fused_scale(H, scale, bias[None], ms, n)
@@ -85,19 +85,19 @@ def _mappings(x: Any, phi: Any, scale: Any, bias: Any, variant: Any) -> Any:
 @peer.op("sinkhorn", free=("iterations",), fixed={"eps": 0.0, "first": "rows"}, dtypes=("float32",))
 def _sinkhorn(logits: Any, iterations: int, eps: float, first: str) -> Any:
     flat = logits.contiguous()
-    return _module().mhc_fused_sinkhorn(flat, flat.shape[-1], True, iterations)
+    return functions().mhc_fused_sinkhorn(flat, flat.shape[-1], True, iterations)
 
 
 @peer.op("aggregate")
 def _aggregate(x: Any, h_pre: Any) -> Any:
     streams = x.transpose(-1, -2).contiguous()
-    return _module().mhc_fused_aggregate(streams, h_pre, x.shape[-2], use_tf32=False)
+    return functions().mhc_fused_aggregate(streams, h_pre, x.shape[-2], use_tf32=False)
 
 
 @peer.op("combine")
 def _combine(x: Any, y: Any, h_post: Any, h_res: Any) -> Any:
     streams = x.transpose(-1, -2).contiguous()
-    made = _module().mhc_fused_expand_combine(
+    made = functions().mhc_fused_expand_combine(
         y, None, h_post, streams, h_res.transpose(-1, -2).contiguous(), x.shape[-2], use_tf32=False
     )
     return made.transpose(-1, -2)

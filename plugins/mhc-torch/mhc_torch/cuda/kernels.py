@@ -24,6 +24,7 @@ from mhc_core.variants import Variant
 from mhc_torch import _dtensor, _function
 from mhc_torch._variants import key_of, made
 from mhc_torch.cuda.driver import Driver
+from mhc_torch.cuda.kinds import recogniser
 from mhc_torch.cuda.replay import DTYPES, Replay
 from mhc_torch.ops import require_one_device
 
@@ -33,6 +34,7 @@ Tensors = tuple[Tensor, ...]
 Static = dict[str, Any]
 
 MOST_PLANS = 4096  # of one backend; each is a few kilobytes
+MOST_PULLS = 4  # layouts of the tensors of a vjp that are recognised
 
 ABSENT = "absent"
 """Beside the static arguments: the places of primals that are None, which tensors alone do not say.
@@ -56,6 +58,7 @@ class Kernels:
         self.name = name
         self._driver = driver
         self._replays: dict[Any, Replay] = {}
+        self._kinds: dict[Any, _Kind] = {}
         _BY_NAME[name] = self
 
     def replay(
@@ -121,17 +124,55 @@ class Kernels:
             elif not plain:
                 require_one_device(op, _named(names, static), primals)
                 results = cast("Any", self._operator(op, static, primals))
-            elif graph and torch.is_grad_enabled() and gradients.wanted():
-                results = cast("Any", _Op).apply(self, op, static, tuple(key), *primals)
             else:
-                results = self.replay(("forward", op, *key), (primals,), static)(primals)
+                kind = self._kind((op, *key), static)
+                if graph and torch.is_grad_enabled() and gradients.wanted():
+                    results = cast("Any", _Op).apply(kind, *primals)
+                else:
+                    results = kind.forward(primals)
             if may_ask and not all(made := declared.kept(static)):
                 return _function.filled(results, made)
             if may_lack and not all(made := kept(static["variant"])):
                 return _function.filled(results, made)
             return results[0] if count == 1 else tuple(results[:count])
 
+        def specialise(
+            arrays: Sequence[Tensor | None], static: Static
+        ) -> tuple[Callable[..., bool], Callable[..., Any]] | None:
+            """Return a function that recognises arrays like these, and the op for them."""
+            same = recogniser(arrays)
+            primals, asked = _present(arrays, static)
+            if same is None or transformed() or not _plain(primals):
+                return None
+            kind = _Kind(self, _key(op, asked, primals), asked, _contiguous(primals))
+            graph, made = _differentiable(primals), declared.kept(static)
+            absent, whole, alone = len(primals) < len(arrays), all(made), count == 1
+
+            def special(*arrays: Tensor | None) -> Any:
+                if watched():
+                    return call(*cast("Tensors", arrays), **static)
+                there = [one for one in arrays if one is not None] if absent else arrays
+                if graph and gradients.wanted():
+                    results = _apply_op(kind, *there)
+                else:
+                    results = kind.forward(cast("Tensors", there))
+                if not whole:
+                    return _function.filled(results, made)
+                return results[0] if alone else tuple(results)
+
+            return same, special
+
+        cast("Any", call).specialise = specialise
         return call
+
+    def _kind(self, key: tuple[Any, ...], static: Static) -> _Kind:
+        """Return what is known of an op's calls with tensors of this key, in any layout."""
+        found = self._kinds.get(key)
+        if found is None:
+            found = self._kinds[key] = _Kind(self, key, static, contiguous=False)
+            if len(self._kinds) > MOST_PLANS:
+                del self._kinds[next(iter(self._kinds))]
+        return found
 
     def _operator(self, op: str, static: Static, primals: Sequence[Tensor]) -> Tensors:
         return tuple(torch.ops.mhc_torch.kernels(self.name, op, _written(static), list(primals)))
@@ -139,7 +180,7 @@ class Kernels:
     def saving(self, op: str, static: Static, primals: Sequence[Tensor]) -> Tensors:
         """Return an op's outputs and what its vjp reads besides, without a gradient."""
         if _plain(primals):
-            key = _key("forward_with_saved", op, static, primals)
+            key = ("forward_with_saved", *_key(op, static, primals))
             return tuple(self.replay(key, (primals,), static)(primals))
         return self._operator(op, static, primals)
 
@@ -167,14 +208,20 @@ class Kernels:
             apply = cast("Any", _PullBack).apply
             return apply(self, op, static, len(primals), *primals, *cotangents)
         if _plain(every):
-            groups = (primals, cotangents, saved) if saved else (primals, cotangents)
-            key = _key("vjp", op, static, every, len(cotangents))
-            return tuple(self.replay(key, groups, static)(every))
+            return tuple(self.pulling(op, primals, cotangents, saved, static)(every))
         return tuple(
             torch.ops.mhc_torch.kernels_vjp(
                 self.name, op, _written(static), list(primals), list(cotangents), list(saved)
             )
         )
+
+    def pulling(
+        self, op: str, primals: Tensors, cotangents: Tensors, saved: Tensors, static: Static
+    ) -> Replay:
+        """Return the plan of an op's vjp on tensors like these."""
+        groups = (primals, cotangents, saved) if saved else (primals, cotangents)
+        every = (*primals, *cotangents, *saved)
+        return self.replay(("vjp", *_key(op, static, every), len(cotangents)), groups, static)
 
 
 def _present(arrays: Sequence[Tensor | None], static: Static) -> tuple[Tensors, Static]:
@@ -209,13 +256,11 @@ _watched: Callable[[], int] = _C._len_torch_dispatch_stack
 """Return the number of modes that watch operators."""
 
 
-def _key(
-    what: str, op: str, static: Static, tensors: Sequence[Tensor], cotangents: int = 0
-) -> tuple[Any, ...]:
-    key: list[Any] = [what, op, tensors[0].get_device(), *static.values()]
+def _key(op: str, static: Static, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    key: list[Any] = [op, tensors[0].get_device(), *static.values()]
     for one in tensors:
         key += (one.shape, one.dtype)
-    return (*key, cotangents) if what == "vjp" else tuple(key)
+    return tuple(key)
 
 
 def _transformed() -> bool:
@@ -226,32 +271,85 @@ def _transformed() -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def _contiguous(tensors: Sequence[Tensor]) -> bool:
+    return all(one.is_contiguous() for one in tensors)
+
+
 def _differentiable(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
+
+
+class _Kind:
+    """An op on plain tensors of one kind: its plans, each from when it is first needed.
+
+    The key is :func:`_key`'s. ``contiguous`` says that all primals are known to be.
+    """
+
+    def __init__(
+        self, kernels: Kernels, key: tuple[Any, ...], static: Static, contiguous: bool
+    ) -> None:
+        self._kernels, self._key, self._static = kernels, key, static
+        self._contiguous = contiguous
+        self._forward: Replay | None = None
+        self._saving: Replay | None = None
+        self._pulls: list[tuple[Callable[..., bool], bool, Replay]] = []
+        self._sought = 0
+
+    def forward(self, primals: Tensors) -> Sequence[Tensor]:
+        """Return the op's outputs."""
+        replay = self._forward
+        if replay is None:
+            replay = self._forward = self._replay("forward", primals)
+        return replay.run([*primals]) if self._contiguous else replay(primals)
+
+    def forward_with_saved(self, primals: Tensors) -> tuple[Sequence[Tensor], Replay]:
+        """Return the op's outputs and what its vjp reads besides, and the plan."""
+        replay = self._saving
+        if replay is None:
+            replay = self._saving = self._replay("forward_with_saved", primals)
+        return replay.run([*primals]) if self._contiguous else replay(primals), replay
+
+    def _replay(self, what: str, primals: Tensors) -> Replay:
+        return self._kernels.replay((what, *self._key), (primals,), self._static)
+
+    def pull_back(self, primals: Tensors, cotangents: Tensors, saved: Tensors) -> Sequence[Tensor]:
+        """Pull cotangents back; the result can be differentiated again."""
+        op, static = self._key[0], self._static
+        if torch.is_grad_enabled():
+            # The saved values are recomputed from the primals, because the vjp has no cotangents
+            # for saved values.
+            return self._kernels.pull_back(op, primals, cotangents, (), static)
+        every = (*primals, *cotangents, *saved)
+        for same, contiguous, replay in self._pulls:
+            if same(*every) and not _watched():
+                return replay.run([*every]) if contiguous else replay(every)
+        pulled = self._kernels.pull_back(op, primals, cotangents, saved, static)
+        if self._sought < MOST_PULLS and _plain(every) and not _transformed():
+            self._sought += 1
+            if (same := recogniser(every)) is not None:
+                replay = self._kernels.pulling(op, primals, cotangents, saved, static)
+                self._pulls.append((same, _contiguous(every), replay))
+        return pulled
 
 
 class _Op(torch.autograd.Function):
     """An op on plain tensors as one node of autograd's graph."""
 
     @staticmethod
-    def forward(
-        ctx: Any, kernels: Kernels, op: str, static: Static, key: Any, *primals: Tensor
-    ) -> Tensors:
-        replay = kernels.replay(("forward_with_saved", op, *key), (primals,), static)
-        results = replay(primals)
-        ctx.given = kernels, op, static, len(primals)
+    def forward(ctx: Any, kind: _Kind, *primals: Tensor) -> Tensors:
+        results, replay = kind.forward_with_saved(primals)
+        ctx.kind, ctx.count = kind, len(primals)
         ctx.save_for_backward(*primals, *[results[k] for k in replay.saved])
         return tuple(results[: replay.outputs])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        kernels, op, static, count = ctx.given
-        kept = ctx.saved_tensors  # read once: a checkpoint recomputes them at each access
-        # If this backward is itself differentiated, the saved values are recomputed from the
-        # primals, because the vjp has no cotangents for saved values.
-        saved = () if torch.is_grad_enabled() else kept[count:]
-        pulled = kernels.pull_back(op, kept[:count], cotangents, saved, static)
-        return None, None, None, None, *pulled
+        kept, count = ctx.saved_tensors, ctx.count  # a checkpoint recomputes them at each access
+        return None, *ctx.kind.pull_back(kept[:count], cotangents, kept[count:])
+
+
+_apply_op: Callable[..., Tensors] = cast("Any", super(torch.autograd.Function, _Op)).apply
+"""``_Op.apply`` without its search for transforms and for tensors that are left from one."""
 
 
 class _OpInTransforms(torch.autograd.Function):
@@ -330,7 +428,7 @@ def _second(
 def _forward(backend: str, op: str, static: str, arrays: Sequence[Tensor]) -> list[Tensor]:
     """Return an op's outputs, and then what else its vjp reads."""
     options = _read(static)
-    key = _key("forward_with_saved", op, options, arrays)
+    key = ("forward_with_saved", *_key(op, options, arrays))
     replay = _BY_NAME[backend].replay(key, (arrays,), options)
     return _separate(replay(arrays), arrays)
 
@@ -422,11 +520,9 @@ def _vjp(
     saved: Sequence[Tensor],
 ) -> list[Tensor]:
     """Return the gradients of an op's arrays; without saved values it computes them again."""
-    groups = (primals, cotangents, saved) if saved else (primals, cotangents)
     options, every = _read(static), [*primals, *cotangents, *saved]
-    key = _key("vjp", op, options, every, len(cotangents))
-    replay = _BY_NAME[backend].replay(key, groups, options)
-    return _separate(replay(every), every)
+    groups = tuple(primals), tuple(cotangents), tuple(saved)
+    return _separate(_BY_NAME[backend].pulling(op, *groups, options)(every), every)
 
 
 @_vjp.register_fake

@@ -11,6 +11,7 @@ import functools
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from operator import add, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -73,55 +74,72 @@ class Replay:
             next(k for k, other in enumerate(returned) if other is value) for value in plan.saved
         ]
         layout = _Layout(plan, returned)
-        self._made = layout.made
-        self._room = layout.room
+        self._made = [*layout.made, ((layout.room,), (1,), torch.uint8)][: layout.allocated]
         self._results: list[None] = [None] * layout.computed
         self._steps, self._arguments = _steps(plan, driver, index, layout)
-        self._computes = layout.computed > 0
         views = [layout.view(value) for value in returned]
         # a result is the caller's alone: not an input, nor another result
         shared = [one[0] < plan.inputs or one in views[:k] for k, one in enumerate(views)]
         self._returned = [(*one, copied) for one, copied in zip(views, shared, strict=True)]
-        self._whole = all(view is None for _, view in views) and not any(shared)
-        self._tables: list[_Table] = []
+        whole = all(view is None for _, view in views) and not any(shared)
+        places = [place for place, _ in views]
+        self._take = _items(places) if whole else self._results_of
+        self._tables: list[_Table] = []  # threads that run a plan at once have a table each
+        self.run = self._run_in_turn if layout.computed else self._launching()
 
-    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    run: Callable[[list[Any]], Sequence[Tensor]]
+    """Run the plan on contiguous tensors, in a list that it may add to."""
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Run the plan on tensors of the plan's shapes and dtypes."""
-        guard = self._driver.guard(self._index)
-        if guard is None:
-            return self._run(tensors)
-        with guard:
-            return self._run(tensors)
+        return self.run([one if one.is_contiguous() else one.contiguous() for one in tensors])
 
-    def _run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        empty = self._driver.empty
-        held: list[Any] = [one if one.is_contiguous() else one.contiguous() for one in tensors]
-        held += [empty(shape, strides, dtype) for shape, strides, dtype in self._made]
-        if self._room:  # whoever gets it next uses it later on the same stream
-            held.append(empty((self._room,), (1,), torch.uint8))
-        try:  # threads that run a plan at once have a table each
-            table = self._tables.pop()
-        except IndexError:
-            table = _Table(*self._arguments.layout)
-        if self._computes:
-            held += self._results
-            self._run_in_turn(held, table)
-        else:
-            self._arguments.write(table, held)
-            launch, stream = self._driver.launch, self._driver.stream(self._index)
-            start = table.start
-            for function, x, y, threads, memory, first in self._steps:
-                error = launch(function, x, y, threads, memory, stream, start + first)
+    def _launching(self) -> Callable[[list[Any]], Sequence[Tensor]]:
+        """Return the run of a plan of launches alone.
+
+        What it needs are its own variables, as reading attributes is a good part of a small call.
+        """
+        driver, index, made, steps = self._driver, self._index, self._made, self._steps
+        guard, empty, launch, stream = driver.guard, driver.empty, driver.launch, driver.stream
+        tables, write, layout = self._tables, self._arguments.write, self._arguments.layout
+        take = self._take
+
+        def run(held: list[Any]) -> Sequence[Tensor]:
+            if (context := guard(index)) is not None:
+                with context:
+                    return run(held)
+            for one in made:
+                held.append(empty(*one))
+            try:
+                table = tables.pop()
+            except IndexError:
+                table = _Table(*layout)
+            write(table.values, held)
+            current, start = stream(index), table.start
+            for kernel, x, y, threads, memory, first in steps:
+                error = launch(kernel, x, y, threads, memory, current, start + first)
                 if error:
                     raise _failed(error)
-        self._tables.append(table)
-        if self._whole:
-            return [held[place] for place, _, _ in self._returned]
+            tables.append(table)
+            return take(held)
+
+        return run
+
+    def _results_of(self, held: list[Any]) -> Sequence[Tensor]:
         results = [(_viewed(held[place], view), copied) for place, view, copied in self._returned]
         return [result.clone() if copied else result for result, copied in results]
 
-    def _run_in_turn(self, held: list[Any], table: _Table) -> None:
+    def _run_in_turn(self, held: list[Any]) -> Sequence[Tensor]:
         """Run a plan in which PyTorch's own functions compute some values between launches."""
+        if (context := self._driver.guard(self._index)) is not None:
+            with context:
+                return self._run_in_turn(held)
+        held += [self._driver.empty(*one) for one in self._made]
+        held += self._results
+        try:
+            table = self._tables.pop()
+        except IndexError:
+            table = _Table(*self._arguments.layout)
         written = False
         for step in self._steps:
             if isinstance(step, _Computed):
@@ -129,7 +147,7 @@ class Replay:
                 written = False
                 continue
             if not written:
-                self._arguments.write(table, held)
+                self._arguments.write(table.values, held)
                 written = True
             function, x, y, threads, memory, first = step
             stream = self._driver.stream(self._index)
@@ -138,6 +156,15 @@ class Replay:
             )
             if error:
                 raise _failed(error)
+        self._tables.append(table)
+        return self._take(held)
+
+
+def _items(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Return a function that takes these items of a sequence."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
 
 
 def _viewed(tensor: Tensor, view: tuple[Any, ...] | None) -> Tensor:
@@ -200,6 +227,7 @@ class _Layout:
         after += self.room > 0
         self._place |= {number: after + k for k, number in enumerate(results)}
         self.computed = len(results)
+        self.allocated = len(self.made) + (self.room > 0)
         self.count = after + self.computed  # the tensors of a call
 
     def place(self, value: Value) -> tuple[int, int]:
@@ -255,17 +283,29 @@ class _Arguments:
             [0] * count + list(self._fixed),
             [k if moving else count + k for moving, k in self._order],
         )
-        self._pack = struct.Struct(f"{count}Q").pack_into
-        self._from = list(self._moving)
-        self._in_order = self._from == [(place, 0) for place in range(self._layout.count)]
+        pack, address = struct.Struct(f"{count}Q").pack_into, Tensor.data_ptr
+        places, offsets = zip(*self._moving, strict=True) if self._moving else ((), ())
+        items = _items(places)
 
-    def write(self, table: _Table, held: Sequence[Any]) -> None:
-        """Write the addresses of a call's tensors; a result that is not there yet has none."""
-        if self._in_order:
-            self._pack(table.values, 0, *[one.data_ptr() for one in held])
-            return
-        base = [0 if one is None else one.data_ptr() for one in held]
-        self._pack(table.values, 0, *[base[place] + offset for place, offset in self._from])
+        def write_in_order(values: Any, held: Sequence[Any]) -> None:
+            pack(values, 0, *map(address, held))
+
+        def write(values: Any, held: Sequence[Any]) -> None:
+            pack(values, 0, *map(add, items([*map(address, held)]), offsets))
+
+        def write_what_is_there(values: Any, held: Sequence[Any]) -> None:
+            base = [0 if one is None else address(one) for one in held]
+            pack(values, 0, *map(add, items(base), offsets))
+
+        if self._layout.computed:
+            self.write = write_what_is_there
+        elif places == tuple(range(self._layout.count)) and not any(offsets):
+            self.write = write_in_order
+        else:
+            self.write = write
+
+    write: Callable[[Any, Sequence[Any]], None]
+    """Write the addresses of a call's tensors; a result that is not there yet has none."""
 
 
 def _steps(plan: Plan, driver: Driver, index: int, layout: _Layout) -> tuple[list[Any], _Arguments]:

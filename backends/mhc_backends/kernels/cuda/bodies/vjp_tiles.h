@@ -3,7 +3,8 @@
 //
 // du[T, m], pull[T, 1], w[T or 1, n], h_post[T or 1, n], h_res[T or 1, n, n] -> tiles[ceil(T / 16),
 // 4 TileRecord::SIZE]. WITH_H: there is a w. COMBINES: there are h_post and h_res. A threadgroup
-// takes a tile. Beyond the tokens, du is zero and the rest that of the last token.
+// takes a tile. Beyond the tokens, du is zero and the rest that of the last token. Also the sums of
+// terms[T, B] over the tokens of a tile, sums[ceil(T / 16), B].
 
 #pragma once
 
@@ -15,10 +16,11 @@
 #include "dialect/words.h"
 
 template <int N, int COLUMNS, bool WITH_H, bool COMBINES, typename Du, typename Pull,
-          typename Weights, typename HPost, typename HRes, typename Tiles>
+          typename Weights, typename HPost, typename HRes, typename Terms, typename Tiles,
+          typename Sums>
 FUNCTION void vjp_tiles(Du du, int64_t du_shape_0, Pull pull, Weights w, int w_shape_0,
                         HPost h_post, int h_post_shape_0, HRes h_res, int h_res_shape_0,
-                        Tiles tiles, Position here) {
+                        Terms terms, int terms_shape_1, Tiles tiles, Sums sums, Position here) {
     typedef TileRecord<N, COLUMNS, COMBINES> Record;
     const int64_t T = du_shape_0;
     const int COLUMN_TILES = Record::COLUMN_TILES, WIDTH = 8 * COLUMN_TILES, MATRIX = N * N + N;
@@ -62,6 +64,12 @@ FUNCTION void vjp_tiles(Du du, int64_t du_shape_0, Pull pull, Weights w, int w_s
             const auto to = record + 4 * Record::SCALES + 2 * (i * TILE_TOKENS + t);
             to[0] = WITH_H ? float(w[row(w_shape_0, token) * N + i]) : 0.0f;
             to[1] = -float(pull[token]);
+        }
+        for (int k = here.id; k < terms_shape_1; k += here.threads) {
+            float sum = 0.0f;
+            UNROLL for (int t = 0; t < TILE_TOKENS; t++)
+                if (first + t < T) sum += float(terms[(first + t) * terms_shape_1 + k]);
+            sums[tile * terms_shape_1 + k] = sum;
         }
         for (int at = here.id; COMBINES && at < TILE_TOKENS * MATRIX; at += here.threads) {
             const int t = at / MATRIX, k = at % MATRIX;

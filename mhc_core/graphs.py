@@ -1,4 +1,8 @@
-"""CUDA graphs of what PyTorch launches."""
+"""CUDA graphs of what PyTorch launches, for measurements.
+
+This file imports the standard library alone: a process that times a peer has it without the rest of
+the package (``mhc_peers.targets``).
+"""
 
 from __future__ import annotations
 
