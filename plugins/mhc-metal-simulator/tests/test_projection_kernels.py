@@ -519,6 +519,7 @@ def _half_sums(numbers: str) -> str:
     )
 
 
+STAGED_DU = "for (int k = 0; k < STAGE_STEPS; k += 2)"
 NEXT = ("barrier of the next tokens", "BARRIER;  // the next tokens", "// the next tokens", RACE)
 
 FAULTS = (
@@ -623,25 +624,29 @@ FAULTS = (
     ),
     *_many(
         "project_dphi",
-        ("barrier", "BARRIER;\n        for (int k = 0", "for (int k = 0", RACE),
-        ("barrier of the du before", "BARRIER;  // those", "// those", RACE),
-        ("tail", "next, T, rest", "next, T + 1, rest", BOUNDS),
         ("columns' tail", "if (to < M)", "if (to <= M)", ANYWHERE),
+        op="back",
+    ),
+    *_many(  # in common/project/dphi_sums.h
+        "common",
+        ("barrier of du", f"BARRIER;\n{STAGED_DU}", STAGED_DU, RACE),
+        ("barrier of the du before", "BARRIER;  // those before", "// those before", RACE),
+        ("tail of du", "next, T, rest", "next, T + 1, rest", BOUNDS),
         (
-            "index",
-            "sums[k / 2].at[0].tile[tile].in_half[k % 2]",
-            "sums[k % 2].at[0].tile[tile].in_half[k / 2]",
+            "index of dphi",
+            "sums.at[k / 2].at[0].tile[tile].in_half[k % 2]",
+            "sums.at[k % 2].at[0].tile[tile].in_half[k / 2]",
             WRONG,
         ),
         (
-            "half sum",
+            "half sum of dphi",
             "multiply<COLUMN_TILES>(rows, shared));",
             _halved(
-                "multiply<COLUMN_TILES>(rows, shared));", "sums[s].at[0].tile[0].in_half[0]", 2
+                "multiply<COLUMN_TILES>(rows, shared));", "sums.at[s].at[0].tile[0].in_half[0]", 2
             ),
             WRONG,
         ),
-        ("space", "(du, M", f"({_device('du')}, M", NO_SPACE),
+        ("space of du", "(du, M", f"({_device('du')}, M", NO_SPACE),
         op="back",
     ),
     *_many(

@@ -161,7 +161,7 @@ def vjp(
         cast(own[:rank], down.dtype),
         kernels.sum_to(dup, up, 2),
     )
-    return (*gradients, cast(own[rank:], inject.dtype)) if injects else gradients
+    return gradients if inject is None else (*gradients, cast(own[rank:], inject.dtype))
 
 
 def _factors(
