@@ -1,7 +1,7 @@
 """Hold the CUDA kernels against the limits of each GPU, by nvcc and without a GPU.
 
 python tests/architectures.py [--architectures sm_80,sm_90] [--ops pre,combine] [--dtypes bfloat16]
-    [--T 1,64,4096] [--n 4] [--C 4096] [--json FILE]
+    [--T 1,64,256,4096] [--n 4] [--C 4096] [--json FILE]
 
 It compiles what plans launch and reads what ptxas says. A kernel's registers must be there for as
 many threadgroups as the launch table asks for, and its threadgroup memory must be what a
@@ -11,6 +11,7 @@ threadgroup may have. Registers that are spilled to memory are printed: they cos
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import subprocess
@@ -25,10 +26,10 @@ import mhc_core as mhc
 from mhc_backends.kernels.cuda_function import NAME, PRELUDE, function
 from mhc_backends.kernels.nvidia import memory
 from mhc_backends.kernels.ops import OPS, has_vjp
-from mhc_backends.kernels.plan import Launch, record
+from mhc_backends.kernels.plan import Launch, Plan, record
 from mhc_core import math
-from mhc_core.cli.bench._arrays import Sizes, dtype_of, shape_of
-from mhc_core.cli.bench._rows import rows_of_ops
+from mhc_core.cli.bench._arrays import Sizes, dtype_of
+from mhc_core.signature import UNMIXED
 
 __all__ = ["ARCHITECTURES", "Compiled", "compiled", "launches"]
 
@@ -63,12 +64,7 @@ class Compiled:
             yield f"{self.threads} threads; there are {MOST_THREADS}"
 
 
-def launches(
-    ops: Sequence[str],
-    sizes: Sequence[Sizes],
-    room: int,
-    variant: mhc.Variant = mhc.DEEPSEEK_V4,
-) -> list[Launch]:
+def launches(ops: Sequence[str], sizes: Sequence[Sizes], room: int) -> list[Launch]:
     """Return the launches of ops, forward and back, whose functions differ.
 
     ``room`` is the memory of a threadgroup, by which some kernels are chosen.
@@ -76,38 +72,57 @@ def launches(
     found: dict[tuple[str, int], Launch] = {}
     for op in ops:
         for size in sizes:
-            for step in _steps(op, size, room, variant):
+            for step in _steps(op, size, room):
                 found.setdefault((function(step).text, step.program.memory), step)
     return list(found.values())
 
 
-def _steps(op: str, sizes: Sizes, room: int, variant: mhc.Variant) -> Iterator[Launch]:
-    declared, row = math.load(op).OP, rows_of_ops()[op]
-    static = {name: _default(op, name, variant) for name in declared.static}
-    patterns = [declared.arrays[word.partition(".")[2]] for word in row.inputs]
-    primals = [(shape_of(one, sizes), dtype_of(one, sizes)) for one in patterns]
-    given = static, "cuda", room
+def _steps(op: str, sizes: Sizes, room: int) -> Iterator[Launch]:
+    declared = math.load(op).OP
+    variants = [mhc.DEEPSEEK_V4]
+    if declared.projects or UNMIXED in declared.optional:
+        variants.append(mhc.HY_V4)  # whose streams are not mixed
+    for variant in variants:
+        left_out = {*declared.optional} - ({UNMIXED} if variant.mixes else set())
+        names = [name for name in declared.arrays if name not in left_out]
+        absent = [k for k, one in enumerate(declared.arrays) if one == UNMIXED and one in left_out]
+        static = {name: _static(op, name, sizes.n, variant) for name in declared.static}
+        known = {**sizes.by_word, **declared.sizes(sizes.n, sizes.C, static)}
+        patterns = [declared.arrays[name] for name in names]
+        primals = [(_shape(one, sizes, known), dtype_of(one, sizes)) for one in patterns]
+        for plan in _plans(op, primals, (static, "cuda", room, absent)):
+            yield from (step for step in plan.steps if isinstance(step, Launch))
+
+
+def _plans(op: str, primals: Sequence[Any], given: tuple[Any, ...]) -> Iterator[Plan]:
+    """Yield an op's plans: forward, and back with what was saved and without."""
     forward = record("forward_with_saved", op, [primals], *given)
-    plans = [forward]
+    yield forward
     if has_vjp(op):
-        more = [
+        outputs, saved = (
             [(one.shape, one.dtype) for one in values]
             for values in (forward.outputs, forward.saved)
-        ]
-        plans += [
-            record("vjp", op, [primals, *[one for one in given_too if one]], *given)
-            for given_too in (more, more[:1])
-        ]
-    for plan in plans:
-        yield from (step for step in plan.steps if isinstance(step, Launch))
+        )
+        yield record("vjp", op, [primals, outputs], *given)
+        if saved:
+            yield record("vjp", op, [primals, outputs, saved], *given)
 
 
-def _default(op: str, name: str, variant: mhc.Variant) -> Any:
-    import inspect
-
+def _shape(pattern: str, sizes: Sizes, known: Mapping[str, int]) -> tuple[int, ...]:
+    words = pattern.split("|")[0].split()
+    ahead = (sizes.B, sizes.T) if words[0] == "..." else ()
     return (
-        variant
-        if name == "variant"
+        *ahead,
+        *[known[word] if word in known else int(word) for word in words if word != "..."],
+    )
+
+
+def _static(op: str, name: str, n: int, variant: mhc.Variant) -> Any:
+    """Return a static argument: the variant's, or as the public function has it."""
+    given = {"variant": variant, "n": n}
+    return (
+        given[name]
+        if name in given
         else inspect.signature(getattr(mhc, op)).parameters[name].default
     )
 
@@ -158,13 +173,30 @@ def _described(step: Launch, architecture: str, said: str) -> Compiled:
     )
 
 
+HEADING = """\
+| architecture | KiB there | functions | KiB at most | registers at most | spilled bytes |
+|---|---|---|---|---|---|"""
+
+
+def row(architecture: str, made: Sequence[Compiled]) -> str:
+    """Return a row of the table: the most that any function takes."""
+    most, registers = max(one.memory for one in made), max(one.registers for one in made)
+    spilled: dict[str, int] = {}
+    for one in made:
+        if one.spilled:
+            spilled[one.kernel] = max(spilled.get(one.kernel, 0), one.spilled)
+    words = ", ".join(f"`{name}` {count}" for name, count in sorted(spilled.items())) or "none"
+    numbers = f"{memory(architecture) >> 10} | {len(made)} | {most / 1024:.0f} | {registers}"
+    return f"| {architecture} | {numbers} | {words} |"
+
+
 def main() -> None:
-    """Print a line per kernel: its registers on each architecture, and what does not fit."""
+    """Print a row per architecture, and what does not fit."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architectures", default=",".join(ARCHITECTURES))
-    parser.add_argument("--ops", default=",".join(op for op in OPS if op in rows_of_ops()))
+    parser.add_argument("--ops", default=",".join(OPS))
     parser.add_argument("--dtypes", default="bfloat16,float32")
-    parser.add_argument("--T", default="1,64,4096")
+    parser.add_argument("--T", default="1,64,256,4096")
     parser.add_argument("--n", type=int, default=4)
     parser.add_argument("--C", type=int, default=4096)
     parser.add_argument("--json", type=Path)
@@ -175,17 +207,17 @@ def main() -> None:
         for T in map(int, args.T.split(","))
     ]
     made: list[Compiled] = []
+    print(HEADING)
     for architecture in args.architectures.split(","):
         given = launches(args.ops.split(","), sizes, memory(architecture))
         made += compiled(given, architecture)
-        spilling = {one.kernel: one.spilled for one in made[-len(given) :] if one.spilled}
-        words = ", ".join(f"{kernel} {count}" for kernel, count in spilling.items()) or "nothing"
-        print(f"{architecture}: {len(given)} functions; spilled bytes: {words}", flush=True)
+        print(row(architecture, made[-len(given) :]), flush=True)
     wrong = [(one, problem) for one in made for problem in one.problems()]
     for one, problem in wrong:
         print(f"{one.architecture} {one.kernel}: {problem}")
     if args.json:
-        args.json.write_text(json.dumps([asdict(one) for one in made], indent=1) + "\n")
+        lines = ",\n".join(json.dumps(asdict(one)) for one in made)
+        args.json.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     if wrong:
         sys.exit(1)
 

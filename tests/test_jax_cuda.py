@@ -193,6 +193,39 @@ def test_transforms() -> None:
     _assert_close(got, jnp.stack([one for _, one in each]))
 
 
+@pytest.mark.parametrize(
+    ("name", "of", "axes", "loops"),
+    [
+        ("pre", None, (0, None, None, None), False),
+        ("pre", None, (0, 0, None, None), True),  # a phi for each
+        ("pre", 0, (0, None, None, None), True),  # whose kernels sum phi's gradient too
+        ("combine", 3, (0, None, None, 1), False),
+        ("combine, one mapping for all", None, (0, None, None, 0), False),
+        ("combine, one mapping for all", 3, (0, None, None, None), True),
+    ],
+)
+def test_vmap_is_one_launch_where_parameters_are_shared(
+    name: str, of: int | None, axes: tuple[Any, ...], loops: bool
+) -> None:
+    """Compare with a Python loop, and look for a loop in the program."""
+    arrays = [jnp.asarray(one) for one in _arrays(name)]
+    function = _function(name)
+    if of is not None:
+        function = jax.grad(_loss(function), of)
+    many = [
+        one if axis is None else jnp.stack([one, one / 2, -one], axis)
+        for one, axis in zip(arrays, axes, strict=True)
+    ]
+    each = [
+        function(*[one if axis is None else jnp.take(one, k, axis) for one, axis in pairs])
+        for pairs in [list(zip(many, axes, strict=True))]
+        for k in range(3)
+    ]
+    got = jax.vmap(function, axes)(*many)
+    _assert_close(got, jax.tree.map(lambda *some: jnp.stack(some), *each))
+    assert ("while" in _text(jax.vmap(function, axes), *many)) == loops
+
+
 def test_shard_map_gives_gradients_of_what_is_shared() -> None:
     name = "combine, one mapping for all"
     arrays = [jnp.asarray(one) for one in _arrays(name)]
@@ -402,14 +435,10 @@ def test_it_takes_arrays_on_one_gpu_with_tensor_cores(monkeypatch: pytest.Monkey
     assert jax_cuda._refusal([_gpu("9.0")]) is None
     assert "8.0 or later, and GPU X has 7.5" in str(jax_cuda._refusal([_gpu("7.5")]))
     assert "not those on gpu" in str(jax_cuda._refusal([_gpu("gfx90a")]))
-    assert "one device" in str(jax_cuda._refusal([_gpu("9.0")] * 2))
+    assert jax_cuda._refusal([_gpu("9.0")] * 2) is None
+    assert "GPU X has 7.5" in str(jax_cuda._refusal([_gpu("9.0"), _gpu("7.5")]))
     monkeypatch.setattr(jax_cuda, "_gpus", lambda: False)
     assert "finds none here" in str(jax_cuda.takes([np.ones(3)]))
-
-
-def test_it_takes_no_part_of_a_token() -> None:
-    reason = jax_cuda.SPEC.refuses("pre", (), 4, channels="jax")
-    assert reason == "takes whole tokens, not their parts on devices of jax"
 
 
 def test_it_takes_tracers_for_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,10 +457,21 @@ def test_it_takes_tracers_for_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.pop() is None
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     jax.jit(lambda x: traced(x) * 1).lower(jnp.ones(3))
-    assert found.pop() == jax_cuda.SEVERAL
-    mesh, spec = _mesh(), jax.sharding.PartitionSpec("data")
-    jax.jit(jax.shard_map(traced, mesh=mesh, in_specs=spec, out_specs=spec)).lower(jnp.ones(3))
     assert found.pop() is None
+    auto, explicit = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+    spec = jax.sharding.PartitionSpec("data")
+    for types, manual, reason in (
+        ((auto, auto), ("data", "model"), None),
+        ((auto, auto), ("data",), "data Manual, model Auto; backend='jax' takes any"),
+        ((auto, explicit), ("data",), "data Manual, model Explicit"),
+    ):
+        mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=types)
+        mapped = jax.shard_map(
+            traced, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={*manual}
+        )
+        jax.jit(mapped).lower(jnp.ones(3))
+        last = found.pop()
+        assert last is None if reason is None else reason in str(last)
     with jax.default_device(jax.devices("cpu")[0]):
         jax.jit(lambda x: traced(x) * 2).lower(jnp.ones(3))
     assert "not those on cpu" in str(found.pop())

@@ -12,15 +12,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import architectures
 import pytest
 from cuda_on_cpu import TYPES
 
 import mhc_core
 from mhc_backends import kernels
+from mhc_backends.kernels import nvidia
 from mhc_backends.kernels.launch import BUSY, TABLE, VARIABLE, Launch, launch, shares, slabs
 from mhc_backends.kernels.ops import OPS
 from mhc_backends.kernels.text import body_path, entry, flat, header, headers, signature
 from mhc_backends.mlx_metal import SPEC
+from mhc_core.cli.bench._arrays import Sizes
 from mhc_core.variants import DEEPSEEK_V4 as V4
 
 # ---- the spec ------------------------------------------------------------------------------------
@@ -383,6 +386,25 @@ def test_every_body_compiles_as_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyP
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(
+    shutil.which("nvcc") is None,
+    reason="nvcc is not installed: no kernel is held to a GPU's limits",
+)
+def test_kernels_have_what_a_gpu_gives_them() -> None:
+    """Compile for the first and the last GPUs that are taken; by hand, for all and every op."""
+    sizes = [Sizes(1, T, 4, 4096, "bfloat16") for T in (1, 4096)]
+    for architecture in ("sm_80", "sm_120"):
+        steps = architectures.launches(("pre",), sizes, nvidia.memory(architecture))
+        made = architectures.compiled(steps, architecture)
+        assert [problem for one in made for problem in one.problems()] == []
+        assert {one.kernel for one in made} > {"project", "pre", "project_k_blocks", "project_dx"}
+    steps = architectures.launches(("pre",), sizes, nvidia.memory("sm_90"))
+    wide = [one for one in steps if one.program.memory > nvidia.memory("sm_120")]
+    for one in architectures.compiled(wide[:1], "sm_120"):  # the check itself
+        assert [*one.problems()] == [f"{one.memory} bytes of memory; there are {99 * 1024}"]
+    assert wide
 
 
 @pytest.mark.parametrize("kibibytes", [99, 163, 227])

@@ -214,6 +214,9 @@ def test_jax_loops_on_a_cpu_and_unrolls_on_a_gpu() -> None:
     assert len(lowered("cpu", 20)) == len(lowered("cpu", 3))
     assert (loops("cpu", 20), loops("cuda", 20)) == (3, 0)
     assert loops("cuda", _xp.MOST_UNROLLED + 2) == 3  # as long as this, it would compile for long
+    # without barriers in the two scans of the vjp, one token's compile for minutes there
+    barriers = "\n".join(lowered("cuda", 20)).count("optimization_barrier")
+    assert barriers == 2 * (19 // _xp.FUSED_STEPS)
 
 
 def test_the_forms_for_gpus_give_the_same_in_jax(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda_on_cpu import needs_gcc
 
 from mhc_core import DEEPSEEK_V4
 from mhc_core.planning import Model, plan
@@ -33,6 +34,7 @@ SETTINGS = (
     "explicit, channels",
     "shard_map, channels",
 )
+KERNELS = ("auto, all", "explicit, all", "shard_map, all")  # two axes of tokens and one of channels
 TOKENS = tuple(name for name in SETTINGS if "channels" not in name)
 CHANNELS = tuple(name for name in SETTINGS if "channels" in name)
 FLAGS = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
@@ -54,7 +56,9 @@ def found() -> dict[str, dict[str, Any]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "setting", [*SETTINGS, *[pytest.param(name, marks=needs_gcc) for name in KERNELS]]
+)
 def test_results_are_those_of_one_device(setting: str, found: dict[str, dict[str, Any]]) -> None:
     assert found[setting]["error"] < 2e-5
 
@@ -86,6 +90,25 @@ def test_sharded_channels_take_one_all_reduce_a_sublayer_and_direction(
     gathered = [collective for collective in collectives if collective[0] != "all-reduce"]
     # phi on all devices needs its whole gradient on each; phi sharded with the streams does not
     whole = [] if setting.startswith("shard_map") else [["all-gather", 4 * M * n * C]] * 2
+    assert gathered == whole
+
+
+@needs_gcc
+@pytest.mark.parametrize("setting", KERNELS)
+def test_kernels_exchange_no_more_than_formulas(
+    setting: str, found: dict[str, dict[str, Any]]
+) -> None:
+    """A sublayer of ``jax-cuda``, of which each device has a part of the tokens and channels."""
+    assert found[setting]["launched"] > 0
+    T, m = B * S // 4, M  # the tokens of a device
+    assert found[setting]["forward"] == [["all-reduce", 4 * T * (m + 1)]]
+    collectives = found[setting]["gradient"]
+    sums = sorted(size for kind, size in collectives if kind == "all-reduce")
+    of_parameters = 4 * (m * n * C // 2 + m + 3)
+    assert sums == sorted([4 * T * (m + 1), 4 * T * (2 * n + n * n), of_parameters])
+    gathered = [collective for collective in collectives if collective[0] != "all-reduce"]
+    # phi on all devices needs its whole gradient on each; phi sharded with the streams does not
+    whole = [] if setting.startswith("shard_map") else [["all-gather", 4 * m * n * C]]
     assert gathered == whole
 
 
@@ -143,6 +166,17 @@ def two_sublayers(x: Any, *parameters: Any) -> Any:
     h, h_post, h_res = mhc.pre(x, *first, DEEPSEEK_V4)
     x, h, _, h_post, h_res = mhc.combine_pre(x, jnp.tanh(h), h_post, h_res, *second, DEEPSEEK_V4)
     return mhc.combine(x, jnp.tanh(h), h_post, h_res)
+
+
+def one_sublayer(x: Any, *parameters: Any) -> Any:
+    """Run pre and combine, around a layer without arrays."""
+    import jax.numpy
+
+    import mhc_core
+
+    mhc: Any = mhc_core
+    h, h_post, h_res = mhc.pre(x, *parameters, DEEPSEEK_V4)
+    return mhc.combine(x, jax.numpy.tanh(h), h_post, h_res)
 
 
 def summed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -239,6 +273,59 @@ def _programs() -> Iterator[tuple[str, Program]]:
         mapped = jax.shard_map(run, mesh=mesh, in_specs=ins, out_specs=own)
         total = jax.shard_map(local, mesh=mesh, in_specs=ins, out_specs=P())
         yield setting, Program(mesh, mapped, total, arrays, ins)
+
+
+def _mapped_sublayer(mesh: Any, x: Any, phi: Any, *others: Any) -> Program:
+    """Compile a sublayer in shard_map, with phi sharded as the streams are."""
+    import jax
+    from jax.sharding import PartitionSpec as P
+
+    from mhc_core.jax import channels_over
+
+    def run(x: Any, phi: Any, *others: Any) -> Any:
+        with channels_over("c"):
+            return one_sublayer(x, phi.reshape(M, -1), *others)
+
+    def local(*some: Any) -> Any:
+        lax: Any = jax.lax
+        return lax.psum(summed(run)(*some), ("a", "b", "c"))
+
+    own = P("a", "b", None, "c")
+    ins = (own, P(None, None, "c"), P(), P())
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=ins, out_specs=own)
+    total = jax.shard_map(local, mesh=mesh, in_specs=ins, out_specs=P())
+    return Program(mesh, mapped, total, (x, phi.reshape(M, n, C), *others), ins)
+
+
+def _kernels() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Compile and run a sublayer of jax-cuda's kernels on a CPU, on eight devices."""
+    import jax
+    from jax.sharding import AxisType
+    from jax.sharding import PartitionSpec as P
+    from jax_on_cpu import DEVICE, NAME, SPEC
+
+    from mhc_core import use_backend
+    from mhc_core.selection import registered
+
+    x, parameters = _numbers()
+    arrays = (x, *parameters[:3])
+    loss, every = summed(one_sublayer), tuple(range(4))
+    graded: Any = jax.grad(loss, argnums=every)
+    wanted: Any = jax.jit(graded)(*arrays)
+    specs = (P("a", "b", None, "c"), P(), P(), P())
+    with registered(SPEC), use_backend(NAME):
+        for setting in KERNELS:
+            explicit = setting.startswith("explicit")
+            axis_type = AxisType.Explicit if explicit else AxisType.Auto
+            mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(axis_type,) * 3)
+            before = DEVICE.launched
+            if setting.startswith("shard_map"):
+                program = _mapped_sublayer(mesh, x, *parameters[:3])
+            else:
+                program = Program(mesh, one_sublayer, loss, arrays, specs)
+            found: dict[str, Any] = program.collectives()
+            found["error"] = _error(program, wanted)
+            yield setting, {**found, "launched": DEVICE.launched - before}
 
 
 def _error(program: Program, wanted: Any) -> float:
@@ -368,6 +455,8 @@ def _main() -> None:
     results: dict[str, Any] = {"refused": _refused(), "link": _link()}
     for setting, program in _programs():
         results[setting] = {**program.collectives(), "error": _error(program, wanted)}
+    if not needs_gcc.args[0]:
+        results |= _kernels()
     print(json.dumps(results))
 
 

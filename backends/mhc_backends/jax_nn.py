@@ -39,8 +39,8 @@ def channels_over(axis_name: str) -> Generator[None]:
     are the same on all devices of the axis. What the maths needs of the other parts is summed, in
     one all-reduce each: ``m + 1`` numbers a token in ``mappings``, ``pre`` and ``combine_pre``, and
     for the gradients of H_pre, H_post and H_res as many numbers as these have. Streams are never
-    gathered. Other axes of the mesh may have parts of the tokens. The ops run on the backend
-    ``jax`` and are those in ``mhc_core.sharding.CHANNEL_OPS``.
+    gathered. Other axes of the mesh may have parts of the tokens. The ops are those in
+    ``mhc_core.sharding.CHANNEL_OPS``, on the backends ``jax`` and ``jax-cuda``.
 
     Keep phi as ``[m, n, C]`` outside, to shard it along C.
 
@@ -74,7 +74,7 @@ def channels_over(axis_name: str) -> Generator[None]:
     if axis_name is None:  # pyright: ignore[reportUnnecessaryComparison]
         raise TypeError("channels_over: axis_name is None; needs the name of an axis")
     _check_axis("channels_over", axis_name)
-    with mhc.use_backend("jax"), sharding.channels_over(sharding.Named("jax", axis_name)):
+    with sharding.channels_over(sharding.Named("jax", axis_name)):
         yield
 
 

@@ -30,9 +30,9 @@ def __getattr__(name: str) -> Callable[..., Any]:
     def op(*arrays: jax.Array, **static: Any) -> Any:
         made = _forward if gradients.wanted() else _plain
         try:
-            axis = _named_axis()
+            axis = named_axis()
             if axis is not None:
-                _check_channels(name, arrays, axis)
+                check_channels(name, arrays, axis)
             return made(name, tuple(static.items()), axis)(*varying_alike(arrays, axis))
         except TypeError as error:
             if "forward-mode" in str(error):
@@ -71,18 +71,19 @@ def varying_alike(
     )
 
 
-def spread_like(array: jax.Array, like: jax.Array) -> jax.Array:
-    """Make an array vary over all mesh axes over which another one does."""
-    return _spread(array, tuple(sorted(varying_axes(like) - varying_axes(array))))
+def spread_like(array: jax.Array, like: jax.Array, apart: Sequence[str] = ()) -> jax.Array:
+    """Make an array vary over all mesh axes over which another one does, but those ``apart``."""
+    missing = varying_axes(like) - varying_axes(array) - {*apart}
+    return _spread(array, tuple(sorted(missing)))
 
 
-def _named_axis() -> str | None:
+def named_axis() -> str | None:
     """Return the axis of a mesh over which channels are sharded."""
     axis = channel_axis()
     return axis.name if isinstance(axis, Named) else None
 
 
-def _check_channels(op: str, arrays: tuple[jax.Array | None, ...], axis: str) -> None:
+def check_channels(op: str, arrays: tuple[jax.Array | None, ...], axis: str) -> None:
     """Raise unless what has channels, and only that, has a part on each device of an axis.
 
     Raises
@@ -182,9 +183,9 @@ def vjp(
     op: str, primals: tuple[jax.Array, ...], cotangents: tuple[jax.Array, ...], **static: Any
 ) -> tuple[jax.Array, ...]:
     """Pull cotangents back by the hand-written vjp, jitted."""
-    axis = _named_axis()
+    axis = named_axis()
     if axis is not None:
-        _check_channels(op, primals, axis)
+        check_channels(op, primals, axis)
     spread = varying_alike((*primals, *cotangents), axis)
     count = len(primals)
     return _vjp(op, tuple(static.items()), axis)(spread[:count], spread[count:])

@@ -1,7 +1,8 @@
 """jax-cuda: the kernels of mlx-cuda on JAX arrays on NVIDIA GPUs, through XLA's FFI.
 
 ``ops.py`` has the ops and ``functions.py`` makes them; ``replay.py`` traces a plan as JAX
-operations, and ``library.py`` finds or builds the handler that launches its kernels, ``cuda.cpp``.
+operations, ``partition.py`` has devices share its arrays, and ``library.py`` finds or builds the
+handler that launches its kernels, ``cuda.cpp``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mhc_backends.kernels.ops import OPS
 from mhc_core.backend import BackendSpec
 from mhc_core.hookspecs import hookimpl
 
-__all__ = ["MIXERS", "missing", "takes"]
+__all__ = ["MIXERS", "in_shard_map", "missing", "takes"]
 
 MIXERS = ("sinkhorn", "identity")  # whose mappings kernels make
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
@@ -55,18 +56,22 @@ def _version() -> tuple[int, ...]:
         return NEEDED
 
 
+@functools.cache
+def _jax() -> Any:
+    return import_module("jax")  # at every call, that would cost a microsecond
+
+
 _REFUSED: dict[Any, str | None] = {}  # by sharding, or by the device that a trace is for
 
-SEVERAL = (
-    "takes tracers inside shard_map alone where the process has several devices: under plain jit "
-    "XLA would gather sharded arrays for a kernel; 'jax' has formulas that it can shard, and "
-    "CUDA_VISIBLE_DEVICES=0 leaves the process one device"
+MIXED = (
+    "takes arrays on a mesh whose axes are all Auto, all Explicit, or all mapped by shard_map, and "
+    "these are {}; backend='jax' takes any"
 )
 
 
 def takes(arrays: Sequence[Any]) -> str | None:
     """Return why the kernels do not take these arrays, or None."""
-    jax: Any = import_module("jax")
+    jax = _jax()
     for one in arrays:
         if isinstance(one, jax.Array):
             break
@@ -76,7 +81,7 @@ def takes(arrays: Sequence[Any]) -> str | None:
         default = jax.config.jax_default_device
         if not _known(default, [default if hasattr(default, "platform") else _first()]):
             return _REFUSED[default]
-        return SEVERAL if jax.device_count() > 1 and not _manual() else None
+        return None if jax.device_count() == 1 else _mixed(arrays)
     sharding = one.sharding
     return None if _known(sharding, one.devices()) else _REFUSED[sharding]
 
@@ -89,9 +94,10 @@ def _known(key: Any, on: Any) -> bool:
 
 
 def _refusal(on: Sequence[Any]) -> str | None:
-    if len(on) > 1:
-        return "takes arrays on one device: use shard_map, or backend='jax'"
-    (device,) = on
+    return next(filter(None, map(_refused_device, on)), None)
+
+
+def _refused_device(device: Any) -> str | None:
     name = import_module("mhc_backends.jax_cuda.library").architecture(device)
     if name is None:
         return f"takes arrays on NVIDIA GPUs, not those on {device.platform}"
@@ -104,7 +110,7 @@ def _refusal(on: Sequence[Any]) -> str | None:
 
 @functools.cache
 def _gpus() -> bool:
-    jax: Any = import_module("jax")
+    jax = _jax()
     try:
         found = jax.local_devices(backend="gpu")
     except RuntimeError:
@@ -114,18 +120,30 @@ def _gpus() -> bool:
 
 @functools.cache
 def _first() -> Any:
-    return import_module("jax").local_devices()[0]
+    return _jax().local_devices()[0]
 
 
-def _manual() -> bool:
+def in_shard_map() -> bool:
     """Return whether this is traced inside shard_map, for the shards of one device."""
-    jax: Any = import_module("jax")
+    jax = _jax()
     mesh = jax.sharding.get_abstract_mesh()
     return bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
 
 
+def _mixed(arrays: Sequence[Any]) -> str | None:
+    """Return why arrays that are traced for several devices are not taken."""
+    jax = _jax()
+    meshes = [jax.sharding.get_abstract_mesh()]
+    meshes += [jax.typeof(one).sharding.mesh for one in arrays if isinstance(one, jax.Array)]
+    for mesh in meshes:
+        kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+        if len(set(kinds.values())) > 1:
+            return MIXED.format(", ".join(f"{name} {kind.name}" for name, kind in kinds.items()))
+    return None
+
+
 def _device() -> str:
-    jax: Any = import_module("jax")
+    jax = _jax()
     first = jax.local_devices(backend="gpu")[0]
     return f"{first.platform}, {first.device_kind}"
 
@@ -139,6 +157,7 @@ SPEC = BackendSpec(
     mixers=MIXERS,
     sizes=(1, 32),
     priority=10,
+    channels="jax",
     protocol="__jax_array__",
     missing=missing,
     takes=takes,

@@ -7,6 +7,7 @@ graphs may capture the call.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -17,8 +18,9 @@ import numpy
 
 from mhc_backends.jax.ops import spread_like, varying_axes
 from mhc_backends.jax_cuda.library import Device, Wanted
+from mhc_backends.jax_cuda.partition import LAX
 from mhc_backends.kernels.cuda_function import function
-from mhc_backends.kernels.plan import ITEMSIZE, Compute, Launch, Plan, Value
+from mhc_backends.kernels.plan import ITEMSIZE, Buffer, Compute, Launch, Plan, Value
 
 __all__ = ["Replay"]
 
@@ -33,17 +35,19 @@ class _Call(NamedTuple):
     room: int  # bytes of the workspace, which is the last result
     functions: str
     launches: numpy.ndarray[Any, Any]
+    steps: tuple[Launch, ...]
 
 
 class Replay:
     """A plan on a device, called with arrays: returns its outputs, and then what it saves.
 
     A saved value that is an output too is returned once; ``saved`` has the index of each among all
-    that is returned, and ``outputs`` is the number of outputs.
+    that is returned, and ``outputs`` is the number of outputs. ``axes`` are those of a mesh whose
+    devices share channels.
     """
 
-    def __init__(self, plan: Plan, device: Device) -> None:
-        self._plan, self._target = plan, device.target
+    def __init__(self, plan: Plan, device: Device, axes: tuple[str, ...] = ()) -> None:
+        self._plan, self._target, self._axes = plan, device.target, axes
         self._returned = list(plan.outputs)
         for value in plan.saved:
             if not any(value is other for other in self._returned):
@@ -62,14 +66,13 @@ class Replay:
         held: dict[int, Any] = dict(enumerate(arrays))
         for number, buffer in enumerate(self._plan.buffers):
             if buffer.constant is not None:
-                numbers = numpy.array(buffer.constant, numpy.float32).reshape(buffer.shape)
-                held[number] = spread_like(jnp.asarray(numbers), arrays[0])
+                held[number] = spread_like(_filled(buffer), arrays[0], self._axes)
         for step in self._steps:
             if isinstance(step, _Call):
                 held |= self._call(step, held, arrays[0])
             else:
-                made = _computed(step, held)
-                held[step.out.buffer] = spread_like(made, arrays[0])
+                made = _computed(step, held, self._axes)
+                held[step.out.buffer] = spread_like(made, arrays[0], self._axes)
         return tuple(_viewed(held, value) for value in self._returned)
 
     def _call(self, call: _Call, held: dict[int, Any], like: jax.Array) -> dict[int, Any]:
@@ -77,7 +80,13 @@ class Replay:
         shapes = [(tuple(one.shape), one.dtype) for one in buffers]
         if call.room:
             shapes.append(((call.room,), "uint8"))
-        kinds = [_kind(shape, dtype, like) for shape, dtype in shapes]
+        parts = self._parts(call, held)
+        apart = [() if number in parts else self._axes for number in call.results]
+        apart += [()] * (len(shapes) - len(apart))
+        kinds = [
+            _kind(shape, dtype, like, other)
+            for (shape, dtype), other in zip(shapes, apart, strict=True)
+        ]
         run = jax.ffi.ffi_call(self._target, kinds, vmap_method="sequential")
         results = run(
             *[held[number] for number in call.operands],
@@ -86,13 +95,23 @@ class Replay:
         )
         return dict(zip(call.results, cast("Sequence[Any]", results), strict=False))
 
+    def _parts(self, call: _Call, held: dict[int, Any]) -> set[int]:
+        """Return the buffers of a call of which each device that shares channels has a part."""
+        shared = {*self._axes}
+        parts = {number for number in call.operands if shared & varying_axes(held[number])}
+        for step in call.steps:
+            if any(value.buffer in parts for value in step.inputs.values()):
+                made = {value.buffer for value in step.outputs.values()}
+                parts |= {number for number in made if not self._plan.buffers[number].whole}
+        return parts
 
-def _kind(shape: tuple[int, ...], dtype: str, like: jax.Array) -> Any:
-    """Return the type of a result that varies over mesh axes of shard_map as an array does."""
+
+def _kind(shape: tuple[int, ...], dtype: str, like: jax.Array, apart: Sequence[str]) -> Any:
+    """Return the type of a result that varies over mesh axes as an array does, but those apart."""
     if not varying_axes(like):
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     # JAX's constructors take no such axes by public means, so it is the type of an array
-    return jax.typeof(spread_like(jnp.zeros(shape, dtype), like))
+    return jax.typeof(spread_like(jnp.zeros(shape, dtype), like, apart))
 
 
 def _wanted(step: Launch) -> Wanted:
@@ -173,10 +192,18 @@ def _call(plan: Plan, launches: Sequence[Launch], seen: set[int]) -> _Call:
         threads = shape.threadgroup[0]
         head = [index, shape.grid[0] // threads, shape.grid[1], threads, memory]
         numbers += [*head, len(arguments) // 2, *arguments]
-    return _Call(operands, results, room, "".join(digests), numpy.array(numbers, numpy.int64))
+    coded = numpy.array(numbers, numpy.int64)
+    return _Call(operands, results, room, "".join(digests), coded, tuple(launches))
 
 
 # ---- JAX's own steps -----------------------------------------------------------------------------
+
+
+def _filled(buffer: Buffer) -> jax.Array:
+    """Return a buffer's constant numbers, of which custom_partitioning takes no array."""
+    runs = [(value, len(list(run))) for value, run in itertools.groupby(buffer.constant or ())]
+    parts = [jax.lax.full((count,), value, jnp.float32) for value, count in runs]
+    return jnp.concatenate(parts).reshape(buffer.shape)
 
 
 def _viewed(held: dict[int, Any], value: Value) -> jax.Array:
@@ -186,7 +213,7 @@ def _viewed(held: dict[int, Any], value: Value) -> jax.Array:
     return array.reshape(value.shape)
 
 
-def _computed(step: Compute, held: dict[int, Any]) -> jax.Array:
+def _computed(step: Compute, held: dict[int, Any], axes: tuple[str, ...]) -> jax.Array:
     shape, dtype = step.out.shape, jnp.dtype(step.out.dtype)
     given = [_viewed(held, one) if isinstance(one, Value) else one for one in step.arguments]
     match step.kind:
@@ -198,6 +225,8 @@ def _computed(step: Compute, held: dict[int, Any]) -> jax.Array:
             made = jnp.broadcast_to(given[0][..., None, :], shape)
         case "sum":
             made = given[0].sum(step.arguments[1])
+        case "all_reduce":
+            made = LAX.psum(given[0], axes)
         case kind:
             run = {"add": jnp.add, "mul": jnp.multiply, "div": jnp.divide}[kind]
             made = run(*given)

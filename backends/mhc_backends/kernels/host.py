@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from mhc_backends.kernels.launch import shares
@@ -18,6 +18,7 @@ from mhc_backends.kernels.program import Program, Sizes, Stage, program
 __all__ = [
     "FLOAT32",
     "Array",
+    "Channels",
     "Host",
     "Kernels",
     "Out",
@@ -36,10 +37,15 @@ and None, and for a few ops ``+``, ``*``, ``/`` and ``sum``.
 
 
 class Out(NamedTuple):
-    """The shape and dtype of an output; the dtype is the host's own or a name."""
+    """The shape and dtype of an output; the dtype is the host's own or a name.
+
+    ``whole`` says that it is the same on all devices that share channels, also where an input of
+    its kernel is one device's part.
+    """
 
     shape: Sequence[int]
     dtype: Any
+    whole: bool = False
 
     @classmethod
     def like(cls, array: Array) -> Out:
@@ -73,6 +79,13 @@ class Host(Protocol):
         ...
 
 
+class Channels(NamedTuple):
+    """Devices that share channels: how many, and their all-reduce of an array."""
+
+    devices: int
+    total: Callable[[Array], Array]
+
+
 def tokens(array: Array, last: int) -> Array:
     """Flatten all but the last ``last`` axes into one; a shared array gets one row."""
     split = array.ndim - last
@@ -96,12 +109,26 @@ class Kernels:
         ``"metal"`` or ``"cuda"``.
     memory
         Bytes of threadgroup memory available to the factors of a product.
+    channels
+        The devices that share channels, where the arrays are one device's part.
     """
 
-    def __init__(self, host: Host, dialect: str, memory: int = 16384) -> None:
+    def __init__(
+        self, host: Host, dialect: str, memory: int = 16384, channels: Channels | None = None
+    ) -> None:
         self.host = host
         self.dialect = dialect
         self.memory = memory
+        self._channels = channels
+
+    @property
+    def devices(self) -> int:
+        """The number of devices that share channels."""
+        return 1 if self._channels is None else self._channels.devices
+
+    def over_channels(self, sums: Array) -> Array:
+        """Sum one device's float32 sums over C across all devices that have channels."""
+        return sums if self._channels is None else self._channels.total(sums)
 
     def __call__(
         self,

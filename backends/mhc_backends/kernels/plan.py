@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 from mhc_backends.kernels import ops
-from mhc_backends.kernels.host import FLOAT32, Kernels, Out, dtype_name
+from mhc_backends.kernels.host import FLOAT32, Channels, Kernels, Out, dtype_name
 from mhc_backends.kernels.program import Program
 from mhc_core.math import load
 
@@ -61,11 +61,14 @@ class Buffer(NamedTuple):
         Of the array that the buffer was made for.
     constant
         The numbers in it, where they are the same at every call.
+    whole
+        Whether it is the same on all devices that share channels, whatever its launch reads.
     """
 
     shape: Shape
     dtype: str
     constant: tuple[float, ...] | None = None
+    whole: bool = False
 
 
 class Value:
@@ -162,7 +165,8 @@ class Compute(NamedTuple):
     """A step that the host's own functions compute.
 
     ``kind`` is "zeros" (of no arguments), "cast" (array), "repeat" (array, n), "add", "mul" or
-    "div" (array, array or number), or "sum" (array, axis).
+    "div" (array, array or number), "sum" (array, axis), or "all_reduce" (array), which adds those
+    of all devices that share channels.
     """
 
     kind: str
@@ -207,6 +211,7 @@ def record(
     dialect: str,
     memory: int,
     absent: Sequence[int] = (),
+    devices: int = 1,
 ) -> Plan:
     """Return the plan of an op.
 
@@ -226,11 +231,14 @@ def record(
     absent
         The places among the primals of those that are None. Neither these nor outputs and
         gradients that are None are arrays of the plan.
+    devices
+        The number of devices that share channels, of which the arrays are one device's part.
     """
     recorder = _Recorder()
     given: list[list[Value | None]] = [[recorder.given(*one) for one in group] for group in arrays]
     inputs = sum(map(len, given))
-    kernels = Kernels(recorder, dialect, memory)
+    channels = Channels(devices, recorder.all_reduce) if devices > 1 else None
+    kernels = Kernels(recorder, dialect, memory, channels)
     module = ops.load(op)
     saved: Sequence[Value] = ()
     for place in absent:
@@ -257,9 +265,11 @@ class _Recorder:
         self.buffers: list[Buffer] = []
         self.steps: list[Step] = []
 
-    def given(self, shape: Sequence[int], dtype: Any, constant: Any = None) -> Value:
+    def given(
+        self, shape: Sequence[int], dtype: Any, constant: Any = None, whole: bool = False
+    ) -> Value:
         name = dtype_name(dtype)
-        self.buffers.append(Buffer(tuple(shape), name, constant))
+        self.buffers.append(Buffer(tuple(shape), name, constant, whole))
         return Value(self, len(self.buffers) - 1, tuple(shape), name)
 
     def compute(self, kind: str, arguments: tuple[Any, ...], shape: Shape, dtype: Any) -> Value:
@@ -274,6 +284,9 @@ class _Recorder:
                 raise TypeError(f"a plan does not {kind} {left.dtype} and {right.dtype}")
             shape = _broadcast(left.shape, right.shape)
         return self.compute(kind, (left, right), shape, left.dtype)
+
+    def all_reduce(self, array: Value) -> Value:
+        return self.compute("all_reduce", (array,), array.shape, array.dtype)
 
     # ---- mhc_backends.kernels.host.Host ----------------------------------------------------------
 
@@ -297,7 +310,9 @@ class _Recorder:
     def launch(
         self, name: str, runs: Program, inputs: Mapping[str, Value], outputs: Mapping[str, Out]
     ) -> list[Value]:
-        made = {key: self.given(out.shape, out.dtype) for key, out in outputs.items()}
+        made = {
+            key: self.given(out.shape, out.dtype, whole=out.whole) for key, out in outputs.items()
+        }
         self.steps.append(Launch(name, runs, dict(inputs), made))
         return list(made.values())
 

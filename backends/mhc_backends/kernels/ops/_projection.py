@@ -81,6 +81,25 @@ def constants(variant: Variant) -> dict[str, int]:
 
 def project(kernels: Kernels, x: Array, phi: Array) -> Array:
     """Return the sums over all channels, as split-K partials."""
+    return _over_devices(kernels, _project(kernels, x, phi))
+
+
+def _over_devices(kernels: Kernels, partials: Array) -> Array:
+    """Return split-K partials of the sums over the channels of all devices.
+
+    All but the first split are 0. The last column is that of the squares, whose mean the next
+    kernel takes over one device's channels.
+    """
+    if kernels.devices == 1:
+        return partials
+    count, splits, columns = partials.shape
+    total = kernels.over_channels(partials.sum(1))
+    first = [*[1.0] * (columns - 1), 1 / kernels.devices]
+    rows = kernels.host.constant([first, *[[0.0] * columns] * (splits - 1)])
+    return total.reshape(count, 1, columns) * rows
+
+
+def _project(kernels: Kernels, x: Array, phi: Array) -> Array:
     sizes = Sizes.of(x)
     inputs, out = {"x": tokens(x, 2), "phi": phi}, _partials(sizes, phi)
     run = 1 if phi.shape[0] > MOST_COLUMNS else launch.run_steps(dtype_name(x.dtype))
@@ -114,7 +133,7 @@ def project_for_pre(kernels: Kernels, x: Array, phi: Array, mixes: bool) -> Sums
     """
     sizes, dtype = Sizes.of(x), dtype_name(x.dtype)
     kernel = "project_k_blocks" if mixes else "project_unmixed_k_blocks"
-    if not launch.fewest(*sizes, kernels.dialect):
+    if kernels.devices > 1 or not launch.fewest(*sizes, kernels.dialect):
         return Sums(project(kernels, x, phi))
     chosen = {"RUN": launch.run_steps(dtype)}
     if mixes:
@@ -140,7 +159,7 @@ def combine_project(
     if h_res is None:
         return _write_project(kernels, x, inputs, mixes)
     steps = launch.stream_steps(sizes.n, dtype)
-    if mixes and launch.fewest(*sizes, kernels.dialect):
+    if mixes and kernels.devices == 1 and launch.fewest(*sizes, kernels.dialect):
         kernel = "combine_project_k_blocks"
         tiles = launch.column_tiles(kernel, *sizes[:2], dtype, kernels.dialect)
         chosen = {"COLUMN_TILES": tiles, "STEPS": steps}
@@ -163,7 +182,7 @@ def combine_project(
             kernels, "combine_project", x, tiles, steps, unit, rows, most
         )
         x_new, partials = kernels("combine_project", inputs, outputs, sizes, None, stage, **chosen)
-    return x_new, Sums(partials)
+    return x_new, Sums(_over_devices(kernels, partials))
 
 
 def _write_project(
@@ -175,7 +194,7 @@ def _write_project(
     tiles = column_tiles(phi.shape[0], launch.COLUMNS_AT_ONCE)
     chosen = {"RUN": run, "COLUMN_TILES": tiles}
     out = {"out": Out.like(x)}
-    if not mixes and launch.fewest(*sizes, kernels.dialect):
+    if not mixes and kernels.devices == 1 and launch.fewest(*sizes, kernels.dialect):
         kernel = "write_project_k_blocks"
         outputs = {**out, "blocks": _k_blocks(kernel, x)}
         x_new, blocks = kernels(kernel, inputs, outputs, sizes, **chosen)
@@ -190,7 +209,7 @@ def _write_project(
             kernels, "write_project", x, tiles, steps, run, 2 * run, most
         )
         x_new, partials = kernels("write_project", inputs, outputs, sizes, None, stage, **chosen)
-    return x_new, Sums(partials)
+    return x_new, Sums(_over_devices(kernels, partials))
 
 
 def _k_blocks(kernel: str, x: Array) -> Out:
@@ -243,7 +262,7 @@ def mapped(
     mixing = {"h_res": (n, n)} if mixes else {}
     wanted = {"h_pre": (n,), "h_post": (n,), **mixing, "u": (columns,), "r": (1,)}
     return {
-        name: Out((*ahead, *last), FLOAT32) if saves or name not in ("u", "r") else None
+        name: Out((*ahead, *last), FLOAT32, True) if saves or name not in ("u", "r") else None
         for name, last in wanted.items()
     }
 
@@ -349,7 +368,7 @@ def weights_vjp(kernels: Kernels, x: Array, dh: Array) -> Array:
     sizes = Sizes.of(x)
     inputs = {"x": tokens(x, 2), "dh": tokens(dh, 1)}
     outputs = {"dw": Out((sizes.T, sizes.n), FLOAT32)}
-    return kernels("weights_vjp", inputs, outputs, sizes)[0]
+    return kernels.over_channels(kernels("weights_vjp", inputs, outputs, sizes)[0])
 
 
 class ThroughNorm(NamedTuple):
@@ -415,7 +434,7 @@ def local_vjp(
         "pull": Out((sizes.T, 1), FLOAT32),
         "terms": Out((sizes.T, columns + groups), FLOAT32),
     }
-    constants["K"] = sizes.n * sizes.C
+    constants["K"] = sizes.n * sizes.C * kernels.devices
     return Local(*kernels(name, inputs, outputs, sizes, numbers, **constants))
 
 
@@ -627,6 +646,7 @@ def combined_pullback(
         dx, dphi, terms, dy, dh_res, dh_post = _project_vjp(
             kernels, x_new, phi, local, Out.like(x), w, dh, g, streams
         )
+        dh_post, dh_res = map(kernels.over_channels, (dh_post, dh_res))
         mixing = kernels.sum_to(dh_post, h_post, 1), kernels.sum_to(dh_res, h_res, 2)
         return dx, dy, *mixing, dphi, *summed(kernels, terms, scale, bias)
     between = Out(x.shape, FLOAT32)

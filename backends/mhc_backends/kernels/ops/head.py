@@ -30,7 +30,7 @@ def forward_with_saved(
     inputs = {"x": tokens(x, 2), "partials": partials, "scale": scale, "bias": bias}
     outputs: dict[str, Out | None] = {"h": Out((*ahead, sizes.C), x.dtype)}
     for name, last in (("u", sizes.n), ("w", sizes.n), ("r", 1)):
-        outputs[name] = Out((*ahead, last), FLOAT32) if saves else None
+        outputs[name] = Out((*ahead, last), FLOAT32, True) if saves else None
     h, *saved = kernels("head", inputs, outputs, sizes, _projection.settings(variant), SAVES=saves)
     return (h,), tuple(saved)
 

@@ -25,7 +25,11 @@ def vjp(
     outputs = {"dx": Out(x.shape, dtype), "dh_pre": Out((sizes.T, sizes.n), FLOAT32)}
     dx, dh_pre = kernels("residual_add_aggregate_vjp", inputs, outputs, sizes)
     cast = kernels.host.cast
-    return cast(dx, x.dtype), cast(dx, res.dtype), kernels.sum_to(dh_pre, h_pre, 1)
+    return (
+        cast(dx, x.dtype),
+        cast(dx, res.dtype),
+        kernels.sum_to(kernels.over_channels(dh_pre), h_pre, 1),
+    )
 
 
 def _inputs(x: Array, res: Array, h_pre: Array) -> dict[str, Array]:

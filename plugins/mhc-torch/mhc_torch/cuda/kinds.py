@@ -36,7 +36,7 @@ def recogniser(arrays: Sequence[Tensor | None]) -> Callable[..., bool] | None:
             dynamic_dims_sizes=[list(one.shape) for one in tensors],
             dynamic_dims_strides=[list(one.stride()) for one in tensors],
         ).check
-    except (TypeError, RuntimeError):  # of another PyTorch, or tensors without strides
+    except (RuntimeError, SystemError, TypeError):  # another PyTorch, or tensors without strides
         return None
     same = _with_absent(check, absent) if absent else check
     return same if same(*arrays) else None

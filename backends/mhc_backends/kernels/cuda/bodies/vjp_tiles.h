@@ -65,7 +65,8 @@ FUNCTION void vjp_tiles(Du du, int64_t du_shape_0, Pull pull, Weights w, int w_s
             to[0] = WITH_H ? float(w[row(w_shape_0, token) * N + i]) : 0.0f;
             to[1] = -float(pull[token]);
         }
-        for (int k = here.id; k < terms_shape_1; k += here.threads) {
+        // by the last threads, which have no number of du
+        for (int k = here.threads - 1 - here.id; k < terms_shape_1; k += here.threads) {
             float sum = 0.0f;
             UNROLL for (int t = 0; t < TILE_TOKENS; t++)
                 if (first + t < T) sum += float(terms[(first + t) * terms_shape_1 + k]);
