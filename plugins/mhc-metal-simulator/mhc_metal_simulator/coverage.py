@@ -313,9 +313,9 @@ UNREACHED: Sequence[Unreached] = (
     ),
     Unreached(
         r"gated_(project|dlow) in gated_\w+: for \((c|group|column|split) < .*\) again"
-        r"|gated_dfactors in \w+: for \((column < M|stage < T)\) again",
-        "splits of several K steps, whole streams of several splits, and more than 128 columns or "
-        "tokens are those of real models; the simulator's own tests have some, and ranks with a "
+        r"|gated_dfactors in gated_dfactors: for \(column < M\) again",
+        "splits of several K steps, whole streams of several splits, and more than 128 columns "
+        "are those of real models; the simulator's own tests have some, and ranks with a "
         "second group for a simdgroup",
     ),
     Unreached(
@@ -396,7 +396,7 @@ UNREACHED: Sequence[Unreached] = (
         "these kernels write single numbers with it",
     ),
     Unreached(
-        r"project_dphi in project_dphi: for \(stage < T\) again"
+        r"in dphi_sums: for \(stage < T\) again"
         r"|in mix_matrices: for \(begin < tokens\) again"
         r"|static_layer_vjp in .*: if \(token != here.group_x\) true"
         r"|(rms|weights)_norm_vjp: if \(token != here.group_x\) true"
