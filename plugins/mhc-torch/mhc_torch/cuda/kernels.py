@@ -140,9 +140,10 @@ class Kernels:
             arrays: Sequence[Tensor | None], static: Static
         ) -> tuple[Callable[..., bool], Callable[..., Any]] | None:
             """Return a function that recognises arrays like these, and the op for them."""
-            same = recogniser(arrays)
             primals, asked = _present(arrays, static)
-            if same is None or transformed() or not _plain(primals):
+            if transformed() or not _plain(primals):  # a compiler's sizes may be open
+                return None
+            if (same := recogniser(arrays)) is None:
                 return None
             kind = _Kind(self, _key(op, asked, primals), asked, _contiguous(primals))
             graph, made = _differentiable(primals), declared.kept(static)
