@@ -25,7 +25,7 @@ from typing import Any
 import mhc_core as mhc
 from mhc_backends.kernels.cuda_function import NAME, PRELUDE, function
 from mhc_backends.kernels.nvidia import memory
-from mhc_backends.kernels.ops import OPS, has_vjp
+from mhc_backends.kernels.ops import OPS
 from mhc_backends.kernels.plan import Launch, Plan, record
 from mhc_core import math
 from mhc_core.cli.bench._arrays import Sizes, dtype_of
@@ -98,14 +98,12 @@ def _plans(op: str, primals: Sequence[Any], given: tuple[Any, ...]) -> Iterator[
     """Yield an op's plans: forward, and back with what was saved and without."""
     forward = record("forward_with_saved", op, [primals], *given)
     yield forward
-    if has_vjp(op):
-        outputs, saved = (
-            [(one.shape, one.dtype) for one in values]
-            for values in (forward.outputs, forward.saved)
-        )
-        yield record("vjp", op, [primals, outputs], *given)
-        if saved:
-            yield record("vjp", op, [primals, outputs, saved], *given)
+    outputs, saved = (
+        [(one.shape, one.dtype) for one in values] for values in (forward.outputs, forward.saved)
+    )
+    yield record("vjp", op, [primals, outputs], *given)
+    if saved:
+        yield record("vjp", op, [primals, outputs, saved], *given)
 
 
 def _shape(pattern: str, sizes: Sizes, known: Mapping[str, int]) -> tuple[int, ...]:

@@ -399,7 +399,7 @@ def test_kernels_have_what_a_gpu_gives_them() -> None:
         steps = architectures.launches(("pre",), sizes, nvidia.memory(architecture))
         made = architectures.compiled(steps, architecture)
         assert [problem for one in made for problem in one.problems()] == []
-        assert {one.kernel for one in made} > {"project", "pre", "project_k_blocks", "project_dx"}
+        assert {one.kernel for one in made} > {"project", "pre", "project_k_blocks", "project_vjp"}
     steps = architectures.launches(("pre",), sizes, nvidia.memory("sm_90"))
     wide = [one for one in steps if one.program.memory > nvidia.memory("sm_120")]
     for one in architectures.compiled(wide[:1], "sm_120"):  # the check itself
