@@ -200,6 +200,7 @@ def test_transforms() -> None:
         ("pre", None, (0, 0, None, None), True),  # a phi for each
         ("pre", 0, (0, None, None, None), True),  # whose kernels sum phi's gradient too
         ("combine", 3, (0, None, None, 1), False),
+        ("gated_head", 0, (0, None, None, None), True),
         ("combine, one mapping for all", None, (0, None, None, 0), False),
         ("combine, one mapping for all", 3, (0, None, None, None), True),
     ],

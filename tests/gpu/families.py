@@ -113,6 +113,10 @@ def main() -> None:
     parser.add_argument("--backends", default="mlx-cuda,torch-cuda,jax-cuda")
     parser.add_argument("--seconds", type=float, default=25, help="for each backend")
     args = parser.parse_args()
+    if "jax" in args.backends:  # whose product with the toy layer's weight is in TF32 otherwise
+        import jax
+
+        jax.config.update("jax_default_matmul_precision", "highest")
     agree = [checked(backend, args.seconds) for backend in args.backends.split(",")]
     sys.exit(not all(agree))
 

@@ -70,10 +70,10 @@ def _low(
 
     inputs = {"partials": partials, "settings": kernels.host.constant([eps, sizes.C, rank])}
     outputs: dict[str, Out | None] = {
-        "low": Out((T, rank), FLOAT32),
-        "r": Out((T, n), FLOAT32),
+        "low": Out((*ahead, rank), FLOAT32),
+        "r": Out((*ahead, n), FLOAT32),
         "h_post": Out((*ahead, n), FLOAT32) if injects else None,
-        "products": Out((T, n, weights.columns), FLOAT32) if saves else None,
+        "products": Out((*ahead, n, weights.columns), FLOAT32) if saves else None,
     }
     columns = Sizes(T, n, weights.columns)
     return tuple(kernels("gated_low", inputs, outputs, columns, INJECTS=injects, SAVES=saves))
@@ -97,7 +97,8 @@ def _partials(
 
 def _collapse(kernels: Kernels, x: Array, weights: Weights, low: Array, r: Array) -> Array:
     sizes, ahead = Sizes.of(x), x.shape[:-2]
-    inputs = {"x": tokens(x, 2), "norm": weights.norm, "up": weights.up, "low": low, "r": r}
+    inputs = {"x": tokens(x, 2), "norm": weights.norm, "up": weights.up}
+    inputs |= {"low": tokens(low, 1), "r": tokens(r, 1)}
     made, tiles = {"h": Out((*ahead, sizes.C), x.dtype)}, launch.channel_tiles(sizes.T, sizes.C)
     return kernels("gated_collapse", inputs, made, sizes, COLUMN_TILES=tiles)[0]
 
@@ -117,7 +118,7 @@ def vjp(
     if saved is None:
         low, r, *_, products = _low(kernels, x, weights, eps, saves=True)
         saved = Saved(products, low, r)
-    products, low, r = saved
+    products, low, r = (tokens(one, last) for one, last in zip(saved, (2, 1, 1), strict=True))
     sizes, (norm, down, up, inject) = Sizes.of(x), weights
     T, n, C = sizes
     rank, injects = down.shape[0], inject is not None
