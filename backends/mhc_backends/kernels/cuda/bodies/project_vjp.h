@@ -1,7 +1,7 @@
 // project_vjp: the gradients of the streams and of phi through the projection, in one pass over the
 // streams: dx = du . phi - pull x (+ w_i dh with WITH_H, + g with WITH_G), dphi = du^T x. With
-// COMBINES, x is the x' that combine made: its gradient is pulled back to combine's inputs and
-// leaves the threadgroup neither rounded nor otherwise.
+// COMBINES, x is the x' that combine made: its gradient stays in the threadgroup, as floats, and is
+// pulled back to combine's inputs there.
 //
 // x[T, n, C] in bfloat16, phi[m, n C], tiles of du, pull and w (vjp_tiles), dh[T, C], g[T, n, C] ->
 // dx[T, n, C] and, for each share of the tokens, dphi[S, m, n C]. With COMBINES, the tiles have
