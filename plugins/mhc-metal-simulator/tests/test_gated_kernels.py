@@ -182,6 +182,7 @@ FAULTS = (
         ("barrier of the sums", "SIMD_BARRIER;\nif", "if", RACE),
         ("barrier of the next stream", "SIMD_BARRIER;  // the next", "// the next", RACE),
         ("tail", "if (lane < tokens)", "", ANYWHERE),
+        ("index", "r[token * N + i]", "r[token * N]", WRONG),
         ("half sum", "sum += e;", "sum += half(e);", WRONG),
     ),
     *_all(
@@ -203,11 +204,18 @@ FAULTS = (
         ("barrier of the next stream", "SIMD_BARRIER;  // the next", "// the next", RACE),
         ("tail", "if (begin + lane < C)", "", ANYWHERE),
         ("index", "pulled[token * N + i]", "pulled[token * N]", WRONG),
+        ("half sum", "own[row * COLUMNS + lane];", "half(own[row * COLUMNS + lane]);", WRONG),
     ),
     *_all(
         "gated_dfactors",
         ("tail", "to < M ? C - channel : 0", "C - channel", ANYWHERE),
         ("index", "i * T * M", "0", WRONG),
+        (
+            "half sum",
+            "out = channels_of(sums, tile, j);",
+            "out = channels_of(sums, tile, j); out.at[0] = float(half(out.at[0]));",
+            WRONG,
+        ),
     ),
 )
 

@@ -39,6 +39,7 @@ SMALL = (
     r"|int\(tile - stage\)|int\(here\.group_x % n_tiles\)"
     r"|int\(here\.group_x % out\.splits\)|int\(here\.group_y \* here\.threads \+ here\.id\)"
     r"|int\(here\.groups_y \* here\.threads\)|int\(item / tiles\)"
+    r"|int\(here\.group_x % \(N \* each\)\)"
 )
 
 

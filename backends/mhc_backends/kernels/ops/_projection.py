@@ -651,8 +651,8 @@ def combined_pullback(
         return dx, dy, *mixing, dphi, *summed(kernels, terms, scale, bias)
     between = Out(x.shape, FLOAT32)
     dx_new, dphi, terms = projection_pullback(kernels, x_new, phi, local, between, w, dh, g)
-    streams_pulled = combine.vjp(kernels, (x, y, h_post, h_res), (dx_new,))
-    return *streams_pulled, dphi, *summed(kernels, terms, scale, bias)
+    ends = summed(kernels, terms, scale, bias)
+    return *combine.vjp(kernels, (x, y, h_post, h_res), (dx_new,)), dphi, *ends
 
 
 def _mappings_vjp(
