@@ -625,6 +625,13 @@ FAULTS = (
     *_many(
         "project_dphi",
         ("columns' tail", "if (to < M)", "if (to <= M)", ANYWHERE),
+        ("index", "(own * M + to)", "(own * M + M - 1 - to)", WRONG),
+        (
+            "scaled sum",
+            "channels_of(sums, tile, j), C",
+            "times(1.001f, channels_of(sums, tile, j)), C",
+            WRONG,
+        ),
         op="back",
     ),
     *_many(  # in common/project/dphi_sums.h
