@@ -106,9 +106,7 @@ GATED_STREAMS = 8
 # a tile's copies in threadgroup memory, of which one is computed on: with more streams to copy,
 # two are as many as two threadgroups of a multiprocessor have room for
 STAGES, FEW_STAGES = 3, 2
-SLAB_SIMDGROUPS = (
-    8  # simdgroups of a threadgroup of `project_vjp`, each with 32 channels of a stream
-)
+SLAB_SIMDGROUPS = 8  # of a threadgroup of `project_vjp`, each with 32 channels of a stream
 SLAB_STREAMS = range(2, 5)  # the streams that they can have
 SLAB_GROUPS = 264  # threadgroups for which an H200 has room, two for each multiprocessor
 SLAB_SHARES = 8  # the most shares of the tokens, each of which writes a dphi
@@ -540,8 +538,13 @@ def _n_tile_groups(shape: Shape, n: int, C: int) -> int:
 
 def slabs(n: int, C: int) -> int:
     """Return the slabs of channels of ``project_vjp``, or 0 if the channels are not whole slabs."""
-    channels = SLAB_SIMDGROUPS // n * STEP_CHANNELS
-    return C // channels if n in SLAB_STREAMS and C % channels == 0 else 0
+    if n not in SLAB_STREAMS or C % (channels := _slab_channels(n)):
+        return 0
+    return C // channels
+
+
+def _slab_channels(n: int) -> int:
+    return SLAB_SIMDGROUPS // n * STEP_CHANNELS
 
 
 def tile_record(n: int, columns: int, combines: bool) -> int:
@@ -558,7 +561,7 @@ def slab_bytes(
 
     ``dh_bytes`` is the size of a number of dh, 0 without one: TileStage in cuda/vjp/layout.h.
     """
-    channels = SLAB_SIMDGROUPS // n * STEP_CHANNELS
+    channels = _slab_channels(n)
 
     def plane(size: int) -> int:  # a layer's rows, each with 16 bytes that are not used
         return TILE_TOKENS * (channels * size + ACCESS_BYTES)

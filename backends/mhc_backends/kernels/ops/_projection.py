@@ -597,15 +597,6 @@ class Cotangents(NamedTuple):
     x: Array | None = None
 
 
-class Pulled(NamedTuple):
-    """The gradients of streams and of the parameters of their mappings."""
-
-    dx: Array
-    dphi: Array
-    dscale: Array
-    dbias: Array
-
-
 def pullback(
     kernels: Kernels,
     x: Array,
@@ -616,11 +607,11 @@ def pullback(
     given: Cotangents,
     variant: Variant,
     out: Out,
-) -> Pulled:
-    """Pull back through the mappings of x, and through h if it has a cotangent."""
+) -> tuple[Array, Array, Array, Array]:
+    """Return dx, dphi, dscale and dbias of the mappings of x, and of h if it has a cotangent."""
     local = _mappings_vjp(kernels, x, scale, bias, projected, given, variant)
     dx, dphi, terms = projection_pullback(kernels, x, phi, local, out, given.w, given.h, given.x)
-    return Pulled(dx, dphi, *summed(kernels, terms, scale, bias))
+    return dx, dphi, *summed(kernels, terms, scale, bias)
 
 
 def combined_pullback(

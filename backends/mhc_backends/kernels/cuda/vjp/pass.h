@@ -17,7 +17,7 @@
 
 // What a lane has of a tile before the products: w dh - pull x + g, and x itself.
 struct LaneInputs {
-    LaneTile sum;
+    LaneSums<2> sum;
     LaneRows x;
 };
 
@@ -72,14 +72,6 @@ FUNCTION LaneInputs lane_inputs(const uint4* stage, int i, int channel, int colu
     return out;
 }
 
-// The four channels of token 8 h + 2 (lane % 4) + e.
-FUNCTION Floats<4> of_token(LaneTile tile, int h, int e) {
-    Floats<4> out;
-    UNROLL for (int k = 0; k < 4; k++)
-        out.at[k] = tile.at[k / 2][h].at[2 * (k % 2) + e];
-    return out;
-}
-
 // Rounds four numbers and stores them. (`store` keeps its order with all other accesses, so nothing
 // could be loaded for what follows.)
 template <typename P>
@@ -101,25 +93,25 @@ FUNCTION void store_later(AlignedAddress<P> to, Floats<4> v) {
 
 // Stores a lane's numbers of a tile, whose tokens are K apart; p points to its first channel.
 template <typename P>
-FUNCTION void store_tile(P p, uint K, LaneTile tile, int left, int lane) {
+FUNCTION void store_tile(P p, uint K, LaneSums<2> tile, int left, int lane) {
     const int own = 2 * (lane % 4);
     const auto to = p + own * K;
     if (left == TILE_TOKENS) {
         UNROLL for (int k = 0; k < 4; k++)
-            store_later(to + (8 * (k / 2) + k % 2) * K, of_token(tile, k / 2, k % 2));
+            store_later(to + (8 * (k / 2) + k % 2) * K, four_channels(tile, k / 2, k % 2));
     } else {
         UNROLL for (int k = 0; k < 4; k++) {
             const int t = 8 * (k / 2) + k % 2;
-            if (own + t < left) store_later(to + t * K, of_token(tile, k / 2, k % 2));
+            if (own + t < left) store_later(to + t * K, four_channels(tile, k / 2, k % 2));
         }
     }
 }
 
 // The same, as floats in threadgroup memory, whose rows are ROW apart.
-FUNCTION void put_tile(uint4* to, int ROW, LaneTile tile, int channel, int lane) {
+FUNCTION void put_tile(uint4* to, int ROW, LaneSums<2> tile, int channel, int lane) {
     UNROLL for (int k = 0; k < 4; k++) {
         const int t = 8 * (k / 2) + 2 * (lane % 4) + k % 2;
-        const Floats<4> v = of_token(tile, k / 2, k % 2);
+        const Floats<4> v = four_channels(tile, k / 2, k % 2);
         to[t * ROW + channel / 4] =
             make_uint4(bits(v.at[0]), bits(v.at[1]), bits(v.at[2]), bits(v.at[3]));
     }
@@ -127,21 +119,18 @@ FUNCTION void put_tile(uint4* to, int ROW, LaneTile tile, int channel, int lane)
 
 // Stores a lane's sums of dphi; dphi points to its first channel in column 0 of its share.
 template <int COLUMNS, int COLUMN_TILES, typename P>
-FUNCTION void store_dphi(P dphi, int64_t K, LaneDphi<COLUMN_TILES> sums, int lane) {
+FUNCTION void store_dphi(P dphi, int64_t K, LaneSums<COLUMN_TILES> sums, int lane) {
     UNROLL for (int q = 0; q < COLUMN_TILES; q++) {
         UNROLL for (int e = 0; e < 2; e++) {
             const int column = 8 * q + 2 * (lane % 4) + e;
-            Floats<4> out;
-            UNROLL for (int k = 0; k < 4; k++)
-                out.at[k] = sums.at[k / 2][q].at[2 * (k % 2) + e];
-            if (column < COLUMNS) store(dphi + column * K, out);
+            if (column < COLUMNS) store(dphi + column * K, four_channels(sums, q, e));
         }
     }
 }
 
 template <int COLUMN_TILES>
-FUNCTION LaneDphi<COLUMN_TILES> zero_dphi() {
-    LaneDphi<COLUMN_TILES> out;
+FUNCTION LaneSums<COLUMN_TILES> zero_dphi() {
+    LaneSums<COLUMN_TILES> out;
     UNROLL for (int k = 0; k < 2 * COLUMN_TILES; k++)
         out.at[k % 2][k / 2] = zeros<4>();
     return out;

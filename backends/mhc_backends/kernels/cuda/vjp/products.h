@@ -64,13 +64,23 @@ FUNCTION auto load_lane_phi(P phi, int64_t K, int lane) {
     return out;
 }
 
-// A lane's numbers of a tile: number 2 k + e of at[j][h] is channel 2 j + k of token
-// 8 h + 2 (lane % 4) + e.
-struct LaneTile {
-    Floats<4> at[2][2];
+// A lane's sums for COUNT halves of a tile's tokens, or tiles of columns: number 2 k + e of at[j][q]
+// is channel 2 j + k of token or column 8 q + 2 (lane % 4) + e.
+template <int COUNT>
+struct LaneSums {
+    Floats<4> at[2][COUNT];
 };
 
-// The same of the streams, as in memory: four channels of each of the four tokens.
+// The four channels of token or column 8 q + 2 (lane % 4) + e.
+template <int COUNT>
+FUNCTION Floats<4> four_channels(LaneSums<COUNT> sums, int q, int e) {
+    Floats<4> out;
+    UNROLL for (int k = 0; k < 4; k++)
+        out.at[k] = sums.at[k / 2][q].at[2 * (k % 2) + e];
+    return out;
+}
+
+// A lane's numbers of the streams, as in memory: four channels of each of its four tokens.
 struct LaneRows {
     Raw<__nv_bfloat16, 4> at[2][2];
 };
@@ -94,7 +104,8 @@ FUNCTION LaneWords<COUNT> lane_words(const uint4* record, int first, int lane) {
 // sum + phi^T du^T, without the products of two rests, the smallest products first. The tensor cores
 // take two tiles of columns together, or the rest and the nearest of a last one.
 template <int COLUMN_TILES>
-FUNCTION LaneTile add_dx(LaneTile sum, LanePhi<COLUMN_TILES> phi, LaneWords<COLUMN_TILES> du) {
+FUNCTION LaneSums<2> add_dx(LaneSums<2> sum, LanePhi<COLUMN_TILES> phi,
+                            LaneWords<COLUMN_TILES> du) {
     const __nv_bfloat16 like = 0.0f;
     enum { PAIRS = COLUMN_TILES / 2, LAST = COLUMN_TILES % 2, ORDERS = 3 };
     UNROLL for (int order = 0; order < ORDERS; order++) {
@@ -116,16 +127,9 @@ FUNCTION LaneTile add_dx(LaneTile sum, LanePhi<COLUMN_TILES> phi, LaneWords<COLU
     return sum;
 }
 
-// A lane's sums of dphi: number 2 k + e of at[j][q] is channel 2 j + k of column
-// 8 q + 2 (lane % 4) + e.
-template <int COLUMN_TILES>
-struct LaneDphi {
-    Floats<4> at[2][COLUMN_TILES];
-};
-
 // sum + x^T du. A tile is multiplied on its own, because tensor cores truncate their sums.
 template <int COLUMN_TILES, int COUNT>
-FUNCTION LaneDphi<COLUMN_TILES> add_dphi(LaneDphi<COLUMN_TILES> sum, LaneRows x,
+FUNCTION LaneSums<COLUMN_TILES> add_dphi(LaneSums<COLUMN_TILES> sum, LaneRows x,
                                          LaneWords<COUNT> du) {
     const __nv_bfloat16 like = 0.0f;
     UNROLL for (int j = 0; j < 2; j++) {
