@@ -7,10 +7,14 @@ each; docs/records has what it printed. tests/test_sharded.py asserts the same o
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
+import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -452,6 +456,29 @@ def run(rank: int, size: int, folder: str, every: bool = True) -> dict[str, Any]
         dist.destroy_process_group()
 
 
+def run_and_leave(rank: int, size: int, folder: str, every: bool = True) -> None:
+    """Run as another of ``size`` processes, and end this one; ``folder`` keeps what it prints.
+
+    It ends without the interpreter's finalisation, in which a thread of gloo that drops its last
+    tensor takes the lock and aborts the process, now and then (pytorch/pytorch#190489).
+    """
+    with Path(folder, f"{rank}.txt").open("w") as printed:
+        os.dup2(printed.fileno(), 2)
+    faulthandler.enable(2)
+    try:
+        run(rank, size, folder, every)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+def printed_by_others(folder: str) -> str:
+    """Return what the other processes printed, their crashes' traces too."""
+    return "\n".join(file.read_text() for file in sorted(Path(folder).glob("*.txt")))
+
+
 def listed(some: Sequence[tuple[str, int]]) -> str:
     """Return collectives in words, equal ones counted."""
     counts = {one: some.count(one) for one in some}
@@ -468,12 +495,11 @@ def main() -> None:
         for rank in range(1, size):
             other = os.fork()  # nothing has run in parallel yet
             if other == 0:
-                run(rank, size, folder)
-                os._exit(0)
+                run_and_leave(rank, size, folder)
             others.append(other)
         found = run(0, size, folder)
         for other in others:
-            assert os.waitpid(other, 0)[1] == 0
+            assert os.waitpid(other, 0)[1] == 0, printed_by_others(folder)
     kinds = "float32 ops, float64 models"
     print(
         f"torch {torch.__version__}, {size} processes by gloo, [{B}, {S}, {n}, {C}], {kinds}; bytes"

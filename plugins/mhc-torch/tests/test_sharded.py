@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from sharded import FEW, LAYOUTS, B, C, Found, S, n, run
+from sharded import FEW, LAYOUTS, B, C, Found, S, n, printed_by_others, run, run_and_leave
 
 from mhc_core import DEEPSEEK_V4
 from mhc_core.planning import Model, plan
@@ -22,18 +22,19 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = str(tmp_path_factory.mktemp("sharded"))
     threads = torch.get_num_threads()
     other = torch.multiprocessing.get_context("spawn").Process(
-        target=run, args=(1, SIZE, folder, False)
+        target=run_and_leave, args=(1, SIZE, folder, False)
     )
     other.start()
     try:
         result = run(0, SIZE, folder, every=False)
     except BaseException:
         other.kill()  # it waits for this process
+        print(printed_by_others(folder))
         raise
     finally:
         torch.set_num_threads(threads)
     other.join()
-    assert other.exitcode == 0
+    assert other.exitcode == 0, printed_by_others(folder)
     return result
 
 
