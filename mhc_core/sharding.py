@@ -57,6 +57,8 @@ CHANNEL_OPS = (
     "combine_pre_norm",
     "contract",
     "expand",
+    "gated_head",
+    "gated_pre",
     "head",
     "mappings",
     "pre",

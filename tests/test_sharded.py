@@ -34,6 +34,9 @@ SETTINGS = (
     "explicit, channels",
     "shard_map, channels",
 )
+GATED = ("auto, gated", "explicit, gated", "shard_map, gated")  # channels
+GATED_KERNELS = ("auto, gated, jax-cuda",)  # whose formulas keep what its kernels would
+R = 6  # the rank of the gates
 KERNELS = ("auto, all", "explicit, all", "shard_map, all")  # two axes of tokens and one of channels
 TOKENS = tuple(name for name in SETTINGS if "channels" not in name)
 CHANNELS = tuple(name for name in SETTINGS if "channels" in name)
@@ -57,7 +60,12 @@ def found() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "setting", [*SETTINGS, *[pytest.param(name, marks=needs_gcc) for name in KERNELS]]
+    "setting",
+    [
+        *SETTINGS,
+        *GATED,
+        *[pytest.param(name, marks=needs_gcc) for name in (*KERNELS, *GATED_KERNELS)],
+    ],
 )
 def test_results_are_those_of_one_device(setting: str, found: dict[str, dict[str, Any]]) -> None:
     assert found[setting]["error"] < 2e-5
@@ -91,6 +99,28 @@ def test_sharded_channels_take_one_all_reduce_a_sublayer_and_direction(
     # phi on all devices needs its whole gradient on each; phi sharded with the streams does not
     whole = [] if setting.startswith("shard_map") else [["all-gather", 4 * M * n * C]] * 2
     assert gathered == whole
+
+
+@pytest.mark.parametrize(
+    "setting", [*GATED, *[pytest.param(name, marks=needs_gcc) for name in GATED_KERNELS]]
+)
+def test_sharded_gates_sum_mean_squares_and_the_low_rank_products(
+    setting: str, found: dict[str, dict[str, Any]]
+) -> None:
+    T = 4 * B * S
+    head = [T * n, T * R]
+    sums = [T * n, T * (R + n), *head]  # of the connection, then of the head
+    assert found[setting]["forward"] == [["all-reduce", size] for size in sums]
+    collectives = found[setting]["gradient"]
+    pulled = sorted([*sums, T * R, T * n, T * (R + n), T * n])
+    gathered = [size for kind, size in collectives if kind == "all-gather"]
+    if setting.startswith("shard_map"):  # H_post's gradient beside the connection's
+        assert sorted(size for _, size in collectives) == pulled
+        assert gathered == []
+    else:  # the gradients of whole weights, each of which all devices need
+        weights = [4 * n * C * k for k in (1, R, R, n)]
+        assert sorted(gathered) == sorted([*weights, *weights[:3]])
+        assert {kind for kind, _ in collectives} == {"all-reduce", "all-gather"}
 
 
 @needs_gcc
@@ -297,6 +327,61 @@ def _mapped_sublayer(mesh: Any, x: Any, phi: Any, *others: Any) -> Program:
     return Program(mesh, mapped, total, (x, phi.reshape(M, n, C), *others), ins)
 
 
+def gated_sublayer(x: Any, *weights: Any) -> Any:
+    """Run gated_pre, combine and gated_head, around a layer without arrays."""
+    import jax.numpy
+
+    import mhc_core
+
+    mhc: Any = mhc_core
+    h, h_post = mhc.gated_pre(x, *weights, eps=1e-6)
+    x = mhc.combine(x, jax.numpy.tanh(h), h_post, None)
+    return mhc.gated_head(x, *weights[:3], eps=1e-6)
+
+
+def _gated(settings: Sequence[str] = GATED) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Compile and run a gated residual and its head with sharded channels."""
+    import jax
+    from jax.sharding import AxisType
+    from jax.sharding import PartitionSpec as P
+
+    from mhc_core.jax import GatedConnection, GatedHead
+
+    rng = np.random.default_rng(1)
+    x, _ = _numbers()
+    shapes = {"norm": (n, C), "down": (R, n, C), "up": (n, C, R), "inject": (n, n, C)}
+    apart = [rng.normal(size=shape).astype(np.float32) / 4 for shape in shapes.values()]
+    flat = [apart[0].ravel(), apart[1].reshape(R, -1), apart[2].reshape(-1, R)]
+    arrays = (x, *flat, apart[3].reshape(n, -1))
+    loss = summed(gated_sublayer)
+    graded: Any = jax.grad(loss, argnums=tuple(range(5)))
+    wanted: Any = jax.jit(graded)(*arrays)
+    own = P(None, None, None, "d")
+    connection, head = (one(C, n, R, axis_name="d") for one in (GatedConnection, GatedHead))
+
+    def run(x: Any, *some: Any) -> Any:
+        weights = dict(zip(shapes, some, strict=True))
+        return head(weights, connection(weights, x, jax.numpy.tanh))
+
+    def local(*some: Any) -> Any:
+        lax: Any = jax.lax
+        return lax.psum(summed(run)(*some), "d")
+
+    for setting in settings:
+        explicit = setting.startswith("explicit")
+        axis_type = AxisType.Explicit if explicit else AxisType.Auto
+        mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(axis_type,))
+        if setting.startswith("shard_map"):
+            ins = (own, P(None, "d"), P(None, None, "d"), P(None, "d"), P(None, None, "d"))
+            mapped = jax.shard_map(run, mesh=mesh, in_specs=ins, out_specs=P(None, None, "d"))
+            total = jax.shard_map(local, mesh=mesh, in_specs=ins, out_specs=P())
+            program = Program(mesh, mapped, total, (x, *apart), ins)
+        else:
+            program = Program(mesh, gated_sublayer, loss, arrays, (own, *[P()] * 4))
+        found: dict[str, Any] = program.collectives()
+        yield setting, {**found, "error": _error(program, wanted)}
+
+
 def _kernels() -> Iterator[tuple[str, dict[str, Any]]]:
     """Compile and run a sublayer of jax-cuda's kernels on a CPU, on eight devices."""
     import jax
@@ -314,6 +399,8 @@ def _kernels() -> Iterator[tuple[str, dict[str, Any]]]:
     wanted: Any = jax.jit(graded)(*arrays)
     specs = (P("a", "b", None, "c"), P(), P(), P())
     with registered(SPEC), use_backend(NAME):
+        (setting,) = GATED_KERNELS
+        yield setting, next(_gated(GATED[:1]))[1]
         for setting in KERNELS:
             explicit = setting.startswith("explicit")
             axis_type = AxisType.Explicit if explicit else AxisType.Auto
@@ -455,6 +542,7 @@ def _main() -> None:
     results: dict[str, Any] = {"refused": _refused(), "link": _link()}
     for setting, program in _programs():
         results[setting] = {**program.collectives(), "error": _error(program, wanted)}
+    results |= _gated()
     if not needs_gcc.args[0]:
         results |= _kernels()
     print(json.dumps(results))

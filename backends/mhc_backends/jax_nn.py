@@ -83,6 +83,11 @@ def _check_axis(owner: str, axis_name: Any) -> None:
         raise TypeError(f"{owner}: axis_name is {axis_name!r}; needs the name of an axis")
 
 
+def _over(axis_name: str | None) -> contextlib.AbstractContextManager[None]:
+    """Return the block in which ops sum over C across the devices of an axis, if there is one."""
+    return contextlib.nullcontext() if axis_name is None else channels_over(axis_name)
+
+
 @dataclass(frozen=True)
 class _Projection:
     """Sizes and constants, without arrays: hashable, so a static argument of ``jax.jit``."""
@@ -100,10 +105,6 @@ class _Projection:
         for name, value in zip(("dims", "n", "variant"), sizes, strict=True):
             object.__setattr__(self, name, value)
         _check_axis(owner, self.axis_name)
-
-    def _over(self) -> contextlib.AbstractContextManager[None]:
-        """Return the block in which ops sum over C across the devices of ``axis_name``."""
-        return contextlib.nullcontext() if self.axis_name is None else channels_over(self.axis_name)
 
     def _start(self, key: jax.Array, groups: int, bias: list[float]) -> Params:
         shape = (len(bias), self.n * self.dims)
@@ -179,12 +180,12 @@ class HyperConnection(_Projection):
 
     def mappings(self, params: Params, x: jax.Array) -> Any:
         """Return H_pre, H_post and H_res of the streams x: :func:`mhc_core.mappings`."""
-        with self._over():
+        with _over(self.axis_name):
             return mhc.mappings(x, *self._arrays(params), self.variant)
 
     def pre(self, params: Params, x: jax.Array) -> Any:
         """Return h, the layer's input, H_post and H_res: :func:`mhc_core.pre`."""
-        with self._over():
+        with _over(self.axis_name):
             return mhc.pre(x, *self._arrays(params), self.variant)
 
     def combine_pre(
@@ -202,7 +203,7 @@ class HyperConnection(_Projection):
         streams, this layer's input (computed with the h_pre argument, if given) and this
         connection's H_pre, H_post and H_res.
         """
-        with self._over():
+        with _over(self.axis_name):
             return mhc.combine_pre(x, y, h_post, h_res, *self._arrays(params), self.variant, h_pre)
 
     def __call__(
@@ -216,7 +217,7 @@ class HyperConnection(_Projection):
         """Apply ``layer(h, *args, **kwargs)`` to the streams ``[..., n, dims]``."""
         h, h_post, h_res = self.pre(params, x)
         y = layer(h, *args, **kwargs)
-        with self._over():
+        with _over(self.axis_name):
             return mhc.combine(x, y, h_post, h_res)
 
 
@@ -247,7 +248,7 @@ class HyperHead(_Projection):
 
     def __call__(self, params: Params, x: jax.Array) -> jax.Array:
         """Return ``[..., dims]`` from the streams ``[..., n, dims]``: :func:`mhc_core.head`."""
-        with self._over():
+        with _over(self.axis_name):
             return mhc.head(x, *self._arrays(params), self.variant)
 
 
@@ -259,13 +260,14 @@ class _Gates:
     n: int = 4
     rank: int = GATE_RANK
     eps: float = 1e-6
+    axis_name: str | None = None
 
     def __post_init__(self) -> None:
-        names = "dims", "n", "rank", "eps"
-        given = (getattr(self, name) for name in names)
-        sizes = checked_gates(type(self).__name__, *given)
+        owner, names = type(self).__name__, ("dims", "n", "rank", "eps")
+        sizes = checked_gates(owner, *(getattr(self, name) for name in names))
         for name, value in zip(names, sizes, strict=True):
             object.__setattr__(self, name, value)
+        _check_axis(owner, self.axis_name)
 
     def _start(self, key: jax.Array, rows: dict[str, tuple[int, int]]) -> Params:
         keys = jax.random.split(key, len(rows))
@@ -279,6 +281,11 @@ class _Gates:
     def _gates(self) -> dict[str, tuple[int, int]]:
         columns = self.n * self.dims
         return {"down": (self.rank, columns), "up": (columns, self.rank)}
+
+    def _weights(self, params: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the weights of both modules; n and C may be axes of their own there."""
+        norm, down, up = (params[name] for name in ("norm", "down", "up"))
+        return norm.reshape(-1), down.reshape(self.rank, -1), up.reshape(-1, self.rank)
 
 
 @dataclass(frozen=True)
@@ -303,6 +310,10 @@ class GatedConnection(_Gates):
         The rank of the gates' projection.
     eps
         Added to the mean square of each stream.
+    axis_name
+        In ``jax.shard_map``, the axis of the mesh over whose devices the channels are sharded
+        (:func:`channels_over`); shard the parameters, kept with n and C as axes of their own
+        (``[n, C]``, ``[rank, n, C]``, ``[n, C, rank]`` and ``[n, n, C]``), along C.
 
     Raises
     ------
@@ -332,8 +343,9 @@ class GatedConnection(_Gates):
 
     def pre(self, params: Params, x: jax.Array) -> Any:
         """Return h, the layer's input, H_post and None for H_res: :func:`mhc_core.gated_pre`."""
-        norm, down, up, inject = (params[name] for name in ("norm", "down", "up", "inject"))
-        h, h_post = mhc.gated_pre(x, norm, down, up, inject, self.eps)
+        inject = params["inject"].reshape(self.n, -1)
+        with _over(self.axis_name):
+            h, h_post = mhc.gated_pre(x, *self._weights(params), inject, self.eps)
         return h, h_post, None
 
     def __call__(
@@ -346,7 +358,9 @@ class GatedConnection(_Gates):
     ) -> jax.Array:
         """Apply ``layer(h, *args, **kwargs)`` to the streams ``[..., n, dims]``."""
         h, h_post, _ = self.pre(params, x)
-        return mhc.combine(x, layer(h, *args, **kwargs), h_post, None)
+        y = layer(h, *args, **kwargs)
+        with _over(self.axis_name):
+            return mhc.combine(x, y, h_post, None)
 
 
 @dataclass(frozen=True)
@@ -357,7 +371,7 @@ class GatedHead(_Gates):
 
     Parameters
     ----------
-    dims, n, rank, eps
+    dims, n, rank, eps, axis_name
         As for :class:`GatedConnection`, whose parameters it has, without ``inject``.
 
     Raises
@@ -376,5 +390,5 @@ class GatedHead(_Gates):
 
     def __call__(self, params: Params, x: jax.Array) -> jax.Array:
         """Return ``[..., dims]`` from ``[..., n, dims]``: :func:`mhc_core.gated_head`."""
-        norm, down, up = (params[name] for name in ("norm", "down", "up"))
-        return mhc.gated_head(x, norm, down, up, self.eps)
+        with _over(self.axis_name):
+            return mhc.gated_head(x, *self._weights(params), self.eps)

@@ -690,6 +690,17 @@ def gram(xp: Any, du: Array, x: Array, like: Array) -> Array:
     return first + second
 
 
+def merged(xp: Any, gradient: Array, like: Array) -> Array:
+    """Return the gradient [n, C] of a weight for every stream as [n C], on its devices.
+
+    Where Explicit axes shard the channels, JAX does not merge the axes by itself.
+    """
+    sharding = _explicit_sharding(gradient) if keeps_axes(xp) else None
+    if sharding is not None:
+        gradient = _resharded(gradient, sharding, (None, None))
+    return xp.reshape(gradient, like.shape)
+
+
 def _by_stream(xp: Any, phi: Array, x: Array) -> Array:
     """phi[m, n C] -> [m, n, C]: neither x's axes nor their sharding are merged.
 

@@ -24,7 +24,28 @@ def forward(x: Any, norm: Any, down: Any, up: Any, *, eps: float) -> Any:
     xp = _xp.namespace(x)
     streams, norm, down, up = (_xp.upcast(xp, array) for array in (x, norm, down, up))
     u, _ = normalised(xp, streams, norm, eps)
-    return _xp.as_dtype_of(xp, collapsed(xp, u, down, up), x)
+    (z,) = _xp.over_channels(xp, averaged(xp, u, down))
+    return _xp.as_dtype_of(xp, collapsed(xp, u, z, up), x)
+
+
+def residuals(
+    x: Any, norm: Any, down: Any, up: Any, inject: Any = None, *, eps: float
+) -> tuple[Any, Any, Any]:
+    """Return what the kernels keep of a forward for their vjp; the formulas need none of it.
+
+    ``products[..., n, R]`` of ``x (1 + norm)`` and down's rows (and then inject's), ``low[..., R]``
+    ``= silu(z)``, and ``r[..., n]``. It is for a forward by formulas before a vjp by kernels.
+    """
+    xp = _xp.namespace(x)
+    streams, norm, *rows = (_xp.upcast(xp, a) for a in (x, norm, down, inject) if a is not None)
+    _, r = normalised(xp, streams, norm, eps)
+    shape = streams.shape[-2:]
+    matrices = [xp.permute_dims(xp.reshape(one, (-1, *shape)), (1, 2, 0)) for one in rows]
+    weighted = (streams * (1 + xp.reshape(norm, shape)))[..., None, :]
+    products = [_xp.matmul(xp, weighted, one)[..., 0, :] for one in matrices]
+    (whole,) = _xp.over_channels(xp, xp.concat(products, axis=-1))
+    z = xp.sum(r * whole[..., : down.shape[0]], axis=-2) / shape[0]
+    return whole, z * _xp.sigmoid(xp, z), r[..., 0]
 
 
 def vjp(primals: Any, cotangents: Any, saved: Any = None, *, eps: float) -> tuple[Any, ...]:
@@ -32,7 +53,8 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None, *, eps: float) -> tupl
     xp = _xp.namespace(primals[0])
     x, norm, down, up = (_xp.upcast(xp, array) for array in primals)
     u, r = normalised(xp, x, norm, eps)
-    du, ddown, dup = collapsed_pullback(xp, u, down, up, _xp.upcast(xp, cotangents[0]))
+    (z,) = _xp.over_channels(xp, averaged(xp, u, down))
+    du, ddown, dup = collapsed_pullback(xp, u, z, down, up, _xp.upcast(xp, cotangents[0]))
     dx, dnorm = normalised_pullback(xp, x, norm, r, du)
     gradients = (dx, dnorm, ddown, dup)
     return tuple(_xp.as_dtype_of(xp, d, p) for d, p in zip(gradients, primals, strict=True))
@@ -40,7 +62,8 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None, *, eps: float) -> tupl
 
 def normalised(xp: Any, x: Any, norm: Any, eps: float) -> tuple[Any, Any]:
     """Return u, and r = 1 / rms of each stream."""
-    r = 1 / xp.sqrt(_xp.mean_square(xp, x) + eps)
+    (square,) = _xp.over_channels(xp, _xp.mean_square(xp, x))
+    r = 1 / xp.sqrt(square + eps)
     return x * r * (1 + xp.reshape(norm, x.shape[-2:])), r
 
 
@@ -48,31 +71,35 @@ def normalised_pullback(xp: Any, x: Any, norm: Any, r: Any, du: Any) -> tuple[An
     """dx = r (g - s mean(s g)) with s = x r and g = du (1 + norm); dnorm = sum_T du s."""
     scaled = x * r
     g = du * (1 + xp.reshape(norm, x.shape[-2:]))
-    pulled = _xp.dot(xp, scaled, g)[..., None] / x.shape[-1]
+    (pulled,) = _xp.over_channels(xp, _xp.dot(xp, scaled, g)[..., None] / _xp.channels(xp, x))
     dnorm = _xp.sum_tokens(xp, du * scaled, 2)
-    return r * (g - scaled * pulled), xp.reshape(dnorm, norm.shape)
+    return r * (g - scaled * pulled), _xp.merged(xp, dnorm, norm)
 
 
-def _low(xp: Any, u: Any, down: Any) -> tuple[Any, Any]:
-    """Return z = u @ down.T / n and its sigmoid: silu(z) = z sigmoid(z)."""
-    z = _xp.project(xp, u, down) / u.shape[-2]
-    return z, _xp.sigmoid(xp, z)
+def averaged(xp: Any, u: Any, weights: Any) -> Any:
+    """Return u @ weights.T / n, or the part of it that this device's channels make."""
+    return _xp.project(xp, u, weights) / u.shape[-2]
 
 
-def collapsed(xp: Any, u: Any, down: Any, up: Any) -> Any:
-    """Return h in the dtype of computation."""
-    z, s = _low(xp, u, down)
-    gates = _xp.sigmoid(xp, _xp.unproject(xp, z * s, _xp.swap(xp, up), u))
+def collapsed(xp: Any, u: Any, z: Any, up: Any) -> Any:
+    """Return h in the dtype of computation, z = u @ down.T / n."""
+    gates = _gates(xp, u, z * _xp.sigmoid(xp, z), up)
     return xp.sum(gates * u, axis=-2) / u.shape[-2]
 
 
-def collapsed_pullback(xp: Any, u: Any, down: Any, up: Any, g_h: Any) -> tuple[Any, Any, Any]:
+def _gates(xp: Any, u: Any, low: Any, up: Any) -> Any:
+    return _xp.sigmoid(xp, _xp.unproject(xp, low, _xp.swap(xp, up), u))
+
+
+def collapsed_pullback(
+    xp: Any, u: Any, z: Any, down: Any, up: Any, g_h: Any
+) -> tuple[Any, Any, Any]:
     """Return du, ddown and dup."""
-    n, columns = u.shape[-2], _xp.swap(xp, up)
-    z, s = _low(xp, u, down)
-    gates = _xp.sigmoid(xp, _xp.unproject(xp, z * s, columns, u))
+    n, columns, s = u.shape[-2], _xp.swap(xp, up), _xp.sigmoid(xp, z)
+    gates = _gates(xp, u, z * s, up)
     each = (g_h / n)[..., None, :]
     du, d_gates = each * gates, each * u * gates * (1 - gates)
     dup = _xp.swap(xp, _xp.gram(xp, z * s, d_gates, like=columns))
-    dz = _xp.project(xp, d_gates, columns) * s * (1 + z * (1 - s)) / n
+    (d_low,) = _xp.over_channels(xp, _xp.project(xp, d_gates, columns))
+    dz = d_low * s * (1 + z * (1 - s)) / n
     return du + _xp.unproject(xp, dz, down, u), _xp.gram(xp, dz, u, like=down), dup

@@ -21,8 +21,12 @@ def forward(x: Any, norm: Any, down: Any, up: Any, inject: Any, *, eps: float) -
     xp = _xp.namespace(x)
     streams, *weights = (_xp.upcast(xp, array) for array in (x, norm, down, up, inject))
     u, _ = gated_head.normalised(xp, streams, weights[0], eps)
-    h = gated_head.collapsed(xp, u, *weights[1:3])
-    return _xp.as_dtype_of(xp, h, x), 2 * _injected(xp, u, weights[3])
+    z, injected = _averages(xp, u, weights[1], weights[3])
+    h = gated_head.collapsed(xp, u, z, weights[2])
+    return _xp.as_dtype_of(xp, h, x), 2 * _xp.sigmoid(xp, injected)
+
+
+residuals = gated_head.residuals
 
 
 def vjp(primals: Any, cotangents: Any, saved: Any = None, *, eps: float) -> tuple[Any, ...]:
@@ -31,8 +35,9 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None, *, eps: float) -> tupl
     x, norm, down, up, inject = (_xp.upcast(xp, array) for array in primals)
     g_h, g_post = (_xp.upcast(xp, g) for g in cotangents)
     u, r = gated_head.normalised(xp, x, norm, eps)
-    du, ddown, dup = gated_head.collapsed_pullback(xp, u, down, up, g_h)
-    s = _injected(xp, u, inject)
+    z, injected = _averages(xp, u, down, inject)
+    du, ddown, dup = gated_head.collapsed_pullback(xp, u, z, down, up, g_h)
+    s = _xp.sigmoid(xp, injected)
     dz = g_post * 2 * s * (1 - s) / x.shape[-2]
     du = du + _xp.unproject(xp, dz, inject, u)
     dx, dnorm = gated_head.normalised_pullback(xp, x, norm, r, du)
@@ -40,5 +45,7 @@ def vjp(primals: Any, cotangents: Any, saved: Any = None, *, eps: float) -> tupl
     return tuple(_xp.as_dtype_of(xp, d, p) for d, p in zip(gradients, primals, strict=True))
 
 
-def _injected(xp: Any, u: Any, inject: Any) -> Any:
-    return _xp.sigmoid(xp, _xp.project(xp, u, inject) / u.shape[-2])
+def _averages(xp: Any, u: Any, down: Any, inject: Any) -> tuple[Any, ...]:
+    """Return u @ down.T / n and u @ inject.T / n; over devices, in one all-reduce."""
+    of = gated_head.averaged
+    return _xp.over_channels(xp, of(xp, u, down), of(xp, u, inject))

@@ -23,6 +23,8 @@ from mlx.utils import tree_flatten
 
 import mhc_core as mhc
 from mhc_core.mlx import (
+    GatedConnection,
+    GatedHead,
     HyperConnectedBlock,
     HyperConnectedStack,
     HyperHead,
@@ -152,6 +154,38 @@ def channels(group: Any) -> float:
     return worst(loss, got, (total, {k: own_of(wanted[k], got[k], group) for k in got}))
 
 
+def gated(group: Any) -> float:
+    """Shard the channels of a gated residual and of its head."""
+
+    def made() -> nn.Module:
+        mx.random.seed(3)
+        both = nn.Module()
+        both.connection, both.head = GatedConnection(C, n, 3), GatedHead(C, n, 3)
+        both.apply(lambda one: 0.3 * mx.random.normal(one.shape))
+        mx.eval(both.parameters())
+        return both
+
+    def loss_here(both: Any, x: mx.array) -> mx.array:
+        return loss_of(both.head(both.connection(x, mx.tanh)))
+
+    x, whole = mx.random.normal((B, S, n, C), key=mx.random.key(4)), made()
+    total, wanted = nn.value_and_grad(whole, lambda x: loss_here(whole, x))(x)
+    part = shard_channels(made(), group)
+    own = mx.split(x, group.size(), axis=-1)[group.rank()]
+    with channels_over(group):
+        one = nn.value_and_grad(part, lambda x: loss_here(part, x) / group.size())
+        value, gradients = one(own)
+    loss = mx.distributed.all_sum(value, group=group)
+
+    def mine(array: mx.array) -> mx.array:
+        axis = array.shape.index(n * C)
+        by_stream = mx.unflatten(array, axis, (n, C))
+        kept = mx.split(by_stream, group.size(), axis=axis + 1)[group.rank()]
+        return mx.flatten(kept, axis, axis + 1)
+
+    return worst(loss, flat(gradients), (total, {k: mine(one) for k, one in flat(wanted).items()}))
+
+
 def pipeline(group: Any, single_pass: bool = False) -> float:
     """Split the sublayers over processes; streams, and in the single pass H_pre, cross over."""
     each = LAYERS // group.size()
@@ -204,11 +238,17 @@ def refusals(group: Any) -> dict[str, str]:
 
         return mx.grad(norm)(x)
 
+    def quantised() -> nn.Module:
+        head = GatedHead(64, n, 64)
+        nn.quantize(head)
+        return head
+
     return {
         "op": said(lambda: mhc.pre_scale(mx.ones((2, n * C)), weights)),
         "twice": said(twice),
         "stage": said(lambda: pipeline_value_and_grad(made(), loss_of, group)),
         "odd": said(lambda: shard_channels(HyperHead(C + 1), group)),
+        "quantised": said(lambda: shard_channels(quantised(), group)),
     }
 
 
@@ -233,6 +273,7 @@ def train(group: Any, folder: Path, steps: int, fail_at: int | None) -> None:
 
     stack, optimizer, file = made(), Adam(1e-3), folder / "checkpoint.safetensors"
     done = 0
+    folder.mkdir(parents=True, exist_ok=True)
     if file.is_file():
         arrays, said = mx.load(str(file), return_metadata=True)
         done = int(said["step"])
@@ -293,6 +334,7 @@ def main() -> None:
         "processes": group.size(),
         "data": data(group),
         "channels": channels(group),
+        "channels, gated": gated(group),
         "pipeline": pipeline(group),
         "pipeline, single pass": pipeline(group, single_pass=True),
         "sums": traffic(group),

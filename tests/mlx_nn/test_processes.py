@@ -43,7 +43,10 @@ def found() -> dict[str, Any]:
     return json.loads(lines[-1])
 
 
-@pytest.mark.parametrize("layout", ["data", "channels", "pipeline", "pipeline, single pass"])
+LAYOUTS = ("data", "channels", "channels, gated", "pipeline", "pipeline, single pass")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_and_gradients_are_those_of_one_process(layout: str, found: dict[str, Any]) -> None:
     assert found["processes"] == 2
     assert found[layout] < 2e-5
@@ -66,3 +69,6 @@ def test_what_does_not_fit_is_refused(found: dict[str, Any]) -> None:
     assert refused["twice"].startswith("aggregate: gradients of gradients need whole channels")
     assert refused["stage"].startswith("pipeline_value_and_grad: the stage has first=True and last")
     assert refused["odd"] == "shard_channels: dims is 17; needs a multiple of the 2 processes"
+    assert refused["quantised"].startswith(
+        "shard_channels: a projection of gated residuals is quan"
+    )

@@ -348,7 +348,8 @@ def _formulas(key: _Key, saved: tuple[int, ...], axes: Axes) -> Function:
             outputs, found = module.forward_with_saved(*filled, **options)
             return (*_present(outputs), *[found[k] for k in saved])
         made: Any = module.forward(*filled, **options)
-        return _present(made if len(kept) > 1 else (made,))
+        found = module.residuals(*filled, **options) if saved else ()
+        return (*_present(made if len(kept) > 1 else (made,)), *[found[k] for k in saved])
 
     one_or_several: Any = axes[0] if len(axes) == 1 else axes
     return by_our_rules(formulas, one_or_several)

@@ -238,7 +238,7 @@ def _on_shard(
         if channels:
             own = _own_channels(layout, arrays)
             given = [
-                _part(one, own, channels) if STREAMS in words else one
+                _part(one, words.index(STREAMS), own, channels) if STREAMS in words else one
                 for one, words in zip(given, layout.operands, strict=True)
             ]
         made = list(function(*given))
@@ -248,7 +248,7 @@ def _on_shard(
         if channels:
             own = _own_channels(layout, arrays)
             made = [
-                _gathered(one, own, channels) if STREAMS in words else one
+                _gathered(one, words.index(STREAMS), own, channels) if STREAMS in words else one
                 for one, words in zip(made, layout.results, strict=True)
             ]
         return tuple(made)
@@ -264,20 +264,26 @@ def _own_channels(layout: Layout, arrays: Sequence[jax.Array]) -> int:
     raise ValueError(f"{layout.op}: none of its arrays has channels")  # no op of this kind exists
 
 
-def _part(phi: jax.Array, own: int, channels: Axes) -> jax.Array:
-    """[m, n C] -> [m, n C / D], this device's channels of every stream."""
-    rows, count = phi.shape[0], int(LAX.psum(1, channels))
-    streams = phi.reshape(rows, -1, own * count)
+def _part(weight: jax.Array, k: int, own: int, channels: Axes) -> jax.Array:
+    """Return this device's channels of every stream of a weight whose axis k is n C."""
+    count = int(LAX.psum(1, channels))
     start = LAX.axis_index(channels) * own
-    return LAX.dynamic_slice_in_dim(streams, start, own, 2).reshape(rows, -1)
+    streams = _apart(weight, k, own * count)
+    return _merged(LAX.dynamic_slice_in_dim(streams, start, own, k + 1), k)
 
 
-def _gathered(phi: jax.Array, own: int, channels: Axes) -> jax.Array:
-    """[m, n C / D] -> [m, n C], of all devices."""
-    rows = phi.shape[0]
-    streams = phi.reshape(rows, -1, own)
-    whole: Any = LAX.all_gather(streams, channels, axis=2, tiled=True)
-    return whole.reshape(rows, -1)
+def _gathered(weight: jax.Array, k: int, own: int, channels: Axes) -> jax.Array:
+    """Return all devices' channels of every stream of a weight whose axis k is n C."""
+    whole: Any = LAX.all_gather(_apart(weight, k, own), channels, axis=k + 1, tiled=True)
+    return _merged(whole, k)
+
+
+def _apart(weight: jax.Array, k: int, channels: int) -> jax.Array:
+    return weight.reshape(*weight.shape[:k], -1, channels, *weight.shape[k + 1 :])
+
+
+def _merged(weight: jax.Array, k: int) -> jax.Array:
+    return weight.reshape(*weight.shape[:k], -1, *weight.shape[k + 2 :])
 
 
 # ---- vmap ----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx import nn, utils
 
-from mhc_backends.mlx_nn.gated import GatedConnection, GatedHead
+from mhc_backends.mlx_nn.gated import Gates
 from mhc_backends.mlx_nn.hyper import Projection
 from mhc_backends.mlx_nn.stack import HyperConnectedStack
 from mhc_core import sharding
@@ -71,6 +71,8 @@ def channels_over(group: mx.distributed.Group | None = None) -> Generator[None]:
 def shard_channels(module: Any, group: mx.distributed.Group | None = None) -> Any:
     """Leave each process its part of phi, in every connection and head of a module, in place.
 
+    Of gated residuals, each process keeps its part of all weights.
+
     Call the module inside :func:`channels_over`, on this process's part of the channels. Other
     parameters stay; shard a layer by ``mlx.nn.layers.distributed.shard_linear``.
 
@@ -89,7 +91,7 @@ def shard_channels(module: Any, group: mx.distributed.Group | None = None) -> An
     Raises
     ------
     TypeError
-        For a module with gated residuals, which have no parts of the channels.
+        For gated residuals whose projections are no plain matrices: quantised, or with an adapter.
     ValueError
         If the channels are no multiple of the processes.
     """
@@ -97,19 +99,33 @@ def shard_channels(module: Any, group: mx.distributed.Group | None = None) -> An
     rank, size = group.rank(), group.size()
     modules = cast("list[nn.Module]", module.modules())
     for one in modules:
-        if isinstance(one, (GatedConnection, GatedHead)):
-            raise TypeError("shard_channels: gated residuals take no parts of the channels")
-        if isinstance(one, Projection) and one.dims % size:
+        if isinstance(one, Gates) and one.weights() is None:
+            raise TypeError(
+                "shard_channels: a projection of gated residuals is quantised or has an adapter; "
+                "needs plain matrices, whose channels are sharded"
+            )
+        if isinstance(one, (Projection, Gates)) and one.dims % size:
             raise ValueError(
                 f"shard_channels: dims is {one.dims}; needs a multiple of the {size} processes"
             )
+
+    def part(weight: mx.array, dims: int, axis: int = 1) -> mx.array:
+        """Return this process's channels of the axis n C."""
+        by_stream = mx.unflatten(weight, axis, (-1, dims))
+        own = mx.split(by_stream, size, axis + 1)[rank]
+        return mx.contiguous(mx.flatten(own, axis, axis + 1))
+
     for one in modules:
         if isinstance(one, Projection):
-            phi, n, part = one.projection[0], one.n, one.dims // size
-            by_stream = phi.reshape(len(phi), n, one.dims)
-            own = by_stream[..., rank * part : (rank + 1) * part]
-            one[one.names[0]] = mx.contiguous(own.reshape(len(phi), n * part))
-            one.dims = part
+            one[one.names[0]] = part(one.projection[0], one.dims)
+        elif isinstance(one, Gates):
+            for layer in (one.hc_norm, *one.projections):
+                weight = cast("mx.array", layer["weight"])
+                rows = weight.ndim == 1 or layer is one.input_mix_weight_up
+                layer["weight"] = part(weight, one.dims, 0 if rows else 1)
+        else:
+            continue
+        one.dims //= size
     return module
 
 

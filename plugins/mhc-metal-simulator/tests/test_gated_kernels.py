@@ -29,6 +29,7 @@ from kernel_checks import (  # noqa: E402
 )
 from mhc_backends.kernels import launch  # noqa: E402
 from mhc_backends.kernels.ops import gated_head, gated_pre  # noqa: E402
+from mhc_core.math import load  # noqa: E402
 from test_projection_kernels import KERNELS, small  # noqa: E402
 
 EPS = 0.1
@@ -114,6 +115,16 @@ def test_more_streams_than_columns_in_a_tile() -> None:
 
 def test_more_tokens_than_a_stage_of_the_factors() -> None:
     _held(Size(150, 2, 33, 5), (MANY,))
+
+
+def test_formulas_make_what_the_kernels_keep() -> None:
+    """So that a forward by formulas, on a part of the channels, can precede the kernels' vjp."""
+    primals = _draw(Size(3, 4, 24, 5))
+    for op, count in ((gated_pre, 5), (gated_head, 4)):
+        _, kept = op.forward_with_saved(KERNELS, *primals[:count], eps=EPS)
+        formulas = load(op.__name__.rpartition(".")[2]).residuals
+        want = formulas(*as_float64(primals[:count]), eps=EPS)
+        agree([*kept], rounded(tuple(want), [*kept]))
 
 
 def test_a_token_does_not_depend_on_its_batch() -> None:

@@ -103,12 +103,11 @@ class _Layout(NamedTuple):
         if array is None:
             return None
         words = self.words(name, array.ndim)
-        if words[-1] == "nC" and self.group is not None:  # a part of C is no block of n C
-            array = array.unflatten(-1, (self.sizes["n"], self.sizes["C"]))
-            words = [*words[:-1], "n", "C"]
-            part = self._local(array, words)
-            return part.flatten(-2)
-        return self._local(array, words)
+        if self.group is None or "nC" not in words:
+            return self._local(array, words)
+        k = words.index("nC")  # a part of C is no block of n C
+        by_stream = array.unflatten(k, (self.sizes["n"], self.sizes["C"]))
+        return self._local(by_stream, _apart(words)).flatten(k, k + 1)
 
     def _local(self, array: Any, words: Sequence[str]) -> Tensor:
         placed = self.placed(array, self.placements(words))
@@ -132,11 +131,11 @@ class _Layout(NamedTuple):
         from torch.distributed.tensor import Partial, Replicate, Shard
 
         per_token = words[0] == "..."
-        last = len(self.leading) + len(words) - 2 if per_token else len(words) - 1
+        ahead = len(self.leading) - 1 if per_token else 0
         found: list[Any] = []
         for part in self.parts:
             if part == CHANNELS:
-                found.append(Shard(last) if words[-1] == "C" else Replicate())
+                found.append(Shard(ahead + words.index("C")) if "C" in words else Replicate())
             elif part is not None and per_token:
                 found.append(part)
             else:
@@ -165,12 +164,13 @@ class _Layout(NamedTuple):
         if part is None:
             return None
         words, shape = self.words(name, primal.ndim), tuple(primal.shape)
-        if words[-1] == "nC" and self.group is not None:
-            n, C = self.sizes["n"], self.sizes["C"]
-            placements = self.placements([*words[:-1], "n", "C"], shared="sum")
-            by_stream = part.reshape(*part.shape[:-1], n, part.shape[-1] // n)
-            return self._wrapped(by_stream, placements, (*shape[:-1], n, C)).flatten(-2)
-        return self._wrapped(part, self.placements(words, shared="sum"), shape)
+        if self.group is None or "nC" not in words:
+            return self._wrapped(part, self.placements(words, shared="sum"), shape)
+        k, n, C = words.index("nC"), self.sizes["n"], self.sizes["C"]
+        placements = self.placements(_apart(words), shared="sum")
+        by_stream = part.reshape(*part.shape[:k], n, -1, *part.shape[k + 1 :])
+        whole = (*shape[:k], n, C, *shape[k + 1 :])
+        return self._wrapped(by_stream, placements, whole).flatten(k, k + 1)
 
     def _wrapped(self, part: Tensor, placements: tuple[Any, ...], shape: tuple[int, ...]) -> Any:
         from torch.distributed.tensor import DTensor
@@ -238,7 +238,7 @@ def _part(op: str, mesh_dim: int, named: Mapping[str, Any], layout: _Layout) -> 
         if dim == one.ndim - 1 and words[-1] == "C":
             check_op(op)
             return CHANNELS
-        if words[-1] == "nC" and _is_by_channels(placement, layout.sizes["n"]):
+        if words[dim - one.ndim] == "nC" and _is_by_channels(placement, layout.sizes["n"]):
             return CHANNELS
         if words[0] == "...":
             raise ValueError(
@@ -248,6 +248,12 @@ def _part(op: str, mesh_dim: int, named: Mapping[str, Any], layout: _Layout) -> 
     return None
 
 
+def _apart(words: Sequence[str]) -> list[str]:
+    """Return the words of a shape with n and C apart, where they are merged."""
+    k = list(words).index("nC")
+    return [*words[:k], "n", "C", *words[k + 1 :]]
+
+
 def _is_by_channels(placement: Any, n: int) -> bool:
-    """Return whether [m, n C] is sharded as the flattened [m, n, C] along C."""
-    return placement.dim == 1 and (n == 1 or getattr(placement, "split_factor", 1) == n)
+    """Return whether n C is sharded as the flattened [n, C] along C."""
+    return n == 1 or getattr(placement, "split_factor", 1) == n

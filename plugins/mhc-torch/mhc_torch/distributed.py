@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Generator
 from typing import Any, cast
 
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
     DTensor,
@@ -27,7 +27,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 import mhc_torch.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from mhc_core import sharding
 from mhc_torch._dtensor import group_of
-from mhc_torch.nn import HyperConnection, HyperHead
+from mhc_torch.gated import is_matrix
+from mhc_torch.nn import GatedConnection, GatedHead, HyperConnection, HyperHead
 
 __all__ = ["ChannelParallel", "TokenParallel", "channels_over"]
 
@@ -36,12 +37,13 @@ __all__ = ["ChannelParallel", "TokenParallel", "channels_over"]
 def channels_over(group: distributed.ProcessGroup | None = None) -> Generator[None]:
     """Tell the ops inside that every process of a group has a part of the channels.
 
-    Streams, layer inputs and outputs, norm weights and phi (``[m, n, C]`` sharded along C, then
-    flattened) are then parts; mappings, scale and bias are the same in all processes, and so are
-    their gradients. What the maths needs of the other parts is summed, in one all-reduce each:
-    ``m + 1`` numbers a token in ``mappings``, ``pre`` and ``combine_pre``, and for the gradients of
-    H_pre, H_post and H_res as many numbers as these have. Streams are never gathered. The ops run
-    on the backend ``torch`` and are those in ``mhc_core.sharding.CHANNEL_OPS``.
+    Streams, layer inputs and outputs, norm weights, phi (``[m, n, C]`` sharded along C, then
+    flattened) and, likewise, the weights of gates are then parts; mappings, scale and bias are the
+    same in all processes, and so are their gradients. What the maths needs of the other parts is
+    summed, in one all-reduce each: ``m + 1`` numbers a token in ``mappings``, ``pre`` and
+    ``combine_pre``, and for the gradients of H_pre, H_post and H_res as many numbers as these have.
+    Streams are never gathered. The ops run on the backend ``torch`` and are those in
+    ``mhc_core.sharding.CHANNEL_OPS``.
 
     DTensors need no block: their placements say it. The block is for eager code: torch.compile
     cannot look at it.
@@ -122,10 +124,11 @@ class ChannelParallel(_Style):
 
     For ``parallelize_module``, on a :class:`~mhc_torch.nn.HyperConnectedStack`, a block, a
     connection, a head, or a module around them. phi is sharded with the streams, without a gather
-    in either direction; scale and bias are whole. Layers take and return DTensors with
-    ``Shard(-1)``: style them before with ``RowwiseParallel(output_layouts=Shard(-1),
-    use_local_output=False)`` and the like. Parameters that no style has made DTensors are
-    replicated, and PyTorch's own operators then shard what they can.
+    in either direction, and so are all weights of gated residuals; scale and bias are whole. Layers
+    take and return DTensors with ``Shard(-1)``: style them before with
+    ``RowwiseParallel(output_layouts=Shard(-1), use_local_output=False)`` and the like. Parameters
+    that no style has made DTensors are replicated, and PyTorch's own operators then shard what they
+    can.
 
     Parameters
     ----------
@@ -153,13 +156,33 @@ class ChannelParallel(_Style):
         given = Replicate() if input_layouts is None else input_layouts
         super().__init__(Shard(-1), given, output_layouts, use_local_output)
 
+    def _distribute(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        if isinstance(module, (GatedConnection, GatedHead)):
+            if not all(map(is_matrix, module.projections)):
+                raise TypeError(
+                    f"ChannelParallel: a projection of {name or 'the gates'} is quantised or has "
+                    "an adapter; needs plain matrices, whose channels are sharded"
+                )
+            up = module.input_mix_weight_up
+            for layer in (module.hc_norm, *module.projections):
+                weight = layer.get_parameter("weight")
+                made = _by_channels(weight, 0 if layer is up else -1, module, mesh)
+                layer.register_parameter("weight", nn.Parameter(made, weight.requires_grad))
+        super()._distribute(name, module, mesh)
+
     def _parameter(self, module: nn.Module, key: str, parameter: Any, mesh: DeviceMesh) -> DTensor:
         """Return phi with its channels sharded, and what is no phi on all devices."""
-        projects = isinstance(module, (HyperConnection, HyperHead))
-        if not (projects and parameter is module.projection[0]):
-            return super()._parameter(module, key, parameter, mesh)
-        by_stream = parameter.data.unflatten(-1, (module.n, module.dims))
-        return cast("DTensor", distribute_tensor(by_stream, mesh, [Shard(2)]).flatten(-2))
+        if isinstance(module, (HyperConnection, HyperHead)) and parameter is module.projection[0]:
+            return _by_channels(parameter, -1, module, mesh)
+        return super()._parameter(module, key, parameter, mesh)
+
+
+def _by_channels(weight: Tensor, dim: int, module: Any, mesh: DeviceMesh) -> DTensor:
+    """Return a weight whose axis n C is sharded along C."""
+    dim %= weight.ndim
+    by_stream: Tensor = cast("Any", weight.data).unflatten(dim, (module.n, module.dims))
+    sharded = distribute_tensor(by_stream, mesh, [Shard(dim + 1)])
+    return cast("DTensor", sharded.flatten(dim, dim + 1))
 
 
 class TokenParallel(_Style):

@@ -12,6 +12,7 @@ from torch.nn import functional
 import mhc_core
 import mhc_torch.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from mhc_backends.nn_common import GATE_DEVIATION, GATE_RANK, checked_gates
+from mhc_torch._dtensor import is_distributed
 from mhc_torch._variants import number_of
 
 __all__ = ["GatedConnection", "GatedHead"]
@@ -30,7 +31,11 @@ def is_matrix(layer: nn.Module) -> bool:
 
     Quantisers replace the module, or as torchao the weight by a tensor of a class of its own.
     """
-    return type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor)
+    if type(layer) is not nn.Linear:
+        return False
+    weight: Any = layer.weight
+    part = weight.to_local() if is_distributed([weight]) else weight
+    return type(part) in (nn.Parameter, Tensor)
 
 
 class StreamNorm(nn.Module):

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -37,9 +37,16 @@ from mhc_conformance.telling import SECOND
 from mhc_core.math import OPS
 from mhc_core.sharding import CHANNEL_OPS
 from mhc_torch.distributed import ChannelParallel, TokenParallel, channels_over
-from mhc_torch.nn import HyperConnectedBlock, HyperConnectedStack, HyperConnection, HyperHead
+from mhc_torch.nn import (
+    GatedConnection,
+    GatedHead,
+    HyperConnectedBlock,
+    HyperConnectedStack,
+    HyperConnection,
+    HyperHead,
+)
 
-B, S, n, C = 4, 8, 4, 16
+B, S, n, C, R = 4, 8, 4, 16, 3  # R is the rank of the gates
 QUICK = mhc.DEEPSEEK_V4
 
 
@@ -249,6 +256,35 @@ def sharded_channels(mesh: Any) -> Found:
     return compared(stack, loss, (forward, backward), alone())
 
 
+def sharded_gates(mesh: Any) -> Found:
+    """Shard the channels of a gated residual, of its weights and of its head."""
+
+    def made() -> nn.ModuleDict:
+        torch.manual_seed(3)
+        both = nn.ModuleDict({"connection": GatedConnection(C, n, R), "head": GatedHead(C, n, R)})
+        for one in both.parameters():
+            nn.init.normal_(one, std=0.3)
+        return both.double()
+
+    def run(both: nn.ModuleDict, x: Tensor) -> Tensor:
+        return loss_of(both["head"](both["connection"](x, torch.tanh)))
+
+    x = torch.randn(B, S, n, C, generator=torch.Generator().manual_seed(4)).double()
+    whole, both = made(), made()
+    total = run(whole, x)
+    total.backward()
+    wanted = {name: some(one.grad) for name, one in whole.named_parameters()}
+    for one in both.values():
+        parallelize_module(one, mesh, ChannelParallel(use_local_output=False))
+    for name, one in both.named_parameters():
+        assert cast("Any", one).to_local().numel() == wanted[name].numel() // mesh.size()
+    with Collectives() as forward:
+        loss = cast("DTensor", run(both, x)).full_tensor()
+    with Collectives() as backward:
+        loss.backward()
+    return compared(both, loss, (forward, backward), (total.detach(), wanted))
+
+
 def sharded_sequence(mesh: Any) -> Found:
     """Shard the sequence; attention gathers keys and values, as context parallelism does."""
     stack = made()
@@ -369,6 +405,10 @@ def megatron(mesh: Any) -> Found:
     return Found(max(errors), forward.seen, backward.seen)
 
 
+class Adapted(nn.Linear):
+    """A layer of another class, as adapters' and quantisers' are."""
+
+
 def refusals(mesh: Any) -> dict[str, str]:
     """Return the errors of calls that do not fit."""
     x = torch.randn(4, n, C)
@@ -393,9 +433,13 @@ def refusals(mesh: Any) -> dict[str, str]:
     def placed(array: Tensor, dim: int) -> DTensor:
         return distribute_tensor(array, mesh, [Shard(dim)])
 
+    adapted = GatedHead(C, n, R)
+    adapted.input_mix_weight_down = cast("Any", Adapted(n * C, R, bias=False))
+
     return {
         "plain": said(mhc.aggregate, placed(x, 0), weights),
         "streams": said(mhc.aggregate, placed(x, 1), distribute_tensor(weights, mesh)),
+        "adapted": said(lambda: parallelize_module(adapted, mesh, ChannelParallel())),
         "odd": said(mhc.contract, placed(torch.randn(4, n, C + 1), 2)),
         "op": said(
             mhc.pre_scale, placed(torch.randn(4, n * C), 1), distribute_tensor(weights, mesh)
@@ -431,6 +475,7 @@ LAYOUTS: dict[str, Callable[[Any], Found]] = {
     "data (FSDP2)": fsdp,
     "sequence, context": sharded_sequence,
     "channels, tensor": sharded_channels,
+    "channels, gated": sharded_gates,
     "channels, [s, b, n C]": megatron,
     "pipeline": pipeline,
     "pipeline, single pass": lambda mesh: pipeline(mesh, single_pass=True),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from sharded import FEW, LAYOUTS, B, C, Found, S, n, printed_by_others, run, run_and_leave
+from sharded import FEW, LAYOUTS, B, C, Found, R, S, n, printed_by_others, run, run_and_leave
 
 from mhc_core import DEEPSEEK_V4
 from mhc_core.planning import Model, plan
@@ -84,6 +84,16 @@ def test_a_tensor_parallel_stack_exchanges_what_is_planned(found: dict[str, Any]
     assert max(gathers) < STREAMS  # of attention, which needs whole h
 
 
+def test_gates_sum_mean_squares_and_the_low_rank_products(found: dict[str, Any]) -> None:
+    T = REAL * B * S
+    one: Found = found["channels, gated"]
+    sums = [T * n, T * (R + n), T * n, T * R]  # of the connection, then of the head
+    assert one.forward[:4] == [("allreduce", size) for size in sums]
+    # computed again; then d(z), and of the norm; H_post's gradient beside the connection's
+    pulled = [*sums, T * R, T * n, T * n, T * R, T * n]
+    assert sorted(one.backward) == sorted(("allreduce", size) for size in pulled)
+
+
 def test_context_parallel_gathers_keys_and_values_alone(found: dict[str, Any]) -> None:
     one: Found = found["sequence, context"]
     of_attention = [("all_gather_into_tensor", REAL * B * S * C // SIZE)] * 4
@@ -101,6 +111,7 @@ def test_what_does_not_fit_is_refused(found: dict[str, Any]) -> None:
     refused: dict[str, str] = found["refused"]
     assert refused["plain"].startswith("aggregate: h_pre is a plain tensor beside DTensors; needs")
     assert refused["streams"].startswith("aggregate: x is sharded along dimension 1, 'n'; needs")
+    assert refused["adapted"].startswith("ChannelParallel: a projection of the gates is quantised ")
     assert refused["odd"] == "contract: C is 17; needs a multiple of the 2 devices that share"
     assert refused["op"].startswith("pre_scale: x is sharded along dimension 1, 'D'; needs")
     assert refused["plain op"].startswith("pre_scale: it takes no sharded channels; of the ops,")
