@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -21,13 +22,27 @@ from mhc_core.planning import Model, plan
 LAUNCH = "from mlx._distributed_utils.launch import main; main()"  # the command mlx.launch
 
 
+def _two_ports() -> int:
+    """Return the first of two ports in a row that are free, for a ring of two.
+
+    They are below those that Linux hands out by itself, to other tests that run meanwhile.
+    """
+    first = 20000 + os.getpid() % 5000 * 2
+    for port in range(first, first + 100, 2):
+        with socket.socket() as one, socket.socket() as other:
+            try:
+                one.bind(("127.0.0.1", port))
+                other.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError(f"no two free ports from {first}")
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """Return what two processes found."""
-    with socket.socket() as free:  # tests may run side by side
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ports = ("--starting-port", str(port))
+    ports = ("--starting-port", str(_two_ports()))
     script = (str(Path(__file__).with_name("processes.py")), "--json")
     ring = ("-n", "2", "--backend", "ring", "--python", sys.executable)
     done = subprocess.run(
