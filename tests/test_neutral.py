@@ -20,6 +20,7 @@ from mhc_backends.jax.ops import dtype_context
 from mhc_conformance.cases import SMALL, Case, cases, data
 from mhc_core import math
 from mhc_core.math import _xp, sinkhorn_knopp
+from mhc_core.math._xp import arrays, loops, products
 
 Array = NDArray[Any]
 EPS = float(np.finfo(np.float32).eps)
@@ -158,7 +159,7 @@ def test_stopping_early_changes_no_bit(
     early = run()
     assert len(steps) < 60  # of 120 in forward and vjp together
     steps.clear()
-    monkeypatch.setattr(_xp, "_known_false", lambda xp, active: False)
+    monkeypatch.setattr(loops, "_known_false", lambda xp, active: False)
     frozen = run()
     assert len(steps) == 120
     for one, other in zip(early, frozen, strict=True):
@@ -208,15 +209,17 @@ def test_jax_loops_on_a_cpu_and_unrolls_on_a_gpu() -> None:
         )
         return traced.lower(lowering_platforms=(platform,)).as_text().splitlines()
 
-    def loops(platform: str, iterations: int) -> int:
+    def whiles(platform: str, iterations: int) -> int:
         return sum("stablehlo.while" in line for line in lowered(platform, iterations))
 
     assert len(lowered("cpu", 20)) == len(lowered("cpu", 3))
-    assert (loops("cpu", 20), loops("cuda", 20)) == (3, 0)
-    assert loops("cuda", _xp.MOST_UNROLLED + 2) == 3  # as long as this, it would compile for long
+    assert (whiles("cpu", 20), whiles("cuda", 20)) == (3, 0)
+    assert (
+        whiles("cuda", loops.MOST_UNROLLED + 2) == 3
+    )  # as long as this, it would compile for long
     # without barriers in the two scans of the vjp, one token's compile for minutes there
     barriers = "\n".join(lowered("cuda", 20)).count("optimization_barrier")
-    assert barriers == 2 * (19 // _xp.FUSED_STEPS)
+    assert barriers == 2 * (19 // loops.FUSED_STEPS)
 
 
 def test_the_forms_for_gpus_give_the_same_in_jax(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +238,8 @@ def test_the_forms_for_gpus_give_the_same_in_jax(monkeypatch: pytest.MonkeyPatch
         taken.append(form)
         return form(*given)
 
-    monkeypatch.setattr(_xp, "_by_platform", on_gpu)
+    for module in (loops, products):
+        monkeypatch.setattr(module, "by_platform", on_gpu)
     for got, want in zip(results(), expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     assert len(taken) == 4  # sinkhorn's forward, its vjp's forward and backward, combine's product
@@ -291,7 +295,7 @@ def _bits(array: Array) -> int:
 def test_halves_are_exact() -> None:
     rng = np.random.default_rng(0)
     a = (rng.normal(size=4096) * 10.0 ** rng.integers(-20, 20, 4096)).astype(np.float32)
-    upper, lower = (np.asarray(half) for half in _xp._halves(mx, mx.array(a)))
+    upper, lower = (np.asarray(half) for half in products._halves(mx, mx.array(a)))
     assert _bits(a) == 24
     assert _bits(upper) == 11
     np.testing.assert_array_equal(upper.astype(np.float64) + lower, a.astype(np.float64))
@@ -320,7 +324,7 @@ def test_products_by_halves_are_float32_products(mean: float) -> None:
     a, b = (rng.uniform(mean - 0.05, mean + 0.05, size).astype(np.float32) for size in sizes)
     exact = a.astype(np.float64) @ b.astype(np.float64)
     hardware = _tf32_hardware()
-    halves = _xp._matmul_by_halves(hardware, mx.array(a), mx.array(b))
+    halves = products._matmul_by_halves(hardware, mx.array(a), mx.array(b))
     assert _off_by([halves], [exact]) < 4 * EPS
     if mean == 0:
         plain = hardware.matmul(mx.array(a), mx.array(b))
@@ -335,13 +339,13 @@ def test_gradients_of_products_by_halves_are_such_products(
 
     def counted(*arrays: Any) -> Any:
         made.append(arrays)
-        return _xp_by_halves(*arrays)
+        return plain_by_halves(*arrays)
 
-    _xp_by_halves = _xp._matmul_by_halves
-    monkeypatch.setattr(_xp, "_matmul_by_halves", counted)
-    monkeypatch.setattr(_xp, "_on_gpu", lambda _: True)
+    plain_by_halves = products._matmul_by_halves
+    monkeypatch.setattr(products, "_matmul_by_halves", counted)
+    monkeypatch.setattr(products, "on_gpu", lambda _: True)
     monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
-    _xp._product_by_halves.cache_clear()
+    products._product_by_halves.cache_clear()
     rng = np.random.default_rng(0)
     a, b = (mx.array(rng.normal(size=size).astype(np.float32)) for size in ((3, 2), (5, 2, 4)))
 
@@ -357,7 +361,7 @@ def test_gradients_of_products_by_halves_are_such_products(
     try:
         got = gradients(lambda a, b: _xp.matmul(mx, a, b))
     finally:
-        _xp._product_by_halves.cache_clear()
+        products._product_by_halves.cache_clear()
     assert len(made) >= 3 + 9  # a product, its two gradients, and those of all three
     for one, other in zip(got, gradients(mx.matmul), strict=True):
         assert one.shape == other.shape
@@ -428,6 +432,6 @@ def test_a_line_has_a_largest_entry_though_it_is_computed_twice(
     assert _xp.share_of_largest(np, logits, 0).T.tolist() == expected
     assert _xp.largest(np, logits, 0).tolist() == [[3.0, 2.0]]
     exact = _xp.shift
-    monkeypatch.setattr(_xp, "shift", lambda *given: np.nextafter(exact(*given), np.inf))
+    monkeypatch.setattr(arrays, "shift", lambda *given: np.nextafter(exact(*given), np.inf))
     assert _xp.share_of_largest(np, logits, 0).T.tolist() == [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
     np.testing.assert_allclose(_xp.largest(np, logits, 0), [[3.0, 2.0]], rtol=1e-15)
