@@ -25,7 +25,7 @@ from mhc_backends.jax_cuda import in_shard_map
 from mhc_backends.jax_cuda.library import Device
 from mhc_backends.jax_cuda.partition import CHANNELS, LAX, Axes, Layout, Words, distributed, vmapped
 from mhc_backends.jax_cuda.replay import Replay
-from mhc_backends.kernels.ops import OPS
+from mhc_backends.kernels.ops import OF_PARTS, OPS
 from mhc_backends.kernels.plan import Axis, Plan, record
 from mhc_core import gradients, math
 
@@ -39,19 +39,6 @@ Kinds = tuple[tuple[tuple[int, ...], str], ...]
 Function = Callable[..., Any]
 
 SAVING = "forward_with_saved"
-CHANNEL_KERNELS = (
-    "aggregate",
-    "combine",
-    "combine_pre",
-    "contract",
-    "expand",
-    "head",
-    "mappings",
-    "pre",
-    "pre_residual",
-    "residual_add_aggregate",
-)
-"""The ops whose kernels take a part of the channels; the formulas do so in the others."""
 
 FORWARD_MODE = (
     "kernels have no forward mode (jvp, linearize, jacfwd); call the op inside `with "
@@ -176,7 +163,7 @@ class Ops:
             return self._call(key, *grouped(arrays))
 
         def run(axes: Axes, devices: int) -> Function:
-            if axes and key.op not in CHANNEL_KERNELS:
+            if axes and key.op not in OF_PARTS:
                 saved = self._saves(key, kinds[0]).new if key.what == SAVING else ()
                 formulas = _formulas(key, saved, axes)
                 return lambda *arrays: formulas(*grouped(arrays))

@@ -52,6 +52,7 @@ CUDA = BackendSpec(
     ops=OPS,
     dtypes=("float32", "float16", "bfloat16"),
     mixers=cuda.MIXERS,
+    channels="torch",
     sizes=(1, 32),
     priority=10,
     without={"vmap": cuda.NO_VMAP},

@@ -47,15 +47,23 @@ def group_of(groups: Sequence[Any]) -> Group:
     return Group("torch", tuple(groups), size, total)
 
 
-def apply(op: str, run: Callable[..., Any], arrays: Sequence[Any], static: Mapping[str, Any]):
-    """Run an op on DTensors; ``run`` is the op on local tensors of whole tokens."""
+def apply(
+    op: str,
+    run: Callable[..., Any],
+    arrays: Sequence[Any],
+    static: Mapping[str, Any],
+    shared: Callable[..., Any] = _function.apply,
+) -> Any:
+    """Run an op on DTensors.
+
+    ``run`` is the op on local tensors of whole tokens, and ``shared(op, local, static)`` on parts
+    of the channels.
+    """
     layout = _layout(op, arrays, static)
     local = tuple(map(layout.local, layout.declared.arrays, arrays))
     with channels_over(layout.group):
-        if layout.group is None:
-            results = run(*local, **static)
-        else:
-            results = _function.apply(op, local, dict(static))
+        whole = layout.group is None
+        results = run(*local, **static) if whole else shared(op, local, dict(static))
     several = cast("tuple[Any, ...]", results if isinstance(results, tuple) else (results,))
     outputs = list(map(layout.output, layout.declared.outputs, several))
     return tuple(outputs) if len(outputs) > 1 else outputs[0]
@@ -67,8 +75,13 @@ def vjp(
     primals: Sequence[Any],
     cotangents: Sequence[Any],
     static: Mapping[str, Any],
+    shared: Callable[..., Any] | None = None,
 ) -> tuple[Any, ...]:
-    """Pull DTensors back; ``run`` is the vjp on local tensors of whole tokens."""
+    """Pull DTensors back.
+
+    ``run`` is the vjp on local tensors of whole tokens, and ``shared(op, primals, cotangents,
+    static)`` on parts of the channels, by default the formulas.
+    """
     layout = _layout(op, primals, static)
     names, outputs = list(layout.declared.arrays)[: len(primals)], layout.declared.outputs
     given = (
@@ -79,6 +92,8 @@ def vjp(
     with channels_over(layout.group):
         if layout.group is None:
             gradients = run(op, local, tuple(given), **static)
+        elif shared is not None:
+            gradients = shared(op, local, tuple(given), dict(static))
         else:
             gradients = _function.pull_back(op, local, tuple(given), None, dict(static))
     return tuple(map(layout.gradient, names, primals, gradients))

@@ -8,11 +8,11 @@ from typing import Any, cast
 import torch
 
 from mhc_core import math
-from mhc_core.sharding import channel_axis, channels_over
+from mhc_core.sharding import Axis, channel_axis, channels_over
 from mhc_torch import _knopp
 from mhc_torch._precision import full_float32
 
-__all__ = ["apply", "pull_back"]
+__all__ = ["apply", "filled", "pull_back", "refuse_second"]
 
 Tensors = tuple[torch.Tensor, ...]
 Arrays = tuple["torch.Tensor | None", ...]  # None for what is absent
@@ -82,18 +82,23 @@ class _Op(torch.autograd.Function):
         primals, saved = kept[: ctx.primals], kept[ctx.primals :]
         # If this backward is itself differentiated, the saved values are recomputed from the
         # primals, because the vjp has no cotangents for saved values.
-        if again := torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             saved = None
-        if again and ctx.axis is not None:
-            raise RuntimeError(
-                f"{ctx.op}: gradients of gradients (create_graph=True) need whole channels, not "
-                "their parts on several devices"
-            )
+        refuse_second(ctx.op, ctx.axis)
         given = filled(cotangents, ctx.kept)
         with channels_over(ctx.axis):  # a thread of autograd's has a context of its own
             gradients = pull_back(ctx.op, primals, given, saved, dict(ctx.static))
         needed = zip(ctx.needs_input_grad[2:], gradients, strict=True)
         return None, None, *[gradient if needs else None for needs, gradient in needed]
+
+
+def refuse_second(op: str, axis: Axis | None) -> None:
+    """Raise in a backward that is itself differentiated, where devices share channels."""
+    if axis is not None and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: gradients of gradients (create_graph=True) need whole channels, not their "
+            "parts on several devices"
+        )
 
 
 def _run(op: str, static: dict[str, Any], primals: Arrays) -> tuple[Tensors, Tensors]:

@@ -42,8 +42,8 @@ def channels_over(group: distributed.ProcessGroup | None = None) -> Generator[No
     same in all processes, and so are their gradients. What the maths needs of the other parts is
     summed, in one all-reduce each: ``m + 1`` numbers a token in ``mappings``, ``pre`` and
     ``combine_pre``, and for the gradients of H_pre, H_post and H_res as many numbers as these have.
-    Streams are never gathered. The ops run on the backend ``torch`` and are those in
-    ``mhc_core.sharding.CHANNEL_OPS``.
+    Streams are never gathered. The ops are those in ``mhc_core.sharding.CHANNEL_OPS``, on the
+    backends ``torch`` and ``torch-cuda``.
 
     DTensors need no block: their placements say it. The block is for eager code: torch.compile
     cannot look at it.

@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -32,9 +33,11 @@ from torch.distributed.tensor.parallel import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mhc_core as mhc
+from mhc_backends.kernels.ops import OF_PARTS
 from mhc_conformance.cases import SMALL, Case, data, declaration
 from mhc_conformance.telling import SECOND
 from mhc_core.math import OPS
+from mhc_core.selection import registered
 from mhc_core.sharding import CHANNEL_OPS
 from mhc_torch.distributed import ChannelParallel, TokenParallel, channels_over
 from mhc_torch.nn import (
@@ -76,6 +79,25 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class AllReduces:
+    """Keep the bytes of each all-reduce inside the block; kernels run by formulas under a mode."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+        self._plain: Any = dist.all_reduce
+
+    def __enter__(self) -> AllReduces:
+        dist.all_reduce = self._counted
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        dist.all_reduce = self._plain
+
+    def _counted(self, array: Tensor, **options: Any) -> Any:
+        self.seen.append(("allreduce", array.nbytes))
+        return self._plain(array, **options)
+
+
 def _bytes(arguments: Any) -> int:
     if isinstance(arguments, Tensor):
         return arguments.nbytes
@@ -95,8 +117,10 @@ def apart(got: Any, wanted: Tensor) -> float:
 # ---- ops -----------------------------------------------------------------------------------------
 
 
-def one_op(op: str, layout: str, mesh: Any) -> Found:
-    """Compare an op on DTensors with the op on tensors."""
+def one_op(
+    op: str, layout: str, mesh: Any, backend: str = "torch", watch: Any = Collectives
+) -> Found:
+    """Compare an op on DTensors, by a backend, with the formulas on tensors."""
     statics = {case.op: case.options for case in SECOND}[op]
     case = Case(op, "sharded", SMALL._replace(leading=(B, S), C=C), tuple(statics.items()))
     arrays = [torch.from_numpy(one.copy()) for one in data(case, "float32", 0).primals]
@@ -121,23 +145,24 @@ def one_op(op: str, layout: str, mesh: Any) -> Found:
         distribute_tensor(one, mesh, [placement(one, word)]).requires_grad_()
         for one, word in zip(arrays, words, strict=False)
     ]
-    with Collectives() as forward:
-        made = function(*parts, **statics, backend="torch")
+    with watch() as forward:
+        made = function(*parts, **statics, backend=backend)
     made = [one for one in (made if isinstance(made, tuple) else (made,)) if one is not None]
     given = [
         distribute_tensor(one, mesh, list(out.placements))
         for one, out in zip(cotangents, made, strict=True)
     ]
-    with Collectives() as backward:
+    with watch() as backward:
         pulled = torch.autograd.grad(made, parts, given, allow_unused=True)
     pairs = [*zip(made, there, strict=True), *zip(pulled, gradients, strict=True)]
     errors = [apart(a, b) for a, b in pairs if b is not None]
-    by_hand = mhc.vjp(op, parts, tuple(given), backend="torch", **statics)
+    by_hand = mhc.vjp(op, parts, tuple(given), backend=backend, **statics)
     errors += [apart(a, b) for a, b in zip(by_hand, gradients, strict=True) if b is not None]
     return Found(max(errors), forward.seen, backward.seen)
 
 
 FEW = ("combine_pre", "head", "rms_norm")
+KERNELS = ("combine_pre",)
 
 
 def some_ops(mesh: Any, ops: Sequence[str]) -> dict[str, Found]:
@@ -148,6 +173,24 @@ def some_ops(mesh: Any, ops: Sequence[str]) -> dict[str, Found]:
         for layout in ("batch", "sequence", "channels")
         if layout != "channels" or op in CHANNEL_OPS
     }
+
+
+def by_kernels(mesh: Any, ops: Sequence[str] = KERNELS) -> dict[str, Any]:
+    """Return what ops on parts of the channels do by torch-cuda's kernels, run on a CPU."""
+    try:
+        import on_cpu
+    except pytest.skip.Exception as reason:
+        return {"skipped": str(reason)}
+    if on_cpu.needs_gcc.args[0]:
+        return {"skipped": on_cpu.needs_gcc.kwargs["reason"]}
+    with registered(on_cpu.SPEC):
+        found: dict[str, Any] = {}
+        for op in ops:
+            before = on_cpu.DEVICE.launched
+            found[op] = one_op(op, "channels", mesh, on_cpu.NAME, AllReduces)
+            found[f"{op}, launched"] = on_cpu.DEVICE.launched - before
+        found["plain"] = megatron(mesh, on_cpu.NAME, AllReduces)
+    return found
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -371,7 +414,7 @@ def pipeline(mesh: Any, single_pass: bool = False) -> Found:
     return compared(stage, total, (seen, Collectives()), alone(single_pass), name_of)
 
 
-def megatron(mesh: Any) -> Found:
+def megatron(mesh: Any, backend: str = "torch", watch: Any = Collectives) -> Found:
     """Shard channels of plain tensors, in Megatron's layout [s, b, n C], which is a view."""
     rank, size = mesh.get_local_rank(), mesh.size()
     part = slice(rank * C // size, (rank + 1) * C // size)
@@ -393,9 +436,9 @@ def megatron(mesh: Any) -> Found:
         for one in (x, phi, scale, bias)
     ]
     own = [one.detach().clone().requires_grad_() for one in own]
-    with Collectives() as forward, channels_over(mesh.get_group()):
+    with watch() as forward, channels_over(mesh.get_group()), mhc.use_backend(backend):
         mine = run(*own)
-    with Collectives() as backward:
+    with watch() as backward:
         loss_of(mine).backward()
     errors = [apart(mine, out[..., part])]
     for one, wanted in zip(own, (some(p.grad) for p in plain), strict=True):
@@ -496,6 +539,7 @@ def run(rank: int, size: int, folder: str, every: bool = True) -> dict[str, Any]
             found["data (FSDP2) x channels"] = both_at_once(mesh)
         found["refused"] = refusals(mesh)
         found["ops"] = some_ops(mesh, OPS if every else FEW)
+        found["kernels"] = by_kernels(mesh, OF_PARTS if every else KERNELS)
         return found
     finally:
         dist.destroy_process_group()
@@ -550,7 +594,8 @@ def main() -> None:
         f"torch {torch.__version__}, {size} processes by gloo, [{B}, {S}, {n}, {C}], {kinds}; bytes"
     )
     found.pop("refused")
-    for name, one in {**found.pop("ops"), **found}.items():
+    kernels = {f"{k}, kernels": one for k, one in found.pop("kernels").items() if k in OF_PARTS}
+    for name, one in {**kernels, **found.pop("ops"), **found}.items():
         lists = f"forward: {listed(one.forward)}; backward: {listed(one.backward)}"
         print(f"{name:34} error {one.error:.0e}; {lists}")
 

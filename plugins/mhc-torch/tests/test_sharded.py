@@ -69,6 +69,23 @@ def test_ops_on_sharded_channels_sum_once_a_pre(found: dict[str, Any]) -> None:
         assert one.backward == [("allreduce", 4 * T * k) for k in backward] + phi
 
 
+def test_kernels_exchange_what_the_formulas_do(found: dict[str, Any]) -> None:
+    kernels: dict[str, Any] = found["kernels"]
+    if "skipped" in kernels:
+        pytest.skip(kernels["skipped"])
+    T, m = 4 * B * S, n * n + 2 * n
+    one: Found = kernels["combine_pre"]
+    assert one.error < 2e-6
+    # forward, backward, and mhc.vjp, which computes again what the forward would have saved
+    assert kernels["combine_pre, launched"] == 2 + 6 + (2 + 6)
+    assert one.forward == [("allreduce", T * (m + 1))]
+    assert one.backward == [("allreduce", T * n), ("allreduce", T * (n + n * n))]
+    plain: Found = kernels["plain"]
+    assert plain.error < 2e-6
+    assert plain.forward == [("allreduce", T * (m + 1))]
+    assert plain.backward == [("allreduce", T * (n + n * n)), ("allreduce", T * n)]
+
+
 def test_a_tensor_parallel_stack_exchanges_what_is_planned(found: dict[str, Any]) -> None:
     model = Model(layers=2, channels=C, n=n, variant=DEEPSEEK_V4)
     planned = plan(model, tokens=B * S, devices=SIZE, layout="channels").communication

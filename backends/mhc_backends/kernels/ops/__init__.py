@@ -17,10 +17,24 @@ from typing import Any
 
 from mhc_core import math
 
-__all__ = ["OPS", "load", "outputs"]
+__all__ = ["OF_PARTS", "OPS", "load", "outputs"]
 
 OPS = tuple(sorted(m.name for m in iter_modules(__path__) if not m.name.startswith("_")))
 """The names of the ops that have kernels."""
+
+OF_PARTS = (
+    "aggregate",
+    "combine",
+    "combine_pre",
+    "contract",
+    "expand",
+    "head",
+    "mappings",
+    "pre",
+    "pre_residual",
+    "residual_add_aggregate",
+)
+"""The ops whose kernels take a part of the channels; the formulas do so in the others."""
 
 
 def load(op: str) -> Any:

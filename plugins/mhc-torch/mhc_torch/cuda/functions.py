@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mhc_backends.kernels.ops import OPS
+from mhc_core.sharding import channel_axis
 from mhc_torch import _dtensor
 from mhc_torch import ops as neutral
 from mhc_torch.cuda.kernels import Kernels
@@ -32,8 +33,10 @@ def functions(kernels: Kernels) -> tuple[Callable[[str], Any], Callable[..., Any
     ) -> tuple[torch.Tensor | None, ...]:
         """Pull cotangents back by the op's vjp kernels."""
         if _dtensor.is_distributed(primals):
-            return _dtensor.vjp(op, vjp, primals, cotangents, static)
+            return _dtensor.vjp(op, vjp, primals, cotangents, static, kernels.shared.pull_back)
         neutral.require_one_device_of_vjp(op, primals, cotangents)
+        if channel_axis() is not None:
+            return kernels.shared.pull_back(op, primals, cotangents, static)
         return kernels.vjp(op, primals, cotangents, static)
 
     return functools.cache(op_by_name), vjp

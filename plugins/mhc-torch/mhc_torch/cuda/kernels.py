@@ -20,9 +20,11 @@ from torch import Tensor
 from mhc_backends.kernels.ops import outputs as count_outputs
 from mhc_backends.kernels.plan import Axis, Plan, record
 from mhc_core import gradients, math
+from mhc_core.sharding import channel_axis
 from mhc_core.variants import Variant
 from mhc_torch import _dtensor, _function
 from mhc_torch._variants import key_of, made
+from mhc_torch.cuda.channels import Shared
 from mhc_torch.cuda.driver import Driver
 from mhc_torch.cuda.kinds import recogniser
 from mhc_torch.cuda.replay import DTYPES, Replay
@@ -59,27 +61,41 @@ class Kernels:
         self._driver = driver
         self._replays: dict[Any, Replay] = {}
         self._kinds: dict[Any, _Kind] = {}
+        self.shared = Shared(self._of_parts, _present, _plain)
         _BY_NAME[name] = self
 
     def replay(
-        self, key: tuple[Any, ...], groups: Sequence[Sequence[Tensor]], static: Static
+        self,
+        key: tuple[Any, ...],
+        groups: Sequence[Sequence[Tensor]],
+        static: Static,
+        devices: int = 1,
     ) -> Replay:
         """Return the plan for an op on tensors like these, on the device of the first.
 
         The key begins with ``"forward"``, ``"forward_with_saved"`` or ``"vjp"`` and the op's name,
-        and says all about the tensors that a plan depends on.
+        and says all that a plan depends on. ``devices`` share the channels.
         """
         found = self._replays.get(key)
         if found is None:
-            found = self._replays[key] = self._new(key[0], key[1], groups, static)
+            found = self._replays[key] = self._new(key[0], key[1], groups, static, devices)
             if len(self._replays) > MOST_PLANS:
                 del self._replays[next(iter(self._replays))]
         return found
 
-    def _new(self, what: str, op: str, groups: Any, static: Static) -> Replay:
+    def _of_parts(
+        self, what: str, op: str, groups: Sequence[Sequence[Tensor]], static: Static, devices: int
+    ) -> Replay:
+        """Return the plan for an op on parts of the channels."""
+        sizes = tuple(map(len, groups))
+        every = [one for group in groups for one in group]
+        key = (what, *_key(op, static, every), *sizes, ("devices", devices))
+        return self.replay(key, groups, static, devices)
+
+    def _new(self, what: str, op: str, groups: Any, static: Static, devices: int) -> Replay:
         index = groups[0][0].get_device()
         arrays = [[(tuple(one.shape), one.dtype) for one in group] for group in groups]
-        plan = _recorded(what, op, arrays, static, self._driver.memory(index))
+        plan = _recorded(what, op, arrays, static, self._driver.memory(index), devices)
         guard = self._driver.guard(index)
         if guard is None:
             return Replay(plan, self._driver, index)
@@ -95,6 +111,7 @@ class Kernels:
         may_ask = any(output.asked for output in declared.outputs.values())
         may_lack = not may_ask and any(output.mixed for output in declared.outputs.values())
         watched, transformed = _watched, _transformed
+        shared, axis = self.shared.apply, channel_axis
 
         @functools.cache
         def kept(variant: Variant) -> tuple[bool, ...]:
@@ -107,7 +124,10 @@ class Kernels:
             for one in cast("tuple[Tensor | None, ...]", primals):
                 if one is None:
                     if _dtensor.is_distributed(primals):
-                        return _dtensor.apply(op, call, primals, static)
+                        return _dtensor.apply(op, call, primals, static, shared)
+                    if axis() is not None:
+                        require_one_device(op, names, primals)
+                        return shared(op, primals, static)
                     there, static = _present(primals, static)
                     return call(*there, **static)
                 if one.get_device() != index:
@@ -118,7 +138,9 @@ class Kernels:
                     graph = True
                 key += (one.shape, one.dtype)
             if not plain and _dtensor.is_distributed(primals):
-                return _dtensor.apply(op, call, primals, static)
+                return _dtensor.apply(op, call, primals, static, shared)
+            if axis() is not None:
+                return shared(op, primals, static)
             if transformed():
                 results = cast("Any", _OpInTransforms).apply(self, op, static, *primals)
             elif not plain:
@@ -142,6 +164,8 @@ class Kernels:
             """Return a function that recognises arrays like these, and the op for them."""
             primals, asked = _present(arrays, static)
             if transformed() or not _plain(primals):  # a compiler's sizes may be open
+                return None
+            if axis() is not None:
                 return None
             if (same := recogniser(arrays)) is None:
                 return None
@@ -243,9 +267,11 @@ def _split(static: Static) -> tuple[Static, tuple[int, ...]]:
     return own, own.pop(ABSENT, ())
 
 
-def _recorded(what: str, op: str, arrays: Any, static: Static, memory: int) -> Plan:
+def _recorded(
+    what: str, op: str, arrays: Any, static: Static, memory: int, devices: int = 1
+) -> Plan:
     own, absent = _split(static)
-    return record(what, op, arrays, own, "cuda", memory, absent)
+    return record(what, op, arrays, own, "cuda", memory, absent, devices)
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:

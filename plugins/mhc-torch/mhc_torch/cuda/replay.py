@@ -12,12 +12,13 @@ import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from operator import add, itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from mhc_backends.kernels.cuda_function import function
 from mhc_backends.kernels.plan import ITEMSIZE, Compute, Launch, Plan, Value
+from mhc_core.sharding import Group, channel_axis
 from mhc_torch.cuda.driver import Driver, Wanted
 
 __all__ = ["DTYPES", "Replay"]
@@ -44,6 +45,26 @@ class _Computed(NamedTuple):
 
     compute: Callable[[Sequence[Any]], Tensor]
     place: int
+
+    def run(self, held: list[Any]) -> None:
+        """Put the result into its place."""
+        held[self.place] = self.compute(held)
+
+
+class _AllReduce(NamedTuple):
+    """Sums over the processes that share channels where the plan runs, all in one exchange."""
+
+    readers: tuple[Callable[[Sequence[Any]], Tensor], ...]
+    places: tuple[int, ...]
+
+    def run(self, held: list[Any]) -> None:
+        """Put the sums into their places."""
+        total = cast("Group", channel_axis()).total
+        parts = [read(held) for read in self.readers]
+        whole = total(torch.cat([one.flatten() for one in parts]) if len(parts) > 1 else parts[0])
+        sums = whole.flatten().split([one.numel() for one in parts])
+        for place, one, part in zip(self.places, sums, parts, strict=True):
+            held[place] = one.view(part.shape)
 
 
 class _Table:
@@ -142,8 +163,8 @@ class Replay:
             table = _Table(*self._arguments.layout)
         written = False
         for step in self._steps:
-            if isinstance(step, _Computed):
-                held[step.place] = step.compute(held)
+            if isinstance(step, (_Computed, _AllReduce)):
+                step.run(held)
                 written = False
                 continue
             if not written:
@@ -321,6 +342,12 @@ def _steps(plan: Plan, driver: Driver, index: int, layout: _Layout) -> tuple[lis
     arguments = _Arguments(layout, constants)
     steps: list[Any] = []
     for step in plan.steps:
+        if isinstance(step, Compute) and step.kind == "all_reduce":
+            joins = steps and isinstance(steps[-1], _AllReduce)  # sums do not wait for one another
+            readers, places = steps.pop() if joins else ((), ())
+            read, place = _reader(step.arguments[0], layout), layout.place(step.out)[0]
+            steps.append(_AllReduce((*readers, read), (*places, place)))
+            continue
         if isinstance(step, Compute):
             steps.append(_Computed(_compute(step, layout), layout.place(step.out)[0]))
             continue
@@ -368,10 +395,22 @@ def _repeated(a: Tensor, n: int) -> Tensor:
     return a.unsqueeze(-2).expand(*a.shape[:-1], n, a.shape[-1])
 
 
+def _constant(numbers: Sequence[float], shape: tuple[int, ...]) -> Callable[..., Tensor]:
+    """Return a function of a call's tensors to numbers on their device, where they stay."""
+    kept: list[Tensor] = []
+
+    def read(held: Sequence[Any]) -> Tensor:
+        if not kept:
+            kept.append(torch.tensor(numbers, device=held[0].device).reshape(shape))
+        return kept[0]
+
+    return read
+
+
 def _reader(argument: Any, layout: _Layout) -> Callable[[Sequence[Any]], Any]:
     if not isinstance(argument, Value):
         return lambda _: argument
     if argument.buffer in layout.constants:
-        raise NotImplementedError("a plan's own steps take no constants")
+        return _constant(layout.constants[argument.buffer], tuple(map(int, argument.shape)))
     place, view = layout.view(argument)
     return lambda held: _viewed(held[place], view)
