@@ -103,6 +103,13 @@ def distinct(arrays: Sequence[Any]) -> tuple[Any, ...]:
     )
 
 
+def refuse_second(op: str, *_: Any) -> Any:
+    """Raise where a vjp that crosses devices would be differentiated: all-reduces have no vjp."""
+    raise RuntimeError(
+        f"{op}: gradients of gradients need whole channels, not their parts on several devices"
+    )
+
+
 def from_host(array: Any) -> Any:
     """Return a NumPy array as an MLX array of the same dtype."""
     import mlx.core as mx

@@ -220,6 +220,35 @@ def traffic(group: Any) -> dict[str, list[int]]:
     return {"forward": forward, "with gradients": list(summed)}
 
 
+def kernels(group: Any) -> dict[str, Any] | None:
+    """Compare a sublayer by simulated kernels, on parts of the channels, with one process's."""
+    simulator = mhc.backends().get("mlx-metal-simulator")
+    if simulator is None or not simulator.available:
+        return None
+    mx.random.seed(5)
+    arrays = [mx.random.normal(shape) for shape in ((3, n, C), (24, n, C), (3,), (24,))]
+
+    def run(x: mx.array, phi: mx.array, scale: mx.array, bias: mx.array) -> mx.array:
+        projection = phi.reshape(24, -1), scale, bias, mhc.DEEPSEEK_V4
+        h, h_post, h_res = mhc.pre(x, *projection)
+        x, h, _, h_post, h_res = mhc.combine_pre(x, mx.tanh(h), h_post, h_res, *projection)
+        out = mhc.combine(x, mx.tanh(h), h_post, h_res)
+        return (mx.sin(out) * out).sum()
+
+    every = (0, 1, 2, 3)
+    total, wanted = mx.value_and_grad(run, every)(*arrays)
+    own = [mx.split(one, group.size(), axis=-1)[group.rank()] for one in arrays[:2]]
+    summed.clear()
+    with channels_over(group), mhc.use_backend("mlx-metal-simulator"):
+        value, pulled = mx.value_and_grad(run, every)(*own, *arrays[2:])
+    seen = list(summed)
+    error = apart(mx.distributed.all_sum(value, group=group), total)
+    for k, (got, whole) in enumerate(zip(pulled, wanted, strict=True)):
+        part = mx.split(whole, group.size(), axis=-1)[group.rank()] if k < 2 else whole
+        error = max(error, apart(got, part))
+    return {"error": error, "sums": seen}
+
+
 def refusals(group: Any) -> dict[str, str]:
     """Return the errors of calls that do not fit."""
     x, weights = mx.ones((2, n, C)), mx.ones((2, n))
@@ -338,6 +367,7 @@ def main() -> None:
         "pipeline": pipeline(group),
         "pipeline, single pass": pipeline(group, single_pass=True),
         "sums": traffic(group),
+        "kernels": kernels(group),
         "refused": refusals(group),
     }
     if asked.all:

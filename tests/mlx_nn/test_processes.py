@@ -78,6 +78,18 @@ def test_channels_are_summed_once_a_pre(found: dict[str, Any]) -> None:
     assert sum(rest) == back.size
 
 
+def test_kernels_exchange_what_the_formulas_do(found: dict[str, Any]) -> None:
+    """The sums of a pre, a combine_pre and a combine, and those of their vjps, backwards."""
+    kernels = found["kernels"]
+    if kernels is None:
+        pytest.skip("the simulator of Metal kernels cannot run here")
+    assert kernels["error"] < 2e-5
+    T, m = 4 * 3, n * n + 2 * n
+    forward = [T * (m + 1)] * 2
+    combined = [T * (n + n * n), T * n, T * (n + n * n)]  # d H_pre comes before dx'
+    assert kernels["sums"] == [*forward, *combined, T * n]
+
+
 def test_what_does_not_fit_is_refused(found: dict[str, Any]) -> None:
     refused: dict[str, str] = found["refused"]
     assert refused["op"].startswith("pre_scale: it takes no sharded channels; of the ops, aggreg")

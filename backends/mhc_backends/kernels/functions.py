@@ -6,17 +6,20 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
-from mhc_backends.kernels import ops
+from mhc_backends.kernels import host, ops
+from mhc_backends.kernels.host import Channels
 from mhc_backends.kernels.mlx import Kernels
-from mhc_backends.mlx_common import as_tuple, distinct, filled, placed, present
+from mhc_backends.mlx_common import as_tuple, distinct, filled, placed, present, refuse_second
 from mhc_backends.mlx_compiled import ops as mlx_ops
 from mhc_core import gradients
 from mhc_core import math as neutral_math
+from mhc_core.sharding import Axis, Group, channel_axis
 
 __all__ = ["MIXERS", "Ops", "has_kernels"]
 
@@ -49,9 +52,10 @@ class Ops:
             raise AttributeError(name)
 
         def op(*arrays: mx.array | None, **static: Any) -> Any:
-            if not has_kernels(name, static):
+            axis = channel_axis()
+            if not has_kernels(name, static) or not _takes(name, axis):
                 return getattr(mlx_ops, name)(*arrays, **static)
-            key = name, tuple(static.items()), _there(arrays)
+            key = name, tuple(static.items()), _there(arrays), axis
             function = (self._forward if gradients.wanted() else self._inference)(*key)
             made = function(*present(arrays))
             outputs = filled(made, kept(*key[:2]))
@@ -63,18 +67,28 @@ class Ops:
         self, op: str, primals: Sequence[Any], cotangents: Sequence[Any], **static: Any
     ) -> tuple[Any, ...]:
         """Pull cotangents back by an op's vjp kernels."""
-        if not has_kernels(op, static):
+        axis = channel_axis()
+        if not has_kernels(op, static) or not _takes(op, axis):
             return mlx_ops.vjp(op, tuple(primals), tuple(cotangents), **static)
         there = _there(primals)
-        pull = self._vjp(op, tuple(static.items()), there)
+        pull = self._vjp(op, tuple(static.items()), there, axis)
         return filled(pull(present(primals), present(cotangents)), there)
 
-    def _make_forward(self, op: str, static: Static, there: There) -> Callable[..., Any]:
+    def _on(self, axis: Axis | None) -> host.Kernels:
+        """Return the kernels on the processes that share channels, if some do."""
+        if axis is None:
+            return self._kernels
+        group = cast("Group", axis)
+        return self._kernels.on_parts(Channels(group.size, functools.partial(_sums, group)))
+
+    def _make_forward(
+        self, op: str, static: Static, there: There, axis: Axis | None
+    ) -> Callable[..., Any]:
         """Return a function from the op's arrays to one tuple: outputs, then what its vjp saves.
 
         It takes the arrays that are ``there``, and returns the outputs that are not None.
         """
-        module, options = ops.load(op), dict(static)
+        module, options, kernels = ops.load(op), dict(static), self._on(axis)
         outputs_there = kept(op, static)
         count = sum(outputs_there)
         places: tuple[int, ...] = ()  # the indices of the saved arrays in the tuple
@@ -85,8 +99,8 @@ class Ops:
             nonlocal places
             stopped = filled([mx.stop_gradient(array) for array in primals], there)
             if not hasattr(module, "forward_with_saved"):
-                return as_tuple(module.forward(self._kernels, *stopped, **options))
-            outputs, saved = module.forward_with_saved(self._kernels, *stopped, **options)
+                return as_tuple(module.forward(kernels, *stopped, **options))
+            outputs, saved = module.forward_with_saved(kernels, *stopped, **options)
             places, every = placed(present(as_tuple(outputs)), saved)
             return every
 
@@ -97,29 +111,47 @@ class Ops:
         def launches(primals: Any, cotangents: Any, saved: Any) -> Any:
             given = [tuple(map(mx.stop_gradient, a)) for a in (primals, cotangents, saved)]
             arrays = filled(given[0], there), filled(given[1], outputs_there)
-            return present(module.vjp(self._kernels, *arrays, given[2] or None, **options))
+            return present(module.vjp(kernels, *arrays, given[2] or None, **options))
 
         pulled = mx.custom_function(launches)
-        pulled.vjp(functools.partial(_second, op, options, there))
+        second = functools.partial(_second, op, options, there)
+        pulled.vjp(second if axis is None else functools.partial(refuse_second, op))
         pulled.jvp(functools.partial(_no_forward_mode, op))
         differentiable = mx.custom_function(forward)
         differentiable.vjp(pullback)
         differentiable.jvp(functools.partial(_no_forward_mode, op))
         return self._compiled(differentiable)
 
-    def _make_inference(self, op: str, static: Static, there: There) -> Callable[..., Any]:
+    def _make_inference(
+        self, op: str, static: Static, there: There, axis: Axis | None
+    ) -> Callable[..., Any]:
         """Return the forward without a vjp: a custom function of MLX costs 2 us per output."""
-        function = functools.partial(ops.load(op).forward, self._kernels, **dict(static))
+        function = functools.partial(ops.load(op).forward, self._on(axis), **dict(static))
         return self._compiled(lambda *arrays: present(as_tuple(function(*filled(arrays, there)))))
 
-    def _make_vjp(self, op: str, static: Static, there: There) -> Callable[..., Any]:
-        function = functools.partial(ops.load(op).vjp, self._kernels, **dict(static))
+    def _make_vjp(
+        self, op: str, static: Static, there: There, axis: Axis | None
+    ) -> Callable[..., Any]:
+        function = functools.partial(ops.load(op).vjp, self._on(axis), **dict(static))
         cotangents_there = kept(op, static)
 
         def pull(primals: Any, cotangents: Any) -> tuple[mx.array, ...]:
             return present(function(filled(primals, there), filled(cotangents, cotangents_there)))
 
         return self._compiled(pull)
+
+
+def _takes(op: str, axis: Axis | None) -> bool:
+    """Return whether an op's kernels take what each process has of the channels."""
+    return axis is None or op in ops.OF_PARTS
+
+
+def _sums(group: Group, parts: Sequence[mx.array]) -> Sequence[mx.array]:
+    """Sum over the processes of a group, in one all-reduce."""
+    whole = group.total(mx.concatenate([one.flatten() for one in parts]))
+    ends = list(itertools.accumulate(one.size for one in parts))
+    sums = mx.split(whole, ends[:-1])
+    return [one.reshape(part.shape) for one, part in zip(sums, parts, strict=True)]
 
 
 def has_kernels(op: str, static: Mapping[str, Any]) -> bool:

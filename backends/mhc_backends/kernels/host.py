@@ -7,6 +7,7 @@ recorded for later (``plan.py``).
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -80,10 +81,10 @@ class Host(Protocol):
 
 
 class Channels(NamedTuple):
-    """Devices that share channels: how many, and their all-reduce of an array."""
+    """Devices that share channels: how many, and their all-reduce of some arrays."""
 
     devices: int
-    total: Callable[[Array], Array]
+    total: Callable[[Sequence[Array]], Sequence[Array]]
 
 
 def tokens(array: Array, last: int) -> Array:
@@ -126,7 +127,13 @@ class Kernels:
         """The number of devices that share channels."""
         return 1 if self._channels is None else self._channels.devices
 
-    def over_channels(self, sums: Array) -> Array:
+    def on_parts(self, channels: Channels) -> Kernels:
+        """Return the same kernels for arrays that are one device's part of the channels."""
+        same = copy.copy(self)
+        same._channels = channels
+        return same
+
+    def over_channels(self, *sums: Array) -> Sequence[Array]:
         """Sum one device's float32 sums over C across all devices that have channels."""
         return sums if self._channels is None else self._channels.total(sums)
 

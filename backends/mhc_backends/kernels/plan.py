@@ -285,8 +285,8 @@ class _Recorder:
             shape = _broadcast(left.shape, right.shape)
         return self.compute(kind, (left, right), shape, left.dtype)
 
-    def all_reduce(self, array: Value) -> Value:
-        return self.compute("all_reduce", (array,), array.shape, array.dtype)
+    def all_reduce(self, arrays: Sequence[Value]) -> list[Value]:
+        return [self.compute("all_reduce", (a,), a.shape, a.dtype) for a in arrays]
 
     # ---- mhc_backends.kernels.host.Host ----------------------------------------------------------
 

@@ -27,6 +27,7 @@ from mhc_backends.mlx_common import (
     grad,
     placed,
     present,
+    refuse_second,
     to_host,
     vmap,
 )
@@ -110,13 +111,8 @@ def _once(op: str, gradients: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
     def same(*arrays: mx.array) -> Any:
         return arrays
 
-    def refused(*_: Any) -> Any:
-        raise RuntimeError(
-            f"{op}: gradients of gradients need whole channels, not their parts on several devices"
-        )
-
     guarded = mx.custom_function(same)
-    guarded.vjp(refused)
+    guarded.vjp(functools.partial(refuse_second, op))
     return as_tuple(guarded(*gradients))
 
 

@@ -41,6 +41,7 @@ SPEC = BackendSpec(
     ops=OPS,
     dtypes=mlx_common.NO_FLOAT64,
     mixers=None,
+    channels="mlx",
     sizes=(1, 32),
     priority=10,
     without={"vmap": NO_VMAP},

@@ -34,9 +34,9 @@ def channels_over(group: mx.distributed.Group | None = None) -> Generator[None]:
     mappings, scale and bias are the same in all processes, and so are their gradients. What the
     maths needs of the other parts is summed, in one ``all_sum`` each: ``m + 1`` numbers a token in
     ``mappings``, ``pre`` and ``combine_pre``, and for the gradients of H_pre, H_post and H_res as
-    many numbers as these have. Streams are never gathered. The ops run on the backend
-    ``mlx-compiled`` and are those in ``mhc_core.sharding.CHANNEL_OPS``. Take gradients of gradients
-    of whole tokens only.
+    many numbers as these have. Streams are never gathered. The ops are those in
+    ``mhc_core.sharding.CHANNEL_OPS``, on ``mlx-compiled`` and on the kernels of ``mlx-metal`` and
+    ``mlx-cuda``. Take gradients of gradients of whole tokens only.
 
     Parameters
     ----------

@@ -46,6 +46,7 @@ SPEC = BackendSpec(
     ops=METAL.ops,
     dtypes=METAL.dtypes,
     mixers=METAL.mixers,
+    channels=METAL.channels,
     sizes=METAL.sizes,
     automatic=False,
     without={**METAL.without, "compile": _NO_COMPILE},

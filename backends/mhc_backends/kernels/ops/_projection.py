@@ -93,7 +93,7 @@ def _over_devices(kernels: Kernels, partials: Array) -> Array:
     if kernels.devices == 1:
         return partials
     count, splits, columns = partials.shape
-    total = kernels.over_channels(partials.sum(1))
+    (total,) = kernels.over_channels(partials.sum(1))
     first = [*[1.0] * (columns - 1), 1 / kernels.devices]
     rows = kernels.host.constant([first, *[[0.0] * columns] * (splits - 1)])
     return total.reshape(count, 1, columns) * rows
@@ -368,7 +368,7 @@ def weights_vjp(kernels: Kernels, x: Array, dh: Array) -> Array:
     sizes = Sizes.of(x)
     inputs = {"x": tokens(x, 2), "dh": tokens(dh, 1)}
     outputs = {"dw": Out((sizes.T, sizes.n), FLOAT32)}
-    return kernels.over_channels(kernels("weights_vjp", inputs, outputs, sizes)[0])
+    return kernels.over_channels(*kernels("weights_vjp", inputs, outputs, sizes))[0]
 
 
 class ThroughNorm(NamedTuple):
@@ -637,7 +637,7 @@ def combined_pullback(
         dx, dphi, terms, dy, dh_res, dh_post = _project_vjp(
             kernels, x_new, phi, local, Out.like(x), w, dh, g, streams
         )
-        dh_post, dh_res = map(kernels.over_channels, (dh_post, dh_res))
+        dh_post, dh_res = kernels.over_channels(dh_post, dh_res)
         mixing = kernels.sum_to(dh_post, h_post, 1), kernels.sum_to(dh_res, h_res, 2)
         return dx, dy, *mixing, dphi, *summed(kernels, terms, scale, bias)
     between = Out(x.shape, FLOAT32)

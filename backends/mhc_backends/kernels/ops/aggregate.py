@@ -22,4 +22,5 @@ def vjp(kernels: Kernels, primals: Any, cotangents: Any, saved: Any = None) -> t
     inputs = {"x": tokens(x, 2), "h_pre": tokens(h_pre, 1), "g": tokens(g, 1)}
     outputs = {"dx": Out.like(x), "dh_pre": Out((sizes.T, sizes.n), FLOAT32)}
     dx, dh_pre = kernels("aggregate_vjp", inputs, outputs, sizes)
-    return dx, kernels.sum_to(kernels.over_channels(dh_pre), h_pre, 1)
+    (dh_pre,) = kernels.over_channels(dh_pre)
+    return dx, kernels.sum_to(dh_pre, h_pre, 1)

@@ -39,7 +39,7 @@ def vjp(
     name = "combine_vjp" if sizes.n <= MOST_IN_REGISTERS[kernels.dialect] else "combine_vjp_wide"
     given = {**inputs(x, y, h_post, h_res), "g": tokens(g, 2)}
     dx, dy, dh_post, dh_res = kernels(name, given, outputs, sizes)
-    dh_post, dh_res = map(kernels.over_channels, (dh_post, dh_res))
+    dh_post, dh_res = kernels.over_channels(dh_post, dh_res)
     return dx, dy, kernels.sum_to(dh_post, h_post, 1), kernels.sum_to(dh_res, h_res, 2)
 
 
@@ -55,8 +55,8 @@ def _unmixed_vjp(
     }
     given = {"y": tokens(y, 1), "h_post": tokens(h_post, 1), "g": tokens(g, 2)}
     *dx, dy, dh_post = kernels("write_streams_vjp", given, outputs, sizes, ROUNDS=rounds)
-    dh_post = kernels.sum_to(kernels.over_channels(dh_post), h_post, 1)
-    return dx[0] if rounds else g, dy, dh_post
+    (dh_post,) = kernels.over_channels(dh_post)
+    return dx[0] if rounds else g, dy, kernels.sum_to(dh_post, h_post, 1)
 
 
 def inputs(x: Array, y: Array, h_post: Array, h_res: Array | None) -> dict[str, Array]:

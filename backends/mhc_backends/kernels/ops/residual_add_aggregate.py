@@ -24,11 +24,12 @@ def vjp(
     dtype = x.dtype if x.dtype == res.dtype else FLOAT32  # each is rounded once
     outputs = {"dx": Out(x.shape, dtype), "dh_pre": Out((sizes.T, sizes.n), FLOAT32)}
     dx, dh_pre = kernels("residual_add_aggregate_vjp", inputs, outputs, sizes)
+    (dh_pre,) = kernels.over_channels(dh_pre)
     cast = kernels.host.cast
     return (
         cast(dx, x.dtype),
         cast(dx, res.dtype),
-        kernels.sum_to(kernels.over_channels(dh_pre), h_pre, 1),
+        kernels.sum_to(dh_pre, h_pre, 1),
     )
 
 
