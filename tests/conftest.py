@@ -40,8 +40,14 @@ class Plugins:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
-        self._points = list(importlib.metadata.entry_points(group=discovery.ENTRY_POINTS))
-        monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: self._points)
+        installed = importlib.metadata.entry_points
+        self._points = list(installed(group=discovery.ENTRY_POINTS))
+
+        def entry_points(**asked: str) -> Any:  # others ask too: PyTorch, as it is imported
+            ours = asked == {"group": discovery.ENTRY_POINTS}
+            return self._points if ours else installed(**asked)
+
+        monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
         monkeypatch.setattr(mhc_backends, "BUILTINS", mhc_backends.BUILTINS)
         self.module(LIBRARY, Array=FakeArray)
         self.forget()
