@@ -29,7 +29,9 @@ def _run(*command: str | Path) -> str:
 
 def test_they_are_formatted() -> None:
     assert len(HEADERS) > 100
-    assert not _run("clang-format", "--dry-run", "--Werror", *HEADERS)
+    handlers = [*KERNELS.parent.glob("jax_cuda/*.h"), *KERNELS.parent.glob("jax_cuda/*.cpp")]
+    assert len(handlers) == 2
+    assert not _run("clang-format", "--dry-run", "--Werror", *HEADERS, *handlers)
 
 
 @needs_gcc

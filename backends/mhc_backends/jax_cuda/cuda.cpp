@@ -14,7 +14,13 @@ namespace {
 
 using Code = std::vector<char>;
 enum { NAME_ROOM = 32, STATIC_MEMORY = 48 * 1024 };
-enum { MAX_DYNAMIC_SHARED_SIZE = 8, MAJOR = 75, MINOR = 76, MOST_SHARED = 97, RELAXED = 2 };  // of the driver's enums
+enum {
+    MAX_DYNAMIC_SHARED_SIZE = 8,
+    MAJOR = 75,
+    MINOR = 76,
+    MOST_SHARED = 97,
+    RELAXED = 2
+};  // of the driver's enums
 
 struct Driver {
     int (*get_context)(void**);
@@ -24,18 +30,22 @@ struct Driver {
     int (*load)(void**, const void*);
     int (*get_function)(void**, void*, const char*);
     int (*set_attribute)(void*, int, int);
-    int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
+    int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                  void*, void**, void**);
     int (*error_name)(int, const char**);
     bool found = false;
 
     Driver() {
         void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
         if (library == nullptr) return;
-        found = take(library, "cuCtxGetCurrent", get_context) && take(library, "cuCtxGetDevice", get_device) &&
+        found = take(library, "cuCtxGetCurrent", get_context) &&
+                take(library, "cuCtxGetDevice", get_device) &&
                 take(library, "cuDeviceGetAttribute", get_attribute) &&
                 take(library, "cuThreadExchangeStreamCaptureMode", exchange_mode) &&
-                take(library, "cuModuleLoadData", load) && take(library, "cuModuleGetFunction", get_function) &&
-                take(library, "cuFuncSetAttribute", set_attribute) && take(library, "cuLaunchKernel", launch) &&
+                take(library, "cuModuleLoadData", load) &&
+                take(library, "cuModuleGetFunction", get_function) &&
+                take(library, "cuFuncSetAttribute", set_attribute) &&
+                take(library, "cuLaunchKernel", launch) &&
                 take(library, "cuGetErrorName", error_name);
     }
     template <typename Function>
@@ -83,23 +93,26 @@ struct Cuda {
 
     std::string enter(const XLA_FFI_CallFrame* frame) {
         if (!driver().found) return "libcuda.so.1, which NVIDIA's driver brings, cannot be loaded";
-        XLA_FFI_Stream_Get_Args args{XLA_FFI_Stream_Get_Args_STRUCT_SIZE, nullptr, frame->ctx, nullptr};
-        if (frame->api->XLA_FFI_Stream_Get(&args) != nullptr) return "XLA has no CUDA stream for a call";
+        XLA_FFI_Stream_Get_Args args{XLA_FFI_Stream_Get_Args_STRUCT_SIZE, nullptr, frame->ctx,
+                                     nullptr};
+        if (frame->api->XLA_FFI_Stream_Get(&args) != nullptr)
+            return "XLA has no CUDA stream for a call";
         stream = args.stream;
         const int code = driver().get_context(&context);
         if (code) return failed("cuCtxGetCurrent", code);
         return context ? "" : "no CUDA context is current";
     }
 
-    std::string launch(std::string_view digest, unsigned x, unsigned y, unsigned threads, unsigned memory,
-                       void** arguments) {
+    std::string launch(std::string_view digest, unsigned x, unsigned y, unsigned threads,
+                       unsigned memory, void** arguments) {
         void* function = look_up(digest);
         if (function == nullptr) {
             const std::string wrong = load(digest, memory, function);
             if (!wrong.empty()) return wrong;
         }
         known().launched++;
-        const int code = driver().launch(function, x, y, 1, threads, 1, 1, memory, stream, arguments, nullptr);
+        const int code =
+            driver().launch(function, x, y, 1, threads, 1, 1, memory, stream, arguments, nullptr);
         return code ? failed("cuLaunchKernel", code) : "";
     }
 
@@ -120,25 +133,30 @@ struct Cuda {
         driver().get_attribute(&minor, MINOR, device);
         driver().get_attribute(&most, MOST_SHARED, device);
         if (memory > unsigned(most))
-            return "a kernel needs " + std::to_string(memory) + " bytes of shared memory, and this GPU has " +
-                   std::to_string(most);
-        const std::string name(digest), architecture = "sm_" + std::to_string(major) + std::to_string(minor);
+            return "a kernel needs " + std::to_string(memory) +
+                   " bytes of shared memory, and this GPU has " + std::to_string(most);
+        const std::string name(digest),
+            architecture = "sm_" + std::to_string(major) + std::to_string(minor);
         const Code* code = code_of(name, architecture);
         if (code == nullptr && known().find != nullptr) {
             known().find(name.c_str(), architecture.c_str());
             code = code_of(name, architecture);
         }
         if (code == nullptr)
-            return "this program launches the function " + name + ", whose text is neither known to this process "
-                   "nor in the cache (MHC_CACHE): it was compiled in another. Call the same op once here, or bring "
+            return "this program launches the function " + name +
+                   ", whose text is neither known to this process "
+                   "nor in the cache (MHC_CACHE): it was compiled in another. Call the same op "
+                   "once here, or bring "
                    "the cache along";
         Anywhere anywhere;
         void* module = nullptr;
-        if (const int wrong = driver().load(&module, code->data())) return failed("cuModuleLoadData", wrong);
+        if (const int wrong = driver().load(&module, code->data()))
+            return failed("cuModuleLoadData", wrong);
         if (const int wrong = driver().get_function(&function, module, "mhc_kernel"))
             return failed("cuModuleGetFunction", wrong);
         if (memory > STATIC_MEMORY)
-            if (const int wrong = driver().set_attribute(function, MAX_DYNAMIC_SHARED_SIZE, int(memory)))
+            if (const int wrong =
+                    driver().set_attribute(function, MAX_DYNAMIC_SHARED_SIZE, int(memory)))
                 return failed("cuFuncSetAttribute", wrong);
         std::unique_lock<std::shared_mutex> lock(known().mutex);
         known().functions[context].emplace(*new std::string(name), function);
@@ -164,13 +182,16 @@ MHC_PUBLIC XLA_FFI_Error* mhc_plan(XLA_FFI_CallFrame* frame) { return mhc::run<C
 // The handler for CPUs: a trace for a GPU may be compiled for one, if the arrays of a call turn out to be there.
 MHC_PUBLIC XLA_FFI_Error* mhc_refuse(XLA_FFI_CallFrame* frame) {
     if (mhc::describe(frame)) return nullptr;
-    return mhc::error(frame->api, XLA_FFI_Error_Code_FAILED_PRECONDITION,
-                      "mhc-core: this was traced for a GPU with backend 'jax-cuda', and runs on a CPU: call it on "
-                      "arrays on the GPU, name backend='jax', or trace it inside jax.default_device(a CPU)");
+    return mhc::error(
+        frame->api, XLA_FFI_Error_Code_FAILED_PRECONDITION,
+        "mhc-core: this was traced for a GPU with backend 'jax-cuda', and runs on a CPU: call it "
+        "on "
+        "arrays on the GPU, name backend='jax', or trace it inside jax.default_device(a CPU)");
 }
 
 // Adds a function's machine code for an architecture such as "sm_90".
-MHC_PUBLIC void mhc_add(const char* digest, const char* architecture, const char* code, size_t size) {
+MHC_PUBLIC void mhc_add(const char* digest, const char* architecture, const char* code,
+                        size_t size) {
     std::unique_lock<std::shared_mutex> lock(known().mutex);
     known().codes.try_emplace(std::string(digest) + architecture, code, code + size);
 }

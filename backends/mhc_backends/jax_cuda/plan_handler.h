@@ -19,8 +19,10 @@ namespace mhc {
 
 enum { DIGEST = 64, HEAD = 6 };
 
-inline XLA_FFI_Error* error(const XLA_FFI_Api* api, XLA_FFI_Error_Code code, const std::string& text) {
-    XLA_FFI_Error_Create_Args args{XLA_FFI_Error_Create_Args_STRUCT_SIZE, nullptr, text.c_str(), code};
+inline XLA_FFI_Error* error(const XLA_FFI_Api* api, XLA_FFI_Error_Code code,
+                            const std::string& text) {
+    XLA_FFI_Error_Create_Args args{XLA_FFI_Error_Create_Args_STRUCT_SIZE, nullptr, text.c_str(),
+                                   code};
     return api->XLA_FFI_Error_Create(&args);
 }
 
@@ -66,7 +68,8 @@ XLA_FFI_Error* run(const XLA_FFI_CallFrame* frame) {
     if (describe(frame)) return nullptr;
     Plan plan;
     const char* broken = "mhc-core: the attributes of a call are not those of this handler";
-    if (!read(frame->attrs, plan)) return error(frame->api, XLA_FFI_Error_Code_INVALID_ARGUMENT, broken);
+    if (!read(frame->attrs, plan))
+        return error(frame->api, XLA_FFI_Error_Code_INVALID_ARGUMENT, broken);
     const int64_t operands = frame->args.size, buffers = operands + frame->rets.size;
     const auto address = [&](int64_t place) {
         void* one = place < operands ? frame->args.args[place] : frame->rets.rets[place - operands];
@@ -84,12 +87,14 @@ XLA_FFI_Error* run(const XLA_FFI_CallFrame* frame) {
         uint64_t values[MOST];
         void* arguments[MOST];
         for (int64_t k = 0; k < count; k++, next += 2) {
-            if (next[0] >= buffers) return error(frame->api, XLA_FFI_Error_Code_INVALID_ARGUMENT, broken);
+            if (next[0] >= buffers)
+                return error(frame->api, XLA_FFI_Error_Code_INVALID_ARGUMENT, broken);
             values[k] = next[0] < 0 ? uint64_t(next[1]) : address(next[0]) + uint64_t(next[1]);
             arguments[k] = &values[k];
         }
-        wrong = launcher.launch(plan.functions.substr(size_t(head[0]) * DIGEST, DIGEST), unsigned(head[1]),
-                                unsigned(head[2]), unsigned(head[3]), unsigned(head[4]), arguments);
+        wrong = launcher.launch(plan.functions.substr(size_t(head[0]) * DIGEST, DIGEST),
+                                unsigned(head[1]), unsigned(head[2]), unsigned(head[3]),
+                                unsigned(head[4]), arguments);
     }
     if (wrong.empty()) return nullptr;
     return error(frame->api, XLA_FFI_Error_Code_INTERNAL, "mhc-core: " + wrong);

@@ -92,5 +92,5 @@ class _PullBack(torch.autograd.Function):
         def gradient(matrix: Tensor, g: Tensor) -> Tensor:
             return neutral.vjp((matrix,), (g,), **dict(ctx.static))[0]
 
-        _, pull = torch.func.vjp(gradient, *ctx.saved_tensors)
+        pull = cast("Any", torch.func.vjp)(gradient, *ctx.saved_tensors)[1]
         return *pull(*cotangents), None
