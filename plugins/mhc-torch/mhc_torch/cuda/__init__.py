@@ -1,7 +1,7 @@
 """torch-cuda: mhc-core's kernels on CUDA tensors. Nothing here imports PyTorch.
 
-``ops.py`` has the ops, ``replay.py`` runs a plan of mhc-core on tensors, and ``driver.py`` loads
-and launches its functions, which ``mhc_backends.kernels.nvrtc`` compiles and keeps on disk.
+``ops.py`` has the ops, ``launches.py`` launches the kernels of a plan, and ``driver.py`` loads its
+functions, which ``mhc_backends.kernels.nvrtc`` compiles and keeps on disk.
 """
 
 from __future__ import annotations
