@@ -42,7 +42,7 @@ class Host(Protocol):
     dialect: str
     """The language of its kernels, as for :func:`mhc_backends.kernels.plan.record`."""
     shared_workspace: bool
-    """Whether all buffers that only launches see are one tensor, or have a tensor each."""
+    """True if all buffers that only launches see are one tensor; else they have a tensor each."""
 
     def memory(self, index: int) -> int:
         """Return the bytes of threadgroup memory for factors of a product on a device."""

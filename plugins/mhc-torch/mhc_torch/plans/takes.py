@@ -1,4 +1,4 @@
-"""What the backends that run plans take, before PyTorch is imported."""
+"""The calls that backends with plans take, found without an import of PyTorch."""
 
 from __future__ import annotations
 
