@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from mhc_backends.kernels.ops import OPS
+from mhc_backends.proof import KernelProof
 from mhc_core import math
 from mhc_core.backend import DTYPES, BackendSpec
 from mhc_core.hookspecs import hookimpl
@@ -74,6 +75,12 @@ METAL = BackendSpec(
     without={"vmap": metal.NO_VMAP},
     missing=metal.missing,
     takes=metal.takes,
+    proof=KernelProof(
+        "torch-metal",
+        "mhc_torch.metal.host:Metal",
+        child="mhc_torch.metal.proof",
+        identity="mhc_torch.metal.proof:identity",
+    ),
     device=_device,
     note=metal.NEVER_RUN,
     api_version=1,

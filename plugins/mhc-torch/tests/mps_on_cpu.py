@@ -18,6 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -41,7 +42,13 @@ __all__ = [
 
 NAME = "torch-metal-on-cpu"
 SPEC = replace(
-    mhc_torch.METAL, name=NAME, module=__name__, missing=lambda: None, takes=None, automatic=False
+    mhc_torch.METAL,
+    name=NAME,
+    module=__name__,
+    missing=lambda: None,
+    takes=None,
+    automatic=False,
+    proof=None,
 )
 MOST_BYTES = 4096  # "Maximum length of a data block for a function": Apple's Metal limits, setBytes
 ALIGNMENT = 16  # bytes: a buffer begins at a multiple
@@ -176,7 +183,27 @@ class _Device(Metal):
         return super().empty(shape, strides, dtype).fill_(math.nan)
 
 
-_op, vjp = functions(Kernels(NAME, _Device(compile_shader, "cpu")))
+def host() -> Metal:
+    """Return a host of plans."""
+    return _Device(compile_shader, "cpu")
+
+
+def wrong_host() -> Metal:
+    """Return a host on which the last array of every launch is a little too large."""
+
+    def compiled(source: str) -> Any:
+        right = compile_shader(source).mhc_kernel
+
+        def wrong(*args: Any, **extent: Any) -> None:
+            right(*args, **extent)
+            [one for one in args if isinstance(one, torch.Tensor)][-1].mul_(1.001)
+
+        return SimpleNamespace(mhc_kernel=wrong)
+
+    return _Device(compiled, "cpu")
+
+
+_op, vjp = functions(Kernels(NAME, host()))
 
 
 def __getattr__(name: str) -> Any:

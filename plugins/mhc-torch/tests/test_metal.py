@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,34 +15,40 @@ import mps_on_cpu
 import numpy
 import pytest
 import torch
-from calls import CALLS, VARIANT, C, Call, N, T, assert_close, gradients
+from calls import CALLS, C, Call, N, T, assert_close, gradients
 from mps_on_cpu import NAME, SPEC, compile_shader, simulator
 from torch import Tensor
 
 import mhc_core as mhc
 import mhc_torch
+from mhc_backends.proof import KernelProof
+from mhc_backends.proof.child import FaultError
+from mhc_backends.proof.launches import calls, launches, planned
 from mhc_conformance import Subject
 from mhc_conformance.checks import check
 from mhc_core import math
 from mhc_core.errors import BackendUnavailableError, UnsupportedError
 from mhc_core.selection import registered
 from mhc_torch import metal
+from mhc_torch.metal import proof
 from mhc_torch.metal.host import Metal
 from mhc_torch.plans.functions import functions
 from mhc_torch.plans.kernels import Kernels
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
-UNMIXED = {"variant": replace(VARIANT, mixer="identity", post_eps=0.25)}
-ALONE = ((2 * N, N * C), (2,), (2 * N,))
 SHARED = Call("combine", ((3, 2, N, C), (3, 2, C), (N,), (N, N)))  # one mapping for all tokens
-WITHOUT = Call("combine_pre", ((T, N, C), (T, C), (T, N), *ALONE), UNMIXED, absent=(3,))
+WITHOUT = Call("combine", ((T, N, C), (T, C), (T, N)), absent=(3,))
 BY_OP = {call.op: call for call in CALLS}
-OPS = ("combine_pre", "expand", "gated_pre", "pre_residual", "sinkhorn_knopp", "static_mappings")
+OPS = ("combine_pre", "expand", "pre_residual", "sinkhorn_knopp", "static_layer")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _backend() -> Iterator[None]:
-    with registered(SPEC):
+def _backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Register the backend, with compiled kernels in a folder of the tests' own."""
+    folder = tmp_path_factory.mktemp("simulator")
+    folder.chmod(0o700)
+    with registered(SPEC), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MHC_SIMULATOR_CACHE", str(folder))
         yield
 
 
@@ -60,14 +69,12 @@ def _torch(call: Call) -> Callable[..., Any]:
 # ---- the ops -------------------------------------------------------------------------------------
 
 KINDS = [  # an op of every kind of launch, in the narrow dtypes, of which the kit has fewer cases
-    ("aggregate", "bfloat16"),
     ("combine", "float16"),
     ("gated_combine", "float16"),
     ("head", "float16"),
     ("pre", "float16"),
     ("rms_norm", "bfloat16"),
     ("sinkhorn", "bfloat16"),
-    ("static_layer", "float16"),
 ]
 
 
@@ -108,7 +115,7 @@ def test_no_tokens() -> None:
 
 
 def test_a_compiler_sees_one_graph() -> None:
-    call = BY_OP["pre"]
+    call = BY_OP["combine"]
     compiled = torch.compile(_kernels(call), fullgraph=True)
     arrays = call.arrays(torch.float32)
     assert_close(compiled(*arrays), _kernels(call)(*arrays), rtol=0, atol=0)
@@ -192,6 +199,47 @@ out[thread_position_in_grid.x] = 2 * x[thread_position_in_grid.x];
         _ = compile_shader(text).half
     with pytest.raises(RuntimeError, match="ASCII"):
         compile_shader(text + "// \u00e9")
+
+
+# ---- the proof on a machine ----------------------------------------------------------------------
+
+
+def _proof(host: str) -> KernelProof:
+    own = mhc_torch.METAL.proof
+    assert isinstance(own, KernelProof)
+    made = copy.copy(own)
+    vars(made).update(_name="torch-metal-tried", _launcher=f"mps_on_cpu:{host}", _verdicts={})
+    return made
+
+
+def test_it_proves_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MHC_CACHE", str(tmp_path))
+    kind = ("sinkhorn", ("float32", "float32"), 2)
+    assert _proof("host").verdict(*kind) is None
+    (file,) = tmp_path.rglob("*.json")
+    kept = json.loads(file.read_text())
+    assert kept["classes"] == {"sinkhorn": "held", "sinkhorn_vjp": "held"}
+    assert {"torch", "chip", "mhc-core"} <= set(kept["identity"])
+    assert _proof("nowhere").verdict(*kind) is None  # from the cache
+
+
+def test_a_wrong_number_is_no_proof() -> None:
+    """Check without the process, which takes PyTorch's import."""
+    call = calls("sinkhorn", ("float32", "float32"), 2, planned)[0]
+    op, vjp = functions(Kernels("torch-metal-wrong-proof", mps_on_cpu.wrong_host()))
+    told: dict[str, Any] = {}
+    with pytest.raises(FaultError, match=r"h_res is off by 0.001, .*; forward; kernels sinkhorn"):
+        proof._prove(call, op("sinkhorn"), vjp, "cpu", lambda **said: told.update(said))
+    assert told["failed"] == ["sinkhorn", "sinkhorn_vjp"]
+
+
+def test_the_proof_tries_what_mlx_tries() -> None:
+    for kind in (("combine", ("float32",) * 5, 4), ("pre", ("bfloat16", *["float32"] * 6), 4)):
+        tried: list[set[str]] = []
+        for of in (launches, planned):
+            chosen = calls(*kind, of)
+            tried.append({one.class_ for call in chosen for one in of(call)})
+        assert tried[0] == tried[1]
 
 
 # ---- what it takes, and errors -------------------------------------------------------------------

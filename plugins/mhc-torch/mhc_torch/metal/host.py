@@ -54,7 +54,7 @@ class Metal:
         compile_shader: Callable[[str], Any] = torch.mps.compile_shader,
         device: str = "mps",
     ) -> None:
-        self._compile_shader, self._device = compile_shader, device
+        self._compile_shader, self.device = compile_shader, device
         self._lock = threading.Lock()
         self._kernels: dict[str, Callable[..., None]] = {}
         self._constants: dict[tuple[float, ...], torch.Tensor] = {}
@@ -69,7 +69,7 @@ class Metal:
 
     def empty(self, shape: Any, strides: Any, dtype: torch.dtype) -> torch.Tensor:
         """Return a tensor on the device."""
-        return torch.empty_strided(shape, strides, dtype=dtype, device=self._device)
+        return torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
 
     def launchers(
         self, parts: Sequence[Sequence[Launch]], places: Places, index: int
@@ -106,7 +106,7 @@ class Metal:
         try:
             return getattr(self._compile_shader(text), NAME)
         except (RuntimeError, SyntaxError) as error:
-            why = str(error) if _has_mps() or self._device != "mps" else NO_MPS
+            why = str(error) if _has_mps() or self.device != "mps" else NO_MPS
             raise BackendUnavailableError(
                 f"backend 'torch-metal': kernel {kernel} could not be compiled: {why}"
             ) from error
@@ -114,7 +114,7 @@ class Metal:
     def _constant(self, numbers: tuple[float, ...]) -> torch.Tensor:
         with self._lock:
             if numbers not in self._constants:
-                made = torch.tensor(numbers, dtype=torch.float32, device=self._device)
+                made = torch.tensor(numbers, dtype=torch.float32, device=self.device)
                 self._constants[numbers] = made
             return self._constants[numbers]
 
