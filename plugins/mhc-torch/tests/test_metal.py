@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import mps_on_cpu
 import numpy
@@ -21,12 +21,13 @@ from torch import Tensor
 
 import mhc_core as mhc
 import mhc_torch
+from mhc_backends.overview import overview, sections
 from mhc_backends.proof import KernelProof
 from mhc_backends.proof.child import FaultError
 from mhc_backends.proof.launches import calls, launches, planned
 from mhc_conformance import Subject
 from mhc_conformance.checks import check
-from mhc_core import math
+from mhc_core import machine, math
 from mhc_core.errors import BackendUnavailableError, UnsupportedError
 from mhc_core.selection import registered
 from mhc_torch import metal
@@ -324,5 +325,10 @@ def test_a_text_that_is_refused_is_an_error_that_names_the_kernel() -> None:
         op("aggregate")(torch.zeros(3, N, C), torch.zeros(3, N))
 
 
-def test_it_says_that_it_has_never_run() -> None:
-    assert "never run on a Mac" in str(mhc_torch.METAL.note)
+def test_mhc_info_says_that_it_has_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "devices", dict)  # which would import every library
+    lines = [line for many in sections(overview()).values() for line in many]
+    (at,) = (k for k, line in enumerate(lines) if line.startswith("torch-metal: "))
+    assert "never run on a Mac" in lines[at + 2]
+    with pytest.raises(TypeError, match="note is 3; needs words, or None"):
+        replace(mhc_torch.METAL, note=cast("Any", 3))
