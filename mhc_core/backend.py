@@ -170,6 +170,8 @@ class BackendSpec:
     disabled_by
         The name of an environment variable that disables the backend while it is ``1``; it is read
         at every call. None for none.
+    note
+        What people must know before they rely on the backend, in words; ``mhc info`` shows it.
     api_version
         The :data:`API_VERSION` that it was written for. A third-party plugin should pass the number
         itself: the default is that of the installed mhc-core.
@@ -198,6 +200,7 @@ class BackendSpec:
     device: Callable[[], str] | None = None
     channels: str | None = None
     disabled_by: str | None = None
+    note: str | None = None
     api_version: int = API_VERSION
 
     def __post_init__(self) -> None:
@@ -231,6 +234,8 @@ class BackendSpec:
         self._require("channels", good, "the name of a library, or None")
         good = self.disabled_by is None or _is_word(self.disabled_by)
         self._require("disabled_by", good, "the name of an environment variable, or None")
+        good = self.note is None or _is_word(self.note)
+        self._require("note", good, "words, or None")
         good = (
             isinstance(self.without, Mapping)  # pyright: ignore[reportUnnecessaryIsInstance]
             and set(self.without) <= set(CAPABILITIES)

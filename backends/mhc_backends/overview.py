@@ -57,6 +57,7 @@ def _declared(spec: BackendSpec, n: int, dtype: str) -> dict[str, Any]:
         "dtypes": list(spec.dtypes),
         "n": list(spec.sizes),
         "by_name_only": not spec.automatic,
+        "note": spec.note and safe(spec.note),
         "lacks_ops": [op for op in math.OPS if op not in spec.ops],
         "lacks_transforms": dict(spec.without),
         "refuses": spec.refuses(spec.ops[0], (dtype,), n) if spec.ops else None,
@@ -164,6 +165,8 @@ def _backend_lines(backend: Mapping[str, Any]) -> Iterator[str]:
     facts += [f"n from {smallest}" + (f" to {largest}" if largest else "")]
     facts += ["by name only"] if backend["by_name_only"] else []
     yield f"  takes {'; '.join(facts)}"
+    if backend["note"]:
+        yield f"  {backend['note']}"
     if backend["lacks_ops"]:
         yield f"  has no {', '.join(backend['lacks_ops'])}"
     for name, why in backend["lacks_transforms"].items():

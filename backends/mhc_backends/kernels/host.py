@@ -18,6 +18,7 @@ from mhc_backends.kernels.program import Program, Sizes, Stage, program
 
 __all__ = [
     "FLOAT32",
+    "MEMORY",
     "Array",
     "Channels",
     "Host",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 FLOAT32 = "float32"
+MEMORY = 16384
+"""Bytes of threadgroup memory for the factors of a product, half of what Metal has at least."""
 
 Array = Any
 """An array of the host: ``shape``, ``dtype``, ``ndim``, ``size``, ``reshape``, indexing by slices
@@ -115,7 +118,7 @@ class Kernels:
     """
 
     def __init__(
-        self, host: Host, dialect: str, memory: int = 16384, channels: Channels | None = None
+        self, host: Host, dialect: str, memory: int = MEMORY, channels: Channels | None = None
     ) -> None:
         self.host = host
         self.dialect = dialect

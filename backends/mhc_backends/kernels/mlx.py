@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from mhc_backends.kernels import host
-from mhc_backends.kernels.host import Out, Sizes, Stage, dtype_name, tokens
+from mhc_backends.kernels.host import MEMORY, Out, Sizes, Stage, dtype_name, tokens
 from mhc_backends.kernels.program import Program
 
 __all__ = ["Kernels", "Out", "Sizes", "Stage", "dtype_name", "tokens"]
@@ -31,7 +31,7 @@ class Kernels(host.Kernels):
         Bytes of threadgroup memory available to the factors of a product.
     """
 
-    def __init__(self, launcher: Launcher, dialect: str, memory: int = 16384) -> None:
+    def __init__(self, launcher: Launcher, dialect: str, memory: int = MEMORY) -> None:
         super().__init__(_Mlx(launcher), dialect, memory)
 
 

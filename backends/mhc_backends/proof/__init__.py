@@ -13,8 +13,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mhc_core.backend import Verdict
+
+if TYPE_CHECKING:
+    from mhc_backends.proof.cache import Cache
 
 __all__ = ["KernelProof"]
 
@@ -36,15 +40,29 @@ class KernelProof:
         Whether its kernels may be called under ``mx.compile``.
     limit
         Seconds for one kind of call.
+    child
+        The module whose ``main`` runs in the separate process: by default, that of MLX.
+    identity
+        The function that returns what a verdict depends on, as ``launcher`` names one: by default,
+        that of MLX.
     """
 
     def __init__(
-        self, name: str, launcher: str, *, compiled: bool = True, limit: float = LIMIT
+        self,
+        name: str,
+        launcher: str,
+        *,
+        compiled: bool = True,
+        limit: float = LIMIT,
+        child: str = "mhc_backends.proof.child",
+        identity: str = "mhc_backends.proof.cache:identity",
     ) -> None:
         self._name = name
         self._launcher = launcher
         self._compiled = compiled
         self._limit = limit
+        self._child = child
+        self._identity = identity
         self._verdicts: dict[Kind, str | None] = {}
         self._hopeless: str | None = None
         self._lock = threading.Lock()
@@ -59,18 +77,20 @@ class KernelProof:
 
     def verdicts(self) -> Sequence[Verdict]:
         """Return the verdicts in the cache, and those of this process that are not in it."""
-        from mhc_backends.proof.cache import Cache
-
-        verdicts = {kind: found["reason"] for kind, found in Cache(self._name)} | self._verdicts
+        verdicts = {kind: found["reason"] for kind, found in self._cache()} | self._verdicts
         return sorted(
             (Verdict(*kind, reason) for kind, reason in verdicts.items()),
             key=lambda verdict: (verdict.op, verdict.n or 0, verdict.dtypes),
         )
 
-    def _kept_or_new(self, kind: Kind) -> str | None:
+    def _cache(self) -> Cache:
         from mhc_backends.proof.cache import Cache
+        from mhc_backends.proof.child import named
 
-        cache = Cache(self._name)
+        return Cache(self._name, named(self._identity)())
+
+    def _kept_or_new(self, kind: Kind) -> str | None:
+        cache = self._cache()
         kept = cache.read(kind)
         if kept is not None:
             return kept["reason"]
@@ -84,7 +104,7 @@ class KernelProof:
         logging.getLogger("mhc_core").info(
             words, self._name, kind[0], kind[2], kind[1][0], self._limit
         )
-        found = prove(kind, self._launcher, self._compiled, self._limit)
+        found = prove(kind, self._launcher, self._compiled, self._limit, self._child)
         if found.timed_out:
             # a kernel that hangs once may always hang: do not wait again for every op
             self._hopeless = f"not tried, as {found.reason} for {kind[0]}"

@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Cache", "folder", "identity"]
+__all__ = ["Cache", "folder", "identity", "identity_with"]
 
 A_DAY = 24 * 60 * 60.0
 
@@ -41,15 +41,19 @@ def folder() -> Path | None:
 
 def identity() -> dict[str, str]:
     """Return what a verdict depends on: this project's kernels, MLX, the system and the chip."""
-    import mhc_core
-
     mx: Any = import_module("mlx.core")
     chip: dict[str, Any] = mx.device_info()
+    return identity_with(mlx=str(mx.__version__), chip=str(chip.get("device_name", "unknown")))
+
+
+def identity_with(**library: str) -> dict[str, str]:
+    """Return the same, with a library's own part."""
+    import mhc_core
+
     return {
         "mhc-core": f"{mhc_core.__version__} {_kernels()}",
-        "mlx": str(mx.__version__),
         "system": f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
-        "chip": str(chip.get("device_name", "unknown")),
+        **library,
     }
 
 
@@ -68,10 +72,10 @@ def _kernels() -> str:
 
 
 class Cache:
-    """The verdicts of one backend that are valid on this machine now."""
+    """The verdicts of one backend that are valid on this machine now, and with this library."""
 
-    def __init__(self, backend: str) -> None:
-        self._identity = identity()
+    def __init__(self, backend: str, own: Mapping[str, str] | None = None) -> None:
+        self._identity = identity() if own is None else dict(own)
         digest = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
         base = folder()
         self._folder = base / "proofs" / f"{backend}-{digest[:16]}" if base else None

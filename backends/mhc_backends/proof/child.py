@@ -9,11 +9,11 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, Literal
 
-__all__ = ["FaultError", "main"]
+__all__ = ["KINDS", "FaultError", "first_line", "main", "named", "stored", "teller"]
 
 
 KINDS: tuple[Literal["forward"], Literal["gradient"]] = ("forward", "gradient")
@@ -33,18 +33,7 @@ def main(request: dict[str, Any]) -> None:
         ``compiled``, whether kernels may be called under ``mx.compile``; ``limit``, the seconds
         after which this process ends itself if its parent has not done so.
     """
-    faulthandler.dump_traceback_later(request["limit"], exit=True)
-    # what libraries print must not come between the lines
-    lines = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)
-
-    def tell(**said: Any) -> None:
-        lines.write(json.dumps(said) + "\n")
-
-    module, _, name = request["launcher"].partition(":")
-    launcher: Any = import_module(module)
-    for part in name.split("."):
-        launcher = getattr(launcher, part)
+    tell, launcher = teller(request["limit"]), named(request["launcher"])
     kind = request["op"], tuple(request["dtypes"]), request["n"]
     from mhc_backends.proof.launches import calls, launches
 
@@ -59,6 +48,28 @@ def main(request: dict[str, Any]) -> None:
         tell(fault=str(fault))
     else:
         tell(proven=True)
+
+
+def teller(limit: float) -> Callable[..., None]:
+    """Return a function that reports a step; the process ends itself after ``limit`` seconds."""
+    faulthandler.dump_traceback_later(limit, exit=True)
+    # what libraries print must not come between the lines
+    lines = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+
+    def tell(**said: Any) -> None:
+        lines.write(json.dumps(said) + "\n")
+
+    return tell
+
+
+def named(name: str) -> Any:
+    """Return what a name such as ``"mlx.core:fast.metal_kernel"`` is of."""
+    module, _, path = name.partition(":")
+    found: Any = import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
 
 
 def _prove(call: Any, launcher: Any, tell: Any) -> None:
@@ -81,7 +92,7 @@ def _prove(call: Any, launcher: Any, tell: Any) -> None:
             mx.eval(*outputs)
         except Exception as error:
             tell(failed=[launched.class_])
-            raise FaultError(f"kernel {launched.kernel}: {_first_line(error)}") from error
+            raise FaultError(f"kernel {launched.kernel}: {first_line(error)}") from error
         return outputs
 
     tell(at="the oracle")
@@ -99,9 +110,9 @@ def _prove(call: Any, launcher: Any, tell: Any) -> None:
     def again(asked: Any) -> Any:
         return ops.load(asked.op).forward(kernels, *call.placed(arrays), **asked.options)
 
-    stored = _stored(call, plain, again)
-    outputs = wanted(call, "forward", given, stored)
-    gradients = wanted(call, "gradient", given, stored)
+    kept = stored(call, plain, again, to_host)
+    outputs = wanted(call, "forward", given, kept)
+    gradients = wanted(call, "gradient", given, kept)
     for got, want in ((plain, outputs), (with_saved, outputs), (pulled, gradients)):
         if wrong := fault(call, got, want):
             names = ", ".join(dict.fromkeys(one.kernel for one in ran))
@@ -132,14 +143,14 @@ def _prove_whole(call: Any, launcher: Any, compiled: bool, tell: Any) -> None:
     try:
         results = [list(map(to_host, result)) for result in mx.vjp(function, arrays, cotangents)]
     except Exception as error:
-        raise FaultError(f"{call.op}, differentiated by MLX: {_first_line(error)}") from error
+        raise FaultError(f"{call.op}, differentiated by MLX: {first_line(error)}") from error
 
     def again(asked: Any) -> Any:
         return op(*call.placed(arrays), **asked.options)
 
-    stored = _stored(call, results[0], again)
+    kept = stored(call, results[0], again, to_host)
     for kind, got in zip(KINDS, results, strict=True):
-        if wrong := fault(call, got, wanted(call, kind, given, stored)):
+        if wrong := fault(call, got, wanted(call, kind, given, kept)):
             raise FaultError(f"{wrong} ({call.name}; differentiated by MLX)")
 
 
@@ -148,12 +159,11 @@ def _counts(call: Any) -> Sequence[int]:
     return outputs, outputs, len(call.arrays)
 
 
-def _stored(call: Any, outputs: Sequence[Any], again: Any) -> dict[str, Any]:
+def stored(call: Any, outputs: Sequence[Any], again: Any, to_host: Any) -> dict[str, Any]:
     """Return the outputs that an op reads back, as the backend rounded them.
 
     Where not all of them were asked for, ``again`` runs the call that asks for all.
     """
-    from mhc_backends.mlx_common import present, to_host
     from mhc_conformance.answers import seams
     from mhc_core.math import load
 
@@ -161,7 +171,7 @@ def _stored(call: Any, outputs: Sequence[Any], again: Any) -> dict[str, Any]:
     if not names:
         return {}
     if asked != call:
-        outputs = [to_host(array) for array in present(again(asked))]
+        outputs = [to_host(array) for array in again(asked) if array is not None]
     named = dict(zip(load(call.op).OP.outputs_of(asked.options), outputs, strict=True))
     return {name: named[output] for name, output in names.items()}
 
@@ -180,7 +190,7 @@ def _own(array: Any, offset: int) -> Any:
     return whole
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of a message, such as a compiler's."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     found = next((line for line in lines if "error:" in line), next(iter(lines), ""))

@@ -17,21 +17,22 @@ A kernel is proven for
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import mlx.core as mx
+import numpy as np
 
 from mhc_backends.kernels import launch as table
 from mhc_backends.kernels import ops
-from mhc_backends.kernels.mlx import Kernels, dtype_name
+from mhc_backends.kernels.host import MEMORY, dtype_name
+from mhc_backends.kernels.plan import Launch, record
 from mhc_conformance import cases
 from mhc_core import DEEPSEEK_V4, HY_V4, LIGER, PAPER
 from mhc_core.math import load
 from mhc_core.signature import UNMIXED, signature
 
-__all__ = ["Call", "Launched", "Watched", "calls", "candidates", "launches", "run"]
+__all__ = ["Call", "Launched", "Watched", "calls", "candidates", "launches", "planned", "run"]
 
 PERIOD = 61  # distinct tokens; any more repeat them, so the oracle computes these alone
 FEW_CHANNELS = 264  # a split (256), and less than a K step (32) more
@@ -217,7 +218,11 @@ def _kernel(full: str) -> str:
 
 
 def launches(call: Call) -> list[Launched]:
-    """Return the launches of a call and its gradients, computing nothing."""
+    """Return the launches of a call and its gradients on MLX, computing nothing."""
+    import mlx.core as mx
+
+    from mhc_backends.kernels.mlx import Kernels
+
     found: list[Launched] = []
 
     def told(_: Any, launched: Launched, arguments: Any) -> list[mx.array]:
@@ -225,8 +230,44 @@ def launches(call: Call) -> list[Launched]:
         shapes, dtypes = arguments["output_shapes"], arguments["output_dtypes"]
         return [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
-    run(Kernels(Watched(None, told), "metal"), call, *_blank(call))
+    def zeros(shape: Sequence[int], dtype: str) -> mx.array:
+        return mx.zeros(shape, getattr(mx, dtype))
+
+    run(Kernels(Watched(None, told), "metal"), call, *_blank(call, zeros))
     return found
+
+
+def planned(call: Call) -> list[Launched]:
+    """Return the launches of a call and its gradients by plans, which need no array library."""
+    arrays, cotangents = _blank(call, _numberless)
+    absent = tuple(k for k, one in enumerate(call.placed(arrays)) if one is None)
+    groups = [[(a.shape, a.dtype) for a in group] for group in (arrays, cotangents)]
+    asked = call.options, "metal", MEMORY, absent
+    plain = record("forward", call.op, groups[:1], *asked)
+    saving = record("forward_with_saved", call.op, groups[:1], *asked)
+    saved = [[(value.shape, value.dtype) for value in saving.saved]] if saving.saved else []
+    pulling = record("vjp", call.op, [*groups, *saved], *asked)
+    return [
+        _in_its_sizes(call, _launched(f"mhc_{step.kernel}", [*step.inputs], about), about)
+        for plan in (plain, saving, pulling)
+        for step in plan.steps
+        if isinstance(step, Launch)
+        for about in (_about(step),)
+    ]
+
+
+def _about(step: Launch) -> Mapping[str, Any]:
+    """Return a launch of a plan as arguments of MLX's launch."""
+    return {
+        "template": step.program.template,
+        "grid": step.program.launch.grid,
+        "threadgroup": step.program.launch.threadgroup,
+        "inputs": list(step.inputs.values()),
+    }
+
+
+def _numberless(shape: Sequence[int], dtype: str) -> Any:
+    return np.broadcast_to(np.zeros((), cases.numpy_dtype(dtype)), tuple(shape))
 
 
 def _in_its_sizes(call: Call, launched: Launched, arguments: Any) -> Launched:
@@ -243,16 +284,15 @@ def _in_its_sizes(call: Call, launched: Launched, arguments: Any) -> Launched:
     return launched._replace(proves=launched.proves | more)
 
 
-def _blank(call: Call) -> tuple[list[mx.array], list[mx.array]]:
+def _blank(call: Call, zeros: Callable[..., Any]) -> tuple[list[Any], list[Any]]:
     """Make arrays and cotangents of a call's shapes and dtypes."""
     declared = load(call.op).OP
     arrays = [
-        mx.zeros(_shape(call, declared.patterns[name]), getattr(mx, dtype))
-        for name, dtype in call.arrays.items()
+        zeros(_shape(call, declared.patterns[name]), dtype) for name, dtype in call.arrays.items()
     ]
     checked = signature(lambda op: load(op).OP, call.op, call.placed(arrays), call.options)
     cotangents = [
-        mx.zeros(shape, getattr(mx, dtype))
+        zeros(shape, dtype)
         for shape, dtype in zip(checked.output_shapes, call.cotangents.values(), strict=True)
     ]
     return arrays, cotangents
@@ -266,7 +306,7 @@ def _shape(call: Call, patterns: list[list[str]]) -> list[int]:
 
 
 def run(
-    kernels: Kernels, call: Call, arrays: Sequence[mx.array], cotangents: Sequence[mx.array]
+    kernels: Any, call: Call, arrays: Sequence[Any], cotangents: Sequence[Any]
 ) -> tuple[Any, Any, Any]:
     """Run an op in inference, then with gradients wanted, then its gradients."""
     module, options = ops.load(call.op), call.options
@@ -281,7 +321,12 @@ def run(
 # ---- the calls -----------------------------------------------------------------------------------
 
 
-def calls(op: str, dtypes: tuple[str, ...], n: int | None) -> list[Call]:
+def calls(
+    op: str,
+    dtypes: tuple[str, ...],
+    n: int | None,
+    launches: Callable[[Call], Sequence[Launched]] = launches,
+) -> list[Call]:
     """Choose calls, small ones first, until all that the candidates prove is proven."""
     proves = {
         call: frozenset[Any]().union(*(launched.proves for launched in launches(call)))

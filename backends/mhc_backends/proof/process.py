@@ -12,7 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Found", "prove"]
+__all__ = ["CHILD", "Found", "prove"]
+
+CHILD = "mhc_backends.proof.child"
+"""The module whose ``main`` runs in the process."""
 
 KILLED = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")  # sent by others: no kernel is at fault
 
@@ -24,8 +27,8 @@ request = json.loads(sys.stdin.buffer.read())
 if request["user_site"]:
     site.addsitedir(request["user_site"])
 sys.path[:] = request["path"]
-from mhc_backends.proof.child import main
-main(request)
+from importlib import import_module
+import_module(request["child"]).main(request)
 """
 
 
@@ -50,7 +53,7 @@ class Found(NamedTuple):
     timed_out: bool = False
 
 
-def prove(kind: Any, launcher: str, compiled: bool, limit: float) -> Found:
+def prove(kind: Any, launcher: str, compiled: bool, limit: float, child: str = CHILD) -> Found:
     """Run a kind of call's kernels in a separate process, which ends within the limit."""
     reason = _no_interpreter()
     if reason:
@@ -61,13 +64,14 @@ def prove(kind: Any, launcher: str, compiled: bool, limit: float) -> Found:
         "dtypes": dtypes,
         "n": n,
         "launcher": launcher,
+        "child": child,
         "compiled": compiled,
         "limit": limit + 10,  # it ends itself if this process is gone by then
         "path": [folder for folder in sys.path if isinstance(folder, str)],  # pyright: ignore[reportUnnecessaryIsInstance]
         "user_site": site.getusersitepackages() if site.ENABLE_USER_SITE else None,
     }
     try:
-        child = subprocess.Popen(
+        started = subprocess.Popen(
             [sys.executable, "-I", "-c", _PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -77,14 +81,14 @@ def prove(kind: Any, launcher: str, compiled: bool, limit: float) -> Found:
     except (OSError, ValueError) as error:
         return Found(f"no process can be started to try it in ({error})", {}, False)
     try:
-        told, said = child.communicate(json.dumps(request).encode(), limit)
+        told, said = started.communicate(json.dumps(request).encode(), limit)
     except subprocess.TimeoutExpired:
-        told, at = _far(_end(child))
+        told, at = _far(_end(started))
         return Found(f"trying it timed out after {limit:g} s{at}", told, False, timed_out=True)
     except BaseException:  # such as Ctrl-C
-        _end(child)
+        _end(started)
         raise
-    return _judge(child.returncode, told, said)
+    return _judge(started.returncode, told, said)
 
 
 def _no_interpreter() -> str | None:

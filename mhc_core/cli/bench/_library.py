@@ -207,6 +207,8 @@ def _torch() -> Library:
     def wait(_: Any) -> None:
         if on_gpu:
             torch.cuda.synchronize()
+        elif torch.backends.mps.is_available():  # torch-metal's
+            torch.mps.synchronize()
 
     def pull(forward: Function, inputs: Sequence[Array], cotangents: Sequence[Array]) -> Any:
         own = [array.detach().requires_grad_() for array in inputs]

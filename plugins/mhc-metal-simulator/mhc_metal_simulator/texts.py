@@ -5,6 +5,10 @@ number of streams that changes a kernel's code, and every dtype. Each launch is 
 and not run. MLX passes its own utilities and then this text to Apple's compiler
 (``mlx/backend/metal/custom_kernel.cpp``: ``metal::utils() + source``), so each file begins with the
 headers that make those utilities, from the installed MLX.
+
+PyTorch gets functions of their own (``mhc_backends/kernels/metal_function.py``), without those
+utilities. Of these there is one for each kernel, number of streams and dtype, as only the lines
+around the body differ.
 """
 
 from __future__ import annotations
@@ -17,12 +21,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 from mhc_backends.kernels import KERNELS
 from mhc_backends.kernels.functions import Ops
-from mhc_backends.kernels.mlx import Kernels
+from mhc_backends.kernels.metal_function import written
+from mhc_backends.kernels.mlx import Kernels, dtype_name
 from mhc_backends.kernels.ops import OPS
 from mhc_backends.mlx_common import filled
 from mhc_conformance.cases import PROJECTED_OR_MIXED, STATICS, Sizes, rank_of
@@ -43,6 +48,8 @@ With one stream there are no sums over streams; up to 4 streams are kept in regi
 all of their mappings in one pass over phi; a matrix takes n lanes, rounded up to a power of two.
 """
 
+Library = Literal["mlx", "torch"]
+
 _Size = tuple[tuple[int], int]  # the leading axes and the channels
 
 _SIZES: tuple[_Size, ...] = (
@@ -55,13 +62,14 @@ _SIZES: tuple[_Size, ...] = (
 
 @dataclass(frozen=True)
 class Text:
-    """The text of one launch, as MLX prints it, and where it came from."""
+    """The text of one launch, as MLX prints it or PyTorch gets it, and where it came from."""
 
     kernel: str  # the name of its body
     name: str  # of its file, without suffix: no two texts have the same
     n: int
     dtype: str
     text: str
+    library: Library = "mlx"
 
 
 # ---- launches ------------------------------------------------------------------------------------
@@ -73,7 +81,8 @@ _Trace = Callable[[], str]
 class _Recorder:
     """A stand-in for MLX that records how to trace each kind of launch, once."""
 
-    def __init__(self) -> None:
+    def __init__(self, library: Library) -> None:
+        self._library = library
         self.known: set[Any] = set()
         self.new: list[tuple[str, _Trace]] = []
 
@@ -90,6 +99,8 @@ class _Recorder:
             key = (about["header"], source, repr(words))
 
             def trace() -> str:
+                if self._library == "torch":
+                    return _function(about, inputs, static)
                 return capture_source(
                     lambda *zeros: kernel(inputs=list(zeros), verbose=True, **static), shapes
                 )
@@ -103,11 +114,25 @@ class _Recorder:
         return launch
 
 
+def _function(about: dict[str, Any], inputs: Sequence[mx.array], static: dict[str, Any]) -> str:
+    """Return the function that PyTorch gets for a launch of MLX's."""
+    names, made = about["input_names"], about["output_names"]
+    dtypes = [dtype_name(array.dtype) for array in inputs], map(dtype_name, static["output_dtypes"])
+    groups = [
+        tuple(zip(group, dtype, strict=True))
+        for group, dtype in zip((names, made), dtypes, strict=True)
+    ]
+    return written(about["header"], about["source"], tuple(static["template"]), *groups).text
+
+
 def texts(
-    streams: Iterable[int] = STREAMS, dtypes: Iterable[str] = DTYPES, every: bool = True
+    streams: Iterable[int] = STREAMS,
+    dtypes: Iterable[str] = DTYPES,
+    every: bool = True,
+    library: Library = "mlx",
 ) -> Iterator[Text]:
     """Return every text once; with ``every`` false, one for each kernel, n and dtype."""
-    recorder = _Recorder()
+    recorder = _Recorder(library)
     count: Counter[tuple[str, int, str]] = Counter()
     for n, dtype in itertools.product(streams, dtypes):
         ops = Ops(Kernels(recorder, "metal"))
@@ -118,7 +143,8 @@ def texts(
             kind = (kernel, n, dtype)
             if every or kind not in count:
                 count[kind] += 1
-                yield Text(kernel, f"{kernel}-n{n}-{dtype}-{count[kind]}", n, dtype, trace())
+                full = f"{kernel}-n{n}-{dtype}-{count[kind]}" + "-torch" * (library == "torch")
+                yield Text(kernel, full, n, dtype, trace(), library)
         recorder.new.clear()
 
 
@@ -183,7 +209,9 @@ def _zeros(
 
 
 def complete(text: Text) -> str:
-    """Return a whole Metal file: MLX's utilities, then the text."""
+    """Return a whole Metal file: for MLX its utilities, then the text."""
+    if text.library == "torch":
+        return f"{text.text}\n"
     return f'{utilities()}\n#line 1 "{text.name}"\n{text.text}\n'
 
 
@@ -191,7 +219,7 @@ def write(folder: Path) -> int:
     """Write all texts and a list of them into a folder; return the number of texts."""
     folder.mkdir(parents=True, exist_ok=True)
     listed: list[dict[str, Any]] = []
-    for text in texts():
+    for text in itertools.chain(texts(), texts(every=False, library="torch")):
         (folder / f"{text.name}.metal").write_text(complete(text), encoding="utf-8")
         listed.append({k: v for k, v in asdict(text).items() if k != "text"})
     (folder / "texts.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")

@@ -1,6 +1,7 @@
 """torch: the neutral maths on PyTorch tensors, with the hand-written vjps behind autograd.
 
 torch-cuda: the same ops by mhc-core's kernels, on CUDA tensors.
+torch-metal: likewise, on MPS tensors.
 """
 
 from importlib import import_module
@@ -8,10 +9,11 @@ from importlib.util import find_spec
 from typing import Any
 
 from mhc_backends.kernels.ops import OPS
+from mhc_backends.proof import KernelProof
 from mhc_core import math
 from mhc_core.backend import DTYPES, BackendSpec
 from mhc_core.hookspecs import hookimpl
-from mhc_torch import cuda
+from mhc_torch import cuda, metal
 
 _LATE = {  # these import PyTorch
     "accelerate": "mhc_torch.models",
@@ -62,11 +64,34 @@ CUDA = BackendSpec(
     api_version=1,
 )
 
+METAL = BackendSpec(
+    name="torch-metal",
+    module="mhc_torch.metal.ops",
+    array_types=("torch.Tensor",),
+    ops=OPS,
+    dtypes=("float32", "float16", "bfloat16"),
+    mixers=metal.MIXERS,
+    sizes=(1, 32),
+    priority=10,
+    without={"vmap": metal.NO_VMAP},
+    missing=metal.missing,
+    takes=metal.takes,
+    proof=KernelProof(
+        "torch-metal",
+        "mhc_torch.metal.host:Metal",
+        child="mhc_torch.metal.proof",
+        identity="mhc_torch.metal.proof:identity",
+    ),
+    device=_device,
+    note=metal.NEVER_RUN,
+    api_version=1,
+)
+
 
 @hookimpl
 def mhc_backend_specs() -> list[BackendSpec]:
     """Return the specs of the backends."""
-    return [SPEC, CUDA]
+    return [SPEC, CUDA, METAL]
 
 
 def __getattr__(name: str) -> Any:

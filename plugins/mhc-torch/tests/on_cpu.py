@@ -21,9 +21,10 @@ import mhc_torch
 from mhc_backends.kernels.cuda_function import function
 from mhc_backends.kernels.plan import Launch, record
 from mhc_torch.cuda.driver import Wanted
-from mhc_torch.cuda.functions import functions
-from mhc_torch.cuda.kernels import Kernels
+from mhc_torch.cuda.launches import Cuda
 from mhc_torch.ops import checkpoint, compile, from_host, grad, to_host
+from mhc_torch.plans.functions import functions
+from mhc_torch.plans.kernels import Kernels
 
 ROOT = Path(__file__).parents[3] / "tests"  # of the repository, which an archive does not have
 if not (ROOT / "cuda_on_cpu.py").is_file():
@@ -43,7 +44,7 @@ SPEC = replace(
 _FOLDER = tempfile.TemporaryDirectory(prefix="mhc-cuda-on-cpu-")
 atexit.register(_FOLDER.cleanup)  # its finalizer warns, which is an error in a worker
 DEVICE = Device(Path(_FOLDER.name))
-_op, vjp = functions(Kernels(NAME, DEVICE))
+_op, vjp = functions(Kernels(NAME, Cuda(DEVICE)))
 
 
 def __getattr__(name: str) -> Any:

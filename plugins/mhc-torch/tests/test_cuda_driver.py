@@ -150,7 +150,7 @@ def test_pytorch_alone_is_enough() -> None:
     code = """
 import sys
 sys.modules["mlx"] = sys.modules["jax"] = None  # an import of them fails
-import mhc_torch.cuda.kernels, mhc_core
+import mhc_torch.plans.kernels, mhc_torch.metal.proof, mhc_core
 from mhc_backends.kernels.ops import OPS, load
 from mhc_backends.kernels.plan import record
 from mhc_backends.kernels.cuda_function import function

@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 import mhc_core as mhc
 from mhc_core import math
 from mhc_core.selection import registered
-from mhc_torch.cuda import kernels as kernels_module
+from mhc_torch.plans import kernels as kernels_module
 
 pytestmark = needs_gcc
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}

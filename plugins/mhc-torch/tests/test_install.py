@@ -76,7 +76,8 @@ def test_installing_lists_it_and_uninstalling_leaves_no_trace(
     options = ("--no-deps", "--no-build-isolation", "--no-compile", "--quiet")
     _run(*pip, "install", *options, ROOT, path=path)
     installed = _run(python, "-c", LIST, path=path).splitlines()
-    assert installed == [f"{before.splitlines()[0]} torch torch-cuda", "mhc-torch", "True"]
+    names = f"{before.splitlines()[0]} torch torch-cuda torch-metal"
+    assert installed == [names, "mhc-torch", "True"]
     listed = _run(python, "-c", "from mhc_core.cli import app; app()", "backends", path=path)
     assert re.search(r"torch\W+torch\.Tensor\W+float32, float16, bfloat16, float64\W+yes", listed)
     _run(*pip, "uninstall", "--yes", "--quiet", "mhc-torch", path=path)

@@ -1,12 +1,11 @@
 """torch-cuda: mhc-core's kernels on CUDA tensors. Nothing here imports PyTorch.
 
-``ops.py`` has the ops, ``replay.py`` runs a plan of mhc-core on tensors, and ``driver.py`` loads
-and launches its functions, which ``mhc_backends.kernels.nvrtc`` compiles and keeps on disk.
+``ops.py`` has the ops, ``launches.py`` launches the kernels of a plan, and ``driver.py`` loads its
+functions, which ``mhc_backends.kernels.nvrtc`` compiles and keeps on disk.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mhc_backends.kernels.nvidia import OLDEST, devices
+from mhc_torch.plans.takes import MIXERS, first_tensor, is_mapped
 
 __all__ = ["MIXERS", "NO_VMAP", "OLDEST", "missing", "takes"]
-
-MIXERS = ("sinkhorn", "identity")  # whose mappings kernels make
 
 NO_VMAP = (
     "has no vmap: kernels take leading axes instead; without backend='torch-cuda', 'torch' answers "
@@ -56,16 +54,15 @@ def takes(arrays: Sequence[Any]) -> str | None:
     """Return why the kernels do not take these arrays, or None."""
     first = arrays[0]
     if not getattr(first, "is_cuda", False):
-        tensors = [one for one in arrays if hasattr(one, "is_cuda")]
-        if not tensors:
+        first = first_tensor(arrays)
+        if first is None:
             return None  # NumPy's, which go to the GPU
-        first = tensors[0]
         if not first.is_cuda:
             return f"takes CUDA tensors, not those on {first.device}"
     index = first.get_device()
     if index not in _REFUSED:
         _REFUSED[index] = _refusal(index)
-    return _REFUSED[index] or _mapped()
+    return _REFUSED[index] or (NO_VMAP if is_mapped() else None)
 
 
 def _refusal(index: int) -> str | None:
@@ -78,13 +75,3 @@ def _refusal(index: int) -> str | None:
         name = torch.cuda.get_device_name(index)
         return f"needs compute capability {OLDEST}.0 or later, and {name} has {major}.{minor}"
     return None
-
-
-def _mapped() -> str | None:
-    """Return a reason inside torch.vmap."""
-    functorch: Any = sys.modules["torch"]._C._functorch
-    if functorch.peek_interpreter_stack() is None:
-        return None
-    levels = functorch.get_interpreter_stack()
-    mapped = any(level.key() == functorch.TransformType.Vmap for level in levels)
-    return NO_VMAP if mapped else None

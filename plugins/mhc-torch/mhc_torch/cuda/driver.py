@@ -37,7 +37,7 @@ class Wanted(NamedTuple):
 
 
 class Driver(Protocol):
-    """The functions of a device that a replay needs."""
+    """The functions of a device that launches need."""
 
     device_type: str
     """The kind of tensors that it takes."""

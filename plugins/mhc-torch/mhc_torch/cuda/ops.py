@@ -9,14 +9,15 @@ import torch
 
 from mhc_torch import ops as neutral
 from mhc_torch.cuda.driver import Nvidia
-from mhc_torch.cuda.functions import functions
-from mhc_torch.cuda.kernels import Kernels
+from mhc_torch.cuda.launches import Cuda
 from mhc_torch.ops import checkpoint, compile, grad, to_host
+from mhc_torch.plans.functions import functions
+from mhc_torch.plans.kernels import Kernels
 
 __all__ = ["checkpoint", "compile", "from_host", "grad", "to_host", "vjp"]
 
 
-_op, vjp = functions(Kernels("torch-cuda", Nvidia()))
+_op, vjp = functions(Kernels("torch-cuda", Cuda(Nvidia())))
 
 
 def __getattr__(name: str) -> Any:

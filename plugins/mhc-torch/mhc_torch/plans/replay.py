@@ -1,43 +1,28 @@
 """A plan of mhc-core, run on the tensors of one device.
 
-A call allocates outputs, writes addresses into a table and launches. What does not change between
-calls is made once: functions, grids, lengths of axes, and the arrays of the arguments' addresses.
+A call allocates outputs and launches. What does not change between calls is made once, by the plan
+and by the host that launches.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
-import struct
-from collections.abc import Callable, Mapping, Sequence
-from operator import add, itemgetter
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
 import torch
 
-from mhc_backends.kernels.cuda_function import function
 from mhc_backends.kernels.plan import ITEMSIZE, Compute, Launch, Plan, Value
 from mhc_core.sharding import Group, channel_axis
-from mhc_torch.cuda.driver import Driver, Wanted
+from mhc_torch.plans.host import DTYPES, Host, Launcher
 
-__all__ = ["DTYPES", "Replay"]
+__all__ = ["Replay", "items", "viewed"]
 
 Tensor = torch.Tensor
 
 ALIGNMENT = 256  # bytes, to which each part of the workspace is aligned
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class _Launched(NamedTuple):
-    """A launch, as far as it is the same at every call; ``first`` is of its arguments, in bytes."""
-
-    function: Any
-    x: int
-    y: int
-    threads: int
-    memory: int
-    first: int
 
 
 class _Computed(NamedTuple):
@@ -67,16 +52,6 @@ class _AllReduce(NamedTuple):
             held[place] = one.view(part.shape)
 
 
-class _Table:
-    """The arguments of all launches of one call: their values, and the addresses of the values."""
-
-    def __init__(self, values: Sequence[int], order: Sequence[int]) -> None:
-        self.values = (ctypes.c_uint64 * max(len(values), 1))(*values)
-        first = ctypes.addressof(self.values)
-        self._order = (ctypes.c_uint64 * max(len(order), 1))(*(first + 8 * k for k in order))
-        self.start = ctypes.addressof(self._order)
-
-
 class Replay:
     """A plan on a device: takes its inputs, and returns its outputs and then what it saves.
 
@@ -84,8 +59,8 @@ class Replay:
     that is returned, and ``outputs`` is the number of outputs.
     """
 
-    def __init__(self, plan: Plan, driver: Driver, index: int) -> None:
-        self._driver, self._index = driver, index
+    def __init__(self, plan: Plan, host: Host, index: int) -> None:
+        self._host, self._index = host, index
         returned = list(plan.outputs)
         for value in plan.saved:
             if not any(value is other for other in returned):
@@ -94,18 +69,17 @@ class Replay:
         self.saved = [
             next(k for k, other in enumerate(returned) if other is value) for value in plan.saved
         ]
-        layout = _Layout(plan, returned)
-        self._made = [*layout.made, ((layout.room,), (1,), torch.uint8)][: layout.allocated]
+        layout = _Layout(plan, returned, host.shared_workspace)
+        self._made = layout.made
         self._results: list[None] = [None] * layout.computed
-        self._steps, self._arguments = _steps(plan, driver, index, layout)
+        self._steps = _steps(plan, host, index, layout)
         views = [layout.view(value) for value in returned]
         # a result is the caller's alone: not an input, nor another result
         shared = [one[0] < plan.inputs or one in views[:k] for k, one in enumerate(views)]
         self._returned = [(*one, copied) for one, copied in zip(views, shared, strict=True)]
         whole = all(view is None for _, view in views) and not any(shared)
         places = [place for place, _ in views]
-        self._take = _items(places) if whole else self._results_of
-        self._tables: list[_Table] = []  # threads that run a plan at once have a table each
+        self._take = items(places) if whole else self._results_of
         self.run = self._run_in_turn if layout.computed else self._launching()
 
     run: Callable[[list[Any]], Sequence[Tensor]]
@@ -120,10 +94,9 @@ class Replay:
 
         What it needs are its own variables, as reading attributes is a good part of a small call.
         """
-        driver, index, made, steps = self._driver, self._index, self._made, self._steps
-        guard, empty, launch, stream = driver.guard, driver.empty, driver.launch, driver.stream
-        tables, write, layout = self._tables, self._arguments.write, self._arguments.layout
-        take = self._take
+        host, index, made, take = self._host, self._index, self._made, self._take
+        guard, empty = host.guard, host.empty
+        launch: Any = self._steps[0] if self._steps else None
 
         def run(held: list[Any]) -> Sequence[Tensor]:
             if (context := guard(index)) is not None:
@@ -131,73 +104,44 @@ class Replay:
                     return run(held)
             for one in made:
                 held.append(empty(*one))
-            try:
-                table = tables.pop()
-            except IndexError:
-                table = _Table(*layout)
-            write(table.values, held)
-            current, start = stream(index), table.start
-            for kernel, x, y, threads, memory, first in steps:
-                error = launch(kernel, x, y, threads, memory, current, start + first)
-                if error:
-                    raise _failed(error)
-            tables.append(table)
+            if launch is not None:
+                launch(held)
             return take(held)
 
         return run
 
     def _results_of(self, held: list[Any]) -> Sequence[Tensor]:
-        results = [(_viewed(held[place], view), copied) for place, view, copied in self._returned]
+        results = [(viewed(held[place], view), copied) for place, view, copied in self._returned]
         return [result.clone() if copied else result for result, copied in results]
 
     def _run_in_turn(self, held: list[Any]) -> Sequence[Tensor]:
         """Run a plan in which PyTorch's own functions compute some values between launches."""
-        if (context := self._driver.guard(self._index)) is not None:
+        if (context := self._host.guard(self._index)) is not None:
             with context:
                 return self._run_in_turn(held)
-        held += [self._driver.empty(*one) for one in self._made]
+        held += [self._host.empty(*one) for one in self._made]
         held += self._results
-        try:
-            table = self._tables.pop()
-        except IndexError:
-            table = _Table(*self._arguments.layout)
-        written = False
         for step in self._steps:
             if isinstance(step, (_Computed, _AllReduce)):
                 step.run(held)
-                written = False
-                continue
-            if not written:
-                self._arguments.write(table.values, held)
-                written = True
-            function, x, y, threads, memory, first = step
-            stream = self._driver.stream(self._index)
-            error = self._driver.launch(
-                function, x, y, threads, memory, stream, table.start + first
-            )
-            if error:
-                raise _failed(error)
-        self._tables.append(table)
+            else:
+                step(held)
         return self._take(held)
 
 
-def _items(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+def items(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
     """Return a function that takes these items of a sequence."""
     if len(places) > 1:
         return itemgetter(*places)
     return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
 
 
-def _viewed(tensor: Tensor, view: tuple[Any, ...] | None) -> Tensor:
+def viewed(tensor: Tensor, view: tuple[Any, ...] | None) -> Tensor:
+    """Return the part of a tensor that a view names, by its shape, strides and offset."""
     if view is None:
         return tensor
     shape, strides, offset = view
     return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
-
-
-def _failed(error: Any) -> Exception:
-    name = getattr(error, "name", error)
-    return RuntimeError(f"backend 'torch-cuda': a kernel could not be launched: {name}")
 
 
 # ---- what is decided once ------------------------------------------------------------------------
@@ -206,12 +150,12 @@ def _failed(error: Any) -> Exception:
 class _Layout:
     """The place of every buffer in the list of a call's tensors.
 
-    First the inputs, then the tensors that the call makes, then the workspace, which holds all
-    buffers that only launches see, then the results of PyTorch's own steps.
+    First the inputs, then the tensors that the call makes, then the results of PyTorch's own steps.
+    The last tensor that a call makes is the workspace, which holds all buffers that only launches
+    see, unless the host wants a tensor for each of these.
     """
 
-    def __init__(self, plan: Plan, returned: Sequence[Value]) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, returned: Sequence[Value], shared_workspace: bool) -> None:
         computes = [step for step in plan.steps if isinstance(step, Compute)]
         results = [step.out.buffer for step in computes]
         seen = {value.buffer for step in computes for value in _values(step.arguments)}
@@ -226,7 +170,7 @@ class _Layout:
         self._offset: dict[int, int] = {}
         self._shape: dict[int, tuple[int, ...]] = {}
         self.constants: dict[int, tuple[float, ...]] = {}
-        self.room = 0
+        room = 0
         inside: list[int] = []
         for number, buffer in enumerate(plan.buffers):
             self._shape[number] = tuple(buffer.shape)
@@ -234,21 +178,21 @@ class _Layout:
                 self.constants[number] = buffer.constant
             elif number < plan.inputs or number in results:
                 continue
-            elif number in seen:
+            elif number in seen or not shared_workspace:
                 shape = self._shape[number] = tuple(map(int, shapes.get(number, buffer.shape)))
                 self._place[number] = plan.inputs + len(self.made)
                 self.made.append((shape, _strides(shape), DTYPES[buffer.dtype]))
             else:
                 inside.append(number)
-                self._offset[number] = self.room
+                self._offset[number] = room
                 size = math.prod(buffer.shape) * ITEMSIZE[buffer.dtype]
-                self.room += -(-size // ALIGNMENT) * ALIGNMENT
+                room += -(-size // ALIGNMENT) * ALIGNMENT
+        self._place |= dict.fromkeys(inside, plan.inputs + len(self.made))
+        if room:
+            self.made.append(((room,), (1,), torch.uint8))
         after = plan.inputs + len(self.made)
-        self._place |= dict.fromkeys(inside, after)
-        after += self.room > 0
         self._place |= {number: after + k for k, number in enumerate(results)}
         self.computed = len(results)
-        self.allocated = len(self.made) + (self.room > 0)
         self.count = after + self.computed  # the tensors of a call
 
     def place(self, value: Value) -> tuple[int, int]:
@@ -272,102 +216,29 @@ def _values(arguments: Sequence[Any]) -> list[Value]:
     return [one for one in arguments if isinstance(one, Value)]
 
 
-class _Arguments:
-    """The arguments of all launches of a plan, each value once: addresses, then what is fixed."""
-
-    def __init__(self, layout: _Layout, constants: Mapping[int, int]) -> None:
-        self._layout, self._constants = layout, constants
-        self._moving: dict[tuple[int, int], int] = {}
-        self._fixed: dict[int, int] = {}
-        self._order: list[tuple[bool, int]] = []
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def address(self, value: Value) -> None:
-        """Add the address of an array."""
-        if value.buffer in self._constants:
-            at = self._constants[value.buffer] + value.offset * ITEMSIZE[value.dtype]
-            self.number(at)
-        else:
-            place = self._layout.place(value)
-            self._order.append((True, self._moving.setdefault(place, len(self._moving))))
-
-    def number(self, number: int) -> None:
-        """Add a number that is the same at every call."""
-        self._order.append((False, self._fixed.setdefault(number, len(self._fixed))))
-
-    def close(self) -> None:
-        """Fix the layout, after the last argument."""
-        count = len(self._moving)
-        self.layout = (
-            [0] * count + list(self._fixed),
-            [k if moving else count + k for moving, k in self._order],
-        )
-        pack, address = struct.Struct(f"{count}Q").pack_into, Tensor.data_ptr
-        places, offsets = zip(*self._moving, strict=True) if self._moving else ((), ())
-        items = _items(places)
-
-        def write_in_order(values: Any, held: Sequence[Any]) -> None:
-            pack(values, 0, *map(address, held))
-
-        def write(values: Any, held: Sequence[Any]) -> None:
-            pack(values, 0, *map(add, items([*map(address, held)]), offsets))
-
-        def write_what_is_there(values: Any, held: Sequence[Any]) -> None:
-            base = [0 if one is None else address(one) for one in held]
-            pack(values, 0, *map(add, items(base), offsets))
-
-        if self._layout.computed:
-            self.write = write_what_is_there
-        elif places == tuple(range(self._layout.count)) and not any(offsets):
-            self.write = write_in_order
-        else:
-            self.write = write
-
-    write: Callable[[Any, Sequence[Any]], None]
-    """Write the addresses of a call's tensors; a result that is not there yet has none."""
-
-
-def _steps(plan: Plan, driver: Driver, index: int, layout: _Layout) -> tuple[list[Any], _Arguments]:
-    launches = [step for step in plan.steps if isinstance(step, Launch)]
-    functions = [function(step) for step in launches]
-    wanted = [
-        Wanted(one.text, step.program.memory) for one, step in zip(functions, launches, strict=True)
-    ]
-    loaded = zip(functions, driver.functions(index, wanted), strict=True)
-    constants = {
-        number: driver.constant(index, numbers) for number, numbers in layout.constants.items()
-    }
-    arguments = _Arguments(layout, constants)
-    steps: list[Any] = []
+def _steps(
+    plan: Plan, host: Host, index: int, layout: _Layout
+) -> list[_Computed | _AllReduce | Launcher]:
+    """Return PyTorch's own steps, and a function for each run of launches between them."""
+    parts: list[list[Launch]] = []
+    order: list[_Computed | _AllReduce | None] = []  # None for the next part
     for step in plan.steps:
         if isinstance(step, Compute) and step.kind == "all_reduce":
-            joins = steps and isinstance(steps[-1], _AllReduce)  # sums do not wait for one another
-            readers, places = steps.pop() if joins else ((), ())
+            last = order[-1] if order else None
+            if isinstance(last, _AllReduce):  # sums do not wait for one another
+                order.pop()
+            readers, places = last if isinstance(last, _AllReduce) else ((), ())
             read, place = _reader(step.arguments[0], layout), layout.place(step.out)[0]
-            steps.append(_AllReduce((*readers, read), (*places, place)))
-            continue
-        if isinstance(step, Compute):
-            steps.append(_Computed(_compute(step, layout), layout.place(step.out)[0]))
-            continue
-        text, ready = next(loaded)
-        made, first = step.program.launch, 8 * len(arguments)
-        arrays = {**step.inputs, **step.outputs}
-        for argument in text.arguments:
-            value = arrays[argument.array]
-            if argument.axis is None:
-                arguments.address(value)
-            else:
-                arguments.number(int(value.shape[argument.axis]))
-        threads = made.threadgroup[0]
-        steps.append(
-            _Launched(
-                ready, made.grid[0] // threads, made.grid[1], threads, step.program.memory, first
-            )
-        )
-    arguments.close()
-    return steps, arguments
+            order.append(_AllReduce((*readers, read), (*places, place)))
+        elif isinstance(step, Compute):
+            order.append(_Computed(_compute(step, layout), layout.place(step.out)[0]))
+        elif order and order[-1] is None:
+            parts[-1].append(step)
+        else:
+            parts.append([step])
+            order.append(None)
+    launchers = iter(host.launchers(parts, layout, index))
+    return [next(launchers) if one is None else one for one in order]
 
 
 # ---- PyTorch's own steps -------------------------------------------------------------------------
@@ -413,4 +284,4 @@ def _reader(argument: Any, layout: _Layout) -> Callable[[Sequence[Any]], Any]:
     if argument.buffer in layout.constants:
         return _constant(layout.constants[argument.buffer], tuple(map(int, argument.shape)))
     place, view = layout.view(argument)
-    return lambda held: _viewed(held[place], view)
+    return lambda held: viewed(held[place], view)

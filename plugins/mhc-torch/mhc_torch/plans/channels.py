@@ -17,7 +17,7 @@ from mhc_backends.kernels.ops import OF_PARTS
 from mhc_core import gradients, math
 from mhc_core.sharding import Group, channel_axis, channels_over
 from mhc_torch import _function
-from mhc_torch.cuda.replay import Replay
+from mhc_torch.plans.replay import Replay
 
 __all__ = ["Shared"]
 

@@ -24,11 +24,11 @@ from mhc_core.sharding import channel_axis
 from mhc_core.variants import Variant
 from mhc_torch import _dtensor, _function
 from mhc_torch._variants import key_of, made
-from mhc_torch.cuda.channels import Shared
-from mhc_torch.cuda.driver import Driver
-from mhc_torch.cuda.kinds import recogniser
-from mhc_torch.cuda.replay import DTYPES, Replay
 from mhc_torch.ops import require_one_device
+from mhc_torch.plans.channels import Shared
+from mhc_torch.plans.host import DTYPES, Host
+from mhc_torch.plans.kinds import recogniser
+from mhc_torch.plans.replay import Replay
 
 __all__ = ["Kernels"]
 
@@ -50,15 +50,15 @@ _BY_NAME: dict[str, Kernels] = {}
 
 
 class Kernels:
-    """The ops on the devices of one driver, under a name that custom operators pass on.
+    """The ops on the devices of one host, under a name that custom operators pass on.
 
     Plans are made for exact shapes, in about a millisecond. They launch functions that many shapes
     share, so a new number of tokens compiles nothing.
     """
 
-    def __init__(self, name: str, driver: Driver) -> None:
-        self.name = name
-        self._driver = driver
+    def __init__(self, name: str, host: Host) -> None:
+        self.name, self.dialect = name, host.dialect
+        self._host = host
         self._replays: dict[Any, Replay] = {}
         self._kinds: dict[Any, _Kind] = {}
         self.shared = Shared(self._of_parts, _present, _plain)
@@ -95,12 +95,13 @@ class Kernels:
     def _new(self, what: str, op: str, groups: Any, static: Static, devices: int) -> Replay:
         index = groups[0][0].get_device()
         arrays = [[(tuple(one.shape), one.dtype) for one in group] for group in groups]
-        plan = _recorded(what, op, arrays, static, self._driver.memory(index), devices)
-        guard = self._driver.guard(index)
+        memory = self._host.memory(index)
+        plan = _recorded(self.dialect, what, op, arrays, static, memory, devices)
+        guard = self._host.guard(index)
         if guard is None:
-            return Replay(plan, self._driver, index)
+            return Replay(plan, self._host, index)
         with guard:
-            return Replay(plan, self._driver, index)
+            return Replay(plan, self._host, index)
 
     # ---- forwards --------------------------------------------------------------------------------
 
@@ -268,10 +269,16 @@ def _split(static: Static) -> tuple[Static, tuple[int, ...]]:
 
 
 def _recorded(
-    what: str, op: str, arrays: Any, static: Static, memory: int, devices: int = 1
+    dialect: str,
+    what: str,
+    op: str,
+    arrays: Any,
+    static: Static,
+    memory: int,
+    devices: int = 1,
 ) -> Plan:
     own, absent = _split(static)
-    return record(what, op, arrays, own, "cuda", memory, absent, devices)
+    return record(what, op, arrays, own, dialect, memory, absent, devices)
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
@@ -392,7 +399,7 @@ class _OpInTransforms(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         kernels, op, static, *primals = inputs
-        saved, outputs = _places(op, _written(static), primals)
+        saved, outputs = _places(kernels.dialect, op, _written(static), primals)
         ctx.given = kernels, op, static, len(primals), outputs
         ctx.save_for_backward(*primals, *[output[k] for k in saved])
 
@@ -462,7 +469,7 @@ def _forward(backend: str, op: str, static: str, arrays: Sequence[Tensor]) -> li
 
 @_forward.register_fake
 def _(backend: str, op: str, static: str, arrays: Sequence[Tensor]) -> list[Tensor]:
-    shapes = _described(op, static, arrays).shapes
+    shapes = _described(_BY_NAME[backend].dialect, op, static, arrays).shapes
     device = arrays[0].device
     return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
 
@@ -477,25 +484,25 @@ class _Described(NamedTuple):
     outputs: int
 
 
-_PLACES: dict[tuple[str, int, str], tuple[list[int], int]] = {}
+_PLACES: dict[tuple[str, str, int, str], tuple[list[int], int]] = {}
 
 
-def _places(op: str, static: str, arrays: Sequence[Tensor]) -> tuple[list[int], int]:
+def _places(dialect: str, op: str, static: str, arrays: Sequence[Tensor]) -> tuple[list[int], int]:
     """Return the last two of these, which the shapes of an op's arrays do not change."""
-    key = op, len(arrays), static
+    key = dialect, op, len(arrays), static
     if key not in _PLACES:
-        _PLACES[key] = _described(op, static, arrays)[1:]
+        _PLACES[key] = _described(dialect, op, static, arrays)[1:]
     return _PLACES[key]
 
 
-def _described(op: str, static: str, arrays: Sequence[Tensor]) -> _Described:
+def _described(dialect: str, op: str, static: str, arrays: Sequence[Tensor]) -> _Described:
     """Describe the results of an op.
 
     A length that a compiler leaves open is passed through the plan as an :class:`Axis`, which comes
     back in the results' shapes.
     """
     given = [(tuple(_length(n) for n in one.shape), one.dtype) for one in arrays]
-    plan = _recorded("forward_with_saved", op, [given], _read(static), 1 << 17)
+    plan = _recorded(dialect, "forward_with_saved", op, [given], _read(static), 1 << 17)
     results = list(plan.outputs)
     for value in plan.saved:
         if not any(value is other for other in results):
@@ -514,7 +521,7 @@ def _length(length: Any) -> int:
 
 def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     backend, op, static, arrays = inputs
-    saved, count = _places(op, static, arrays)
+    saved, count = _places(_BY_NAME[backend].dialect, op, static, arrays)
     ctx.given = backend, op, static, len(arrays), count
     ctx.save_for_backward(*arrays, *[output[k] for k in saved])
 
@@ -522,7 +529,7 @@ def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) ->
 def _forward_backward(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Any, ...]:
     backend, op, static, number, count = ctx.given
     kept = ctx.saved_tensors
-    shapes = _described(op, static, kept[:number]).shapes
+    shapes = _described(_BY_NAME[backend].dialect, op, static, kept[:number]).shapes
     given = [
         torch.zeros(shape, dtype=dtype, device=kept[0].device) if one is None else one
         for one, (shape, dtype) in zip(cotangents[:count], shapes[:count], strict=True)

@@ -1,4 +1,4 @@
-"""The functions of a backend on CUDA tensors, whatever device runs their plans."""
+"""The functions of a backend on tensors of any host that runs plans."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mhc_backends.kernels.ops import OPS
 from mhc_core.sharding import channel_axis
 from mhc_torch import _dtensor
 from mhc_torch import ops as neutral
-from mhc_torch.cuda.kernels import Kernels
+from mhc_torch.plans.kernels import Kernels
 
 __all__ = ["functions"]
 
