@@ -22,6 +22,7 @@ __all__ = [
     "channel_axis",
     "channels_over",
     "check_op",
+    "in_this_block",
     "library",
 ]
 
@@ -85,6 +86,20 @@ def channels_over(axis: Axis | None) -> Generator[None]:
 def channel_axis() -> Axis | None:
     """Return the devices of :func:`channels_over`, or None outside of it."""
     return _axis.get()
+
+
+def in_this_block(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that runs with the devices of here, wherever it is called.
+
+    A recomputation runs in a backward pass: after the block has ended, or in another thread.
+    """
+    axis = _axis.get()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with channels_over(axis):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def library() -> str | None:

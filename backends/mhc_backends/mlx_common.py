@@ -5,12 +5,15 @@ Imports nothing heavy; the functions that need MLX import it.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, cast
+
+from mhc_core.sharding import in_this_block
 
 OLDEST = "0.32.3"  # the first with right transposes and a max of empty arrays
 
@@ -110,6 +113,18 @@ def refuse_second(op: str, *_: Any) -> Any:
     )
 
 
+def once(op: str, gradients: Sequence[Any]) -> tuple[Any, ...]:
+    """Return gradients that cannot be differentiated: what crosses devices there has no vjp."""
+    import mlx.core as mx
+
+    def same(*arrays: Any) -> Any:
+        return arrays
+
+    guarded: Any = mx.custom_function(same)
+    guarded.vjp(functools.partial(refuse_second, op))
+    return as_tuple(guarded(*gradients))
+
+
 def from_host(array: Any) -> Any:
     """Return a NumPy array as an MLX array of the same dtype."""
     import mlx.core as mx
@@ -157,4 +172,7 @@ def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     """Apply mx.checkpoint."""
     import mlx.core as mx
 
-    return mx.checkpoint(function)
+    def call(*arrays: Any) -> Any:
+        return mx.checkpoint(in_this_block(function))(*arrays)
+
+    return call

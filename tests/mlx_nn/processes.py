@@ -22,6 +22,7 @@ from mlx.nn.layers.distributed import shard_linear
 from mlx.utils import tree_flatten
 
 import mhc_core as mhc
+from mhc_backends.mlx_common import checkpoint
 from mhc_core.mlx import (
     GatedConnection,
     GatedHead,
@@ -249,6 +250,40 @@ def kernels(group: Any) -> dict[str, Any] | None:
     return {"error": error, "sums": seen}
 
 
+def recomputed(group: Any) -> float:
+    """Recompute a stack, and a sublayer, where the block is open in the loss alone."""
+    stack = sharded(group)
+    own = mx.split(hidden(), group.size(), axis=-1)[group.rank()]
+
+    def of_stack(h: mx.array) -> mx.array:
+        with channels_over(group):
+            return loss_of(stack(h)) / group.size()
+
+    _, gradients = nn.value_and_grad(stack, of_stack)(own)
+    _, wanted = alone()
+    got = flat(gradients)
+    error = max(apart(got[k], own_of(wanted[k], got[k], group)) for k in got)
+
+    mx.random.seed(6)
+    arrays = [mx.random.normal(shape) for shape in ((3, n, C), (24, n, C), (3,), (24,))]
+
+    def run(x: mx.array, phi: mx.array, *rest: mx.array) -> mx.array:
+        h, h_post, h_res = mhc.pre(x, phi.reshape(24, -1), *rest, mhc.DEEPSEEK_V4)
+        return mhc.combine(x, mx.tanh(h), h_post, h_res)
+
+    def inside(*arrays: mx.array) -> mx.array:
+        with channels_over(group):
+            return checkpoint(run)(*arrays).square().sum()
+
+    pulled = mx.grad(lambda *a: run(*a).square().sum(), (0, 1, 2, 3))(*arrays)
+    parts = [mx.split(one, group.size(), axis=-1)[group.rank()] for one in arrays[:2]]
+    for k, one in enumerate(mx.grad(inside, (0, 1, 2, 3))(*parts, *arrays[2:])):
+        whole = pulled[k]
+        part = mx.split(whole, group.size(), axis=-1)[group.rank()] if k < 2 else whole
+        error = max(error, apart(one, part))
+    return error
+
+
 def refusals(group: Any) -> dict[str, str]:
     """Return the errors of calls that do not fit."""
     x, weights = mx.ones((2, n, C)), mx.ones((2, n))
@@ -267,6 +302,17 @@ def refusals(group: Any) -> dict[str, str]:
 
         return mx.grad(norm)(x)
 
+    def through_vjp() -> Any:
+        def norm(x: mx.array) -> mx.array:
+            pulled = mhc.vjp("aggregate", (x, weights), (mx.ones((2, C)),))
+            return (pulled[1] ** 2).sum()
+
+        return mx.grad(norm)(x)
+
+    def through_vjp_of_kernels() -> Any:
+        with mhc.use_backend("mlx-metal-simulator"):
+            return through_vjp()
+
     def quantised() -> nn.Module:
         head = GatedHead(64, n, 64)
         nn.quantize(head)
@@ -275,6 +321,8 @@ def refusals(group: Any) -> dict[str, str]:
     return {
         "op": said(lambda: mhc.pre_scale(mx.ones((2, n * C)), weights)),
         "twice": said(twice),
+        "twice, vjp": said(through_vjp),
+        "twice, vjp of kernels": said(through_vjp_of_kernels),
         "stage": said(lambda: pipeline_value_and_grad(made(), loss_of, group)),
         "odd": said(lambda: shard_channels(HyperHead(C + 1), group)),
         "quantised": said(lambda: shard_channels(quantised(), group)),
@@ -364,6 +412,7 @@ def main() -> None:
         "data": data(group),
         "channels": channels(group),
         "channels, gated": gated(group),
+        "channels, recomputed": recomputed(group),
         "pipeline": pipeline(group),
         "pipeline, single pass": pipeline(group, single_pass=True),
         "sums": traffic(group),

@@ -58,7 +58,10 @@ def found() -> dict[str, Any]:
     return json.loads(lines[-1])
 
 
-LAYOUTS = ("data", "channels", "channels, gated", "pipeline", "pipeline, single pass")
+LAYOUTS = (
+    "data", "channels", "channels, gated", "channels, recomputed", "pipeline",
+    "pipeline, single pass",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,6 +97,9 @@ def test_what_does_not_fit_is_refused(found: dict[str, Any]) -> None:
     refused: dict[str, str] = found["refused"]
     assert refused["op"].startswith("pre_scale: it takes no sharded channels; of the ops, aggreg")
     assert refused["twice"].startswith("aggregate: gradients of gradients need whole channels")
+    assert refused["twice, vjp"] == refused["twice"]
+    if found["kernels"] is not None:
+        assert refused["twice, vjp of kernels"] == refused["twice"]
     assert refused["stage"].startswith("pipeline_value_and_grad: the stage has first=True and last")
     assert refused["odd"] == "shard_channels: dims is 17; needs a multiple of the 2 processes"
     assert refused["quantised"].startswith(

@@ -15,7 +15,15 @@ import mlx.core as mx
 from mhc_backends.kernels import host, ops
 from mhc_backends.kernels.host import Channels
 from mhc_backends.kernels.mlx import Kernels
-from mhc_backends.mlx_common import as_tuple, distinct, filled, placed, present, refuse_second
+from mhc_backends.mlx_common import (
+    as_tuple,
+    distinct,
+    filled,
+    once,
+    placed,
+    present,
+    refuse_second,
+)
 from mhc_backends.mlx_compiled import ops as mlx_ops
 from mhc_core import gradients
 from mhc_core import math as neutral_math
@@ -136,7 +144,9 @@ class Ops:
         cotangents_there = kept(op, static)
 
         def pull(primals: Any, cotangents: Any) -> tuple[mx.array, ...]:
-            return present(function(filled(primals, there), filled(cotangents, cotangents_there)))
+            arrays = filled(primals, there), filled(cotangents, cotangents_there)
+            pulled = present(function(*arrays))
+            return pulled if axis is None else once(op, pulled)
 
         return self._compiled(pull)
 

@@ -25,9 +25,9 @@ from mhc_backends.mlx_common import (
     filled,
     from_host,
     grad,
+    once,
     placed,
     present,
-    refuse_second,
     to_host,
     vmap,
 )
@@ -96,24 +96,13 @@ def _forward(
         arrays = filled(as_tuple(primals), there)
         with channels_over(axis):
             gradients = distinct(present(module.vjp(arrays, given, *saved, **options)))
-        return gradients if axis is None else _once(op, gradients)
+        return gradients if axis is None else once(op, gradients)
 
     def again(*arrays: mx.array) -> Any:
         return _forward(op, static, device, there, axis)(*arrays)
 
     words = [name for name, is_there in zip(module.OP.arrays, there, strict=False) if is_there]
     return _compiled(differentiable(forward, pullback, module.OP, words, again), op, device)
-
-
-def _once(op: str, gradients: tuple[mx.array, ...]) -> tuple[mx.array, ...]:
-    """Return gradients that cannot be differentiated: what crosses devices there has no vjp."""
-
-    def same(*arrays: mx.array) -> Any:
-        return arrays
-
-    guarded = mx.custom_function(same)
-    guarded.vjp(functools.partial(refuse_second, op))
-    return as_tuple(guarded(*gradients))
 
 
 @functools.cache
@@ -125,7 +114,8 @@ def _vjp(
     def function(primals: Any, cotangents: Any) -> Any:
         given = filled(cotangents, module.OP.kept(options))
         with channels_over(axis):
-            return present(module.vjp(filled(primals, there), given, **options))
+            pulled = present(module.vjp(filled(primals, there), given, **options))
+        return pulled if axis is None else once(op, pulled)
 
     return _compiled(function, op, device)
 

@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx import nn, utils
 
 from mhc_backends.mlx_common import as_tuple, filled
+from mhc_core.sharding import in_this_block
 
 __all__ = ["recomputed"]
 
@@ -57,7 +58,7 @@ def recomputed(
         return tuple(output for output in outputs if output is not None)
 
     try:
-        outputs = as_tuple(_in_order(run)(*_arrays(tree)))
+        outputs = as_tuple(_in_order(in_this_block(run))(*_arrays(tree)))
     except CapturedError:
         return function(blocks, *arguments)
     return function(blocks, *arguments) if drawn else filled(outputs, given)

@@ -38,6 +38,9 @@ def channels_over(group: mx.distributed.Group | None = None) -> Generator[None]:
     ``mhc_core.sharding.CHANNEL_OPS``, on ``mlx-compiled`` and on the kernels of ``mlx-metal`` and
     ``mlx-cuda``. Take gradients of gradients of whole tokens only.
 
+    ``mx.checkpoint`` runs a function again for its gradients: where these are taken outside the
+    block, open it inside that function. ``HyperConnectedStack`` does so itself.
+
     Parameters
     ----------
     group

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mhc_core.dispatch import get_op
 from mhc_core.sharding import Group, channels_over, check_op
@@ -25,6 +26,8 @@ from mhc_torch import _function
 __all__ = ["apply", "group_of", "is_distributed", "vjp"]
 
 CHANNELS = "channels"
+
+_C: Any = torch._C
 
 
 def is_distributed(arrays: Sequence[Any]) -> bool:
@@ -38,6 +41,11 @@ def group_of(groups: Sequence[Any]) -> Group:
     from torch import distributed
 
     def total(part: Tensor) -> Tensor:
+        if (way := _symbolic(part)) is not None:
+            raise RuntimeError(
+                "channels_over: a sum over the processes is for eager code, and this call is "
+                f"under {way}; needs tensors with numbers"
+            )
         whole = part.contiguous().clone()
         for group in groups:
             distributed.all_reduce(whole, group=group)
@@ -45,6 +53,15 @@ def group_of(groups: Sequence[Any]) -> Group:
 
     size = math.prod(distributed.get_world_size(group) for group in groups)
     return Group("torch", tuple(groups), size, total)
+
+
+def _symbolic(part: Tensor) -> str | None:
+    """Return what is under way where a tensor stands for others, else None."""
+    if _C._functorch.is_batchedtensor(part):
+        return "torch.vmap"
+    if torch._is_functional_tensor(part) or isinstance(part, FakeTensor):
+        return "torch.compile"
+    return None
 
 
 def apply(
@@ -95,7 +112,7 @@ def vjp(
         elif shared is not None:
             gradients = shared(op, local, tuple(given), dict(static))
         else:
-            gradients = _function.pull_back(op, local, tuple(given), None, dict(static))
+            gradients = _function.pull_back_parts(op, local, tuple(given), dict(static))
     return tuple(map(layout.gradient, names, primals, gradients))
 
 

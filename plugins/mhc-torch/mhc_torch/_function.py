@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,7 @@ from mhc_core.sharding import Axis, channel_axis, channels_over
 from mhc_torch import _knopp
 from mhc_torch._precision import full_float32
 
-__all__ = ["apply", "filled", "pull_back", "refuse_second"]
+__all__ = ["apply", "filled", "pull_back", "pull_back_parts", "refuse_second", "witness"]
 
 Tensors = tuple[torch.Tensor, ...]
 Arrays = tuple["torch.Tensor | None", ...]  # None for what is absent
@@ -48,6 +48,43 @@ def pull_back(
         return math.load(op).vjp(primals, cotangents, saved, **static)
 
 
+def pull_back_parts(
+    op: str,
+    primals: Sequence[torch.Tensor | None],
+    cotangents: Sequence[torch.Tensor | None],
+    static: dict[str, Any],
+    pull: Callable[..., Arrays] | None = None,
+) -> Arrays:
+    """Pull cotangents back on parts of the channels, by ``pull`` or the formulas.
+
+    The gradients cannot be differentiated: PyTorch passes a cotangent through an all-reduce as it
+    is, with a warning, where it should be summed.
+    """
+
+    def run() -> Arrays:
+        if pull is not None:
+            return pull(op, primals, cotangents, static)
+        return pull_back(op, tuple(primals), tuple(cotangents), None, static)
+
+    there = [one for one in (*primals, *cotangents) if one is not None]
+    if torch.is_grad_enabled() and any(one.requires_grad for one in there):
+        return cast("Arrays", cast("Any", _Once).apply(op, run, *there))
+    return run()
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, run: Callable[[], Arrays], *_: torch.Tensor) -> Arrays:
+        ctx.op = op
+        return tuple(None if one is None else _owned(one) for one in run())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise _second(ctx.op)
+
+
 class _Op(torch.autograd.Function):
     """An op's autograd function: the op's outputs, then what else the vjp saves beside its primals.
 
@@ -73,13 +110,16 @@ class _Op(torch.autograd.Function):
         where = _ALSO_OUTPUT[ctx.op]
         ctx.primals = len(primals)
         ctx.save_for_backward(
-            *primals, *[next(extra) if index is None else output[index] for index in where]
+            *primals,
+            *[next(extra) if index is None else output[index] for index in where],
+            *witness(ctx.axis, primals),
         )
+        ctx.saved = len(primals) + len(where)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[Any, ...]:
         kept = ctx.saved_tensors  # read once: a checkpoint recomputes them at each access
-        primals, saved = kept[: ctx.primals], kept[ctx.primals :]
+        primals, saved = kept[: ctx.primals], kept[ctx.primals : ctx.saved]
         # If this backward is itself differentiated, the saved values are recomputed from the
         # primals, because the vjp has no cotangents for saved values.
         if torch.is_grad_enabled():
@@ -95,10 +135,23 @@ class _Op(torch.autograd.Function):
 def refuse_second(op: str, axis: Axis | None) -> None:
     """Raise in a backward that is itself differentiated, where devices share channels."""
     if axis is not None and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{op}: gradients of gradients (create_graph=True) need whole channels, not their "
-            "parts on several devices"
-        )
+        raise _second(op)
+
+
+def _second(op: str) -> Exception:
+    return RuntimeError(
+        f"{op}: gradients of gradients (create_graph=True) need whole channels, not their "
+        "parts on several devices"
+    )
+
+
+def witness(axis: Axis | None, primals: Sequence[Any]) -> tuple[Any, ...]:
+    """Return what is saved besides, where devices share channels.
+
+    torch.utils.checkpoint compares the number of tensors that are saved, so it refuses a
+    recomputation outside the block, whose numbers would be wrong.
+    """
+    return () if axis is None else (next(one for one in primals if one is not None),)
 
 
 def _run(op: str, static: dict[str, Any], primals: Arrays) -> tuple[Tensors, Tensors]:

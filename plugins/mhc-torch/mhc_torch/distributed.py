@@ -46,7 +46,12 @@ def channels_over(group: distributed.ProcessGroup | None = None) -> Generator[No
     backends ``torch`` and ``torch-cuda``.
 
     DTensors need no block: their placements say it. The block is for eager code: torch.compile
-    cannot look at it.
+    cannot look at it, and torch.vmap maps no sum over processes.
+
+    ``torch.utils.checkpoint`` runs a function again in the backward pass, where this block is not
+    open: open it inside that function. ``HyperConnectedStack`` does so itself. Without reentrance a
+    block around the checkpoint is an error of PyTorch's, "A different number of tensors was saved",
+    unless the backward pass is inside the block too; with reentrance it gives wrong gradients.
 
     Parameters
     ----------

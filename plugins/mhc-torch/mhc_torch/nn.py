@@ -6,16 +6,13 @@ options, and with the same weights the same outputs and gradients.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import mhc_core
-import mhc_torch.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from mhc_backends.nn_common import (
     ALPHA,
     Recompute,
@@ -35,11 +32,12 @@ from mhc_backends.nn_common import (
     segment,
     sent,
 )
-from mhc_core import checks, sharding
+from mhc_core import checks
 from mhc_core.variants import PAPER, Variant
 from mhc_torch._norms import is_changed, norm_inside
 from mhc_torch._variants import key_of, variant_of
 from mhc_torch.gated import GatedConnection, GatedHead
+from mhc_torch.ops import checkpoint
 
 mhc: Any = mhc_core  # the arrays here are those of any library
 
@@ -450,20 +448,14 @@ class HyperConnectedStack(nn.Module):
         wanted = self.training and torch.is_grad_enabled()
         recompute = wanted and size < len(blocks)
         recompute = recompute and is_repeatable(arguments, (Tensor, torch.dtype, torch.device))
-        # a recomputation runs after the caller's block, which a tracing compiler cannot look at
-        axis = None if torch.compiler.is_compiling() else sharding.channel_axis()
         for start in range(0, len(blocks), size):
             stop = min(start + size, len(blocks))
 
             def run(*state: Tensor, start: int = start, stop: int = stop) -> tuple[Tensor, ...]:
                 part, given = blocks[start : stop + 1], arguments[start:stop]
-                with contextlib.nullcontext() if axis is None else sharding.channels_over(axis):
-                    return run_sublayers(part, start, given, state, self.single_pass, self.first)
+                return run_sublayers(part, start, given, state, self.single_pass, self.first)
 
-            state = _checkpoint(run, *state, use_reentrant=False) if recompute else run(*state)
+            state = checkpoint(run)(*state) if recompute else run(*state)
         if not self.last:
             return sent(state, self.single_pass)
         return collapse(state, self.single_pass, self.head)
-
-
-_checkpoint = cast("Callable[..., tuple[Tensor, ...]]", torch.utils.checkpoint.checkpoint)

@@ -20,6 +20,7 @@ import torch.utils.checkpoint
 
 from mhc_core import math
 from mhc_core.dispatch import OPAQUE
+from mhc_core.sharding import channel_axis, in_this_block
 from mhc_torch import _dtensor, _function
 
 for _function_of_core in OPAQUE:
@@ -50,6 +51,8 @@ def vjp(
     if _dtensor.is_distributed(primals):
         return _dtensor.vjp(op, vjp, primals, cotangents, static)
     require_one_device_of_vjp(op, primals, cotangents)
+    if channel_axis() is not None:
+        return _function.pull_back_parts(op, primals, cotangents, static)
     return _function.pull_back(op, primals, cotangents, None, static)
 
 
@@ -145,5 +148,14 @@ def vmap(function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callabl
 
 def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     """Checkpoint by torch.utils.checkpoint, which computes the function again in the backward."""
-    again = cast("Callable[..., Any]", torch.utils.checkpoint.checkpoint)
-    return lambda *arrays: again(function, *arrays, use_reentrant=False)
+
+    def call(*arrays: Any) -> Any:
+        # a tracing compiler cannot look at a context variable
+        run = function if torch.compiler.is_compiling() else in_this_block(function)
+        return _checkpoint(run, *arrays, use_reentrant=False)
+
+    return call
+
+
+_checkpoint = cast("Callable[..., Any]", torch.utils.checkpoint.checkpoint)
+"""A global: the compiler's tracer does not follow it as a variable."""

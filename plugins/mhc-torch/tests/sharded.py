@@ -7,6 +7,7 @@ each; docs/records has what it printed. tests/test_sharded.py asserts the same o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import os
 import sys
@@ -48,6 +49,7 @@ from mhc_torch.nn import (
     HyperConnection,
     HyperHead,
 )
+from mhc_torch.ops import checkpoint
 
 B, S, n, C, R = 4, 8, 4, 16, 3  # R is the rank of the gates
 QUICK = mhc.DEEPSEEK_V4
@@ -448,6 +450,43 @@ def megatron(mesh: Any, backend: str = "torch", watch: Any = Collectives) -> Fou
     return Found(max(errors), forward.seen, backward.seen)
 
 
+def recomputed(mesh: Any) -> Found:
+    """Recompute a sublayer on parts of the channels in a backward after the block has ended."""
+    rank, size = mesh.get_local_rank(), mesh.size()
+    part = slice(rank * C // size, (rank + 1) * C // size)
+    torch.manual_seed(0)
+    x, phi = torch.randn(S, n, C).double(), torch.randn(24, n, C).double() / 8
+    scale, bias = torch.ones(3).double(), torch.randn(24).double()
+
+    def sublayer(x: Tensor, phi: Tensor, *rest: Tensor) -> Tensor:
+        h, h_post, h_res = mhc.pre(x, phi.flatten(-2), *rest, QUICK)
+        return mhc.combine(x, torch.tanh(h), h_post, h_res)
+
+    def inside(*arrays: Tensor) -> Tensor:
+        with channels_over(mesh.get_group()):
+            return sublayer(*arrays)
+
+    plain = [one.clone().requires_grad_() for one in (x, phi, scale, bias)]
+    loss_of(sublayer(*plain)).backward()
+    again = cast("Any", torch.utils.checkpoint.checkpoint)
+    ways: tuple[tuple[Callable[..., Tensor], bool], ...] = (
+        (checkpoint(sublayer), True),
+        (lambda *arrays: again(inside, *arrays, use_reentrant=False), False),
+        (lambda *arrays: again(inside, *arrays, use_reentrant=True), False),
+    )
+    errors: list[float] = []
+    for run, block in ways:
+        own = [one[..., part].clone() if one.ndim == 3 else one.clone() for one in (x, phi)]
+        own = [one.requires_grad_() for one in (*own, scale.clone(), bias.clone())]
+        with channels_over(mesh.get_group()) if block else contextlib.nullcontext():
+            out = run(*own)
+        loss_of(out).backward()
+        for one, whole in zip(own, (some(p.grad) for p in plain), strict=True):
+            wanted = whole[..., part] if whole.ndim == 3 else whole
+            errors.append(apart(some(one.grad), wanted))
+    return Found(max(errors), [], [])
+
+
 class Adapted(nn.Linear):
     """A layer of another class, as adapters' and quantisers' are."""
 
@@ -468,6 +507,34 @@ def refusals(mesh: Any) -> dict[str, str]:
         with channels_over(mesh.get_group()):
             own = x.clone().requires_grad_()
             torch.autograd.grad(mhc.aggregate(own, weights).sum(), own, create_graph=True)
+
+    def through_vjp() -> None:
+        own, given = x.clone().requires_grad_(), torch.ones(4, C)
+        with channels_over(mesh.get_group()):
+            pulled = mhc.vjp("aggregate", (own, weights), (given.requires_grad_(),))
+        pulled[1].sum().backward()
+
+    def through_vjp_of_dtensors() -> None:
+        own = placed(x, 2).requires_grad_()
+        pulled = mhc.vjp(
+            "aggregate", (own, distribute_tensor(weights, mesh)), (placed(torch.ones(4, C), 1),)
+        )
+        pulled[1].sum().backward()
+
+    def recomputed_outside() -> None:
+        own, again = x.clone().requires_grad_(), cast("Any", torch.utils.checkpoint.checkpoint)
+        with channels_over(mesh.get_group()):
+            out = again(mhc.rms_norm, own, torch.ones(C), use_reentrant=False)
+        out.sum().backward()
+
+    def mapped() -> None:
+        with channels_over(mesh.get_group()):
+            torch.vmap(lambda x: mhc.rms_norm(x, torch.ones(C)))(x)
+
+    def compiled() -> None:
+        run = torch.compile(mhc.rms_norm, backend="eager", fullgraph=True)
+        with channels_over(mesh.get_group()):
+            run(x, torch.ones(C))
 
     def inside(function: Callable[..., Any], *arrays: Any) -> None:
         with channels_over(mesh.get_group()):
@@ -490,6 +557,11 @@ def refusals(mesh: Any) -> dict[str, str]:
         "plain op": said(inside, mhc.pre_scale, torch.randn(4, n * C), weights),
         "numpy": said(inside, mhc.aggregate, x.numpy(), weights.numpy()),
         "twice": said(twice),
+        "twice, vjp": said(through_vjp),
+        "twice, vjp of DTensors": said(through_vjp_of_dtensors),
+        "recomputed outside": said(recomputed_outside),
+        "vmap": said(mapped),
+        "compile": said(compiled),
     }
 
 
@@ -520,6 +592,7 @@ LAYOUTS: dict[str, Callable[[Any], Found]] = {
     "channels, tensor": sharded_channels,
     "channels, gated": sharded_gates,
     "channels, [s, b, n C]": megatron,
+    "channels, recomputed": recomputed,
     "pipeline": pipeline,
     "pipeline, single pass": lambda mesh: pipeline(mesh, single_pass=True),
 }

@@ -134,3 +134,8 @@ def test_what_does_not_fit_is_refused(found: dict[str, Any]) -> None:
     assert refused["plain op"].startswith("pre_scale: it takes no sharded channels; of the ops,")
     assert "takes whole tokens, not their parts on devices of torch" in refused["numpy"]
     assert "gradients of gradients (create_graph=True) need whole channels" in refused["twice"]
+    for way in ("twice, vjp", "twice, vjp of DTensors"):
+        assert refused[way] == refused["twice"]
+    assert "A different number of tensors was saved" in refused["recomputed outside"]
+    for way in ("vmap", "compile"):
+        assert "channels_over: a sum over the processes" in refused[way]

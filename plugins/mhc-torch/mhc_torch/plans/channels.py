@@ -31,7 +31,8 @@ class Shared(NamedTuple):
 
     ``find`` returns the plan for what it does (as for :func:`mhc_backends.kernels.plan.record`), an
     op, tensors in groups, static arguments and the number of processes; ``present`` takes out what
-    is None, and says so in the static arguments; ``plain`` says whether tensors can be launched on.
+    is None, and says so in the static arguments; ``plain`` says whether tensors can be launched on,
+    which a transform's cannot.
     """
 
     find: Find
@@ -59,10 +60,19 @@ class Shared(NamedTuple):
         static: Static,
     ) -> tuple[Tensor | None, ...]:
         """Pull cotangents back; None for each primal that is None."""
+        there = [one for one in (*primals, *cotangents) if one is not None]
+        pull = self._pulled if op in OF_PARTS and self.plain(there) else None
+        return _function.pull_back_parts(op, primals, cotangents, static, pull)
+
+    def _pulled(
+        self,
+        op: str,
+        primals: Sequence[Tensor | None],
+        cotangents: Sequence[Tensor | None],
+        static: Static,
+    ) -> tuple[Tensor | None, ...]:
         there, asked = self.present(primals, static)
         given, _ = self.present(cotangents, {})
-        if op not in OF_PARTS or not self.plain((*there, *given)):
-            return _function.pull_back(op, tuple(primals), tuple(cotangents), None, static)
         pulled = self.find("vjp", op, (there, given), asked, _group().size)((*there, *given))
         return _function.filled(pulled, [one is not None for one in primals])
 
@@ -80,15 +90,17 @@ class _Op(torch.autograd.Function):
         replay = shared.find("forward_with_saved", op, (primals,), static, group.size)
         results = replay(primals)
         ctx.given = shared, op, static, group, len(primals)
-        ctx.save_for_backward(*primals, *[results[k] for k in replay.saved])
+        ctx.save_for_backward(
+            *primals, *[results[k] for k in replay.saved], *_function.witness(group, primals)
+        )
         return tuple(results[: replay.outputs])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         shared, op, static, group, count = ctx.given
         _function.refuse_second(op, group)
-        kept = ctx.saved_tensors  # a checkpoint recomputes them at each access
-        groups = kept[:count], cotangents, kept[count:]
+        *kept, _ = ctx.saved_tensors  # a checkpoint recomputes them at each access
+        groups = tuple(kept[:count]), cotangents, tuple(kept[count:])
         find = shared.find("vjp", op, groups if groups[2] else groups[:2], static, group.size)
         with channels_over(group):  # a thread of autograd's has a context of its own
             return None, None, None, *find((*groups[0], *cotangents, *groups[2]))

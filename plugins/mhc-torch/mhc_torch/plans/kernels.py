@@ -61,7 +61,7 @@ class Kernels:
         self._host = host
         self._replays: dict[Any, Replay] = {}
         self._kinds: dict[Any, _Kind] = {}
-        self.shared = Shared(self._of_parts, _present, _plain)
+        self.shared = Shared(self._of_parts, _present, _launchable)
         _BY_NAME[name] = self
 
     def replay(
@@ -284,6 +284,10 @@ def _recorded(
 def _plain(tensors: Sequence[Tensor]) -> bool:
     """Return whether tensors have memory of their own, and nobody watches what is done to them."""
     return not _watched() and all([type(one) in _PLAIN for one in tensors])  # noqa: C419 (faster)
+
+
+def _launchable(tensors: Sequence[Tensor]) -> bool:
+    return _plain(tensors) and not _transformed()
 
 
 _watched: Callable[[], int] = _C._len_torch_dispatch_stack
