@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,7 +28,7 @@ __all__ = ["apply", "group_of", "is_distributed", "vjp"]
 
 CHANNELS = "channels"
 
-_C: Any = torch._C
+_C: Any = import_module("torch._C")
 
 
 def is_distributed(arrays: Sequence[Any]) -> bool:
@@ -59,7 +60,7 @@ def _symbolic(part: Tensor) -> str | None:
     """Return what is under way where a tensor stands for others, else None."""
     if _C._functorch.is_batchedtensor(part):
         return "torch.vmap"
-    if torch._is_functional_tensor(part) or isinstance(part, FakeTensor):
+    if cast("Any", torch)._is_functional_tensor(part) or isinstance(part, FakeTensor):
         return "torch.compile"
     return None
 
