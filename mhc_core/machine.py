@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mhc_core.discovery import by_priority
+from mhc_core.discovery import by_priority, missing_reason
 from mhc_core.text import safe
 
 __all__ = ["devices", "machine", "versions"]
@@ -85,13 +85,15 @@ def _installed() -> Iterator[tuple[str, str]]:
 def devices(libraries: Collection[str] | None = None) -> dict[str, str]:
     """Return the device that each array library computes on, as its backends say; imports them.
 
+    Of a library's backends, the best that runs here is asked.
+
     Parameters
     ----------
     libraries
         The names of the libraries, such as ``"jax"``; all that have a backend if left out.
     """
     found: dict[str, str] = {}
-    for spec in by_priority():
+    for spec in sorted(by_priority(), key=lambda spec: missing_reason(spec) is not None):
         library = spec.array_types[0].partition(".")[0]
         if spec.device is None or library in found:
             continue

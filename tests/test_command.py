@@ -92,7 +92,7 @@ def test_nothing_run_is_no_success() -> None:
     [
         (("--seed", "-1"), "--seed"),
         (("--seed", "²"), "--seed"),
-        (("--report", "/no/such/folder/out.html"), "cannot be written"),
+        (("--report", "/no/such/folder/out.html"), "--report /no/such/folder/out.html cannot be"),
         (("--report", "/"), "needs one of"),
         (("--json", "/"), "--json / cannot be written"),
         (("--json", "out.json", "--report", "out.json"), "needs two files"),

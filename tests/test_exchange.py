@@ -160,3 +160,9 @@ def test_an_option_of_another_way_to_use_the_command_is_refused(options: str, sa
     result = CliRunner().invoke(app, ["conformance", *options.split()])
     assert result.exit_code == 2
     assert says in " ".join(result.output.split())
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_its_option() -> None:
+    result = CliRunner().invoke(app, ["conformance", "--export", "/dev/null"])
+    assert result.exit_code == 2
+    assert "--export /dev/null cannot be written: File exists" in " ".join(result.output.split())

@@ -42,7 +42,7 @@ def peers(
         if file.suffix.lower() not in known.SUFFIXES:
             needs = ", ".join(known.SUFFIXES)
             raise typer.BadParameter(f"--report is {file.suffix!r}; needs one of {needs}")
-    _files.check({**{f"--report {k}": f for k, f in enumerate(report)}, "--json": json_file})
+    _files.check([*(("--report", file) for file in report), ("--json", json_file)])
     words = ["mhc", "conformance", "--peers", *chosen]
     for name, some in (("op", ops), ("dtype", dtypes), ("kind", kinds)):
         words += [word for one in some for word in (f"--{name}", one)]
@@ -139,7 +139,10 @@ def export(
         golden = [Golden(case, dtype, seed) for dtype in dtypes for case in cases]
         entries = exchange.export(folder, golden, shlex.join(words))
         traces = flashinfer.write(folder, known[variant], n, channels)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        said = f"--export {folder} cannot be written: {error.strerror or error}"
+        raise typer.BadParameter(said) from None
+    except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     typer.echo(f"{len(entries)} cases in {folder}: see {exchange.INDEX}")
     if traces:

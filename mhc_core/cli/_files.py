@@ -7,7 +7,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ JSON_HELP = "the numbers as JSON to this file; without a file, or with -, to the
 # ---- before -------------------------------------------------------------------------------------
 
 
-def check(places: Mapping[str, Path | None]) -> None:
+def check(places: Iterable[tuple[str, Path | None]]) -> None:
     """Refuse a file that cannot be written, naming its option.
+
+    An option that was given several times comes with each of its files.
 
     Raises
     ------
@@ -37,7 +39,7 @@ def check(places: Mapping[str, Path | None]) -> None:
         file.
     """
     taken: dict[Path, str] = {}
-    for option, file in places.items():
+    for option, file in places:
         if file is None or file == STDOUT:
             continue
         try:

@@ -147,9 +147,7 @@ def conformance(
         sizes = (n or 4, channels or 64, 8 if tokens is None else tokens)
         _field.export(export, *chosen, variant or "DEEPSEEK_V4", *sizes, seed)
         return
-    _files.check(
-        {**{f"--report {k}": file for k, file in enumerate(report or ())}, "--json": json_file}
-    )
+    _files.check([*(("--report", file) for file in report or ()), ("--json", json_file)])
     named = backends or [b.name for b in mhc_core.backends().values() if b.available and _taken(b)]
     named = list(dict.fromkeys(named))
     everything = not (op or dtype or kind)

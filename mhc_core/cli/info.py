@@ -42,7 +42,7 @@ def info(
     """
     from mhc_backends.overview import overview, sections
 
-    _files.check({"--json": json_file})
+    _files.check([("--json", json_file)])
     found = overview(tokens, n, channels, dtype.value)
     if json_file != _files.STDOUT:
         for title, lines in sections(found).items():

@@ -162,7 +162,7 @@ def bench(
 
     if plot and (reason := _plot.missing() or _files.no_picture(plot)):
         raise typer.BadParameter(reason)
-    _files.check({"--json": json_file, "--plot": plot, "--report": report})
+    _files.check([("--json", json_file), ("--plot", plot), ("--report", report)])
     given = _sizes(batches, ["1"] if mode is Mode.decode else tokens, n, channels, dtype or [])
     try:
         names, good = _sides.runnable(backend), True

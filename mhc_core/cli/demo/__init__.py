@@ -178,7 +178,7 @@ def _check_places(out: Path, plot: Path | None, json_file: Path | None) -> Path:
     except OSError as error:
         raise typer.BadParameter(f"--out {out} cannot be made: {error.strerror}") from None
     page = out / "report.html"
-    _files.check({"--out": page, "--plot": plot, "--json": json_file})
+    _files.check([("--out", page), ("--plot", plot), ("--json", json_file)])
     return page
 
 

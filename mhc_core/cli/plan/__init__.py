@@ -82,7 +82,7 @@ def plan(
     layouts = _layouts(layout)
     if plot and (reason := _plot.missing() or _files.no_picture(plot)):
         raise typer.BadParameter(reason)
-    _files.check({"--json": json_file, "--plot": plot})
+    _files.check([("--json", json_file), ("--plot", plot)])
     plans: list[Plan] = []
     refused: list[str] = []
     for name in layouts:

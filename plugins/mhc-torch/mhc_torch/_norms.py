@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mhc_torch import cuda
 
-__all__ = ["is_changed", "kernels_run", "norm_inside"]
+__all__ = ["HOOKS", "is_changed", "kernels_run", "norm_inside", "parts_changed"]
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 _EPS = torch.finfo(torch.float32).eps
 """The eps of a norm that names none: that of the dtype of computation, float32 for half widths.
@@ -24,7 +24,12 @@ _EPS = torch.finfo(torch.float32).eps
 def is_changed(module: nn.Module) -> bool:
     """Return whether a module must be called: a hook, or a forward of its own, may do more."""
     own = vars(module)
-    return "forward" in own or hasattr(module, "_hf_hook") or any(own[name] for name in _HOOKS)
+    return "forward" in own or hasattr(module, "_hf_hook") or any(own[name] for name in HOOKS)
+
+
+def parts_changed(module: nn.Module) -> bool:
+    """Return whether a part of a module must be called, which an op would only read."""
+    return any(map(is_changed, module.children()))
 
 
 def norm_inside(norm: nn.Module | None, x: Tensor) -> dict[str, Any]:

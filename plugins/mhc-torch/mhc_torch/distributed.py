@@ -166,7 +166,7 @@ class ChannelParallel(_Style):
             if not all(map(is_matrix, module.projections)):
                 raise TypeError(
                     f"ChannelParallel: a projection of {name or 'the gates'} is quantised or has "
-                    "an adapter; needs plain matrices, whose channels are sharded"
+                    "an adapter or a hook; needs plain matrices, whose channels are sharded"
                 )
             up = module.input_mix_weight_up
             for layer in (module.hc_norm, *module.projections):

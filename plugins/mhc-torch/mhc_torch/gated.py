@@ -13,6 +13,7 @@ import mhc_core
 import mhc_torch.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from mhc_backends.nn_common import GATE_DEVIATION, GATE_RANK, checked_gates
 from mhc_torch._dtensor import is_distributed
+from mhc_torch._norms import is_changed
 from mhc_torch._variants import number_of
 
 __all__ = ["GatedConnection", "GatedHead"]
@@ -29,9 +30,10 @@ def _wide(x: Tensor) -> Tensor:
 def is_matrix(layer: nn.Module) -> bool:
     """Return whether a layer multiplies by a plain matrix: not quantised, not with an adapter.
 
+    A layer with a hook must be called: pruning makes the weight in one, calibration looks at x.
     Quantisers replace the module, or as torchao the weight by a tensor of a class of its own.
     """
-    if type(layer) is not nn.Linear:
+    if type(layer) is not nn.Linear or is_changed(layer):
         return False
     weight: Any = layer.weight
     part = weight.to_local() if is_distributed([weight]) else weight
@@ -85,8 +87,8 @@ class Gates(nn.Module):
                 layer.get_parameter("weight").normal_(std=GATE_DEVIATION)
 
     def weights(self) -> list[Tensor] | None:
-        """Return the weights as the ops take them; None if a projection is not a plain matrix."""
-        if not all(map(is_matrix, self.projections)):
+        """Return the weights as the ops take them; None if a part must be called."""
+        if not all(map(is_matrix, self.projections)) or is_changed(self.hc_norm):
             return None
         return [self.hc_norm.weight, *(layer.get_parameter("weight") for layer in self.projections)]
 
@@ -129,8 +131,9 @@ class GatedConnection(Gates):
         Modules with one ``weight`` each, norm, down, up and inject, named as in released
         checkpoints: ``[n * dims]``, ``[rank, n * dims]``, ``[n * dims, rank]`` and
         ``[n, n * dims]``. The last three are ``nn.Linear``, with the dtype of the rest of the
-        model. Where another class replaces one or its weight, quantised or with an adapter, the
-        layers compute the gates themselves, beside formulas instead of :func:`mhc_core.gated_pre`.
+        model. Where another class replaces one or its weight, quantised or with an adapter, or one
+        has a hook, the layers compute the gates themselves, beside formulas instead of
+        :func:`mhc_core.gated_pre`.
 
     Raises
     ------

@@ -382,8 +382,12 @@ class HyperConnectedStack(nn.Module):
     mode, without gradients, and in calls with arguments that are not tensors or plain data, such as
     a cache, which a layer would write to twice. A layer must not change state when it runs.
 
+    **Hooks**: blocks and their connections are not called, unless one of them has a hook, such as
+    pruning's, or a ``forward`` of its own. Then the blocks run one by one; the single-pass order
+    has no such form, and raises RuntimeError.
+
     **FSDP2**: call ``fully_shard`` on the ``layer`` of each block, then on the stack or the model
-    around it. Blocks are not called, so a block that is sharded itself would not be gathered.
+    around it.
 
     Sections 3 and 4.3 of arXiv:2512.24880.
 
@@ -448,14 +452,40 @@ class HyperConnectedStack(nn.Module):
         wanted = self.training and torch.is_grad_enabled()
         recompute = wanted and size < len(blocks)
         recompute = recompute and is_repeatable(arguments, (Tensor, torch.dtype, torch.device))
+        called = self._must_call(blocks)
         for start in range(0, len(blocks), size):
             stop = min(start + size, len(blocks))
 
             def run(*state: Tensor, start: int = start, stop: int = stop) -> tuple[Tensor, ...]:
                 part, given = blocks[start : stop + 1], arguments[start:stop]
+                if called:
+                    return self._call(part, start, given, state)
                 return run_sublayers(part, start, given, state, self.single_pass, self.first)
 
             state = checkpoint(run)(*state) if recompute else run(*state)
         if not self.last:
             return sent(state, self.single_pass)
         return collapse(state, self.single_pass, self.head)
+
+    def _must_call(self, blocks: Sequence[Any]) -> bool:
+        """Return whether the blocks must be called; raise if their order cannot do that."""
+        for k, block in enumerate(blocks):
+            for one, path in ((block, ""), (block.connection, ".connection")):
+                if is_changed(one) and self.single_pass:
+                    raise RuntimeError(
+                        f"{type(self).__name__}: blocks[{k}]{path} has a hook or a forward of its "
+                        "own, which the single-pass order does not call; remove it, or make the "
+                        "parameter by torch.nn.utils.parametrize"
+                    )
+                if is_changed(one):
+                    return True
+        return False
+
+    def _call(
+        self, blocks: Sequence[Any], start: int, arguments: Sequence[Any], state: tuple[Tensor, ...]
+    ) -> tuple[Any, ...]:
+        """Call blocks one by one, from number ``start`` on, as a hook on one of them needs."""
+        x = mhc.expand(*state, self.n) if start == 0 and self.first else state[0]
+        for block, (args, kwargs) in zip(blocks, arguments, strict=False):
+            x = block(x, *args, **kwargs)
+        return x, None

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from quantisers import check_quantised
-from test_models import close, norms_inside
+from test_models import check_hooks, close, norms_inside
 from torch import nn
 
 import mhc_core as mhc
@@ -287,6 +287,15 @@ def test_a_projection_with_an_adapter_runs_itself(tokens: torch.Tensor) -> None:
         patch.setattr(mhc, "gated_pre", lambda *a, own=mhc.gated_pre: (ops.append(1), own(*a))[1])
         close({"": output(other(tokens))}, {"": output(model(tokens))}, 1e-4)
     assert len(ops) == 3
+
+
+def test_hooks_on_connections_and_their_parts_see_every_call(
+    name: str, model: Any, tokens: torch.Tensor
+) -> None:
+    """Hook one module at a time, as calibration and pruning do, by each kind of hook."""
+    if name == "hy_v4_vl":
+        pytest.skip("as hy_v4")
+    check_hooks(model, lambda one: output(one(tokens)))
 
 
 def test_quantised_before_and_after(name: str, model: Any, tokens: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from mhc_torch import load_hyper_connections
 from mhc_torch.nn import GatedConnection, GatedHead
@@ -53,6 +54,28 @@ def test_layers_that_are_not_plain_compute_the_gates_themselves(cls: type[Any]) 
     same(step(module.double(), x.double()), step(adapted.double(), x.double()), 1e-10)
     layer = () if cls is GatedHead else (torch.tanh,)
     assert trained(cls).bfloat16()(x.bfloat16(), *layer).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("cls", [GatedConnection, GatedHead])
+def test_layers_with_hooks_are_called(cls: type[Any]) -> None:
+    """Check what calibration and pruning do: hooks that look, and hooks that make the weight."""
+    x, layer = torch.randn(2, 3, N, DIMS), () if cls is GatedHead else (torch.tanh,)
+    module, want = trained(cls), trained(cls)(x, *layer)
+    for path in [path for path, _ in module.named_children()]:
+        called: list[str] = []
+        handle = module.get_submodule(path).register_forward_hook(
+            lambda *_, called=called, path=path: called.append(path)
+        )
+        same({"": module(x, *layer)}, {"": want})
+        assert called == [path]
+        handle.remove()
+    prune.l1_unstructured(module.input_mix_weight_up, "weight", 0.5)
+    with torch.no_grad():
+        module.input_mix_weight_up.weight_orig.mul_(2)
+    other = trained(cls)
+    with torch.no_grad():
+        other.input_mix_weight_up.weight.mul_(2 * module.input_mix_weight_up.weight_mask)
+    same({"": module(x, *layer)}, {"": other(x, *layer)})
 
 
 def test_two_constants_compile_without_a_graph_break() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 import torch
 from quantisers import check_quantised
 from torch import nn
+from torch.nn.utils import prune
 
 import mhc_core as mhc
 import mhc_torch
@@ -104,6 +105,70 @@ def norms_inside(model: nn.Module) -> Generator[list[str]]:
         handle = nn.modules.module.register_module_forward_hook(record)
         yield called
         handle.remove()
+
+
+def check_hooks(model: nn.Module, run: Callable[[Any], torch.Tensor]) -> None:
+    """Check that a hook on a connection, a head or a part of one is called as in the model.
+
+    One layer and the head stand for the rest.
+    """
+    words = "layers.1.attn_h", "hc_head", "hyper_connection_mixer"
+    counts: dict[tuple[str, str], tuple[list[str], torch.Tensor]] = {}
+    other = copy.deepcopy(model)
+    mhc_torch.accelerate(other, everywhere=True)
+    for one in (model, other):
+        for path, module in one.named_modules():
+            if not any(word in path for word in words):
+                continue
+            for kind in ("forward_pre_hook", "forward_hook", "full_backward_hook", "forward"):
+                called: list[str] = []
+
+                def note(*_: Any, called: list[str] = called, path: str = path) -> None:
+                    called.append(path)
+
+                def forward(*a: Any, note: Any = note, module: Any = module) -> Any:
+                    note()
+                    return type(module).forward(module, *a)
+
+                if kind == "forward":
+                    module.forward = forward
+                else:
+                    handle = getattr(module, f"register_{kind}")(note)
+                out = run(one)
+                if kind == "full_backward_hook":
+                    out.float().sum().backward()
+                    handle.remove()
+                elif kind == "forward":
+                    del module.forward
+                else:
+                    handle.remove()
+                want, expected = counts.setdefault((path, kind), (called, out.detach()))
+                assert called == want, (path, kind)
+                assert want, (path, kind)
+                close({path: out.detach()}, {path: expected}, 1e-4)
+    assert counts
+
+
+def test_hooks_on_connections_and_their_parts_see_every_call(
+    model: Any, tokens: torch.Tensor
+) -> None:
+    check_hooks(model, lambda one: one(tokens).logits)
+
+
+def test_accelerate_calls_no_hook_and_takes_a_pruned_connection(
+    model: Any, tokens: torch.Tensor
+) -> None:
+    pruned, called = copy.deepcopy(model), list[int]()
+    connection = pruned.model.layers[0].attn_hc
+    prune.l1_unstructured(connection, "fn", 0.5)
+    with torch.no_grad():
+        connection.fn_orig.mul_(2)
+        want = pruned(tokens).logits
+        connection.input_norm.register_forward_hook(lambda *_: called.append(1))
+        assert not mhc_torch.accelerate(pruned, everywhere=True).left
+        assert not called
+        close({"": pruned(tokens).logits}, {"": want}, 1e-4)
+    assert called == [1]
 
 
 def test_a_norm_that_must_be_called_is(model: Any, tokens: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import mhc_core as mhc
 from mhc_torch import _norms
@@ -242,6 +243,38 @@ def test_norms_that_must_be_called_are(kernels: list[str]) -> None:
     plain.connection.register_forward_hook(lambda *_: seen.append(1))
     plain(x)
     assert seen == [1]  # a hook on the connection, as of FSDP, sees the block's call
+
+
+@pytest.mark.parametrize("recompute", [False, 1])
+def test_hooks_of_blocks_and_connections_are_called_in_a_stack(recompute: Any) -> None:
+    """Check hooks that look, and hooks that make the parameters, as pruning's."""
+    stack, h, called = made(recompute=recompute), torch.randn(2, 3, DIMS), list[int]()
+    want = gradients(stack, h)
+    for module in (stack.blocks[1], stack.blocks[1].connection):
+        handle = module.register_forward_hook(lambda *_: called.append(1))
+        called.clear()
+        same(gradients(stack, h), want, 1e-4)
+        assert called  # again in a recomputation, unless it stops early
+        handle.remove()
+    connection = stack.blocks[1].connection
+    prune.l1_unstructured(connection, "fn", 0.5)
+    masked = made(recompute=recompute)
+    with torch.no_grad():
+        connection.fn_orig.mul_(2)
+        masked.blocks[1].connection.fn.mul_(2 * connection.fn_mask)
+    got, want = gradients(stack, h), gradients(masked, h)
+    got["blocks.1.connection.fn"] = got.pop("blocks.1.connection.fn_orig")
+    want["blocks.1.connection.fn"] *= connection.fn_mask
+    same(got, want, 1e-4)
+
+
+def test_the_single_pass_order_refuses_hooks_that_it_would_not_call() -> None:
+    stack = made(single_pass=True)
+    handle = stack.blocks[1].connection.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"blocks\[1\]\.connection has a hook or a forward"):
+        stack(torch.randn(2, DIMS))
+    handle.remove()
+    stack(torch.randn(2, DIMS))
 
 
 # ---- recomputation ------------------------------------------------------------------------------

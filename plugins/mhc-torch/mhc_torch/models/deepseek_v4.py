@@ -27,6 +27,7 @@ from mhc_torch.models.family import (
     hooked,
     kernels_run,
     pays,
+    replaces,
     require,
     streams_of,
     stub_of,
@@ -63,7 +64,7 @@ class DeepseekV4HyperConnection(_Connection):
 
     def forward(self, hidden_streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return H_post, H_res transposed, and the layer's input."""
-        if not pays(self, hidden_streams):
+        if not replaces(self, hidden_streams):
             return cast("tuple[Tensor, Tensor, Tensor]", super().forward(hidden_streams))
         return mapped(self, hidden_streams)
 
@@ -73,7 +74,7 @@ class DeepseekV4HyperHead(_Head):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the hidden state ``[batch, tokens, C]``."""
-        return collapsed(self, x) if pays(self, x) else cast("Tensor", super().forward(x))
+        return collapsed(self, x) if replaces(self, x) else cast("Tensor", super().forward(x))
 
 
 class DeepseekV4DecoderLayer(_Layer):
@@ -81,7 +82,7 @@ class DeepseekV4DecoderLayer(_Layer):
 
     def forward(self, hidden_states: Tensor, input_ids: Any = None, **kwargs: Any) -> Tensor:
         """Return the streams ``[batch, tokens, n, C]``."""
-        # a connection with a hook is called, so that the hook can bring its parameters
+        # a connection with a hook is called
         if pays(self, hidden_states) and not (hooked(self.attn_hc) or hooked(self.ffn_hc)):
             return _run(self, hidden_states, input_ids, kwargs, kernels_run(hidden_states))
         return cast("Tensor", super().forward(hidden_states, input_ids=input_ids, **kwargs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_backends.acceleration import Swap
-from mhc_torch._norms import is_changed, kernels_run
+from mhc_torch._norms import HOOKS, is_changed, kernels_run, parts_changed
 
 __all__ = [
     "EVERYWHERE",
@@ -30,6 +31,7 @@ __all__ = [
     "kernels_run",
     "pays",
     "probe_of",
+    "replaces",
     "require",
     "streams_of",
     "stub_of",
@@ -103,8 +105,11 @@ def has_values(module: nn.Module) -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Return whether a module must be called, so that a hook can bring its parameters."""
-    return bool(vars(module)["_forward_pre_hooks"]) or hasattr(module, "_hf_hook")
+    """Return whether a connection or a part of it must be called, as :func:`is_changed` says.
+
+    A hook may bring the parameters, make them (pruning), or record what goes in (calibration).
+    """
+    return is_changed(module) or parts_changed(module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +176,12 @@ def why_left(theirs: Callable[[], Any], ours: Callable[[], Any]) -> str | None:
 
 def probe_of(module: Any) -> Any:
     """Return a copy of a connection with random float32 parameters."""
-    probe = copy.deepcopy(module).float().requires_grad_(False)
+    # without hooks, which would see the random numbers, and without the history of a pruned tensor
+    own = [vars(one) for one in cast("nn.Module", module).modules()]
+    kept: dict[int, Any] = {id(one[name]): OrderedDict[int, Any]() for one in own for name in HOOKS}
+    tensors = [value for one in own for value in one.values() if isinstance(value, Tensor)]
+    kept |= {id(tensor): tensor.detach().clone() for tensor in tensors}
+    probe = copy.deepcopy(module, kept).float().requires_grad_(False)
     for parameter in probe.parameters():
         drawn(parameter)
         if parameter.ndim > 1:
@@ -208,6 +218,11 @@ def _difference(got: Any, want: Any) -> float:
 
 def _tuple(value: Any) -> tuple[Tensor, ...]:
     return cast("tuple[Tensor, ...]", value) if isinstance(value, tuple) else (value,)
+
+
+def replaces(module: nn.Module, x: Tensor, fused: bool = True) -> bool:
+    """Return whether the ops run a connection or a head that is called: they call no part of it."""
+    return pays(module, x, fused) and not parts_changed(module)
 
 
 def pays(module: nn.Module, x: Tensor, fused: bool = True) -> bool:

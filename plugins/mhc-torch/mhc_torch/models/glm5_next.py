@@ -15,7 +15,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from mhc_backends.acceleration import Swap
-from mhc_torch.models.family import WHERE, Family, Norm, classes_of, compare, pays, require
+from mhc_torch.models.family import WHERE, Family, Norm, classes_of, compare, replaces, require
 from mhc_torch.models.sublayers import COMB, IndexedLayer, comb_projection, leaves, mapped
 
 __all__ = ["FAMILY"]
@@ -32,7 +32,7 @@ class Glm5NextTextHyperConnection(_Connection):
 
     def forward(self, hidden_streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return H_post, H_res transposed, and the layer's input."""
-        if not pays(self, hidden_streams):
+        if not replaces(self, hidden_streams):
             return cast("tuple[Tensor, Tensor, Tensor]", super().forward(hidden_streams))
         return mapped(self, hidden_streams)
 

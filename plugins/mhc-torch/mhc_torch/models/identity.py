@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mhc_core as mhc
 from mhc_backends.acceleration import Swap
-from mhc_torch.models.family import WHERE, Family, Norm, compare, pays, require
+from mhc_torch.models.family import WHERE, Family, Norm, compare, replaces, require
 from mhc_torch.models.sublayers import (
     IDENTITY,
     IndexedLayer,
@@ -36,7 +36,7 @@ class Connection:
 
     def forward(self, hidden_streams: Tensor) -> tuple[Tensor, Tensor]:
         """Return H_post and the layer's input."""
-        if not pays(cast("Any", self), hidden_streams):
+        if not replaces(cast("Any", self), hidden_streams):
             original = cast("Any", super())
             return cast("tuple[Tensor, Tensor]", original.forward(hidden_streams))
         return _mapped(self, hidden_streams)
@@ -47,7 +47,7 @@ class Head:
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the hidden state ``[batch, tokens, C]``."""
-        if not pays(cast("Any", self), x):
+        if not replaces(cast("Any", self), x):
             return cast("Tensor", cast("Any", super()).forward(x))
         return collapsed(self, x)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import mhc_core
 from mhc_backends.acceleration import Swap
+from mhc_torch._norms import is_changed, parts_changed
 from mhc_torch.gated import is_matrix
 from mhc_torch.models.family import (
     WHERE,
@@ -24,7 +25,6 @@ from mhc_torch.models.family import (
     classes_of,
     drawn,
     has_values,
-    hooked,
     pays,
     probe_of,
     require,
@@ -47,10 +47,10 @@ def _pays(module: nn.Module, x: Tensor) -> bool:
 
 
 def _plain(connection: Any) -> bool:
-    """Return whether the projections are matrices, without adapters, hooks or quantisation."""
+    """Return whether the parts need no call: no hooks, and matrices without adapters or codes."""
     layers = [getattr(connection, name) for name in _PROJECTIONS]
     layers = [layer for layer in layers if layer is not None]
-    return all(is_matrix(layer) and not hooked(layer) for layer in layers)
+    return all(map(is_matrix, layers)) and not parts_changed(connection)
 
 
 def _gated(connection: Any, x: Tensor) -> Any:
@@ -111,7 +111,7 @@ class Qwen4ExpTextDecoderLayer(_Layer):
 
 
 def _is_direct(connection: Any) -> bool:
-    return _plain(connection) and not hooked(connection)
+    return _plain(connection) and not is_changed(connection)
 
 
 def _run(layer: Any, x: Tensor, own: dict[str, Any], kwargs: dict[str, Any]) -> Tensor:
