@@ -10,8 +10,9 @@ Then the largest difference of H_post and H_res from float64. A side that fails 
 TransformerEngine's folder is a checkout, of which two Triton files are read.
 
 ``--warm N`` first compiles in N processes side by side, each with one side's forward rows, or its
-rows with gradients, at one C; it calls every row once, at every T. What they compile is found on
-disk by the run that measures: in ~/.triton/cache (triton/runtime/cache.py) and ~/.tilelang/cache
+row with gradients, at one C, and at T = 1 or at the others: Triton compiles an integer argument of
+1 as a constant. Each calls its rows once, the smallest T first. The run that measures finds on disk
+what they compiled, in ~/.triton/cache (triton/runtime/cache.py) and ~/.tilelang/cache
 (tilelang/cache/kernel_cache.py). Neither keeps what a process chose by timing on a shared GPU:
 Triton keeps that with TRITON_CACHE_AUTOTUNING=1 alone (triton/runtime/autotuner.py), which is left
 out of their environment. One that takes more than ``--limit`` seconds is ended.
@@ -385,10 +386,11 @@ def ended(command: Sequence[str], limit: float, output: Any) -> int | None:
 def warm(args: argparse.Namespace, sides: Sequence[str]) -> None:
     """Compile what the rows need, in processes side by side; print a line for each."""
 
-    def compiled(share: tuple[str, str, Sequence[str]]) -> None:
-        side, C, rows = share
-        options = {"sides": side, "C": C, "T": args.T, "device": args.device}
+    def compiled(share: tuple[str, str, Sequence[str], Sequence[str]]) -> None:
+        side, C, Ts, rows = share
+        options = {"sides": side, "C": C, "T": ",".join(Ts), "device": args.device}
         options |= {"transformer-engine": args.transformer_engine, "once": ",".join(rows)}
+        options |= {"limit": args.limit}
         command = [sys.executable, __file__, *(f"--{k}={v}" for k, v in options.items())]
         begin = time.perf_counter()
         with TemporaryFile("w+") as output:
@@ -398,14 +400,17 @@ def warm(args: argparse.Namespace, sides: Sequence[str]) -> None:
             said = [line.strip() for line in output if "Error" in line]
         failed = f"failed ({status}) {said[-1][:300] if said else ''}"
         word = {0: "compiled", None: "ended"}.get(status, failed)
-        print(f"{side} C={C} {rows[-1]}: {word}, {took:.0f} s", flush=True)
+        print(f"{side} C={C} T={','.join(Ts)} {rows[-1]}: {word}, {took:.0f} s", flush=True)
 
     begin = time.perf_counter()
+    sizes = sorted(args.T.split(","), key=int)
     shares = [
-        (side, C, rows)
+        (side, C, Ts, rows)
         for rows in (ROWS[-1:], FORWARD)  # the longest first
         for C in args.C.split(",")
         for side in sides
+        for Ts in ([T for T in sizes if int(T) != 1], [T for T in sizes if int(T) == 1])
+        if Ts
     ]
     with ThreadPoolExecutor(args.warm) as pool:
         list(pool.map(compiled, shares))
@@ -442,6 +447,13 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300, help="seconds of each of them")
     parser.add_argument("--once", default="", help="rows to call once, as --warm does; no times")
     args = parser.parse_args()
+    unknown = set(filter(None, args.once.split(","))) - {*ROWS}
+    if args.warm < 0 or args.limit <= 0:
+        parser.error(f"--warm is {args.warm}, --limit {args.limit}; need 0 or more, and over 0")
+    if unknown:
+        parser.error(f"--once has {sorted(unknown)}; needs rows of {list(ROWS)}")
+    if args.once:
+        signal.alarm(math.ceil(args.limit))  # it ends even where what started it is gone
     device = f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""
     print(versions() + device, "(microseconds: graph / wall)", sep=" ", flush=True)
     sides: list[Side] = []
@@ -450,9 +462,6 @@ def main() -> None:
             sides.append(SIDES[name](args.transformer_engine))
         except (ImportError, ValueError) as error:
             report(name, error)
-    unknown = set(filter(None, args.once.split(","))) - {*ROWS}
-    if unknown:
-        parser.error(f"--once has {sorted(unknown)}; needs rows of {list(ROWS)}")
     sizes = [(int(T), int(C)) for C in args.C.split(",") for T in args.T.split(",")]
     if args.once:
         rows = args.once.split(",")
