@@ -1,21 +1,27 @@
 """Compare kernels on a GPU with what the released families of models compute.
 
-python tests/gpu/families.py [--backends mlx-cuda,torch-cuda,jax-cuda] [--seconds 25]
+python tests/gpu/families.py [--backends mlx-cuda,torch-cuda,jax-cuda] [--seconds 25] [--jobs N]
 
 The cases of tests/test_golden_families.py (``MHC_GOLDEN_FAMILIES=DIR`` names another set), outputs
 and gradients in float32, by each library's own autodiff: one line for each backend and variant,
 then what differs. The smallest case of each variant comes first; a backend that has had its seconds
 says how many cases are left. The exit status is 1 if anything differs or is left.
+
+``--jobs N`` gives each backend N processes, which compile side by side: each has every N-th case,
+by size. The report is the same. One that dies is what differs in its cases.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +69,27 @@ OPS: dict[str, type[Any]] = {"mlx": MlxOps, "torch": TorchOps, "jax": JaxOps}
 THREADS = 8
 
 
+def size(case: Golden) -> int:
+    """Return how many numbers a case has."""
+    return sum(one.size for one in case.arrays.values())
+
+
 def ordered() -> list[Golden]:
     """Return the cases that float32 can tell, the smallest one of each variant first."""
-    told = [case for case in CASES if not case.ill_conditioned_f32]
-    cases = sorted(told, key=lambda case: sum(one.size for one in case.arrays.values()))
+    cases = sorted((case for case in CASES if not case.ill_conditioned_f32), key=size)
     seen: Counter[str] = Counter()
     turns: list[tuple[int, Golden]] = []
     for case in cases:
         turns.append((seen[case.variant], case))
         seen[case.variant] += 1
     return [case for _, case in sorted(turns, key=lambda turn: turn[0])]
+
+
+def shares(jobs: int) -> list[list[int]]:
+    """Return the numbers of each process's cases, in order; each has small and large ones."""
+    cases = ordered()
+    by_size = sorted(range(len(cases)), key=lambda number: size(cases[number]))
+    return [sorted(by_size[first::jobs]) for first in range(min(jobs, len(cases)))]
 
 
 def differences(ops: NativeOps, case: Golden) -> list[str]:
@@ -83,24 +100,60 @@ def differences(ops: NativeOps, case: Golden) -> list[str]:
         return [f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
 
 
-def checked(backend: str, seconds: float) -> bool:
-    """Run the cases on a backend; return whether all agree."""
-    begin, library = time.perf_counter(), backend.split("-")[0]
+def reports(
+    backend: str, seconds: float, numbers: Sequence[int], threads: int
+) -> list[list[str] | None]:
+    """Return what differs in each of these cases, or None for those that are left."""
+    library = backend.split("-")[0]
+    if library == "jax":  # whose product with the toy layer's weight is in TF32 otherwise
+        import jax
+
+        jax.config.update("jax_default_matmul_precision", "highest")
+    begin = time.perf_counter()
     ops, cases = OPS[library](backend), ordered()
 
-    def report(case: Golden) -> list[str] | None:
-        return None if time.perf_counter() - begin > seconds else differences(ops, case)
+    def report(number: int) -> list[str] | None:
+        late = time.perf_counter() - begin > seconds
+        return None if late else differences(ops, cases[number])
 
-    with ThreadPoolExecutor(THREADS) as pool:  # JAX compiles each case, without Python's lock
-        reports = list((pool.map if library == "jax" else map)(report, cases))
-    agreed = Counter(c.variant for c, one in zip(cases, reports, strict=True) if one == [])
+    with ThreadPoolExecutor(threads) as pool:  # JAX compiles each case, without Python's lock
+        return list((pool.map if library == "jax" else map)(report, numbers))
+
+
+def side_by_side(backend: str, seconds: float, jobs: int) -> list[list[str] | None]:
+    """Return what differs in every case, of processes with a share each."""
+    found: list[list[str] | None] = [None] * len(ordered())
+    with ExitStack() as stack:
+        spawn, running = get_context("spawn"), []
+        for numbers in shares(jobs):  # a pool each: one process that dies ends a whole pool
+            pool = stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn))
+            given = (backend, seconds, numbers, max(2, THREADS // jobs))
+            running.append((numbers, pool.submit(reports, *given)))
+        for numbers, future in running:
+            try:
+                made = future.result()
+            except Exception as error:
+                made = [[f"{type(error).__name__}: {error}"]] * len(numbers)
+            for number, one in zip(numbers, made, strict=True):
+                found[number] = one
+    return found
+
+
+def checked(backend: str, seconds: float, jobs: int) -> bool:
+    """Run the cases on a backend; return whether all agree."""
+    begin, cases = time.perf_counter(), ordered()
+    if jobs > 1:
+        found = side_by_side(backend, seconds, jobs)
+    else:
+        found = reports(backend, seconds, range(len(cases)), THREADS)
+    agreed = Counter(c.variant for c, one in zip(cases, found, strict=True) if one == [])
     for variant in FORMS:
         of = sum(case.variant == variant for case in cases)
         print(f"{backend} {variant}: {agreed[variant]} of {of} agree")
-    for case, one in zip(cases, reports, strict=True):
+    for case, one in zip(cases, found, strict=True):
         if one:
             print(f"{backend} {case} differs: {'; '.join(one)}")
-    left, took = reports.count(None), time.perf_counter() - begin
+    left, took = found.count(None), time.perf_counter() - begin
     print(
         f"{backend}: {agreed.total()} of {len(cases)} agree, {left} left, {took:.0f} s", flush=True
     )
@@ -112,12 +165,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backends", default="mlx-cuda,torch-cuda,jax-cuda")
     parser.add_argument("--seconds", type=float, default=25, help="for each backend")
+    parser.add_argument("--jobs", type=int, default=1, help="processes for each backend")
     args = parser.parse_args()
-    if "jax" in args.backends:  # whose product with the toy layer's weight is in TF32 otherwise
-        import jax
-
-        jax.config.update("jax_default_matmul_precision", "highest")
-    agree = [checked(backend, args.seconds) for backend in args.backends.split(",")]
+    if args.jobs < 1:
+        parser.error(f"--jobs is {args.jobs}; needs at least 1")
+    if args.jobs > 1:  # JAX takes three quarters of a GPU's memory otherwise, in each process
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    agree = [checked(backend, args.seconds, args.jobs) for backend in args.backends.split(",")]
     sys.exit(not all(agree))
 
 

@@ -1,13 +1,21 @@
 """Print the times of PyTorch's implementations of mHC beside this project's, in one run on one GPU.
 
 python tests/gpu/peers.py [--sides ours,liger] [--C 4096,7168] [--T 1,64,4096,16384]
-    [--transformer-engine FOLDER] [--json FILE] [--device cuda]
+    [--transformer-engine FOLDER] [--json FILE] [--device cuda] [--warm N] [--limit 300]
 
 n = 4, bfloat16 streams, through each project's public functions, in its own layout. Each takes the
 same numbers, and takes its turn in every round. A row has, for each side, the microseconds of the
 GPU in a CUDA graph of several calls, and those of the wall clock of eager calls issued in a row.
 Then the largest difference of H_post and H_res from float64. A side that fails is one line.
 TransformerEngine's folder is a checkout, of which two Triton files are read.
+
+``--warm N`` first compiles in N processes side by side, each with one side's forward rows, or its
+row with gradients, at one C, and at T = 1 or at the others: Triton compiles an integer argument of
+1 as a constant. Each calls its rows once, the smallest T first. The run that measures finds on disk
+what they compiled, in ~/.triton/cache (triton/runtime/cache.py) and ~/.tilelang/cache
+(tilelang/cache/kernel_cache.py). Neither keeps what a process chose by timing on a shared GPU:
+Triton keeps that with TRITON_CACHE_AUTOTUNING=1 alone (triton/runtime/autotuner.py), which is left
+out of their environment. One that takes more than ``--limit`` seconds is ended.
 """
 
 from __future__ import annotations
@@ -16,14 +24,18 @@ import argparse
 import json
 import math
 import os
+import signal
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -34,6 +46,8 @@ from mhc_core.graphs import replayed
 
 N, M = 4, 24
 ROUNDS = 7
+FORWARD = ("pre", "combine", "combine_pre", "pre + combine")
+ROWS = (*FORWARD, "sublayer fwd+bwd")
 VARIANT = mhc.DEEPSEEK_V4
 EPS, ITERATIONS = VARIANT.sinkhorn_eps, VARIANT.sinkhorn_iterations
 
@@ -221,14 +235,18 @@ def work(side: Side, given: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
     return rows
 
 
-def apart(side: Side, given: Sequence[Tensor]) -> list[float]:
-    """Return the largest differences of H_post and H_res from float64."""
+def apart(side: Side, given: Sequence[Tensor]) -> str:
+    """Return the largest differences of H_post and H_res from float64, or what went wrong."""
     x = side.streams(given[0])
-    with torch.no_grad():
-        found = side.mappings(side.pre(x, *side.parameters(*given[1:]))[1])
-        wide = [one.double() for one in given]
-        want = mhc.mappings(*wide, side.variant, backend="torch")[1:]
-    return [(a.double() - b).abs().max().item() for a, b in zip(found, want, strict=True)]
+    try:
+        with torch.no_grad():
+            found = side.mappings(side.pre(x, *side.parameters(*given[1:]))[1])
+            wide = [one.double() for one in given]
+            want = mhc.mappings(*wide, side.variant, backend="torch")[1:]
+        numbers = [(a.double() - b).abs().max().item() for a, b in zip(found, want, strict=True)]
+    except Exception as error:  # the other sides are still measured
+        return f"{type(error).__name__}: {error}"
+    return f"apart by {', '.join(f'{one:.1e}' for one in numbers)}"
 
 
 # ---- time ----------------------------------------------------------------------------------------
@@ -282,17 +300,17 @@ def measured(sides: Sequence[Side], T: int, C: int, device: str) -> list[dict[st
     if T <= 4096:
         for side in sides:
             if side.name in every:
-                numbers = ", ".join(f"{one:.1e}" for one in apart(side, given))
-                print(f"C={C} T={T} {side.name}: H_post, H_res apart by {numbers}", flush=True)
+                print(f"C={C} T={T} {side.name}: H_post, H_res {apart(side, given)}", flush=True)
     made: list[dict[str, Any]] = []
-    for row in ("pre", "combine", "combine_pre", "pre + combine", "sublayer fwd+bwd"):
+    for row in ROWS:
         words: list[str] = []
         runs = {name: rows[row] for name, rows in every.items() if row in rows}
         for name, (graph, wall) in times(runs, T, device).items():
             numbers = {"graph": None if math.isnan(graph) else graph, "wall": wall}
             made.append({"row": row, "C": C, "T": T, "side": name, **numbers})
             words.append(f"{name} {graph:.1f} / {wall:.1f}")
-        print(f"C={C} T={T:<6}{row:18}", "  ".join(words), flush=True)
+        if words:
+            print(f"C={C} T={T:<6}{row:18}", "  ".join(words), flush=True)
     return made
 
 
@@ -302,18 +320,20 @@ def times(
     """Return the median microseconds of each side: in a graph, and by the wall clock."""
     copies, calls = (20, 50) if T <= 64 else (4, 10)
     graphs: dict[str, Callable[[], float]] = {}
+    names: list[str] = []
     for name, run in runs.items():
+        graphs[name] = lambda: math.nan
         try:
             for _ in range(3):
                 run()
             waited(device)
-            graphs[name] = recorded(run, copies) if device == "cuda" else lambda: math.nan
+            names.append(name)
+            if device == "cuda":
+                graphs[name] = recorded(run, copies)
         except Exception as error:
             report(name, error)
-            graphs[name] = lambda: math.nan
-    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
-    names = list(runs)
-    for turn in range(ROUNDS):
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
+    for turn in range(ROUNDS if names else 0):
         for name in [*names[turn % len(names) :], *names[: turn % len(names)]]:
             found[name][0].append(graphs[name]())
             found[name][1].append(by_the_wall(runs[name], device, calls))
@@ -321,6 +341,80 @@ def times(
         name: (statistics.median(graph), statistics.median(wall))
         for name, (graph, wall) in found.items()
     }
+
+
+# ---- compiling side by side ----------------------------------------------------------------------
+
+
+def called_once(sides: Sequence[Side], T: int, C: int, device: str, rows: Iterable[str]) -> bool:
+    """Call these rows of the sides once; return whether all could be called."""
+    given, good = drawn(T, C, device), True
+    for side in sides:
+        try:
+            functions = work(side, given)
+            for row in rows:
+                functions.get(row, lambda: None)()  # combine_pre is ours alone
+            waited(device)
+        except Exception as error:
+            report(f"{side.name} C={C} T={T}", error)
+            good = False
+        if device == "cuda":
+            torch.cuda.empty_cache()  # other processes have the same memory
+    return good
+
+
+def ended(command: Sequence[str], limit: float, output: Any) -> int | None:
+    """Return a command's exit status, or None if it was ended after so many seconds.
+
+    What it started, a compiler for one, is in its session, and ends with it.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_CACHE_AUTOTUNING"}
+    with subprocess.Popen(
+        command,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=environment,
+    ) as process:
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+    return None
+
+
+def warm(args: argparse.Namespace, sides: Sequence[str]) -> None:
+    """Compile what the rows need, in processes side by side; print a line for each."""
+
+    def compiled(share: tuple[str, str, Sequence[str], Sequence[str]]) -> None:
+        side, C, Ts, rows = share
+        options = {"sides": side, "C": C, "T": ",".join(Ts), "device": args.device}
+        options |= {"transformer-engine": args.transformer_engine, "once": ",".join(rows)}
+        options |= {"limit": args.limit}
+        command = [sys.executable, __file__, *(f"--{k}={v}" for k, v in options.items())]
+        begin = time.perf_counter()
+        with TemporaryFile("w+") as output:
+            status = ended(command, args.limit, output)
+            took = time.perf_counter() - begin
+            output.seek(0)
+            said = [line.strip() for line in output if "Error" in line]
+        failed = f"failed ({status}) {said[-1][:300] if said else ''}"
+        word = {0: "compiled", None: "ended"}.get(status, failed)
+        print(f"{side} C={C} T={','.join(Ts)} {rows[-1]}: {word}, {took:.0f} s", flush=True)
+
+    begin = time.perf_counter()
+    sizes = sorted(args.T.split(","), key=int)
+    shares = [
+        (side, C, Ts, rows)
+        for rows in (ROWS[-1:], FORWARD)  # the longest first
+        for C in args.C.split(",")
+        for side in sides
+        for Ts in ([T for T in sizes if int(T) != 1], [T for T in sizes if int(T) == 1])
+        if Ts
+    ]
+    with ThreadPoolExecutor(args.warm) as pool:
+        list(pool.map(compiled, shares))
+    print(f"compiled side by side in {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 def report(name: str, error: Exception) -> None:
@@ -349,7 +443,17 @@ def main() -> None:
     parser.add_argument("--transformer-engine", default="")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--warm", type=int, default=0, help="processes that compile first")
+    parser.add_argument("--limit", type=float, default=300, help="seconds of each of them")
+    parser.add_argument("--once", default="", help="rows to call once, as --warm does; no times")
     args = parser.parse_args()
+    unknown = set(filter(None, args.once.split(","))) - {*ROWS}
+    if args.warm < 0 or args.limit <= 0:
+        parser.error(f"--warm is {args.warm}, --limit {args.limit}; need 0 or more, and over 0")
+    if unknown:
+        parser.error(f"--once has {sorted(unknown)}; needs rows of {list(ROWS)}")
+    if args.once:
+        signal.alarm(math.ceil(args.limit))  # it ends even where what started it is gone
     device = f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""
     print(versions() + device, "(microseconds: graph / wall)", sep=" ", flush=True)
     sides: list[Side] = []
@@ -358,14 +462,20 @@ def main() -> None:
             sides.append(SIDES[name](args.transformer_engine))
         except (ImportError, ValueError) as error:
             report(name, error)
+    sizes = [(int(T), int(C)) for C in args.C.split(",") for T in args.T.split(",")]
+    if args.once:
+        rows = args.once.split(",")
+        called = [called_once(sides, T, C, args.device, rows) for T, C in sizes]
+        sys.exit(not (sides and all(called)))
+    if args.warm and sides:
+        warm(args, [side.name for side in sides])
     made: list[dict[str, Any]] = []
-    for C in map(int, args.C.split(",")):
-        for T in map(int, args.T.split(",")):
-            made += measured(sides, T, C, args.device)
-            if args.device == "cuda":
-                torch.cuda.empty_cache()
-            if args.json:
-                args.json.write_text(json.dumps({"versions": versions(), "rows": made}, indent=1))
+    for T, C in sizes:
+        made += measured(sides, T, C, args.device)
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+        if args.json:
+            args.json.write_text(json.dumps({"versions": versions(), "rows": made}, indent=1))
     if not sides:
         sys.exit(1)
 
