@@ -48,6 +48,8 @@ CASES = [
     Case("combine_pre", "float32", 4, FEW, back=True, T=9),
     Case("combine_pre", "float16", 3, MANY),
     Case("combine_pre", "bfloat16", 6, FEW, T=3),
+    Case("combine_pre", "bfloat16", 4, FEW, T=37),
+    Case("combine_pre", "float16", 2, FEW, T=18, mixes=True),
     Case("combine_pre", "bfloat16", 4, FEWEST, T=18),
     Case("combine_pre", "float32", 4, FEWEST, T=3),
     Case("pre", "bfloat16", 4, FEW, T=3),
@@ -134,7 +136,7 @@ def test_kernels_on_a_cpu(case: Case, folder: Path, monkeypatch: pytest.MonkeyPa
     wide = [None if array is None else _float64(array) for array in primals]
     want = several(getattr(mhc, case.op)(*wide, **static, backend="numpy"))
     _close(_there(outputs), _there(want))
-    if case.busy == FEWEST:  # the kernels for many tokens have the same bits
+    if case.busy in (FEW, FEWEST):  # the kernels for many tokens have the same bits
         monkeypatch.setattr(launch, "BUSY", MANY)
         monkeypatch.setattr(launch, "FEWEST_TOKENS", {"cuda": 0})
         with mhc.no_grad():

@@ -144,13 +144,16 @@ def _arguments(
     h_pre, h_res = ((T, n), plain), ((T, n, n), plain)
     projection = [((M, n * C), plain), ((3,), plain), ((M,), plain)]
     variant = {"variant": mhc.DEEPSEEK_V4}
+    norm, normed = ((C,), dtype), {**variant, "h_norm_eps": 1e-6, "h_raw": False}
     arguments: dict[str, tuple[list[tuple[tuple[int, ...], mx.Dtype]], dict[str, Any]]] = {
         "aggregate": ([x, h_pre], {}),
         "combine": ([x, y, h_pre, h_res], {}),
         "combine_pre": ([x, y, h_pre, h_res, *projection], variant),
+        "combine_pre_norm": ([x, y, h_pre, h_res, *projection, norm], normed),
         "head": ([x, ((n, n * C), plain), ((1,), plain), ((n,), plain)], variant),
         "mappings": ([x, *projection], variant),
         "pre": ([x, *projection], variant),
+        "pre_norm": ([x, *projection, norm], normed),
         "pre_residual": ([x, *projection], variant),
         "pre_scale": ([x, h_pre], {}),
         "residual_add_aggregate": ([x, x, h_pre], {}),

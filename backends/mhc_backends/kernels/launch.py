@@ -33,7 +33,9 @@ __all__ = [
     "channel_tiles",
     "column_tiles",
     "columns",
+    "columns_at_once",
     "few",
+    "few_mixed",
     "fewest",
     "gated_parts",
     "gated_steps",
@@ -86,10 +88,19 @@ SHARE_TOKENS = 128  # the least tokens of an N tile's simdgroup, unless there ar
 # sums of more tokens would be most of the bytes
 FEWEST_TOKENS = {"metal": 4, "cuda": 64}
 FEWEST_SPLITS = 64  # splits of all tiles of tokens; with more, their threadgroups fill a GPU
+# times as many of both where streams are mixed before they are multiplied
+FEWEST_TIMES_MIXED = {"metal": 1, "cuda": 2}
+# tokens of combine_project_few, beside `few`: its threadgroups all read a split's phi; more of
+# float32 were not measured
+FEW_MIXED_TOKENS = {"metal": 16, "cuda": 2**31}
+FEW_MIXED_FLOATS = 256
 FEWEST_STREAMS = 4  # with more, the mappings do not fit into the lanes of a simdgroup
 SPLITS_AT_ONCE = 32  # splits whose partials are in threadgroup memory
 K_BLOCK = 4  # the most streams in a K block of combine_project
 SPREAD = 128  # threadgroups, one for each of a large GPU's multiprocessors
+# tokens beyond which a threadgroup of `pre_k_blocks` takes more channels in CUDA: each of a token's
+# threadgroups adds up all of its sums
+ONE_TOKENS = 32
 # tiles of columns whose sums a simdgroup of the gates' kernels keeps: CUDA's product of floats
 # (cuda/dialect/operands.h) has the same bits with any even number of them
 GATED_TILES = 2
@@ -178,6 +189,10 @@ class Shape:
         computes while another waits.
     resident_float32
         The same for float32, if it differs.
+    resident_tiles
+        The same where a simdgroup has several tiles of columns, if it differs.
+    resident_streams
+        The numbers of streams for which ``resident`` holds; with others one threadgroup must fit.
     """
 
     groups: Literal[
@@ -213,6 +228,8 @@ class Shape:
     mixes: bool = True
     resident: int = 1
     resident_float32: int | None = None
+    resident_tiles: int | None = None
+    resident_streams: range = range(1, 33)
 
 
 TABLE: Mapping[str, Shape] = {
@@ -220,9 +237,18 @@ TABLE: Mapping[str, Shape] = {
     "aggregate_vjp": Shape(groups="token"),
     "combine": Shape(groups="tile"),
     "combine_project": Shape(groups="split_k"),
-    "combine_project_few": Shape(groups="k_blocks"),
-    "combine_project_k_blocks": Shape(groups="k_block", threads=128, resident=3),
-    "combine_vjp": Shape(groups="token", elements=4, numbers=16),
+    "combine_project_few": Shape(groups="k_blocks", resident=2, resident_float32=1),
+    "combine_project_k_blocks": Shape(
+        groups="k_block", threads=128, resident=3, resident_float32=3, resident_tiles=2
+    ),
+    "combine_vjp": Shape(
+        groups="token",
+        elements=4,
+        numbers=16,
+        resident=3,
+        resident_float32=1,
+        resident_streams=range(3, 5),
+    ),
     "combine_vjp_wide": Shape(groups="token", elements=1, streams=True),
     "gated_collapse": Shape(groups="gated_channels"),
     "gated_collapse_vjp": Shape(groups="gated_pullback"),
@@ -316,7 +342,7 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
         each = per_split(kernel, n, dtype)
         return _split_k_few(shape, T, n, C, each, dialect)
     if shape.groups == "k_block":
-        count, tiles = k_blocks(kernel, n, C, dtype), column_tiles(kernel, T, n, dtype, dialect)
+        count, tiles = k_blocks(kernel, n, C, dtype), column_tiles(kernel, T, n, C, dtype, dialect)
         return _spread(shape, T, columns(kernel, n), count, tiles)
     if shape.groups == "sums":
         return _several(T, n, 1, shape.threads, 1)
@@ -338,7 +364,7 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
     if shape.groups == "several" and not shape.keeps:
         return _several(T, n, accesses, threads, elements)
     if shape.groups == "one":
-        return _one(shape, T, accesses, elements)
+        return _one(shape, T, accesses, elements, dialect)
     groups = _token_shares(shape, T, n * C) if shape.groups == "share" else T
     if shape.keeps:
         turns = -(-accesses // threads)
@@ -356,11 +382,19 @@ def launch(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str = "meta
     return _launch(groups, tiles, threads, elements)
 
 
-def occupancy(kernel: str, dtype: str) -> tuple[int, int]:
-    """Return the most threads of a kernel's threadgroup, and how many threadgroups must fit."""
+def occupancy(kernel: str, dtype: str, n: int, threads: int, tiles: int = 1) -> tuple[int, int]:
+    """Return the most threads of a kernel's threadgroup, and how many threadgroups must fit.
+
+    ``threads`` are those of a launch, and ``tiles`` the tiles of columns of phi that a simdgroup
+    has.
+    """
     shape = _shape(kernel, "cuda")
-    float32 = shape.resident_float32 or shape.resident
-    return shape.threads, float32 if dtype == "float32" else shape.resident
+    resident = shape.resident if n in shape.resident_streams else 1
+    if tiles > 1:
+        resident = shape.resident_tiles or resident
+    if dtype == "float32":
+        resident = shape.resident_float32 or resident
+    return max(shape.threads, threads), resident
 
 
 def _token_shares(shape: Shape, T: int, numbers: int) -> int:
@@ -403,10 +437,31 @@ def few(T: int, C: int) -> bool:
     return -(-T // (max(TOKEN_TILES.values()) * TILE_TOKENS)) * splits(C) < BUSY
 
 
-def fewest(T: int, n: int, C: int, dialect: str) -> bool:
-    """Return whether tokens are so few that K blocks spread over the GPU; this changes no bit."""
+def few_mixed(T: int, C: int, dtype: str, dialect: str) -> bool:
+    """Return the same for streams that are mixed before they are multiplied."""
+    most = FEW_MIXED_TOKENS[dialect]
+    most = min(most, FEW_MIXED_FLOATS) if dtype == "float32" else most
+    return most >= T and -(-T // TILE_TOKENS) * splits(C) < BUSY
+
+
+def fewest(T: int, n: int, C: int, dialect: str, mixed: bool = False) -> bool:
+    """Return whether tokens are so few that K blocks spread over the GPU; this changes no bit.
+
+    ``mixed`` says whether streams are mixed before they are multiplied.
+    """
+    times = FEWEST_TIMES_MIXED[dialect] if mixed else 1
     items = -(-T // TILE_TOKENS) * splits(C)
-    return FEWEST_TOKENS[dialect] >= T and items <= FEWEST_SPLITS and n <= FEWEST_STREAMS
+    fits = times * FEWEST_TOKENS[dialect] >= T and items <= times * FEWEST_SPLITS
+    return fits and n <= FEWEST_STREAMS
+
+
+def columns_at_once(tiles: int, dtype: str, dialect: str) -> int:
+    """Return the tiles of columns whose operands a simdgroup of ``combine_project_few`` holds.
+
+    With one, a multiprocessor has room for two threadgroups. But CUDA's product of floats
+    (cuda/dialect/operands.h) has the same bits only with the same tiles.
+    """
+    return tiles if dialect == "cuda" and dtype == "float32" else 1
 
 
 def run_steps(dtype: str) -> int:
@@ -471,14 +526,15 @@ def columns(kernel: str, n: int) -> int:
     return n * n + 2 * n if TABLE[kernel].mixes else 2 * n
 
 
-def column_tiles(kernel: str, T: int, n: int, dtype: str, dialect: str) -> int:
+def column_tiles(kernel: str, T: int, n: int, C: int, dtype: str, dialect: str) -> int:
     """Return the tiles of columns that a simdgroup multiplies K blocks of the fewest tokens by.
 
-    The more simdgroups, the sooner, on an H200. But each reads the streams; and CUDA's product of
-    floats (cuda/dialect/operands.h) has the same bits only with the same tiles.
+    The more simdgroups, the sooner, on an H200. But each reads the streams, and mixes them; and
+    CUDA's product of floats (cuda/dialect/operands.h) has the same bits only with the same tiles.
     """
-    sooner = dialect == "cuda" and dtype != "float32"
-    if sooner and (kernel.startswith("combine") or T <= TILE_TOKENS):
+    mixed = kernel.startswith("combine")
+    sooner = fewest(T, n, C, dialect) if mixed else T <= TILE_TOKENS
+    if dialect == "cuda" and dtype != "float32" and sooner:
         return 1
     return -(-columns(kernel, n) // TILE_COLUMNS)
 
@@ -491,9 +547,12 @@ def _spread(shape: Shape, T: int, columns: int, count: int, tiles: int) -> Launc
     return _launch(-(-items // simdgroups), 1, simdgroups * SIMD, 1)
 
 
-def _one(shape: Shape, T: int, accesses: int, elements: int) -> Launch:
+def _one(shape: Shape, T: int, accesses: int, elements: int, dialect: str) -> Launch:
     """Choose the threads of a token; one simdgroup has no channels."""
-    threads = min(shape.threads, -(-accesses // SIMD) * SIMD + SIMD)
+    most = shape.threads
+    if dialect == "cuda" and T > ONE_TOKENS:
+        most = min(2 * most - SIMD, MOST_THREADS[dialect])
+    threads = min(most, -(-accesses // SIMD) * SIMD + SIMD)
     workers = max(threads - SIMD, SIMD)
     return _launch(T, -(-accesses // workers), threads, elements)
 
@@ -710,7 +769,9 @@ _NEEDS: Mapping[str, tuple[Callable[[int], bool], str]] = {
     "iterations": (lambda value: value >= 1, "an integer of at least 1"),
     "resident": (lambda value: 1 <= value <= 16, "an integer from 1 to 16"),
 }
-_FIXED = {"groups", "numbers", "keeps", "layers", "streams", "like", "mixes", "resident_float32"}
+_FIXED = {"groups", "numbers", "keeps", "layers", "streams", "like", "mixes"} | {
+    f"resident_{what}" for what in ("float32", "tiles", "streams")
+}
 assert set(_NEEDS) | _FIXED == {field.name for field in fields(Shape)}
 
 

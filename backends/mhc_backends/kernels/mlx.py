@@ -29,10 +29,19 @@ class Kernels(host.Kernels):
         ``"metal"`` or ``"cuda"``.
     memory
         Bytes of threadgroup memory available to the factors of a product.
+    built
+        Called after the launches of an op have been built, before MLX runs any.
     """
 
-    def __init__(self, launcher: Launcher, dialect: str, memory: int = MEMORY) -> None:
+    def __init__(
+        self,
+        launcher: Launcher,
+        dialect: str,
+        memory: int = MEMORY,
+        built: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(_Mlx(launcher), dialect, memory)
+        self.built = built
 
 
 class _Mlx:
@@ -83,11 +92,13 @@ class _Mlx:
     ) -> Callable[..., Sequence[mx.array]]:
         """Return MLX's object for a kernel, under a separate name for each generated text.
 
-        The text depends on the dtypes, and in Metal on which inputs are in constant memory. Some
-        MLX releases look up a compiled kernel by its name alone, and must not find another one.
+        The text depends on the dtypes, in Metal on which inputs are in constant memory, and in CUDA
+        on the launch bounds. Some MLX releases look up a compiled kernel by its name alone, and
+        must not find another one.
         """
         words = [f"{dtype_name(a.dtype)}{'c' if a.size < 8 else ''}" for a in arrays]
-        parts = ["mhc", name, runs.digest, *words, *map(dtype_name, dtypes)]
+        bounds = map(str, runs.bounds or ())
+        parts = ["mhc", name, runs.digest, *words, *map(dtype_name, dtypes), *bounds]
         full = "_".join(filter(None, parts))
         texts = full, runs.header, runs.source, runs.memory
         made = self._made.get(texts)

@@ -138,7 +138,9 @@ def program(
         template,
         made,
         memory if dialect == "cuda" else 0,  # in Metal the text has the size
-        occupancy(kernel, dtype) if dialect == "cuda" else None,
+        occupancy(kernel, dtype, sizes.n, made.threadgroup[0], words.get("COLUMN_TILES", 1))
+        if dialect == "cuda"
+        else None,
     )
 
 

@@ -488,11 +488,16 @@ ANYWHERE = f"{BOUNDS}|{WRONG}|nothing was written before"
 BITS = "other bits"
 ROUNDED = _halved("", "sums.squares[0]", 2)
 MULTIPLIED = "add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands)"
-K_BLOCK = f"put_block_sums(k_block, {MULTIPLIED}, tokens, lane);"
-HALF_K_BLOCK = (
-    "auto sums = add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands);"
-    f"{ROUNDED} put_block_sums(k_block, sums, tokens, lane);"
-)
+
+
+def _half_k_block(tiles: str, first: str) -> tuple[str, str, str, str]:
+    """Round the sums of a K block, of some tiles of columns from the first one on."""
+    multiplied = f"add_k_block(zero_sums<{tiles}, 1>(), rows, phi_operands)"
+    put = f"put_block_sums<COLUMN_TILES>(k_block, {{}}, {first}, tokens, lane);"
+    halved = f"auto sums = {multiplied};{ROUNDED} {put.format('sums')}"
+    return "half sum", put.format(multiplied), halved, WRONG
+
+
 K_BLOCK_MADE = f"{MULTIPLIED}, column, tokens, lane);"
 HALF_PRODUCTS = _halved("", "sums.products.at[0].tile[0].in_half[0]", 2)
 HALF_K_BLOCK_MADE = (
@@ -553,7 +558,7 @@ FAULTS = (
         ("tail", "first, T, K", "first, T + 1, K", BOUNDS),
         ("tokens' tail", "T - first < TILE_TOKENS ? int(T - first) :", "", ANYWHERE),
         ("index", "own * RUN, lane", "(own + 1) * RUN, lane", WRONG),
-        ("half sum", K_BLOCK, HALF_K_BLOCK, WRONG),
+        _half_k_block("COLUMN_TILES", "0"),
         ("space", "(x) + begin", f"({_device('x')}) + begin", NO_SPACE),
     ),
     *_many(
@@ -575,11 +580,12 @@ FAULTS = (
     *_many(
         "combine_project_few",
         *FEW_BARRIERS,
-        ("tail", "own < tokens ? first + own : T - 1", "first + own", BOUNDS),
-        ("stores' tail", "&& own < tokens)", "&& own <= tokens)", ANYWHERE),
-        ("index", "token) * N + i]", "token) * N]", WRONG),
-        ("half sum", K_BLOCK, HALF_K_BLOCK, WRONG),
-        ("space", "float(h_post[", f"float({_device('h_post')}[", NO_SPACE),
+        ("tail", "own < T ? own : T - 1", "own", BOUNDS),
+        ("stores' tail", "tile_row(lane) < T)", "tile_row(lane) <= T)", ANYWHERE),
+        ("index", "value(post[r], i)", "value(post[r], 0)", WRONG),
+        ("columns", "column + tile * TILE", "column + TILE", WRONG),
+        _half_k_block("AT_ONCE", "tile"),
+        ("space", "at(h_post) + row", f"at({_device('h_post')}) + row", NO_SPACE),
     ),
     *_many(
         "project_k_blocks",

@@ -16,8 +16,9 @@
 #include "../common/project/layout.h"
 #include "../common/project/mix.h"
 #include "../common/project/mix_loads.h"
-#include "../common/project/phi_registers.h"
+#include "../common/project/phi_numbers.h"
 #include "../common/project/raw_within.h"
+#include "../common/project/starts.h"
 #include "../common/project/sums.h"
 #include "../common/raw.h"
 #include "../common/store_raw.h"
@@ -34,13 +35,14 @@ struct combine_project_few_memory {
 };
 
 // Whether all arrays begin where whole vectors may be loaded and stored.
-template <int N, typename X, typename Y, typename HRes, typename Phi, typename Out>
-FUNCTION bool combine_project_few_aligned(X x, int x_shape_2, Y y, HRes h_res, Phi phi, Out out) {
+template <int N, typename X, typename Y, typename HPost, typename HRes, typename Phi, typename Out>
+FUNCTION bool combine_project_few_aligned(X x, int x_shape_2, Y y, HPost h_post, HRes h_res,
+                                          Phi phi, Out out) {
     return x_shape_2 % STEP_CHANNELS == 0 && vectors<8>(x) && vectors<8>(y) && vectors<8>(out) &&
-           vectors<4>(phi) && vectors<N>(h_res);
+           vectors<4>(phi) && vectors<N>(h_post) && vectors<N * N>(h_res);
 }
 
-template <typename ACCESS, int N, int COLUMN_TILES, int STEPS, typename X, typename Y,
+template <typename ACCESS, int N, int COLUMN_TILES, int AT_ONCE, int STEPS, typename X, typename Y,
           typename HPost, typename HRes, typename Phi, typename Out, typename Partials>
 FUNCTION void combine_project_few(X x, int64_t x_shape_0, int x_shape_2, Y y, HPost h_post,
                                   int h_post_shape_0, HRes h_res, int h_res_shape_0, Phi phi,
@@ -49,7 +51,8 @@ FUNCTION void combine_project_few(X x, int64_t x_shape_0, int x_shape_2, Y y, HP
     const int64_t T = x_shape_0;
     const int C = x_shape_2, M = phi_shape_0;
     const int64_t K = int64_t(N) * C;
-    const bool KEPT = N <= 4;  // the streams are in registers, else they are read again
+    const bool KEPT = N <= 4;            // the streams are in registers, else they are read again
+    const int MIXED = KEPT ? N : STEPS;  // streams, of which a K block has one or all
 
     typedef decltype(load_raw<8>(ACCESS::at(x))) Row;
     const int lane = here.id % SIMD, simdgroup = here.id / SIMD, channel = 4 * tile_pair(lane);
@@ -72,35 +75,50 @@ FUNCTION void combine_project_few(X x, int64_t x_shape_0, int x_shape_2, Y y, HP
                     const int k_step = (done + simdgroup) * STEPS;
                     const int c = begin + step_channel<N, 1>(k_step);
                     const int rest = C - c - channel;
-                    AOperand<Row, STEPS, 1> rows;
+                    const auto from = starts_of<1>(ACCESS::at(x) + channel, first, T, K, lane);
+                    const auto layer = starts_of<1>(ACCESS::at(y) + channel, first, T, C, lane);
+                    const auto to = starts_of<1>(ACCESS::at(out) + channel, first, T, K, lane);
+                    // all that can be loaded now is on its way before the first sum
+                    const auto given = load_mix_inputs<KEPT ? N : 1>(from, layer, C, c, rest);
+                    decltype(hold<N, KEPT>(ACCESS::at(h_post))) post[2];
+                    decltype(hold<N * N, KEPT>(ACCESS::at(h_res))) res[2];
                     UNROLL for (int r = 0; r < 2; r++) {
-                        const int own = 8 * r + tile_row(lane);
-                        const int64_t token = own < tokens ? first + own : T - 1;
-                        const auto from = ACCESS::at(x) + token * K + c + channel;
-                        const auto streams = load_streams_within<KEPT ? N : 1>(from, C, rest);
-                        const Floats<8> layer = floats(
-                            load_raw_within<8>(ACCESS::at(y) + token * C + c + channel, rest));
-                        UNROLL for (int k = 0; k < STEPS; k++) {
-                            const int i = step_stream<N, 1>(k_step + k);
-                            const float post = float(h_post[row(h_post_shape_0, token) * N + i]);
-                            const auto res = hold<N, KEPT>(ACCESS::at(h_res) +
-                                                           (row(h_res_shape_0, token) * N + i) * N);
-                            const Floats<8> sum = mix_streams<N, KEPT>(times(post, layer), res, 0,
-                                                                       streams, from, C, rest);
-                            const Row mixed = packed(ACCESS::at(out), sum);
-                            const auto to =
-                                ACCESS::at(out) + token * K + int64_t(i) * C + c + channel;
-                            if (column == 0 && own < tokens) store_raw_within(to, mixed, rest);
-                            rows.at[k][0].in_half[r] = mixed;
-                        }
+                        const int64_t own = first + 8 * r + tile_row(lane);
+                        const int64_t token = own < T ? own : T - 1;
+                        post[r] =
+                            hold<N, KEPT>(ACCESS::at(h_post) + row(h_post_shape_0, token) * N);
+                        res[r] = hold<N * N, KEPT>(ACCESS::at(h_res) +
+                                                   row(h_res_shape_0, token) * N * N);
                     }
-                    const auto phi_operands = load_b_operands<N, 1, COLUMN_TILES, STEPS>(
-                        Row(), ACCESS::at(phi), K, M, C, column, begin, k_step, lane);
+                    PhiNumbers<AT_ONCE, STEPS> phi_numbers;
+                    if (AT_ONCE == COLUMN_TILES)
+                        phi_numbers = load_phi_numbers<N, 1, AT_ONCE, STEPS>(
+                            ACCESS::at(phi), K, M, C, column, begin, k_step, lane);
+                    AOperand<Row, STEPS, 1> rows;
+                    UNROLL for (int k = 0; k < 2 * MIXED; k++) {
+                        const int r = k / MIXED, b = STEPS < MIXED ? 0 : k % MIXED;
+                        const int i = MIXED == N ? k % MIXED : step_stream<N, 1>(k_step + b);
+                        if (STEPS < MIXED && i != step_stream<N, 1>(k_step)) continue;
+                        const Floats<8> sum = mix_streams<N, KEPT>(
+                            times(value(post[r], i), floats(given.layer[r])), res[r], i * N,
+                            given.streams[r], from.at[0][r] + c, C, rest);
+                        rows.at[b][0].in_half[r] = packed(ACCESS::at(out), sum);
+                        if (column == 0 && first + 8 * r + tile_row(lane) < T)
+                            store_raw_within(to.at[0][r] + int64_t(i) * C + c,
+                                             rows.at[b][0].in_half[r], rest);
+                    }
                     const auto k_block = k_blocks + simdgroup * NUMBERS;
-                    TOGETHER;
-                    put_block_sums(k_block,
-                                   add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands),
-                                   tokens, lane);
+                    UNROLL_FEW(1) for (int tile = 0; tile < COLUMN_TILES; tile += AT_ONCE) {
+                        if (AT_ONCE < COLUMN_TILES)
+                            phi_numbers = load_phi_numbers<N, 1, AT_ONCE, STEPS>(
+                                ACCESS::at(phi), K, M, C, column + tile * TILE_COLUMNS, begin,
+                                k_step, lane);
+                        const auto phi_operands = b_operands_for(Row(), phi_numbers);
+                        TOGETHER;
+                        put_block_sums<COLUMN_TILES>(
+                            k_block, add_k_block(zero_sums<AT_ONCE, 1>(), rows, phi_operands), tile,
+                            tokens, lane);
+                    }
                 }
                 BARRIER;
                 const int made = count - done < simdgroups ? count - done : simdgroups;

@@ -64,9 +64,9 @@ FUNCTION void project_few(X x, int64_t x_shape_0, int x_shape_2, Phi phi, int ph
                         Row(), ACCESS::at(phi), K, M, C, column, begin, own * RUN, lane);
                     const auto k_block = k_blocks + simdgroup * NUMBERS;
                     TOGETHER;
-                    put_block_sums(k_block,
-                                   add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands),
-                                   tokens, lane);
+                    put_block_sums<COLUMN_TILES>(
+                        k_block, add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands), 0,
+                        tokens, lane);
                 }
                 BARRIER;
                 const int made = count - done < simdgroups ? count - done : simdgroups;

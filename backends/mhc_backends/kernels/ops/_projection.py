@@ -40,7 +40,7 @@ __all__ = [
 DPHI_STEPS = 8  # K steps of 32 tokens whose du is in threadgroup memory at a time
 DPHI_COLUMNS = 32  # columns whose sums a simdgroup keeps in registers
 KEPT = 4  # the most streams that combine_project keeps in registers
-# tokens of combine_project_few and write_project_few, whose threadgroups all read a split's phi
+# tokens of write_project_few, whose threadgroups all read a split's phi
 MOST_FEW = {"metal": 16, "cuda": 256}
 MOST_COLUMNS = 32  # columns whose B operands leave threadgroup memory for a second K step
 
@@ -137,7 +137,7 @@ def project_for_pre(kernels: Kernels, x: Array, phi: Array, mixes: bool) -> Sums
         return Sums(project(kernels, x, phi))
     chosen = {"RUN": launch.run_steps(dtype)}
     if mixes:
-        tiles = launch.column_tiles(kernel, *sizes[:2], dtype, kernels.dialect)
+        tiles = launch.column_tiles(kernel, *sizes, dtype, kernels.dialect)
         chosen["COLUMN_TILES"] = tiles
     inputs, outputs = {"x": tokens(x, 2), "phi": phi}, {"blocks": _k_blocks(kernel, x)}
     made = kernels(kernel, inputs, outputs, sizes, **chosen)[0]
@@ -152,26 +152,36 @@ def combine_project(
     h_res: Array | None,
     phi: Array,
     mixes: bool = True,
+    norms: bool = False,
 ) -> tuple[Array, Sums]:
-    """Return x', and its sums over all channels, of which an H_res is made if it ``mixes``."""
+    """Return x', and its sums over all channels.
+
+    An H_res is made of them if it ``mixes``. ``norms`` says whether h is normalised.
+    """
     sizes, dtype = Sizes.of(x), dtype_name(x.dtype)
     inputs = {**combine.inputs(x, y, h_post, h_res), "phi": phi}
     if h_res is None:
         return _write_project(kernels, x, inputs, mixes)
     steps = launch.stream_steps(sizes.n, dtype)
-    if mixes and kernels.devices == 1 and launch.fewest(*sizes, kernels.dialect):
+    # with a norm, one threadgroup adds up all K blocks of a token; and floats were not measured
+    more = not norms and dtype != FLOAT32
+    if mixes and kernels.devices == 1 and launch.fewest(*sizes, kernels.dialect, mixed=more):
         kernel = "combine_project_k_blocks"
-        tiles = launch.column_tiles(kernel, *sizes[:2], dtype, kernels.dialect)
+        tiles = launch.column_tiles(kernel, *sizes, dtype, kernels.dialect)
         chosen = {"COLUMN_TILES": tiles, "STEPS": steps}
         outputs = {"out": Out.like(x), "blocks": _k_blocks(kernel, x)}
         x_new, blocks = kernels(kernel, inputs, outputs, sizes, **chosen)
         return x_new, Sums(blocks, launch.per_split(kernel, sizes.n, dtype))
+    if sizes.n > KEPT and kernels.dialect == "cuda":  # else streams would be read for each other
+        x_new = combine.forward(kernels, x, y, h_post, h_res)
+        return x_new, Sums(project(kernels, x_new, phi))
     outputs = {"out": Out.like(x), "partials": _partials(sizes, phi)}
     tiles = column_tiles(phi.shape[0], launch.COLUMNS_AT_ONCE)
     narrow = dtype != FLOAT32
     chosen = {"COLUMN_TILES": tiles, "STEPS": steps}
-    if MOST_FEW[kernels.dialect] >= sizes.T and launch.few(sizes.T, sizes.C):
+    if launch.few_mixed(sizes.T, sizes.C, dtype, kernels.dialect):
         chosen["SCRATCH"] = launch.SCRATCH[kernels.dialect]
+        chosen["AT_ONCE"] = launch.columns_at_once(tiles, dtype, kernels.dialect)
         x_new, partials = kernels("combine_project_few", inputs, outputs, sizes, **chosen)
     else:
         kept = sizes.n <= KEPT

@@ -36,7 +36,9 @@ def forward_with_saved(
 ) -> tuple[tuple[Array | None, ...], tuple[Array, ...]]:
     """Return the outputs and, for the vjp, x' and the projection of x'."""
     norm = _projection.Norm(h_norm_weight, h_norm_eps, h_raw)
-    x_new, sums = _projection.combine_project(kernels, x, y, h_post, h_res, phi, variant.mixes)
+    x_new, sums = _projection.combine_project(
+        kernels, x, y, h_post, h_res, phi, variant.mixes, norms=True
+    )
     made = _projection.pre_norm(kernels, x_new, sums, scale, bias, h_pre, norm, variant, saves)
     outputs = (x_new, made.h, made.h_pre, made.h_post, made.h_res, made.raw)
     return outputs, (x_new, *made.saved, made.h_pre)

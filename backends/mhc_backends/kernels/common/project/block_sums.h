@@ -15,14 +15,15 @@ struct Width {
     enum { NUMBERS = COLUMN_TILES * TILE_COLUMNS + 4 };
 };
 
-// Puts the sums of one K block, of the first `tokens` rows, into threadgroup memory.
-template <int COLUMN_TILES, typename S>
-FUNCTION void put_block_sums(S k_block, Sums<COLUMN_TILES, 1> sums, int tokens, int lane) {
+// Puts sums of one K block, of the first `tokens` rows, into threadgroup memory: those of SOME tiles
+// of columns from tile `first` on, and with the first ones the squares.
+template <int COLUMN_TILES, int SOME, typename S>
+FUNCTION void put_block_sums(S k_block, Sums<SOME, 1> sums, int first, int tokens, int lane) {
     UNROLL for (int h = 0; h < 2; h++) {
         UNROLL for (int j = 0; j < 2; j++) {
             const int row = 8 * h + sum_row(lane, j);
-            UNROLL for (int tile = 0; tile < COLUMN_TILES; tile++) {
-                const int at = tile * TILE_COLUMNS + sum_column(lane, j);
+            UNROLL for (int tile = 0; tile < SOME; tile++) {
+                const int at = (first + tile) * TILE_COLUMNS + sum_column(lane, j);
                 if (row < tokens)
                     k_block[row * Width<COLUMN_TILES>::NUMBERS + at] =
                         sums.products.at[0].tile[tile].in_half[h].at[j];
@@ -30,7 +31,8 @@ FUNCTION void put_block_sums(S k_block, Sums<COLUMN_TILES, 1> sums, int tokens, 
         }
         const int row = 8 * h + tile_row(lane),
                   at = COLUMN_TILES * TILE_COLUMNS + tile_pair(lane) / 2;
-        if (row < tokens) k_block[row * Width<COLUMN_TILES>::NUMBERS + at] = sums.squares[0].at[h];
+        if (row < tokens && first == 0)
+            k_block[row * Width<COLUMN_TILES>::NUMBERS + at] = sums.squares[0].at[h];
     }
 }
 
