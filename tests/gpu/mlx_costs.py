@@ -2,9 +2,9 @@
 
 ``python tests/gpu/mlx_costs.py`` runs:
 
-- decode: a chain of 86 combine_pre of one token in one ``mx.compile``, and the same chain of empty
-  kernels with the same inputs and outputs, which is the cost of launching them; the chain again
-  with MLX's limits of operations and bytes in a CUDA graph
+- decode: a chain of 86 combine_pre of one token in one ``mx.compile``, as it is, with an array for
+  every output, and both of empty kernels with the same inputs and outputs, which is the cost of
+  launching them; the chain again with MLX's limits of operations and bytes in a CUDA graph
 - train: a sublayer forward and backward, compiled and not
 - cold: the first call of a new process, and what of it is compiling, twice
 """
@@ -28,8 +28,8 @@ def main() -> None:
     if len(sys.argv) > 1:
         globals()[sys.argv[1]](*sys.argv[2:])
         return
-    run("decode", "kernels")
-    run("decode", "empty")
+    for which in ("kernels", "apart", "empty", "empty_apart"):
+        run("decode", which)
     for limit, values in zip(LIMITS, ((5, 50, 500), (10, 100, 1000)), strict=True):
         for value in values:
             run("decode", "kernels", **{limit: str(value)})
@@ -74,26 +74,36 @@ def decode(which: str) -> None:
     import mhc_core as mhc
     from mhc_backends.kernels.functions import Ops
     from mhc_backends.kernels.mlx import Kernels
+    from mhc_backends.mlx_cuda.compiled import finish
     from mhc_backends.mlx_cuda.launcher import cuda_kernel
+    from mhc_backends.mlx_cuda.packed import Packed
 
     def empty(**texts: Any) -> Any:
         return cuda_kernel(**{**texts, "source": "", "header": ""})
 
-    launcher = empty if which == "empty" else cuda_kernel
-    own = Ops(Kernels(launcher, "cuda", 227 * 1024), mx.compile)
-    x, y, h_post, h_res, *parameters = drawn(1)
+    launcher = empty if which.startswith("empty") else cuda_kernel
+    memory, x = 227 * 1024, drawn(1)
+    kernels = Kernels(launcher, "cuda", memory, finish)
+    apart = Ops(kernels, mx.compile)
+    own = apart if which.endswith("apart") else Ops(kernels, mx.compile, Packed(launcher, memory))
+    given, parameters = x[:4], x[4:]
 
-    def chain(x: Any, y: Any, h_post: Any, h_res: Any) -> Any:
-        for _ in range(LAYERS):
-            x, y, _, h_post, h_res = own.combine_pre(
-                x, y, h_post, h_res, *parameters, variant=mhc.DEEPSEEK_V4
-            )
-        return x, y, h_post, h_res
+    def chain_of(ops: Ops) -> Callable[..., Any]:
+        def chain(x: Any, y: Any, h_post: Any, h_res: Any) -> Any:
+            for _ in range(LAYERS):
+                x, y, _, h_post, h_res = ops.combine_pre(
+                    x, y, h_post, h_res, *parameters, variant=mhc.DEEPSEEK_V4
+                )
+            return x, y, h_post, h_res
+
+        return mx.compile(chain)
 
     with mhc.no_grad():
-        compiled = mx.compile(chain)
-        times = timed(lambda: compiled(x, y, h_post, h_res), 4)
-    print(f"{times / LAYERS:.2f} us a sublayer")
+        compiled = chain_of(own)
+        times = timed(lambda: compiled(*given), 4)
+        pairs = zip(compiled(*given), chain_of(apart)(*given), strict=True)
+        same = all(mx.array_equal(one, other, equal_nan=True).item() for one, other in pairs)
+    print(f"{times / LAYERS:.2f} us a sublayer; the same bits as apart: {same}")
 
 
 def train(T: str) -> None:

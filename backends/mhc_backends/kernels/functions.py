@@ -32,6 +32,7 @@ from mhc_core.sharding import Axis, Group, channel_axis
 __all__ = ["MIXERS", "Ops", "has_kernels"]
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+Pack = Callable[[str, dict[str, Any], Sequence[Any]], "tuple[mx.array, ...] | None"]
 Static = tuple[tuple[str, Any], ...]
 There = tuple[bool, ...]
 
@@ -45,12 +46,16 @@ class Ops:
     An op consists of its forward kernels and its vjp kernels, joined by ``mx.custom_function`` with
     every array as an argument: captured arrays would get zero gradients. ``compiled`` is
     ``mx.compile``, with which MLX builds a kernel's text once and not at every call, or None if
-    kernels cannot be traced.
+    kernels cannot be traced. ``packed`` runs an op in the graph of a caller's own ``mx.compile``,
+    where arrays between launches cost more than elsewhere, or returns None if it does not take it.
     """
 
-    def __init__(self, kernels: Kernels, compiled: Compile | None = None) -> None:
+    def __init__(
+        self, kernels: Kernels, compiled: Compile | None = None, packed: Pack | None = None
+    ) -> None:
         self._kernels = kernels
         self._compiled: Compile = compiled or (lambda function: function)
+        self._packed = packed
         self._forward = functools.cache(self._make_forward)
         self._inference = functools.cache(self._make_inference)
         self._vjp = functools.cache(self._make_vjp)
@@ -121,11 +126,11 @@ class Ops:
             arrays = filled(given[0], there), filled(given[1], outputs_there)
             return present(module.vjp(kernels, *arrays, given[2] or None, **options))
 
-        pulled = mx.custom_function(launches)
+        pulled = mx.custom_function(self._building(launches))
         second = functools.partial(_second, op, options, there)
         pulled.vjp(second if axis is None else functools.partial(refuse_second, op))
         pulled.jvp(functools.partial(_no_forward_mode, op))
-        differentiable = mx.custom_function(forward)
+        differentiable = mx.custom_function(self._building(forward))
         differentiable.vjp(pullback)
         differentiable.jvp(functools.partial(_no_forward_mode, op))
         return self._compiled(differentiable)
@@ -135,7 +140,16 @@ class Ops:
     ) -> Callable[..., Any]:
         """Return the forward without a vjp: a custom function of MLX costs 2 us per output."""
         function = functools.partial(ops.load(op).forward, self._on(axis), **dict(static))
-        return self._compiled(lambda *arrays: present(as_tuple(function(*filled(arrays, there)))))
+
+        def inference(*arrays: mx.array) -> tuple[mx.array, ...]:
+            return present(as_tuple(function(*filled(arrays, there))))
+
+        def packed(*arrays: mx.array) -> tuple[mx.array, ...] | None:
+            return self._packed and self._packed(op, dict(static), filled(arrays, there))
+
+        if self._packed is None or axis is not None:
+            return self._compiled(self._building(inference))
+        return _Traced(self._building(inference), self._compiled, self._building(packed))
 
     def _make_vjp(
         self, op: str, static: Static, there: There, axis: Axis | None
@@ -148,7 +162,49 @@ class Ops:
             pulled = present(function(*arrays))
             return pulled if axis is None else once(op, pulled)
 
-        return self._compiled(pull)
+        return self._compiled(self._building(pull))
+
+    def _building(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that builds launches, which says when it has built them."""
+
+        @functools.wraps(function)
+        def building(*arrays: Any) -> Any:
+            made = function(*arrays)
+            self._kernels.built()
+            return made
+
+        return building
+
+
+class _Traced:
+    """A compiled function, with another for the graphs of callers' own ``mx.compile``.
+
+    Inside such a graph MLX traces the original (``mlx/compile.cpp``), at every call. Elsewhere it
+    runs Python only for arrays of new shapes, so the original runs again for known ones.
+    """
+
+    def __init__(
+        self, original: Callable[..., Any], compiled: Compile, inside: Callable[..., Any]
+    ) -> None:
+        def counted(*arrays: mx.array) -> Any:
+            self._runs += 1
+            return original(*arrays)
+
+        self._runs = 0
+        self._known: set[Any] = set()
+        self._compiled = compiled(counted)
+        self._inside = inside
+
+    def __call__(self, *arrays: mx.array) -> Any:
+        before = self._runs
+        made = self._compiled(*arrays)
+        if self._runs == before:
+            return made
+        kind = tuple((array.shape, array.dtype) for array in arrays)
+        if kind not in self._known:
+            self._known.add(kind)
+            return made
+        return self._inside(*arrays) or made
 
 
 def _takes(op: str, axis: Axis | None) -> bool:

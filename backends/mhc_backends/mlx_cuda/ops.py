@@ -10,7 +10,9 @@ from mhc_backends.kernels.functions import Ops
 from mhc_backends.kernels.mlx import Kernels
 from mhc_backends.kernels.nvidia import memory
 from mhc_backends.mlx_common import checkpoint, compile, from_host, grad, to_host
+from mhc_backends.mlx_cuda.compiled import finish
 from mhc_backends.mlx_cuda.launcher import cuda_kernel
+from mhc_backends.mlx_cuda.packed import Packed
 
 __all__ = ["checkpoint", "compile", "from_host", "grad", "to_host", "vjp"]
 
@@ -21,7 +23,9 @@ def _memory() -> int:
     return memory(architecture)
 
 
-_OPS = Ops(Kernels(cuda_kernel, "cuda", _memory()), mx.compile)
+_OPS = Ops(
+    Kernels(cuda_kernel, "cuda", _memory(), finish), mx.compile, Packed(cuda_kernel, _memory())
+)
 vjp = _OPS.vjp
 
 
