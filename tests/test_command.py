@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -221,6 +222,64 @@ def test_an_earlier_report_is_whole_or_replaced(tmp_path: Path, monkeypatch: Any
     monkeypatch.undo()
     assert _files.write(file, "new")
     assert file.read_text() == "new"
+
+
+def _mhc(words: str, where: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command line in a shell, which sends its stdout somewhere, and print its exit code."""
+    command = [sys.executable, "-c", "from mhc_core.cli import app; app()", *words.split()]
+    line = f"{shlex.join(command)} {where}"
+    settings = {**os.environ, "COLUMNS": "100", **environment}
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}; echo code $? >&2"],
+        capture_output=True,
+        text=True,
+        env=settings,
+        check=False,
+    )
+
+
+FULL = "mhc: the output cannot be written: No space left on device"
+QUICK = "conformance numpy --op expand --kind forward --dtype float64 --jobs 1"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("words", ["info", "backends", "--help", "conformance --help", "--version"])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_full_screen_is_one_line(words: str, encoding: str) -> None:
+    done = _mhc(words, "> /dev/full", PYTHONIOENCODING=encoding)
+    assert done.stderr.splitlines() == [FULL, "code 1"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_screen_loses_no_file(tmp_path: Path) -> None:
+    for where, said in (("> /dev/full", [FULL]), ("2> /dev/full > /dev/full", []), (">&-", [])):
+        file = tmp_path / "numbers.json"
+        done = _mhc(f"{QUICK} --report {file}", where)
+        kept = json.loads(file.read_text())
+        assert kept["summary"]["passed"] == 1
+        file.unlink()
+        assert [line for line in done.stderr.splitlines() if line.startswith("mhc")] == said
+        assert "Traceback" not in done.stderr
+
+
+def test_a_pipe_that_nobody_reads(tmp_path: Path) -> None:
+    """End quietly, but write what was asked for."""
+    file = tmp_path / "numbers.json"
+    for words in ("backends", "info --json", f"{QUICK} --json", f"{QUICK} --json {file}"):
+        done = _mhc(words, "| true")
+        assert "Traceback" not in done.stderr
+        assert "Error" not in done.stderr
+        assert done.stderr.splitlines()[-1] == "code 1"
+    assert json.loads(file.read_text())["summary"]["passed"] == 1
+
+
+def test_closed_streams_end_no_command() -> None:
+    for where, code in ((">&-", 0), ("2>&-", 0), (">&- 2>&-", 0)):
+        done = _mhc("info", f"{where} < /dev/null")
+        assert done.stderr.splitlines()[-1] == f"code {code}"
+        assert "Traceback" not in done.stderr
+    assert _mhc("nonsense", "2>&-").stderr == "code 2\n"
+    assert _mhc("nonsense", "2> /dev/full").stderr == "code 2\n"
 
 
 def _ends_or_sleeps(task: str) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from mhc_core.cli._output import Output, UnwritableError, output, writes_files
 from mhc_core.text import one_line
 
 __all__ = ["INTERRUPTED", "JSON", "Command", "Group", "Stopped", "stoppable", "with_places"]
@@ -32,6 +33,12 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words of a command line."""
         return super().parse_args(ctx, with_places(args))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; one that writes files does so whatever becomes of stdout."""
+        if isinstance(sys.stdout, Output):
+            sys.stdout.goes_on = writes_files(ctx.params)
+        return super().invoke(ctx)
 
 
 def with_places(words: Sequence[str]) -> list[str]:
@@ -54,10 +61,20 @@ class Group(TyperGroup):
         """Run a command line, and end the process with its exit code."""
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **more)
-        for stream in (
-            sys.stdout,
-            sys.stderr,
-        ):  # a name that stdout cannot encode must not end the command
+        with output() as out:
+            code = self._run(out, *args, **more)
+            with contextlib.suppress(BrokenPipeError, UnwritableError):
+                out.flush()
+            if isinstance(out.error, BrokenPipeError):  # as of ``| head``
+                code = code or 1
+            elif out.error is not None:
+                said = f"mhc: the output cannot be written: {out.error.strerror or out.error}"
+                _stop(said, code or 1)
+        sys.exit(code)
+
+    def _run(self, out: Output, *args: Any, **more: Any) -> int:
+        """Run a command line and return its exit code, or end the process with it."""
+        for stream in (out, sys.stderr):  # a name that it cannot encode must not end the command
             with contextlib.suppress(AttributeError, ValueError):
                 stream.reconfigure(errors="backslashreplace")  # pyright: ignore
         try:
@@ -71,12 +88,11 @@ class Group(TyperGroup):
             os._exit(stopped.code)
         except (KeyboardInterrupt, typer.Abort):
             _stop("mhc: stopped", INTERRUPTED)
-        except BrokenPipeError:  # as of ``| head``
-            _leave_stdout()
-            sys.exit(1)
+        except (BrokenPipeError, UnwritableError):
+            return 1
         except MemoryError as error:
             _stop(f"mhc: there is not enough memory for this: {error}", 2)
-        sys.exit(code if isinstance(code, int) else 0)
+        return code if isinstance(code, int) else 0
 
 
 class Stopped(BaseException):  # not an Exception, like KeyboardInterrupt
@@ -139,9 +155,3 @@ def _end(error: Any) -> NoReturn:
 def _stop(said: str, code: int) -> NoReturn:
     typer.echo(one_line(said), err=True)
     sys.exit(code)
-
-
-def _leave_stdout() -> None:
-    """Stop all further writing to stdout: Python would flush it at exit and complain."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
