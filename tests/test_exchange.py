@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -166,3 +167,74 @@ def test_a_folder_that_cannot_be_made_is_named_with_its_option() -> None:
     result = CliRunner().invoke(app, ["conformance", "--export", "/dev/null"])
     assert result.exit_code == 2
     assert "--export /dev/null cannot be written: File exists" in " ".join(result.output.split())
+
+
+NO_INDEX = [
+    ("", "cannot be read"),
+    ("{", "cannot be read"),
+    ("[" * 100_000, "cannot be read"),
+    ("[]", "the whole is []; needs an object"),
+    ("3", "the whole is 3; needs an object"),
+    ("{}", "has format None; needs 1"),
+    ('{"format": 2}', "has format 2; needs 1"),
+    ('{"format": 1}', "cases is None; needs a list"),
+    ('{"format": 1, "cases": {}}', "cases is {}; needs a list"),
+    ('{"format": 1, "cases": [7]}', "cases[0] is 7; needs an object"),
+    ('{"format": 1, "cases": [{}]}', "cases[0]['case'] is None; needs the name of a file"),
+]
+WRONG_ENTRIES: list[tuple[str, Any, str]] = [
+    ("case", "../combine", "cases[0]['case'] is '../combine'; needs the name of a file"),
+    ("case", "another", "another.safetensors cannot be read: No such file"),
+    ("op", "combined", "cases[0]['op'] is 'combined'; needs one of aggregate"),
+    ("op", "pre", "cases[0]['inputs'] are x, y, h_post, h_res; pre has x, phi"),
+    ("dtype", "int8", "cases[0]['dtype'] is 'int8'; needs one of float64"),
+    ("seed", True, "cases[0]['seed'] is True; needs an integer"),
+    ("seed", -1, "cases[0]['seed'] is -1; needs an integer"),
+    ("label", None, "cases[0]['label'] is None; needs a text"),
+    ("unmixed", 0, "cases[0]['unmixed'] is 0; needs true or false"),
+    ("sizes", {"leading": [8], "n": 4}, "cases[0]['sizes'] is"),
+    ("sizes", {"leading": "8", "n": 4, "C": 64}, "cases[0]['sizes'] is"),
+    ("inputs", {"x": 3}, "cases[0]['inputs']['x'] is 3; needs an object with dtype, shape"),
+    ("wanted", {"out.x": {}}, "cases[0]['wanted']['out.x'] is {}; needs dtype, shape, allowed"),
+    ("static", {"variant": {"odd": 1}}, "cases[0]['static'] has no variant"),
+    ("static", [], "cases[0]['static'] is []; needs an object"),
+]
+
+
+def _refused(folder: Path, says: str) -> None:
+    result = CliRunner().invoke(app, ["conformance", "--against", str(folder)])
+    assert result.exit_code == 2, result.output
+    (line,) = result.output.splitlines()
+    assert says in line, line
+    with pytest.raises(ValueError, match=re.escape(says)):
+        list(against(folder))
+
+
+@pytest.mark.parametrize(("text", "says"), NO_INDEX)
+def test_an_index_that_is_none_is_refused(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(text)
+    _refused(tmp_path, says)
+
+
+def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
+    _refused(tmp_path, "cannot be read")
+    (tmp_path / INDEX).write_bytes(b"\xff\xfe\x00")
+    _refused(tmp_path, "cannot be read")
+
+
+def test_a_wrong_entry_is_refused(tmp_path: Path) -> None:
+    cases = cases_for(["combine"], C=8, tokens=2)
+    export(tmp_path, [Golden(case, "float32", 3) for case in cases])
+    file = tmp_path / INDEX
+    index = json.loads(file.read_text())
+    assert [one.outcome for one in against(tmp_path)] == ["missing"]
+    for key, value, says in WRONG_ENTRIES:
+        file.write_text(json.dumps({**index, "cases": [{**index["cases"][0], key: value}]}))
+        _refused(tmp_path, says)
+    entry = index["cases"][0]
+    inputs = {**entry["inputs"], "x": {"dtype": "float32", "shape": [2, 4, 9]}}
+    file.write_text(json.dumps({**index, "cases": [{**entry, "inputs": inputs}]}))
+    _refused(tmp_path, "in.x is float32 [2, 4, 8]; ")
+    file.write_text(json.dumps(index))
+    (tmp_path / f"{entry['case']}.safetensors").write_bytes(b"damaged")
+    _refused(tmp_path, "is no file of safetensors")

@@ -18,8 +18,9 @@ both, in the dtypes that the index names, into ``CASE.answer.safetensors`` besid
 from __future__ import annotations
 
 import json
+import reprlib
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -198,27 +199,119 @@ class Answer:
 
 
 def against(folder: Path) -> Iterator[Answer]:
-    """Yield a verdict for every case of a folder; raise ValueError for a folder without cases."""
+    """Yield a verdict for every case of a folder.
+
+    Raises
+    ------
+    ValueError
+        If the folder has no index of golden cases, or not the cases that its index names; before
+        any verdict.
+    """
+    for entry, right in list(_cases(folder)):
+        yield _checked(folder, entry, right)
+
+
+def _cases(folder: Path) -> Iterator[tuple[Mapping[str, Any], dict[str, Array]]]:
+    """Yield the entries of a folder's index, each with the arrays of its case."""
     file = folder / INDEX
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        index: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
+    told = _Told(file)
+    index = told.of("the whole", index, dict, "an object, as mhc conformance --export writes it")
     if index.get("format") != FORMAT:
-        raise ValueError(f"{file} has format {index.get('format')!r}; needs {FORMAT}")
-    for entry in index["cases"]:
-        yield _checked(folder, entry)
+        raise ValueError(f"{file} has format {reprlib.repr(index.get('format'))}; needs {FORMAT}")
+    for k, entry in enumerate(told.of("cases", index.get("cases"), list, "a list")):
+        _check(told, f"cases[{k}]", entry)
+        path = folder / f"{entry['case']}.safetensors"
+        try:
+            right = read(path)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+        inputs = {f"in.{name}": about for name, about in entry["inputs"].items()}
+        wide = {key: {**about, "dtype": "float64"} for key, about in entry["wanted"].items()}
+        for key, about in {**inputs, **wide}.items():
+            need = f"{about['dtype']} {about['shape']}"
+            have = f"{right[key].dtype} {list(right[key].shape)}" if key in right else "not there"
+            if have != need:
+                raise ValueError(f"{path}: {key} is {have}; {file} says {need}")
+        yield entry, right
 
 
-def _checked(folder: Path, entry: Mapping[str, Any]) -> Answer:
+class _Told:
+    """The content of a file, each part of the type that it needs."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def of(self, name: str, value: Any, kind: type, needs: str, good: bool = True) -> Any:
+        """Return a part of the file; raise ValueError with its name if it is of another type."""
+        boolean = isinstance(value, bool) and kind is not bool
+        if isinstance(value, kind) and not boolean and good:
+            return value
+        raise self.wrong(name, f"is {reprlib.repr(value)}; needs {needs}")
+
+    def wrong(self, name: str, says: str) -> ValueError:
+        """Return the error for a part."""
+        return ValueError(f"{self._file} is no index of golden cases: {name} {says}")
+
+
+def _check(told: _Told, name: str, entry: Any) -> None:
+    """Check an entry of the index; raise ValueError with the name of what is wrong."""
+
+    def part(key: str, kind: type, needs: str, good: Callable[[Any], bool] = lambda _: True) -> Any:
+        value = entry.get(key)
+        fits = isinstance(value, kind) and good(value)
+        return told.of(f"{name}[{key!r}]", value, kind, needs, fits)
+
+    told.of(name, entry, dict, "an object")
+    part("case", str, "the name of a file in the folder", lambda case: Path(case).name == case)
+    part("op", str, f"one of {', '.join(math.OPS)}", math.OPS.__contains__)
+    part("dtype", str, f"one of {', '.join(_NAMES)}", _NAMES.__contains__)
+    part("label", str, "a text")
+    part("unmixed", bool, "true or false")
+    part("seed", int, "an integer of at least 0", lambda seed: seed >= 0)
+    sizes = part("sizes", dict, "an object with leading, n and C")
+    lengths = sizes.get("leading")
+    if not isinstance(lengths, list):
+        lengths = [None]
+    numbers: list[Any] = [*lengths, sizes.get("n"), sizes.get("C")]
+    if any(type(one) is not int or one < 0 for one in numbers):
+        raise told.wrong(
+            f"{name}['sizes']", f"is {reprlib.repr(sizes)}; needs integers of at least 0"
+        )
+    for group, needed in (("inputs", _SHAPED), ("wanted", {**_SHAPED, "allowed": (int, float)})):
+        entries: Mapping[str, Any] = part(group, dict, "an object")
+        for key, about in entries.items():
+            have: Any = about
+            told.of(
+                f"{name}[{group!r}][{key!r}]", have, dict, f"an object with {', '.join(needed)}"
+            )
+            if not all(isinstance(have.get(one), kind) for one, kind in needed.items()):
+                says = f"is {reprlib.repr(have)}; needs {', '.join(needed)}"
+                raise told.wrong(f"{name}[{group!r}][{key!r}]", says)
+    part("static", dict, "an object")
+    try:
+        case = _case_of(entry)
+    except (TypeError, ValueError) as error:
+        raise told.wrong(f"{name}['static']", f"has no variant: {error}") from None
+    if list(entry["inputs"]) != case.names:
+        says = f"are {', '.join(entry['inputs'])}; {case.op} has {', '.join(case.names)}"
+        raise told.wrong(f"{name}['inputs']", says)
+
+
+_SHAPED: Mapping[str, Any] = {"dtype": str, "shape": list}
+
+
+def _checked(folder: Path, entry: Mapping[str, Any], right: Mapping[str, Array]) -> Answer:
     name = entry["case"]
     file = folder / f"{name}{ANSWER}"
     if not file.exists():
         return Answer(name, "missing", says=f"there is no {file.name}")
     try:
         given = read(file)
-        right = read(folder / f"{name}.safetensors")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return Answer(name, "off", float("inf"), str(error))
     wanted = entry["wanted"]
     unknown = [key for key in given if key not in wanted]
