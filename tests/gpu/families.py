@@ -27,6 +27,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+# the toy layer's product, before MLX is imported; the ops do not depend on it
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
 from golden import Golden, JaxOps, MlxOps, NativeOps, problems, run
 from test_golden_families import CASES, FORMS
 

@@ -21,9 +21,11 @@ out of their environment. One that takes more than ``--limit`` seconds is ended.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -33,7 +35,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -121,7 +123,16 @@ def liger(_: str) -> Side:
 
 
 def tile_kernels(_: str) -> Side:
-    """Return TileKernels' functions, which choose other kernels where no gradient is taken."""
+    """Return TileKernels' functions, which choose other kernels where no gradient is taken.
+
+    TileLang ends the process ("libnvrtc symbols not found globally") unless NVRTC's functions are
+    those of the whole process, as PyTorch's are not.
+    """
+    for wheel in distributions():
+        if (wheel.metadata["Name"] or "").startswith("nvidia-cuda-nvrtc"):
+            for file in wheel.files or ():
+                if re.fullmatch(r"libnvrtc\.so\.\d+", file.name):
+                    ctypes.CDLL(str(wheel.locate_file(file)), ctypes.RTLD_GLOBAL)
     theirs: Any = import_module("tile_kernels.modeling.mhc.functional")
     post: Any = import_module("tile_kernels.modeling.mhc.ops.post").mhc_post
 
