@@ -174,11 +174,11 @@ def add_kernels(root: Path) -> None:
         )
         _write(like.with_name(like.name.replace("pre_scale", NAME)), text)
     _write(kernels / "ops" / f"{NAME}.py", GLUE)
-    table = (kernels / "launch.py").read_text(encoding="utf-8")
+    table = (kernels / "table.py").read_text(encoding="utf-8")
     lines = re.findall(r'^    "pre_scale(?:_vjp)?": .*\n', table, re.MULTILINE)
     assert len(lines) == 2
     added = "".join(lines).replace("pre_scale", NAME)
-    _insert(kernels / "launch.py", '    "sum_rows":', added)
+    _insert(kernels / "table.py", '    "sum_rows":', added)
 
 
 def edits(root: Path) -> set[str]:

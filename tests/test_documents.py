@@ -21,7 +21,8 @@ import typer
 from typer.testing import CliRunner
 
 import mhc_core
-from mhc_backends.kernels.launch import VARIABLE, launch
+from mhc_backends.kernels.launch import launch
+from mhc_backends.kernels.table import VARIABLE
 from mhc_core.cli import app
 from mhc_core.cli.bench import Mode
 

@@ -12,7 +12,8 @@ from typer.testing import CliRunner, Result
 
 import mhc_core
 from mhc_backends.kernels import KERNELS
-from mhc_backends.kernels.launch import TABLE, launch
+from mhc_backends.kernels.launch import launch
+from mhc_backends.kernels.table import TABLE
 from mhc_core.cli import app
 from mhc_core.machine import devices
 from mhc_core.text import safe

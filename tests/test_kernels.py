@@ -19,8 +19,9 @@ from cuda_on_cpu import TYPES
 import mhc_core
 from mhc_backends import kernels
 from mhc_backends.kernels import nvidia
-from mhc_backends.kernels.launch import BUSY, TABLE, VARIABLE, Launch, launch, shares, slabs
+from mhc_backends.kernels.launch import BUSY, Launch, launch, shares, slabs
 from mhc_backends.kernels.ops import OPS
+from mhc_backends.kernels.table import TABLE, VARIABLE
 from mhc_backends.kernels.text import body_path, entry, flat, header, headers, signature
 from mhc_backends.mlx_metal import SPEC
 from mhc_core.cli.bench._arrays import Sizes

@@ -252,6 +252,23 @@ def test_a_view_that_is_changed_in_place(place: int, tmp_path_factory: Any) -> N
             assert mx.array_equal(changed(packed_calls(packed), change), want)
 
 
+def test_a_view_is_one_node_of_the_graph_or_two(tmp_path: Path) -> None:
+    """Where something reads views, each costs MLX a node; streams of 16 bits cost another."""
+    x, *parameters = drawn(3)
+    arrays = [x, mx.ones((3, C), x.dtype), mx.ones((3, N)), mx.ones((3, N, N)), *parameters]
+    made = Packed(lazily, MEMORY)("combine_pre", V4, arrays)
+    assert made is not None
+    x_new, _, *mappings = made
+    for view, nodes in (
+        (x_new, ["AsStrided", "View"]),
+        *((one, ["AsStrided"]) for one in mappings),
+    ):
+        file = tmp_path / "graph.dot"
+        mx.export_to_dot(str(file), view)
+        text = file.read_text()
+        assert [name for name in ("AsStrided", "View", "Slice", "Reshape") if name in text] == nodes
+
+
 def test_nothing_is_packed_where_changes_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packed_module.changes_show()
     monkeypatch.setattr(packed_module, "_memory_of", lambda _: b"")

@@ -113,7 +113,8 @@ def _without_folder(value: str) -> str:
 def _launches(T: int, n: int, C: int, dtype: str) -> dict[str, Any]:
     """Return every kernel's launch in Metal, from the table that the kernels use."""
     from mhc_backends.kernels import KERNELS
-    from mhc_backends.kernels.launch import TABLE, VARIABLE, launch
+    from mhc_backends.kernels.launch import launch
+    from mhc_backends.kernels.table import TABLE, VARIABLE
     from mhc_backends.mlx_metal import SPEC
 
     refused = SPEC.refuses(SPEC.ops[0], (dtype,), n)

@@ -343,15 +343,15 @@ def demo(scratch: Path) -> Reader:
 
 def tuning(scratch: Path) -> Reader:
     """Return the reader of ``MHC_KERNEL_TUNING``."""
-    from mhc_backends.kernels import launch
+    from mhc_backends.kernels import launch, table
 
     def read(folder: Path) -> None:
-        os.environ[launch.VARIABLE] = str(folder / "tuning.json")
-        launch._tuned.cache_clear()  # pyright: ignore[reportPrivateUsage]
+        os.environ[table.VARIABLE] = str(folder / "tuning.json")
+        table._tuned.cache_clear()  # pyright: ignore[reportPrivateUsage]
         try:
             launch.launch("combine", 64, 4, 512, "float32")
         finally:
-            del os.environ[launch.VARIABLE]
+            del os.environ[table.VARIABLE]
 
     text = {
         "combine": {"threads": 128, "elements": 4},
@@ -359,7 +359,7 @@ def tuning(scratch: Path) -> Reader:
     }
     good = {"tuning.json": json.dumps(text).encode()}
     return Reader(
-        launch.VARIABLE, [good], read, (ValueError,), f"{launch.VARIABLE}={{folder}}/tuning.json"
+        table.VARIABLE, [good], read, (ValueError,), f"{table.VARIABLE}={{folder}}/tuning.json"
     )
 
 

@@ -23,6 +23,7 @@ import ctypes
 import functools
 import itertools
 import math
+import operator
 import platform
 import re
 import weakref
@@ -123,11 +124,12 @@ class Packed:
         """Return a value as an array of its own, which a later op knows again."""
         if place.start is None:
             return place.array.reshape(value.shape)
-        flat = place.array.reshape(-1)
+        flat = place.array  # one node of MLX's graph for a view, or two, where something reads it
         if value.dtype != "float32":
             flat = flat.view(getattr(mx, value.dtype))
+        strides = list(itertools.accumulate(value.shape[:0:-1], operator.mul, initial=1))[::-1]
         first = T * place.start // ITEMSIZE[value.dtype]
-        view = flat[first : first + value.size].reshape(value.shape)
+        view = mx.as_strided(flat, value.shape, strides, first)
         key = id(view)
         reference = weakref.ref(view, lambda _: self._views.pop(key, None))
         self._views[key] = _View(reference, _memory_of(view), view.astype(view.dtype), place)
@@ -144,7 +146,7 @@ class Packed:
         kinds = [(n, v.shape, v.dtype) for n, v in step.outputs.items() if n not in starts]
         if starts:
             bytes_of_all = sum(_bytes(step.outputs[name], T) for name in starts)
-            kinds.append(("packed", (T, bytes_of_all // ITEMSIZE["float32"]), "float32"))
+            kinds.append(("packed", (T * bytes_of_all // ITEMSIZE["float32"],), "float32"))
         runs = step.program
         made = self._kernel(step.kernel, text, runs.digest, [name for name, *_ in kinds])(
             inputs=list(text.arrays.values()),
@@ -226,7 +228,7 @@ class _Text:
             own = next((k for k, a in self.arrays.items() if a is place.array), None)
             own = own or f"packed_{len(self.arrays)}"
             self.arrays[own] = place.array
-            length = f"{own}_shape[0]"
+            length = f"({own}_shape[0] / {place.array.size // self._T})"
             self._point("const ", name, value, own, f"{length} * {place.start}")
             for axis, count in enumerate(value.shape):
                 self._lengths[name, str(axis)] = str(count) if axis else length

@@ -59,7 +59,7 @@ def identity_with(**library: str) -> dict[str, str]:
 
 def _kernels() -> str:
     """Return a digest of all texts and launch shapes: in development the version is constant."""
-    from mhc_backends.kernels.launch import VARIABLE
+    from mhc_backends.kernels.table import VARIABLE
 
     digest = hashlib.sha256()
     folder = Path(__file__).parent.parent / "kernels"

@@ -22,6 +22,7 @@ import mhc_core as mhc
 from mhc_backends import kernels
 from mhc_backends.kernels import launch as launches
 from mhc_backends.kernels import program as programs
+from mhc_backends.kernels import table
 from mhc_backends.kernels import text as texts
 from mhc_conformance import Subject
 from mhc_conformance.cases import declaration
@@ -36,9 +37,9 @@ BACKEND = "mlx-metal-simulator"
 @contextlib.contextmanager
 def cramped() -> Iterator[None]:
     """Make threadgroups few and small, so that each has many tokens, accesses and shares."""
-    small = {name: replace(shape, threads=32) for name, shape in launches.TABLE.items()}
+    small = {name: replace(shape, threads=32) for name, shape in table.TABLE.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launches, "TABLE", small)
+        patch.setattr(table, "TABLE", small)
         patch.setattr(launches, "MOST_GRID", 64)
         patch.setattr(launches, "FILLED", 1)
         patch.setattr(launches, "ROWS", 8)

@@ -30,6 +30,7 @@ from kernel_checks import (  # noqa: E402
     seeded,
 )
 from mhc_backends.kernels import launch as launches  # noqa: E402
+from mhc_backends.kernels import table  # noqa: E402
 from mhc_backends.kernels.mlx import Kernels, Out  # noqa: E402
 from mhc_backends.kernels.ops import _projection, combine_pre, head, mappings, pre  # noqa: E402
 
@@ -44,8 +45,8 @@ MANY, FEW, FEWEST = 0, 2**30, 2**31
 def small(busy: int, threads: int = 64) -> Iterator[None]:
     """Let one threadgroup of few simdgroups do all the work, in the kernels for many or for few."""
     with cramped(), pytest.MonkeyPatch.context() as patch:
-        shapes = {name: replace(shape, threads=threads) for name, shape in launches.TABLE.items()}
-        patch.setattr(launches, "TABLE", shapes)
+        shapes = {name: replace(shape, threads=threads) for name, shape in table.TABLE.items()}
+        patch.setattr(table, "TABLE", shapes)
         patch.setattr(launches, "MOST_GRID", threads)
         patch.setattr(launches, "BUSY", busy)
         patch.setattr(launches, "FEWEST_TOKENS", {"metal": busy if busy == FEWEST else 0})
@@ -188,7 +189,7 @@ def test_a_token_does_not_depend_on_its_batch(name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", ["pre", "combine_pre"])
 def test_threads_change_nothing(name: str, busy: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launches, "BUSY", busy)
-    monkeypatch.setattr(launches, "MOST_THREADS", {"metal": 1024})  # as CUDA has them
+    monkeypatch.setattr(table, "MOST_THREADS", {"metal": 1024})  # as CUDA has them
     primals = _draw(name, Size(70 if busy == MANY else 13, 4, 296, "bfloat16"))
     before = _outputs(name, primals, mhc.PAPER, BACKEND)
     for threads in (32, 96, 1024):

@@ -26,7 +26,7 @@ from kernel_checks import (  # noqa: E402
     hold_by_the_kit,
     seeded,
 )
-from mhc_backends.kernels import launch as launches  # noqa: E402
+from mhc_backends.kernels import table  # noqa: E402
 from mhc_backends.kernels.mlx import Kernels, Out, Sizes  # noqa: E402
 from mhc_backends.kernels.ops import _projection  # noqa: E402
 from mhc_core.math import mappings  # noqa: E402
@@ -161,9 +161,9 @@ def test_threads_change_nothing(op: str, monkeypatch: pytest.MonkeyPatch) -> Non
         return [*_outputs(op, primals, options, BACKEND), *gradients]
 
     before = results()
-    many = {name: replace(shape, threads=1024) for name, shape in launches.TABLE.items()}
-    monkeypatch.setattr(launches, "TABLE", many)
-    monkeypatch.setattr(launches, "MOST_THREADS", {"metal": 1024})  # as CUDA has them
+    many = {name: replace(shape, threads=1024) for name, shape in table.TABLE.items()}
+    monkeypatch.setattr(table, "TABLE", many)
+    monkeypatch.setattr(table, "MOST_THREADS", {"metal": 1024})  # as CUDA has them
     with simulator.record() as records:
         after = results()
     assert {record.threadgroup[0] for record in records} == {1024}
