@@ -37,7 +37,7 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run the command; one that writes files does so whatever becomes of stdout."""
         if isinstance(sys.stdout, Output):
-            sys.stdout.goes_on = writes_files(ctx.params)
+            sys.stdout.goes_on = writes_files(self.params, ctx.params)
         return super().invoke(ctx)
 
 

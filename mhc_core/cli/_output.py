@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -83,10 +83,16 @@ def output() -> Generator[Output]:
             sys.stdout, sys.stderr = before
 
 
-def writes_files(parameters: Mapping[str, Any]) -> bool:
-    """Return whether a command was given a file or a folder to write, by any of its options."""
-    for value in parameters.values():
-        several = cast("list[Any]", value) if isinstance(value, list) else [value]
-        if any(isinstance(one, Path) for one in several):
+def writes_files(parameters: Sequence[Any], given: Mapping[str, Any]) -> bool:
+    """Return whether a command was given a file or a folder by any of its parameters.
+
+    Old releases of typer have the kind of a parameter and make paths of texts later; new ones have
+    the paths.
+    """
+    for one in parameters:
+        value = given.get(one.name)
+        several = cast("Sequence[Any]", value if isinstance(value, (list, tuple)) else [value])
+        is_path = getattr(getattr(one, "type", None), "name", "") == "path"
+        if any(isinstance(path, Path) or (is_path and path is not None) for path in several):
             return True
     return False

@@ -252,10 +252,11 @@ FAULTS = (
         ("index", "own * RUN, lane", "(own + 1) * RUN, lane", f"{BITS}|{BOUNDS}"),
         (
             "half sum",
-            "put_block_sums(k_block, add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands)",
+            "put_block_sums<COLUMN_TILES>(k_block, "
+            "add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands)",
             "auto sums = add_k_block(zero_sums<COLUMN_TILES, 1>(), rows, phi_operands);"
             f"{HALF.format('sums.products.at[0].tile[0].in_half[0]')}"
-            " put_block_sums(k_block, sums",
+            " put_block_sums<COLUMN_TILES>(k_block, sums",
             BITS,
         ),
         ("space", "(y) + begin", "((const device float*)y) + begin", NO_SPACE),
