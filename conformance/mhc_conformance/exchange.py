@@ -207,12 +207,12 @@ def against(folder: Path) -> Iterator[Answer]:
         If the folder has no index of golden cases, or not the cases that its index names; before
         any verdict.
     """
-    for entry, right in list(_cases(folder)):
-        yield _checked(folder, entry, right)
+    for entry in list(_entries(folder)):
+        yield _checked(folder, entry)
 
 
-def _cases(folder: Path) -> Iterator[tuple[Mapping[str, Any], dict[str, Array]]]:
-    """Yield the entries of a folder's index, each with the arrays of its case."""
+def _entries(folder: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the entries of a folder's index, each of which has its case there."""
     file = folder / INDEX
     try:
         index: Any = json.loads(file.read_text(encoding="utf-8"))
@@ -236,7 +236,7 @@ def _cases(folder: Path) -> Iterator[tuple[Mapping[str, Any], dict[str, Array]]]
             have = f"{right[key].dtype} {list(right[key].shape)}" if key in right else "not there"
             if have != need:
                 raise ValueError(f"{path}: {key} is {have}; {file} says {need}")
-        yield entry, right
+        yield entry
 
 
 class _Told:
@@ -304,13 +304,14 @@ def _check(told: _Told, name: str, entry: Any) -> None:
 _SHAPED: Mapping[str, Any] = {"dtype": str, "shape": list}
 
 
-def _checked(folder: Path, entry: Mapping[str, Any], right: Mapping[str, Array]) -> Answer:
+def _checked(folder: Path, entry: Mapping[str, Any]) -> Answer:
     name = entry["case"]
     file = folder / f"{name}{ANSWER}"
     if not file.exists():
         return Answer(name, "missing", says=f"there is no {file.name}")
     try:
         given = read(file)
+        right = read(folder / f"{name}.safetensors")
     except (OSError, ValueError) as error:
         return Answer(name, "off", float("inf"), str(error))
     wanted = entry["wanted"]
