@@ -26,6 +26,11 @@ V4 = {"variant": mhc.DEEPSEEK_V4}
 Call = Callable[..., Any]
 
 
+def kernels(launch: Call) -> Kernels:
+    """Return the kernels by a launcher."""
+    return Kernels(launch, "cuda", MEMORY)
+
+
 class Launches:
     """Launches of a launcher, each by its name and how many arrays it reads and writes."""
 
@@ -116,9 +121,9 @@ def test_a_packed_chain_has_the_same_bits(
     folder = tmp_path_factory.getbasetemp() / "packed"  # both compile the same texts
     folder.mkdir(exist_ok=True)
     apart, joint = Launches(launcher(folder)), Launches(launcher(folder))
-    packed = Packed(joint, MEMORY)
+    packed = Packed(kernels(joint))
     with mhc.no_grad():
-        want = chain(calls(Ops(Kernels(apart, "cuda", MEMORY))), *drawn(*ahead))
+        want = chain(calls(Ops(kernels(apart))), *drawn(*ahead))
         got = chain(packed_calls(packed), *drawn(*ahead))
     for one, other in zip(got, want, strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
@@ -136,7 +141,7 @@ def test_other_forms_have_the_same_bits(tmp_path: Path) -> None:
     """HY-V4's, without H_res, and the norm of h inside, given h_pre."""
     own, packed = (
         Ops(Kernels(launcher(tmp_path), "cuda", MEMORY)),
-        Packed(launcher(tmp_path), MEMORY),
+        Packed(kernels(launcher(tmp_path))),
     )
     x, phi, scale, bias = drawn(2)
     y, h_post, h_pre = x[:, 0], mx.ones((2, N)), mx.full((2, N), 0.3)
@@ -157,7 +162,7 @@ def test_other_forms_have_the_same_bits(tmp_path: Path) -> None:
 
 def test_what_is_not_packed() -> None:
     """Many tokens; parts that do not begin where vectors may; an op that no chain has."""
-    packed = Packed(lazily, MEMORY)
+    packed = Packed(kernels(lazily))
     x, *parameters = drawn(MOST_TOKENS + 1)
     assert packed("pre", V4, [x, *parameters]) is None
     assert packed("pre", V4, [x[:0], *parameters]) is None
@@ -177,7 +182,7 @@ def launches() -> Launches:
 
 @pytest.fixture
 def own(launches: Launches) -> Ops:
-    return Ops(Kernels(launches, "cuda", MEMORY), mx.compile, Packed(launches, MEMORY))
+    return Ops(kernels(launches), mx.compile, Packed(kernels(launches)))
 
 
 def test_only_a_caller_s_graph_is_packed(own: Ops, launches: Launches) -> None:
@@ -235,7 +240,10 @@ def test_a_view_that_is_changed_in_place(place: int, tmp_path_factory: Any) -> N
     """MLX changes the array of the same Python object: the op must read what it is then."""
     folder = tmp_path_factory.getbasetemp() / "packed"
     folder.mkdir(exist_ok=True)
-    own, packed = Ops(Kernels(launcher(folder), "cuda", MEMORY)), Packed(launcher(folder), MEMORY)
+    own, packed = (
+        Ops(kernels(launcher(folder))),
+        Packed(kernels(launcher(folder))),
+    )
     x, *parameters = drawn(3)
     y, h_post, h_res = x[:, 0], mx.ones((3, N)), mx.ones((3, N, N))
 
@@ -256,7 +264,7 @@ def test_a_view_is_one_node_of_the_graph_or_two(tmp_path: Path) -> None:
     """Where something reads views, each costs MLX a node; streams of 16 bits cost another."""
     x, *parameters = drawn(3)
     arrays = [x, mx.ones((3, C), x.dtype), mx.ones((3, N)), mx.ones((3, N, N)), *parameters]
-    made = Packed(lazily, MEMORY)("combine_pre", V4, arrays)
+    made = Packed(kernels(lazily))("combine_pre", V4, arrays)
     assert made is not None
     x_new, _, *mappings = made
     for view, nodes in (
@@ -274,7 +282,7 @@ def test_nothing_is_packed_where_changes_do_not_show(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(packed_module, "_memory_of", lambda _: b"")
     packed_module.changes_show.cache_clear()
     assert not packed_module.changes_show()
-    assert Packed(lazily, MEMORY)("pre", V4, drawn(1)) is None
+    assert Packed(kernels(lazily))("pre", V4, drawn(1)) is None
     packed_module.changes_show.cache_clear()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-__all__ = ["Output", "UnwritableError", "leave", "output", "writes_files"]
+__all__ = ["Output", "UnwritableError", "output", "writes_files"]
 
 
 class UnwritableError(OSError):
@@ -43,7 +43,7 @@ class Output:
             return work(*arguments)
         except OSError as error:
             self.error = error
-            leave(self._stream)
+            _leave(self._stream)
             if self.goes_on:
                 return None
             if isinstance(error, BrokenPipeError):
@@ -54,7 +54,7 @@ class Output:
         return getattr(self._stream, name)
 
 
-def leave(stream: Any) -> None:
+def _leave(stream: Any) -> None:
     """Let a stream write nowhere: Python would write the rest of it at exit, and complain."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)

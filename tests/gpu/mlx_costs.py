@@ -85,7 +85,7 @@ def decode(which: str) -> None:
     memory, x = 227 * 1024, drawn(1)
     kernels = Kernels(launcher, "cuda", memory, finish)
     apart = Ops(kernels, mx.compile)
-    own = apart if which.endswith("apart") else Ops(kernels, mx.compile, Packed(launcher, memory))
+    own = apart if which.endswith("apart") else Ops(kernels, mx.compile, Packed(kernels))
     given, parameters = x[:4], x[4:]
 
     def chain_of(ops: Ops) -> Callable[..., Any]:

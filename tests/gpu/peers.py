@@ -25,7 +25,6 @@ import ctypes
 import json
 import math
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -35,7 +34,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, distributions, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -44,6 +43,7 @@ import torch
 from torch import Tensor
 
 import mhc_core as mhc
+from mhc_backends.kernels import nvrtc
 from mhc_core.graphs import replayed
 
 N, M = 4, 24
@@ -128,11 +128,7 @@ def tile_kernels(_: str) -> Side:
     TileLang ends the process ("libnvrtc symbols not found globally") unless NVRTC's functions are
     those of the whole process, as PyTorch's are not.
     """
-    for wheel in distributions():
-        if (wheel.metadata["Name"] or "").startswith("nvidia-cuda-nvrtc"):
-            for file in wheel.files or ():
-                if re.fullmatch(r"libnvrtc\.so\.\d+", file.name):
-                    ctypes.CDLL(str(wheel.locate_file(file)), ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(nvrtc._library()._name, ctypes.RTLD_GLOBAL)
     theirs: Any = import_module("tile_kernels.modeling.mhc.functional")
     post: Any = import_module("tile_kernels.modeling.mhc.ops.post").mhc_post
 

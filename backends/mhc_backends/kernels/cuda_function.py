@@ -6,12 +6,11 @@ It needs two of CUDA's headers and nothing else, and takes pointers and the leng
 from __future__ import annotations
 
 import functools
-import re
 
-from mhc_backends.kernels.function import NAME, Argument, Function, lengths, typed
+from mhc_backends.kernels.function import LENGTH, NAME, Argument, Function, lengths, typed
 from mhc_backends.kernels.plan import Launch
 
-__all__ = ["NAME", "PRELUDE", "TYPES", "Argument", "Function", "function"]
+__all__ = ["NAME", "PRELUDE", "TYPES", "Argument", "Function", "constant", "function"]
 
 PRELUDE = "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\ntypedef long long int64_t;\n"
 """The text that NVRTC needs before a function's, without an #include of the standard library."""
@@ -52,13 +51,14 @@ def _function(
     for asked in lengths(source, [name for name, _ in (*inputs, *outputs)]):
         arguments.append(asked)
         parameters.append(f"const int64_t {asked.array}_length_{asked.axis}")
-    body = re.sub(r"\b(\w+)_shape\[(\d)\]", r"\1_length_\2", source)
-    constants = "".join(f"constexpr {_constant(word, value)};\n" for word, value in template)
+    body = LENGTH.sub(r"\1_length_\2", source)
+    constants = "".join(f"constexpr {constant(word, value)};\n" for word, value in template)
     limits = f"__launch_bounds__({bounds[0]}, {bounds[1]}) " if bounds else ""
     head = f'extern "C" __global__ {limits}void {NAME}({", ".join(parameters)})'
     return Function(f"{header}{head} {{\n{constants}{body}}}\n", tuple(arguments))
 
 
-def _constant(word: str, value: int) -> str:
+def constant(word: str, value: int) -> str:
+    """Return the declaration of a template argument, without what comes before and after it."""
     kind, written = typed(value)
     return f"{kind} {word} = {written}"

@@ -9,12 +9,13 @@ import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-__all__ = ["NAME", "Argument", "Function", "lengths", "typed"]
+__all__ = ["LENGTH", "NAME", "Argument", "Function", "lengths", "typed"]
 
 NAME = "mhc_kernel"
 """The name of every function; its text tells them apart."""
 
-_LENGTH = re.compile(r"\b(\w+)_shape\[(\d)\]")
+LENGTH = re.compile(r"\b(\w+)_shape\[(\d)\]")
+"""The length of an axis as a kernel's text asks for it."""
 
 
 class Argument(NamedTuple):
@@ -41,7 +42,7 @@ class Function(NamedTuple):
 
 def lengths(source: str, arrays: Collection[str]) -> Sequence[Argument]:
     """Return the lengths that a kernel's text asks for, as ``x_shape[0]``."""
-    found = [Argument(name, int(axis)) for name, axis in dict.fromkeys(_LENGTH.findall(source))]
+    found = [Argument(name, int(axis)) for name, axis in dict.fromkeys(LENGTH.findall(source))]
     for one in found:
         if one.array not in arrays:
             raise ValueError(f"the text asks for the shape of {one.array}, which is no array")

@@ -14,14 +14,13 @@ import functools
 import hashlib
 import os
 import sys
-import tempfile
 from importlib import import_module
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from mhc_backends.kernels.cuda_function import PRELUDE
-from mhc_backends.proof.cache import folder
+from mhc_backends.proof.cache import folder, replace
 from mhc_core.errors import BackendUnavailableError
 
 __all__ = ["compiled", "missing", "read", "write"]
@@ -68,15 +67,7 @@ def read(path: Path) -> bytes | None:
 def write(path: Path, code: bytes) -> None:
     """Write a file with its digest, whole or not at all; nothing where that cannot be done."""
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(code).digest() + code)
-            os.replace(name, path)
-        except OSError:
-            os.unlink(name)
-            raise
+        replace(path, hashlib.sha256(code).digest() + code)
 
 
 def missing() -> str | None:

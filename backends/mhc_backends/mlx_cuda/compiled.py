@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,21 +22,13 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mhc_backends.kernels import nvrtc
-from mhc_backends.kernels.function import NAME, typed
+from mhc_backends.kernels.cuda_function import NAME, TYPES, constant
+from mhc_backends.proof import cache
 
 __all__ = ["Kernel", "architecture", "finish", "folder", "place", "start", "write"]
 
 VERSIONS = ("0.32.",)
 """The releases of MLX whose names and texts are known."""
-
-TYPES = {
-    "bfloat16": "__nv_bfloat16",
-    "float16": "__half",
-    "float32": "float",
-    "int32": "int32_t",
-    "uint8": "uint8_t",
-}
-"""The words that MLX writes for dtypes."""
 
 _AXES = 10  # the lengths of a Shape of MLX's, whatever the array has
 _SHAPE = (
@@ -93,7 +84,7 @@ def mlx_text(kernel: Kernel) -> str:
         for name, dtype, shape in _inputs(kernel)
     ]
     lines += [f"{TYPES[dtype]}* {name}," for name, dtype in kernel.outputs]
-    constants = [f"  constexpr {_constant(*one)};\n" for one in kernel.template]
+    constants = [f"  constexpr {constant(*one)};\n" for one in kernel.template]
     return "".join(
         [
             '\n#include "mlx/backend/cuda/device/utils.cuh"\n\n#include <cooperative_groups.h>\n\n',
@@ -116,11 +107,6 @@ def _inputs(kernel: Kernel) -> list[tuple[str, str, bool]]:
     return [
         (name, dtype, axes and f"{name}_shape" in source) for name, dtype, axes in kernel.inputs
     ]
-
-
-def _constant(word: str, value: int) -> str:
-    kind, written = typed(value)
-    return f"{kind} {word} = {written}"
 
 
 def module_name(kernel: Kernel) -> str:
@@ -174,17 +160,13 @@ def function_text(kernel: Kernel) -> str:
     header, source = kernel.whole
     parameters: list[str] = []
     for name, dtype, shape in _inputs(kernel):
-        parameters.append(f"const {_plain(dtype)}* {name}")
+        parameters.append(f"const {TYPES[dtype]}* {name}")
         if shape:
             parameters.append(f"const __grid_constant__ Shape {name}_shape")
-    parameters += [f"{_plain(dtype)}* {name}" for name, dtype in kernel.outputs]
-    constants = "".join(f"constexpr {_constant(*one)};\n" for one in kernel.template)
+    parameters += [f"{TYPES[dtype]}* {name}" for name, dtype in kernel.outputs]
+    constants = "".join(f"constexpr {constant(*one)};\n" for one in kernel.template)
     head = f'extern "C" __global__ void {NAME}({", ".join(parameters)})'
     return f"{_SHAPE}{header}{head} {{\n{constants}{source}\n}}\n"
-
-
-def _plain(dtype: str) -> str:
-    return {"int32": "int", "uint8": "unsigned char"}.get(dtype, TYPES[dtype])
 
 
 def place(kernel: Kernel, architecture: str) -> Path:
@@ -209,15 +191,7 @@ def write(path: Path, content: bytes) -> None:
     with contextlib.suppress(OSError):
         if path.read_bytes() == content:
             return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(name, path)
-    except OSError:
-        os.unlink(name)
-        raise
+    cache.replace(path, content)
 
 
 # ---- side by side --------------------------------------------------------------------------------

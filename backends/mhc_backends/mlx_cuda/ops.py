@@ -23,9 +23,8 @@ def _memory() -> int:
     return memory(architecture)
 
 
-_OPS = Ops(
-    Kernels(cuda_kernel, "cuda", _memory(), finish), mx.compile, Packed(cuda_kernel, _memory())
-)
+_KERNELS = Kernels(cuda_kernel, "cuda", _memory(), finish)
+_OPS = Ops(_KERNELS, mx.compile, Packed(_KERNELS))
 vjp = _OPS.vjp
 
 

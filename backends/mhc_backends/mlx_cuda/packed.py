@@ -28,13 +28,14 @@ import platform
 import re
 import weakref
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mhc_backends.kernels.host import dtype_name
-from mhc_backends.kernels.mlx import launch_bounds
+from mhc_backends.kernels.cuda_function import TYPES
+from mhc_backends.kernels.function import LENGTH
+from mhc_backends.kernels.mlx import Kernels, Out, dtype_name
 from mhc_backends.kernels.plan import ITEMSIZE, Launch, Plan, Value, record
 
 __all__ = ["OPS", "Packed"]
@@ -46,9 +47,7 @@ MOST_TOKENS = 64
 """With more tokens the kernels take longer than MLX."""
 
 APART = ("h", "y")  # the outputs that a layer reads
-TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 _WIDE = 16  # bytes of a token in every part, so that all parts begin where vectors may
-_SHAPE = re.compile(r"\b(\w+)_shape\[(\d)\]")
 
 
 class Part(NamedTuple):
@@ -76,21 +75,11 @@ class _View(NamedTuple):
 
 
 class Packed:
-    """Ops on packed arrays, by one launcher.
+    """Ops on packed arrays, by the kernels of the CUDA dialect on MLX."""
 
-    Parameters
-    ----------
-    launcher
-        ``cuda_kernel`` of this package, or a function with its signature.
-    memory
-        As for :class:`mhc_backends.kernels.mlx.Kernels`.
-    """
-
-    def __init__(self, launcher: Callable[..., Any], memory: int) -> None:
-        self._launcher = launcher
-        self._memory = memory
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
         self._views: dict[int, _View] = {}
-        self._kernels: dict[Any, Callable[..., Sequence[mx.array]]] = {}
 
     def __call__(
         self, op: str, static: Mapping[str, Any], arrays: Sequence[mx.array | None]
@@ -105,7 +94,7 @@ class Packed:
         there = [array for array in arrays if array is not None]
         kinds = tuple((array.shape, dtype_name(array.dtype)) for array in there)
         absent = tuple(k for k, array in enumerate(arrays) if array is None)
-        plan = _plan(op, kinds, tuple(static.items()), self._memory, absent)
+        plan = _plan(op, kinds, tuple(static.items()), self._kernels.memory, absent)
         if plan is None:
             return None
         places = {k: self._found(array) for k, array in enumerate(there)}
@@ -143,44 +132,18 @@ class Packed:
         starts = _starts(step, T)
         for name, start in starts.items():
             text.write(name, step.outputs[name], start)
-        kinds = [(n, v.shape, v.dtype) for n, v in step.outputs.items() if n not in starts]
+        outputs = {n: Out(v.shape, v.dtype) for n, v in step.outputs.items() if n not in starts}
         if starts:
             bytes_of_all = sum(_bytes(step.outputs[name], T) for name in starts)
-            kinds.append(("packed", (T * bytes_of_all // ITEMSIZE["float32"],), "float32"))
-        runs = step.program
-        made = self._kernel(step.kernel, text, runs.digest, [name for name, *_ in kinds])(
-            inputs=list(text.arrays.values()),
-            template=list(runs.template),
-            grid=runs.launch.grid,
-            threadgroup=runs.launch.threadgroup,
-            output_shapes=[shape for _, shape, _ in kinds],
-            output_dtypes=[getattr(mx, dtype) for *_, dtype in kinds],
-        )
-        arrays = dict(zip([name for name, *_ in kinds], made, strict=True))
+            outputs["packed"] = Out((T * bytes_of_all // ITEMSIZE["float32"],), "float32")
+        source = text.source()
+        digest = f"{step.program.digest}packed{zlib.crc32(source.encode()):x}"
+        runs = step.program._replace(source=source, digest=digest)
+        made = self._kernels.host.launch(step.kernel, runs, text.arrays, outputs)
+        arrays = dict(zip(outputs, made, strict=True))
         for name, value in step.outputs.items():
             apart = name in arrays
             places[value.buffer] = Part(arrays[name]) if apart else Part(made[-1], starts[name])
-
-    def _kernel(
-        self, kernel: str, text: _Text, digest: str, outputs: Sequence[str]
-    ) -> Callable[..., Sequence[mx.array]]:
-        """Return MLX's object for a kernel, under a name for each text and its dtypes."""
-        runs, source = text.step.program, text.source()
-        words = [dtype_name(array.dtype) for array in text.arrays.values()]
-        sizes = [str(array.size < 8) for array in text.arrays.values()]  # as kernels/mlx.py
-        key = (source, runs.header, str(runs.bounds), *words, *sizes, *outputs)
-        made = self._kernels.get(key)
-        if made is None:
-            name = f"{zlib.crc32(' '.join(key).encode()):08x}"
-            made = self._kernels[key] = self._launcher(
-                name="_".join(filter(None, ["mhc", kernel, digest, "packed", name])),
-                input_names=list(text.arrays),
-                output_names=list(outputs),
-                source=source,
-                header=runs.header + launch_bounds(runs),
-                **({"shared_memory": runs.memory} if runs.memory else {}),
-            )
-        return made
 
 
 def _memory_of(array: mx.array) -> bytes:
@@ -212,8 +175,8 @@ class _Text:
     """The text of a launch, with pointers to what is packed."""
 
     def __init__(self, step: Launch, T: int) -> None:
-        self.step = step
         self.arrays: dict[str, mx.array] = {}
+        self._source = step.program.source
         self._T = T
         self._tokens = ""  # what is T in the text
         self._lengths: dict[tuple[str, str], str] = {}
@@ -252,7 +215,7 @@ class _Text:
         def length(found: re.Match[str]) -> str:
             return self._lengths.get((found[1], found[2]), found[0])
 
-        return "".join(self._pointers) + _SHAPE.sub(length, self.step.program.source)
+        return "".join(self._pointers) + LENGTH.sub(length, self._source)
 
 
 def _starts(step: Launch, T: int) -> dict[str, int]:
@@ -280,12 +243,14 @@ def _plan(
     """Return the plan of an op, if it only launches kernels on whole arrays of T tokens."""
     plan = record("forward", op, [kinds], dict(static), "cuda", memory, absent)
     T = math.prod(kinds[0][0][:-2])
+    if any(one.constant for one in plan.buffers) or any(one.offset for one in plan.outputs):
+        return None
     for step in plan.steps:
         if not isinstance(step, Launch) or "x" not in step.inputs:
             return None
-        if any(value.offset for value in (*step.inputs.values(), *plan.outputs)):
+        if any(value.offset for value in step.inputs.values()):
             return None
         for name, value in step.outputs.items():
             if name not in APART and (value.size % T or _bytes(value, T) % _WIDE):
                 return None
-    return None if any(one.constant for one in plan.buffers) else plan
+    return plan

@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Cache", "folder", "identity", "identity_with"]
+__all__ = ["Cache", "folder", "identity", "identity_with", "replace"]
 
 A_DAY = 24 * 60 * 60.0
 
@@ -37,6 +37,19 @@ def folder() -> Path | None:
     else:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "mhc-core" if os.path.isabs(base) else None  # without a home, ~ stays
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file whole, in place of an earlier one, or raise OSError and leave nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
 
 
 def identity() -> dict[str, str]:
@@ -100,14 +113,7 @@ class Cache:
             "when": time.time(),
         }
         with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self._folder, suffix=".part")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    json.dump(content, file, indent=1)
-                os.replace(temporary, self._folder / _file(kind))
-            except OSError:
-                os.unlink(temporary)
+            replace(self._folder / _file(kind), json.dumps(content, indent=1).encode())
 
     def __iter__(self) -> Iterator[tuple[tuple[str, tuple[str, ...], int | None], dict[str, Any]]]:
         """Yield all stored verdicts, each with its kind of call."""

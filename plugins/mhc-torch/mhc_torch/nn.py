@@ -471,14 +471,15 @@ class HyperConnectedStack(nn.Module):
         """Return whether the blocks must be called; raise if their order cannot do that."""
         for k, block in enumerate(blocks):
             for one, path in ((block, ""), (block.connection, ".connection")):
-                if is_changed(one) and self.single_pass:
+                if not is_changed(one):
+                    continue
+                if self.single_pass:
                     raise RuntimeError(
                         f"{type(self).__name__}: blocks[{k}]{path} has a hook or a forward of its "
                         "own, which the single-pass order does not call; remove it, or make the "
                         "parameter by torch.nn.utils.parametrize"
                     )
-                if is_changed(one):
-                    return True
+                return True
         return False
 
     def _call(
